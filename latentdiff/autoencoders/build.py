@@ -1,0 +1,132 @@
+"""Build, load and freeze first stages: diffusers autoencoders by name, and the latent normaliser folded into a KL one."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+
+TRAINABLE = ("AutoencoderKL", "VQModel")
+LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
+
+
+def diffusers_class(name: str, allowed: tuple[str, ...], where: str) -> type:
+    """The diffusers class called `name`; UserError naming `where` and the allowed names otherwise."""
+    if name not in allowed:
+        raise UserError(f"{where}: {name!r} is not one of {', '.join(allowed)}")
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+def checked_arguments(cls: type, config: dict[str, Any], where: str) -> dict[str, Any]:
+    """`config` if every key is a constructor argument of `cls`; UserError naming the nearest valid key otherwise."""
+    valid = [name for name in inspect.signature(cls).parameters if name != "self"]
+    for key in config:
+        if key not in valid:
+            near = difflib.get_close_matches(key, valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+            raise UserError(f"{where}.{key}: unknown argument of {cls.__name__}; {hint}")
+    return config
+
+
+def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, initial_logvar: float | None) -> nn.Module:
+    """A fresh AutoencoderKL or VQModel with `channels` image channels.
+
+    initial_logvar: for AutoencoderKL, the posterior's log-variance at the start. Starting small keeps early
+    reconstruction from drowning in posterior noise; the KL term raises it where a channel carries nothing.
+    """
+    cls = diffusers_class(type_name, TRAINABLE, "model.type")
+    arguments = {"in_channels": channels, "out_channels": channels, **checked_arguments(cls, config, "model.config")}
+    blocks = arguments.get("block_out_channels")
+    if blocks is not None:  # the block types follow from the channels unless they are given
+        arguments.setdefault("down_block_types", ["DownEncoderBlock2D"] * len(blocks))
+        arguments.setdefault("up_block_types", ["UpDecoderBlock2D"] * len(blocks))
+    try:
+        vae = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
+    except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
+        raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
+    if type_name == "AutoencoderKL" and initial_logvar is not None:
+        with torch.no_grad():
+            vae.quant_conv.weight[vae.config.latent_channels :] = 0.0
+            vae.quant_conv.bias[vae.config.latent_channels :] = initial_logvar
+    return vae
+
+
+def load_autoencoder(where: str) -> nn.Module:
+    """A pretrained first stage, frozen: a diffusers autoencoder's folder, a pipeline's folder (its vae/), or a Hub name.
+
+    Raises UserError naming the path when there is none, or when its weights cannot be read.
+    """
+    folder = Path(where)
+    for candidate in (folder, folder / "autoencoder", folder / "vae"):
+        if (candidate / "config.json").is_file():
+            return _load_folder(candidate)
+    if folder.exists() or where.count("/") != 1 or where.startswith((".", "/")):
+        raise UserError(
+            f"{where}: no autoencoder there; expected a folder with config.json (or autoencoder/ or vae/), or a Hub name"
+        )
+    import diffusers
+
+    try:
+        config = diffusers.AutoencoderKL.load_config(where)
+        cls = diffusers_class(config.get("_class_name", "AutoencoderKL"), LOADABLE, where)
+        return freeze(cls.from_pretrained(where, use_safetensors=True))
+    except OSError:
+        raise UserError(f"{where}: neither a folder nor a diffusers autoencoder on the Hub that can be reached") from None
+
+
+def _load_folder(folder: Path) -> nn.Module:
+    try:
+        name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{folder / 'config.json'}: not valid JSON") from None
+    cls = diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")
+    from safetensors import SafetensorError
+
+    try:
+        return freeze(cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False))
+    except (SafetensorError, OSError, RuntimeError) as error:
+        raise UserError(f"{folder}: cannot read the weights: {' '.join(str(error).split())[:200]}") from None
+
+
+def freeze(vae: nn.Module) -> nn.Module:
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def fold_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Make an AutoencoderKL's latents come out with zero mean and unit standard deviation per channel, in place.
+
+    mean, std: [c], of posterior samples over the training set. The affine goes into the 1x1 convolutions around the
+    latent: mean' = (mean - m) / s, logvar' = logvar - 2 log s, and z = s z' + m before the decoder. Reconstructions
+    stay the same, and a stock pipeline that knows scaling_factor alone is right with scaling_factor 1.
+    """
+    c = vae.config.latent_channels
+    m, s = mean.to(vae.quant_conv.weight), std.to(vae.quant_conv.weight)
+    vae.quant_conv.weight[:c] /= s[:, None, None, None]
+    vae.quant_conv.bias[:c] = (vae.quant_conv.bias[:c] - m) / s
+    vae.quant_conv.bias[c:] -= 2 * s.log()
+    weight = vae.post_quant_conv.weight  # [c, c, 1, 1]
+    vae.post_quant_conv.bias += weight[:, :, 0, 0] @ m
+    weight *= s[None, :, None, None]
+    vae.register_to_config(scaling_factor=1.0, shift_factor=0.0, latents_mean=[0.0] * c, latents_std=[1.0] * c)
+
+
+def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Write the measured latent statistics into the autoencoder's own config.
+
+    An AutoencoderKL with quant convolutions has them folded in (see fold_normaliser). Every other class knows one
+    scaling_factor: 1 / sqrt(mean over channels of E[z^2]), which gives the latents unit second moment overall.
+    """
+    if getattr(vae, "post_quant_conv", None) is not None and hasattr(vae.config, "latents_mean"):
+        fold_normaliser(vae, mean, std)
+    else:
+        vae.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()))

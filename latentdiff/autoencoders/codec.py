@@ -1,0 +1,98 @@
+"""The frozen first stage as stage 2 sees it: images to posterior moments, latents to images, one normaliser."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.errors import UserError
+
+
+class LatentCodec:
+    """A frozen diffusers autoencoder with its latent normaliser.
+
+    Normalised latents are z_n = (z - shift) * scale, per channel from latents_mean and latents_std of the
+    autoencoder's config where they are set, else from shift_factor and scaling_factor.
+    """
+
+    def __init__(self, vae: nn.Module):
+        self.vae = vae.eval().requires_grad_(False)
+        config = vae.config
+        shift, scale = _normaliser(config)
+        self.shift = shift  # [c] or [1]
+        self.scale = scale
+        self.image_channels = int(config.in_channels)
+        # VQModel: what is diffused is what enters the codebook, of vq_embed_dim channels
+        self.latent_channels = int(getattr(config, "vq_embed_dim", None) or config.latent_channels)
+        self.factor = _spatial_factor(vae)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.vae.parameters()).device
+
+    @torch.no_grad()
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the posterior, raw (not normalised), each [B, c, h, w].
+
+        images: [B, C, H, W] in [-1, 1]. Autoencoders without a posterior (VQModel, AutoencoderTiny,
+        AutoencoderDC) give their latents and a standard deviation of zero.
+        """
+        if images.ndim != 4 or images.shape[1] != self.image_channels:
+            raise UserError(
+                f"images of shape {tuple(images.shape)} for an autoencoder of {self.image_channels} channels: "
+                f"expected [B, {self.image_channels}, H, W]; set data.channels={self.image_channels}"
+            )
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise UserError(
+                f"images of {images.shape[2]}x{images.shape[3]}: the autoencoder needs sides divisible by {self.factor}; "
+                "set data.fit to pad, crop or resize"
+            )
+        out = self.vae.encode(images.to(self.device))
+        if hasattr(out, "latent_dist"):
+            return out.latent_dist.mean.float(), out.latent_dist.std.float()
+        latents = (out.latents if hasattr(out, "latents") else out.latent).float()
+        return latents, torch.zeros_like(latents)
+
+    def normalise(self, z: Tensor) -> Tensor:
+        """Raw latents [B, c, h, w] to the space the denoiser works in."""
+        return (z - self.shift.to(z)[:, None, None]) * self.scale.to(z)[:, None, None]
+
+    def denormalise(self, z: Tensor) -> Tensor:
+        """The inverse of normalise."""
+        return z / self.scale.to(z)[:, None, None] + self.shift.to(z)[:, None, None]
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Images [B, C, H, W], about [-1, 1] and not clipped, from normalised latents [B, c, h, w]."""
+        raw = self.denormalise(z.to(self.device).float())
+        return self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
+
+    def reconstruct(self, images: Tensor) -> Tensor:
+        """decode(normalise(posterior mean)): [B, C, H, W] in, the same out."""
+        return self.decode(self.normalise(self.moments(images)[0]))
+
+    def fingerprint(self) -> str:
+        """sha256 over the weights and the config: what a latent cache depends on."""
+        digest = hashlib.sha256()
+        config = {k: v for k, v in sorted(dict(self.vae.config).items()) if not k.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=list).encode())
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+def _normaliser(config) -> tuple[Tensor, Tensor]:
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    factor = float(getattr(config, "scaling_factor", None) or 1.0)
+    if mean is not None and std is not None:
+        return torch.tensor(mean).flatten().float(), factor / torch.tensor(std).flatten().float()
+    return torch.tensor([float(getattr(config, "shift_factor", None) or 0.0)]), torch.tensor([factor])
+
+
+def _spatial_factor(vae: nn.Module) -> int:
+    blocks = getattr(vae.config, "block_out_channels", None) or vae.config.encoder_block_out_channels
+    return 2 ** (len(blocks) - 1)

@@ -1,0 +1,52 @@
+"""The `latentdiff` command: parse, call one Python function, turn a user's mistake into one line and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from latentdiff.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the console script; exits with 0, or 2 on bad usage or input."""
+    try:
+        arguments = _parser().parse_args(argv)
+        arguments.run(arguments)
+    except UserError as error:
+        print(f"latentdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("latentdiff: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="latentdiff", description="Train, sample and measure your own latent diffusion models.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    return parser
+
+
+def _add_train(commands) -> None:
+    train = commands.add_parser("train", help="train a stage as a config says", description=train_command.__doc__)
+    train.add_argument("config", metavar="CONFIG", help="a YAML file, such as configs/fashion-mnist/diffusion.yaml")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="override a key, such as train.steps=100")
+    train.add_argument("--resume", action="store_true", help="go on from the newest training state in the output folder")
+    train.set_defaults(run=train_command)
+
+
+def train_command(arguments) -> None:
+    """Train one stage: an autoencoder, a diffusion model on its latents, or a feature network."""
+    from latentdiff.config import load_config
+    from latentdiff.training import train
+
+    folder = train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
+    print(folder)

@@ -1,0 +1,256 @@
+"""Typed training configs: one YAML file per run, `key=value` overrides, and an error that names the nearest valid key."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from latentdiff.errors import UserError
+
+
+class Section(BaseModel):
+    """A part of a config; a key it does not know is an error."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class DataConfig(Section):
+    """Which images, and how they become the tensor the autoencoder sees."""
+
+    source: str  # a folder, or fashion-mnist
+    size: tuple[int, int] | None = None  # (H, W) of the content; None: the images' own size
+    channels: Literal[1, 3] = 3
+    fit: Literal["exact", "resize", "crop", "pad"] = "exact"
+    multiple_of: int = Field(1, gt=0)  # sides are padded or checked to a multiple of this and of the autoencoder's factor
+    held_out: float = Field(0.05, gt=0, lt=1)  # share kept from training where the source has no test split
+    max_bad_share: float = Field(0.01, ge=0, lt=1)  # unreadable images tolerated before the run refuses to start
+    flips: bool = False  # mirror images left-right at random
+    workers: int = Field(0, ge=0)
+
+
+class ModelConfig(Section):
+    """A diffusers class and its constructor arguments, or a folder (or Hub name) to load it from."""
+
+    type: str | None = None
+    config: dict[str, Any] = {}
+    pretrained: str | None = None
+
+
+class OptimizerConfig(Section):
+    """AdamW. The learning rate is absolute: it is never scaled by batch size or number of processes."""
+
+    lr: float = Field(1e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    eps: float = 1e-8
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to final_share * lr
+    final_share: float = Field(0.0, ge=0, le=1)
+    clip: float | None = Field(1.0, gt=0)  # largest gradient norm
+
+
+class EmaConfig(Section):
+    """Average of the weights: decay_k = min(decay, 1 - (1 + k)^-power) at step k, so that short runs are not all start."""
+
+    decay: float = Field(0.999, ge=0, lt=1)
+    power: float = Field(0.75, gt=0)
+
+
+class TrainConfig(Section):
+    steps: int = Field(gt=0)
+    batch_size: int = Field(64, gt=0)  # global: over all processes together
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    threads: int | None = Field(None, gt=0)  # CPU threads per process; None: torch's choice
+    log_every: int = Field(20, gt=0)
+    picture_every: int = Field(500, gt=0)
+    save_minutes: float = Field(5.0, gt=0)
+    keep: int = Field(2, gt=0)  # training states kept
+
+
+class Stage1Loss(Section):
+    """Weights of the terms of stage 1; a term with weight 0 is neither computed nor logged."""
+
+    l1: float = Field(1.0, ge=0)
+    l2: float = Field(1.0, ge=0)
+    perceptual: float = Field(0.0, ge=0)
+    perceptual_network: str | None = None  # folder of a feature network, or lpips
+    kl: float = Field(1e-6, ge=0)  # per image, summed over the latent, relative to a mean over pixels
+    commitment: float = Field(1.0, ge=0)
+    adversarial: float = Field(0.0, ge=0)
+    adversarial_start: int = Field(0, ge=0)  # first step with the adversarial term
+    adaptive: bool = True  # scale the adversarial term to the reconstruction's gradient at the last layer
+    discriminator_channels: int = Field(32, gt=0)
+    discriminator_layers: int = Field(2, gt=0)
+    discriminator_lr: float = Field(2e-4, gt=0)
+
+
+class AutoencoderConfig(Section):
+    """Stage 1: train an autoencoder for reconstruction."""
+
+    stage: Literal["autoencoder"]
+    output: str
+    seed: int = 0
+    data: DataConfig
+    model: ModelConfig
+    initial_logvar: float | None = -5.0  # AutoencoderKL: where the posterior's log-variance starts
+    revive_dead_codes: bool = True  # VQModel: after each epoch
+    loss: Stage1Loss = Stage1Loss()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig
+
+
+class CacheConfig(Section):
+    folder: str | None = None  # None: latents/ beside the autoencoder's folder
+    batch_size: int = Field(256, gt=0)
+    use_mean: bool = False  # train on posterior means instead of a fresh draw each epoch
+
+
+class NamedConfig(Section):
+    """A name and its parameters, looked up where it is used."""
+
+    name: str
+    params: dict[str, Any] = {}
+
+
+class ConditionConfig(Section):
+    type: Literal["class", "none"] = "class"
+    dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose condition is replaced by the null class
+
+
+class SampleConfig(Section):
+    """How pictures are made while training, and the published pipeline's defaults."""
+
+    scheduler: str = "DPMSolverMultistepScheduler"
+    scheduler_config: dict[str, Any] = {}
+    steps: int = Field(20, gt=0)
+    guidance: float = Field(1.5, ge=0)
+    guidance_interval: tuple[float, float] | None = None
+    per_class: int = Field(4, gt=0)
+
+
+class DiffusionConfig(Section):
+    """Stage 2: train a denoiser on the latents of a frozen autoencoder."""
+
+    stage: Literal["diffusion"]
+    output: str
+    seed: int = 0
+    autoencoder: str  # stage 1's output, or any diffusers autoencoder: a folder or a Hub name
+    data: DataConfig
+    cache: CacheConfig = CacheConfig()
+    model: ModelConfig
+    schedule: NamedConfig = NamedConfig(name="ddpm-linear")
+    prediction: Literal["epsilon", "sample", "v_prediction", "flow"] = "epsilon"
+    noise_levels: NamedConfig = NamedConfig(name="uniform")
+    weighting: Literal["none", "min_snr"] = "none"
+    min_snr_gamma: float = Field(5.0, gt=0)
+    condition: ConditionConfig = ConditionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig
+    validation_images: int = Field(512, gt=0)
+    sample: SampleConfig = SampleConfig()
+
+
+class FeaturesConfig(Section):
+    """A small classifier whose features serve perceptual losses and offline evaluation."""
+
+    stage: Literal["features"]
+    output: str
+    name: str
+    seed: int = 0
+    data: DataConfig
+    model: dict[str, Any] = {}
+    lr: float = Field(2e-3, gt=0)
+    train: TrainConfig
+
+
+AnyConfig = Annotated[Union[AutoencoderConfig, DiffusionConfig, FeaturesConfig], Field(discriminator="stage")]
+STAGES: dict[str, type[Section]] = {
+    "autoencoder": AutoencoderConfig,
+    "diffusion": DiffusionConfig,
+    "features": FeaturesConfig,
+}
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> AutoencoderConfig | DiffusionConfig | FeaturesConfig:
+    """Read a YAML config and apply `section.key=value` overrides (values are YAML).
+
+    Raises UserError, in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a
+    value of the wrong type.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path}: no such config file{_similar_config(path)}")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: expected a mapping with a 'stage' key, one of {', '.join(STAGES)}")
+    for item in overrides or []:
+        _override(tree, item)
+    return parse_config(tree, str(path))
+
+
+def parse_config(tree: dict[str, Any], where: str = "config") -> AutoencoderConfig | DiffusionConfig | FeaturesConfig:
+    """Validate a config given as a dict; `where` begins the error message."""
+    if tree.get("stage") not in STAGES:
+        raise UserError(f"{where}: stage: {tree.get('stage')!r} is not one of {', '.join(STAGES)}")
+    try:
+        return TypeAdapter(AnyConfig).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {_explain(error, STAGES[tree['stage']])}") from None
+
+
+def _override(tree: dict[str, Any], item: str) -> None:
+    key, eq, value = item.partition("=")
+    if not eq or not key:
+        raise UserError(f"override {item!r}: write it as key=value, for example train.steps=100")
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise UserError(f"override {item!r}: {name} is a value, not a section")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {item!r}: the value is not valid YAML") from None
+
+
+def _explain(error: ValidationError, root: type[Section]) -> str:
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"][1:]]  # the first part is the union's tag
+    dotted = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        valid = _keys_at(root, path[:-1])
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{dotted}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{dotted}: this key is required"
+    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})"
+
+
+def _keys_at(root: type[Section], path: list[str]) -> list[str]:
+    node: Any = root
+    for name in path:
+        field = node.model_fields.get(name) if isinstance(node, type) and issubclass(node, BaseModel) else None
+        if field is None:
+            return []
+        node = field.annotation
+        if get_origin(node) is not None:
+            node = next((arg for arg in get_args(node) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
+    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
+
+
+def _similar_config(path: Path) -> str:
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""

@@ -1,0 +1,221 @@
+"""From image files of any size to tensors that an autoencoder takes, by stated rules: nothing is cropped or padded silently."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentdiff.data.sources import ImageSource
+from latentdiff.errors import UserError
+
+FITS = ("exact", "resize", "crop", "pad")
+PAD_MODES = ("constant", "edge", "reflect")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a uint8 image becomes a float32 tensor in [-1, 1].
+
+    size: (H, W) wanted; None: the one size that all images of the source share.
+    channels: 1 or 3; None: as the source. Grey to RGB repeats, RGB to grey is the luma of ITU-R 601.
+    fit: "exact": images are H x W already. "resize": stretched to H x W. "crop": scaled, aspect kept, until H x W is
+        covered, then cut out of the middle. "pad": images are all of one size, at most H x W, and a border around
+        them brings both sides to H x W and up to the next multiple of `multiple_of`.
+    multiple_of: what the network divides a side by (autoencoder factor times the U-Net's); except with "pad", size
+    must obey.
+    pad_mode: "constant" (black, -1), "edge" or "reflect". The border is split evenly; an odd pixel goes to the
+    bottom/right.
+    content_size: (H, W) of the images inside the border, filled in by `for_source`; None: `size`.
+    """
+
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    fit: str = "exact"
+    multiple_of: int = 1
+    pad_mode: str = "constant"
+    content_size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit not in FITS:
+            raise UserError(f"fit '{self.fit}': valid are {', '.join(FITS)}")
+        if self.pad_mode not in PAD_MODES:
+            raise UserError(f"pad_mode '{self.pad_mode}': valid are {', '.join(PAD_MODES)}")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"channels={self.channels}: valid are 1 and 3")
+        if self.multiple_of < 1:
+            raise UserError(f"multiple_of={self.multiple_of}: must be at least 1")
+        if self.size is not None:
+            if len(self.size) != 2 or min(self.size) < 1:
+                raise UserError(f"size={list(self.size)}: needs [height, width], each at least 1")
+            object.__setattr__(
+                self, "size", (int(self.size[0]), int(self.size[1]))
+            )  # so that a list from YAML compares equal
+            self._check_multiple(*self.size)
+
+    def for_source(self, source: ImageSource) -> "Preprocess":
+        """With size and channels filled in from the source, after checking that every image fits (from headers alone)."""
+        sizes = np.unique(source.sizes, axis=0)
+        if self.size is None and len(sizes) > 1:
+            raise UserError(
+                f"data '{source.name}' has images of {len(sizes)} sizes ({_name(sizes[0])} … {_name(sizes[-1])}): "
+                "set size=[height,width] and fit=resize or fit=crop"
+            )
+        first = (int(sizes[0][0]), int(sizes[0][1]))
+        size = self.size or first
+        inside = first if self.fit == "pad" and first[0] <= size[0] and first[1] <= size[1] else size
+        resolved = replace(
+            self, size=size, channels=self.channels or source.channels, content_size=self.content_size or inside
+        )
+        for height, width in sizes.tolist():
+            resolved._check_fits(height, width)
+        return resolved
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """(H', W') of the tensors."""
+        height, width = self._known_size()
+        if self.fit != "pad":
+            return height, width
+        return _round_up(height, self.multiple_of), _round_up(width, self.multiple_of)
+
+    @property
+    def content(self) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the real content within the padded image."""
+        (height, width), (tall, wide) = self.content_size or self._known_size(), self.padded_size
+        return (tall - height) // 2, (wide - width) // 2, height, width
+
+    def crop_content(self, images: torch.Tensor) -> torch.Tensor:
+        """[..., H', W'] -> [..., H, W]: takes the border off again."""
+        top, left, height, width = self.content
+        return images[..., top : top + height, left : left + width]
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the pixels, as JSON values: for manifests and for comparing caches."""
+        return {
+            "padded_size": list(self.padded_size),
+            "content": list(self.content),
+            "channels": self.channels,
+            "fit": self.fit,
+            "pad_mode": self.pad_mode if self.fit == "pad" else None,
+            "resample": "lanczos" if self.fit in ("resize", "crop") else None,
+        }
+
+    def __call__(self, image: np.ndarray, flip: bool = False) -> torch.Tensor:
+        """uint8 [H0, W0, C0] -> float32 [C, H', W'] in [-1, 1]; mirrored left-right before padding when `flip`."""
+        self._check_fits(*image.shape[:2])
+        image = _match_channels(image, self.channels or image.shape[-1])
+        top, left, height, width = self.content
+        if image.shape[:2] != (height, width):
+            image = _resample(image, (height, width), crop=self.fit == "crop")
+        if flip:
+            image = image[:, ::-1]
+        tall, wide = self.padded_size
+        if (tall, wide) != (height, width):
+            border = ((top, tall - height - top), (left, wide - width - left), (0, 0))
+            image = np.pad(image, border, mode=self.pad_mode)  # type: ignore[call-overload]  # constant: 0, that is -1
+        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # [C, H', W']
+        return pixels.to(torch.float32) / 127.5 - 1.0
+
+    def _known_size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise UserError("size is not set: give size=[height,width], or take it from the data with for_source")
+        return self.size
+
+    def _check_multiple(self, height: int, width: int) -> None:
+        m = self.multiple_of
+        if self.fit != "pad" and (height % m or width % m):
+            larger = (_round_up(height, m), _round_up(width, m))
+            smaller = (max(m, height // m * m), max(m, width // m * m))
+            raise UserError(
+                f"size {_name((height, width))} is not a multiple of {m}: set fit=pad, or size={list(smaller)} or "
+                f"size={list(larger)} with fit=resize or fit=crop"
+            )
+
+    def _check_fits(self, height: int, width: int) -> None:
+        expected = self.content_size or self._known_size()
+        if self.fit in ("exact", "pad") and (height, width) != expected:
+            raise UserError(
+                f"an image of {_name((height, width))} does not fit {_name(expected)} with fit={self.fit}: set "
+                "fit=resize (stretch) or fit=crop (scale and cut out the middle)"
+            )
+
+
+class ImageDataset:
+    """A source seen through a preprocessing: what trainers and the latent cache read.
+
+    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one.
+    """
+
+    def __init__(
+        self, source: ImageSource, preprocess: Preprocess, indices: torch.Tensor | Sequence[int] | None = None
+    ):
+        self.source, self.preprocess = source, preprocess.for_source(source)
+        self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self.class_names = source.class_names
+        self.labels = None if source.labels is None else source.labels[self.indices]
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(
+        self,
+        indices: torch.Tensor | Sequence[int],
+        *,
+        flips: torch.Tensor | bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
+
+        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by the source's next readable
+        one, together with its label.
+        """
+        wanted = self.indices[torch.as_tensor(indices, dtype=torch.int64)]
+        mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
+        pairs = [self.source.read_or_next(i) for i in wanted.tolist()]
+        images = torch.stack([self.preprocess(image, flip) for (_, image), flip in zip(pairs, mirrored, strict=True)])
+        labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
+        return images, labels
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of the source's content and of which of its images are used."""
+        return hashlib.sha256(self.source.fingerprint().encode() + self.indices.numpy().tobytes()).hexdigest()
+
+
+def to_uint8(images: torch.Tensor) -> np.ndarray:
+    """[B, C, H, W] in [-1, 1] (clipped) -> uint8 [B, H, W, C]: the exact inverse of preprocessing on all 256 levels."""
+    pixels = ((images.detach().to("cpu", torch.float32) + 1.0) * 127.5).round().clamp(0, 255)
+    return pixels.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 [H, W, C0] -> [H, W, channels]."""
+    if image.shape[-1] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=-1)
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
+def _resample(image: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarray:
+    """Lanczos with antialiasing to `size`; with crop only the centred box of the wanted aspect ratio is used."""
+    (height, width), (old_height, old_width) = size, image.shape[:2]
+    box_height, box_width = float(old_height), float(old_width)
+    if crop:
+        scale = min(old_height / height, old_width / width)
+        box_height, box_width = height * scale, width * scale
+    left, top = (old_width - box_width) / 2, (old_height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return resized[..., None] if image.shape[-1] == 1 else resized
+
+
+def _round_up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+def _name(size: Sequence[int] | np.ndarray) -> str:
+    return f"{size[0]}x{size[1]}"

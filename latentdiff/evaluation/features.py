@@ -1,0 +1,212 @@
+"""A small classifier whose features measure images without a downloaded network.
+
+It serves three purposes: the space of the offline Fréchet distance, the perceptual loss of stage 1, and the
+classifier behind label accuracy and the classification accuracy score. A number measured in it carries the
+network's name; it is never a plain "FID", which means Inception.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import fuse_conv_bn_eval
+
+from latentdiff.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+MIN_SIDE = 16
+
+
+class Convolution(nn.Module):
+    """3x3 convolution, then batch normalisation while the network is being trained. [B, i, h, w] -> [B, o, h', w']."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int, normed: bool) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=not normed)
+        self.norm = nn.BatchNorm2d(outputs) if normed else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    def fold(self) -> None:
+        """Put the normalisation with its running statistics into the convolution's weight and bias."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
+            self.norm = nn.Identity()
+
+
+class ResidualBlock(nn.Module):
+    """Two convolutions around a skip, ReLU between and after. [B, c, h, w] -> [B, c, h, w]."""
+
+    def __init__(self, width: int, normed: bool) -> None:
+        super().__init__()
+        self.first = Convolution(width, width, 1, normed)
+        self.second = Convolution(width, width, 1, normed)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.second(F.relu(self.first(x))))
+
+
+class FeatureNet(nn.Module):
+    """A convolutional classifier of images [B, channels, H, W] in [-1, 1], any H, W >= 16.
+
+    Three stages at full, half and quarter resolution, then a global mean. It is trained with batch normalisation
+    (normed) and used without: fold() merges that into the convolutions, after which no output can depend on the rest
+    of the batch and train() changes nothing.
+
+    Args:
+        channels: image channels, 1 (grey) or 3 (RGB).
+        classes: number of classes of the head.
+        widths: channels of the three stages; the last is the feature dimension D.
+        name: what numbers measured in this space are labelled with.
+        info: facts kept beside the weights (class names, accuracy, how trained); JSON values.
+        normed: with batch normalisation, for training.
+    """
+
+    def __init__(
+        self,
+        channels: int = 1,
+        classes: int = 10,
+        widths: Sequence[int] = (32, 64, 128),
+        name: str = "features",
+        info: dict[str, Any] | None = None,
+        normed: bool = False,
+    ) -> None:
+        super().__init__()
+        if len(widths) != 3:
+            raise UserError(f"feature network: widths needs three numbers, one a stage, got {list(widths)}")
+        self.channels, self.classes, self.widths = channels, classes, tuple(widths)
+        self.name, self.info = name, dict(info or {})
+        a, b, c = self.widths
+        self.stage1 = nn.Sequential(Convolution(channels, a, 1, normed), nn.ReLU())
+        self.stage2 = nn.Sequential(Convolution(a, b, 2, normed), nn.ReLU(), ResidualBlock(b, normed))
+        self.stage3 = nn.Sequential(Convolution(b, c, 2, normed), nn.ReLU(), ResidualBlock(c, normed))
+        self.head = nn.Linear(c, classes)
+
+    def fold(self) -> "FeatureNet":
+        """Merge batch normalisation into the convolutions, in place; returns self, in eval mode."""
+        for module in self.modules():
+            if isinstance(module, Convolution):
+                module.fold()
+        return self.eval()
+
+    @property
+    def dim(self) -> int:
+        """D, the length of a feature vector."""
+        return self.widths[-1]
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """Activations after the three stages: [B, w1, H, W], [B, w2, H/2, W/2], [B, w3, H/4, W/4] (rounded up)."""
+        if x.ndim != 4 or x.shape[1] != self.channels or min(x.shape[2:]) < MIN_SIDE:
+            raise ValueError(
+                f"feature network {self.name!r} takes [B, {self.channels}, H, W] with H, W >= {MIN_SIDE}, "
+                f"got {list(x.shape)}"
+            )
+        first = self.stage1(x)
+        second = self.stage2(first)
+        return [first, second, self.stage3(second)]
+
+    def features(self, x: Tensor) -> Tensor:
+        """The pooled last activations, [B, D]: the space of the Fréchet distance."""
+        return self.maps(x)[-1].mean(dim=(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Class logits [B, classes]."""
+        return self.head(self.features(x))
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over structure and weights: equal for equal functions, whatever the name says."""
+        digest = hashlib.sha256(repr((self.channels, self.classes, self.widths)).encode())
+        for key, value in sorted(self.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors (float32) into folder; each file appears whole or not at all.
+
+        Raises:
+            ValueError: the network still has its batch normalisation; fold() it first.
+        """
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            raise ValueError("fold() the feature network before saving it")
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        config = {
+            "_class_name": "FeatureNet",
+            "name": self.name,
+            "channels": self.channels,
+            "classes": self.classes,
+            "widths": list(self.widths),
+            "info": self.info,
+        }
+        state = {key: value.detach().float().cpu().contiguous() for key, value in self.state_dict().items()}
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+            save_file(state, os.path.join(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
+            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            for file in (WEIGHTS_FILE, CONFIG_FILE):
+                os.replace(os.path.join(scratch, file), folder / file)
+
+
+def load_features(folder: str | Path, device: str | torch.device = "cpu") -> FeatureNet:
+    """The frozen feature network saved in folder, in eval mode on device.
+
+    Raises:
+        UserError: a file is missing, damaged, or does not describe a FeatureNet; the message names it.
+    """
+    config_path, weights_path = Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise UserError(f"{path}: not found; a feature network folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        net = FeatureNet(
+            channels=config["channels"],
+            classes=config["classes"],
+            widths=tuple(config["widths"]),
+            name=config["name"],
+            info=config["info"],
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path}: not the config of a feature network ({error!r})") from None
+    try:
+        net.load_state_dict(load_file(weights_path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights_path}: damaged, or not the weights of its {CONFIG_FILE} ({reason})") from None
+    return net.eval().requires_grad_(False).to(device)
+
+
+def match_channels(images: Tensor, channels: int) -> Tensor:
+    """Give images [B, C, H, W] the channels a network takes: grey is repeated to RGB, RGB is averaged to grey.
+
+    Raises:
+        ValueError: neither C nor channels is 1, so there is no stated rule.
+    """
+    if images.shape[1] == channels:
+        return images
+    if images.shape[1] == 1:
+        return images.expand(-1, channels, -1, -1)
+    if channels == 1:
+        return images.mean(dim=1, keepdim=True)
+    raise ValueError(f"cannot show images {list(images.shape)} to a network of {channels} channels")
+
+
+@torch.no_grad()
+def extract(net: FeatureNet, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [B, D] and predicted classes [B] (int64) of one batch, uint8 or float in [-1, 1], [B, C, H, W]; on the CPU."""
+    if images.dtype == torch.uint8:
+        images = images.float() / 127.5 - 1
+    device = net.head.weight.device
+    features = net.features(match_channels(images.to(device), net.channels))  # [B, D]
+    return features.cpu(), net.head(features).argmax(dim=1).cpu()

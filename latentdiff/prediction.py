@@ -1,0 +1,61 @@
+"""Parameterizations: what a network predicts is one row y = A(t) x0 + B(t) eps.
+
+    epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512   score (0, -1/sigma)   flow (alpha', sigma')
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.schedules import NoiseSchedule
+from latentdiff.tensors import widen
+
+_ROWS: Mapping[str, Callable[[NoiseSchedule, Tensor], tuple[Tensor, Tensor]]] = {
+    "epsilon": lambda s, t: (torch.zeros_like(t), torch.ones_like(t)),
+    "sample": lambda s, t: (torch.ones_like(t), torch.zeros_like(t)),
+    "v_prediction": lambda s, t: (-s.sigma(t), s.alpha(t)),
+    "score": lambda s, t: (torch.zeros_like(t), -1 / s.sigma(t)),
+    "flow": lambda s, t: (s.d_alpha(t), s.d_sigma(t)),
+}
+
+
+def names() -> list[str]:
+    """The predictions there are."""
+    return list(_ROWS)
+
+
+def row(prediction: str, schedule: NoiseSchedule, t: float | Tensor) -> tuple[Tensor, Tensor]:
+    """A(t) and B(t), float64, of t's shape.  UserError for an unknown prediction."""
+    if prediction not in _ROWS:
+        raise UserError(f"prediction: {prediction!r} is unknown; valid: {', '.join(_ROWS)}")
+    return _ROWS[prediction](schedule, torch.as_tensor(t, dtype=torch.float64))
+
+
+def solve(
+    prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: float | Tensor, y: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(x0, eps) from x_t = alpha x0 + sigma eps and y = A x0 + B eps, by the inverse of the 2x2 matrix.
+
+    x_t, y: [B, ...]; t: float or [B].  Where the matrix is singular (epsilon or score at alpha = 0, sample at
+    sigma = 0) the result is not finite.
+    """
+    a, b = row(prediction, schedule, t)
+    alpha, sigma = schedule.alpha(t), schedule.sigma(t)
+    det = alpha * b - sigma * a
+    x0 = widen(b / det, x_t) * x_t - widen(sigma / det, x_t) * y
+    eps = widen(alpha / det, x_t) * y - widen(a / det, x_t) * x_t
+    return x0, eps
+
+
+def target(prediction: str, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
+    """y = A(t) x0 + B(t) eps [B, ...], what the network should say at x_t."""
+    a, b = row(prediction, schedule, t)
+    return widen(a, x0) * x0 + widen(b, x0) * eps
+
+
+def from_scheduler(scheduler) -> str:
+    """The prediction that a diffusers scheduler's config stands for."""
+    kind = scheduler.config.get("prediction_type", "flow")
+    return "flow" if kind == "flow_prediction" else kind

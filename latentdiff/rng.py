@@ -1,0 +1,66 @@
+"""Randomness as an argument: per-sample generators, and seeds derived from what they stand for."""
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+
+
+def randn(
+    shape: Sequence[int],
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Standard normal noise of the given shape [B, ...].
+
+    generator: None (torch's default), one generator for the whole batch, or B of them, one per sample: then sample i
+    is the same at any batch size and place in the batch.  Drawn on the generator's device and moved to `device`
+    (default: the generator's), so a CPU generator gives the same noise everywhere; drawn in float32 and cast, unless
+    float64 is asked for.  ValueError if the number of generators is not B.
+    """
+    return _draw(torch.randn, shape, generator, device, dtype)
+
+
+def rand(
+    shape: Sequence[int],
+    generator: Generators = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Uniform numbers in [0, 1); generators, devices and errors as in `randn`."""
+    return _draw(torch.rand, shape, generator, device, dtype)
+
+
+def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
+    """Standard normal noise with the shape, device and dtype of x [B, ...]."""
+    return randn(x.shape, generator, x.device, x.dtype)
+
+
+def derive_seed(*parts: int | str) -> int:
+    """A seed in [0, 2**63) that is a fixed function of its parts, on every machine and in every Python process."""
+    text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def generators(seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
+    """One generator per sample, each seeded by (seed, index) alone: image i is the same in any batch."""
+    return [torch.Generator(device).manual_seed(derive_seed(seed, int(index))) for index in indices]
+
+
+def _draw(draw, shape, generator, device, dtype) -> Tensor:
+    work = torch.float64 if dtype == torch.float64 else torch.float32
+    if generator is None:
+        return draw(tuple(shape), device=device, dtype=work).to(dtype)
+    if isinstance(generator, torch.Generator):
+        noise = draw(tuple(shape), generator=generator, device=generator.device, dtype=work)
+        return noise.to(device=device or generator.device, dtype=dtype)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for a batch of shape {list(shape)}: one per sample is needed")
+    if not generator:
+        return torch.empty(tuple(shape), device=device, dtype=dtype)
+    rows = [draw(tuple(shape[1:]), generator=g, device=g.device, dtype=work).to(device or g.device) for g in generator]
+    return torch.stack(rows).to(dtype)  # [B, ...]

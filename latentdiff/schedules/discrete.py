@@ -1,0 +1,123 @@
+"""The schedule given by a list of betas, and the lists that have a name."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.schedules.base import Time, VariancePreserving, f64
+
+
+class DiscreteVP(VariancePreserving):
+    """The discrete chain of DDPM (2006.11239) as a continuous schedule: alpha^2 at t = (k + 1)/N is prod_{i<=k}(1 - beta_i).
+
+    Exact at the N knots; between them the log-SNR is linear in t.  Below t_min = 1/N sigma falls linearly to
+    sigma(0) = 0, so that a last step may end on data.
+    """
+
+    def __init__(self, betas: Sequence[float] | Tensor):
+        betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
+        if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
+            raise UserError("betas: DiscreteVP needs at least two numbers in (0, 1]")
+        # A last beta of 1 (zero terminal SNR, 2305.08891) has no log: diffusers' Euler replaces it by the same 2^-24.
+        alpha_bar = torch.cumprod(1 - betas, 0).clamp_min(2.0**-24)
+        self.num_steps = len(betas)
+        self.t_min = 1 / self.num_steps
+        self._log_snr = alpha_bar.log() - torch.log1p(-alpha_bar)  # [N], falling
+        self._sigma_min = float((1 - alpha_bar[0]).sqrt())
+        self._betas: dict[str, Any] = {"trained_betas": betas.tolist()}
+
+    @classmethod
+    def named(
+        cls, beta_schedule: str, beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000
+    ) -> "DiscreteVP":
+        """One of diffusers' beta schedules, in float64: linear, scaled_linear or squaredcos_cap_v2."""
+        schedule = cls(BETAS[beta_schedule](beta_start, beta_end, num_steps))
+        schedule._betas = {"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end}
+        return schedule
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], betas: Tensor) -> "DiscreteVP":
+        """From the config of a diffusers scheduler: its formula in float64 if it names one, else its own betas."""
+        if config.get("rescale_betas_zero_snr"):
+            return cls(betas)
+        if config.get("trained_betas") is not None:
+            return cls(config["trained_betas"])
+        if config["beta_schedule"] not in BETAS:
+            return cls(betas)
+        return cls.named(
+            config["beta_schedule"], config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+        )
+
+    def betas(self) -> dict[str, Any]:
+        return dict(self._betas)
+
+    def _slot(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The knots' interval that holds t, and log_snr there: (index [..], log_snr [..])."""
+        knots = self._log_snr.to(t.device)
+        place = (t * self.num_steps - 1).clamp(0, self.num_steps - 1)
+        index = place.floor().long().clamp(max=self.num_steps - 2)
+        return index, torch.lerp(knots[index], knots[index + 1], place - index)
+
+    def _slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        index, log_snr = self._slot(t)
+        knots = self._log_snr.to(t.device)
+        return log_snr, (knots[index + 1] - knots[index]) * self.num_steps
+
+    def log_snr(self, t: Time) -> Tensor:
+        t = f64(t)
+        below = torch.log1p(-self._below(t) ** 2) - 2 * self._below(t).log()
+        return torch.where(t < self.t_min, below, self._slot(t)[1])
+
+    def _below(self, t: Tensor) -> Tensor:
+        return self._sigma_min * (t / self.t_min).clamp(0, 1)
+
+    def alpha(self, t: Time) -> Tensor:
+        t = f64(t)
+        return torch.where(t < self.t_min, (1 - self._below(t) ** 2).sqrt(), torch.sigmoid(self._slot(t)[1]).sqrt())
+
+    def sigma(self, t: Time) -> Tensor:
+        t = f64(t)
+        return torch.where(t < self.t_min, self._below(t), torch.sigmoid(-self._slot(t)[1]).sqrt())
+
+    def d_alpha(self, t: Time) -> Tensor:
+        return -self.sigma(t) * self.d_sigma(t) / self.alpha(t)
+
+    def d_sigma(self, t: Time) -> Tensor:
+        t = f64(t)
+        log_snr, slope = self._slope(t)
+        inside = -0.5 * slope * torch.sigmoid(-log_snr).sqrt() * torch.sigmoid(log_snr)
+        return torch.where(t < self.t_min, torch.full_like(t, self._sigma_min / self.t_min), inside)
+
+    def time_from_log_snr(self, log_snr: Time) -> Tensor:
+        log_snr = f64(log_snr)
+        rising = -self._log_snr.to(log_snr.device)
+        index = (torch.searchsorted(rising, -log_snr.contiguous()) - 1).clamp(0, self.num_steps - 2)
+        place = index + (-log_snr - rising[index]) / (rising[index + 1] - rising[index])
+        inside = (place.clamp(max=self.num_steps - 1) + 1) / self.num_steps
+        below = torch.sigmoid(-log_snr).sqrt() / self._sigma_min * self.t_min
+        return torch.where(-log_snr < rising[0], below, inside)
+
+
+def _linear(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start, end, n, dtype=torch.float64)
+
+
+def _scaled_linear(start: float, end: float, n: int) -> Tensor:
+    return torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+
+
+def _squared_cosine(start: float, end: float, n: int) -> Tensor:
+    """2102.09672 eq. 17 with s = 0.008 and beta <= 0.999; start and end play no part."""
+    edges = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2) ** 2
+    return (1 - edges[1:] / edges[:-1]).clamp(max=0.999)
+
+
+BETAS: Mapping[str, Callable[[float, float, int], Tensor]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _squared_cosine,
+}

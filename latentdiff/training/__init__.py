@@ -1,0 +1,22 @@
+"""Trainers: one per stage, each a step function and a short loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from latentdiff.config import AutoencoderConfig, DiffusionConfig, FeaturesConfig
+
+
+def train(config: AutoencoderConfig | DiffusionConfig | FeaturesConfig, resume: bool = False) -> Path:
+    """Run the trainer that the config's stage names; returns the folder of what it made."""
+    if isinstance(config, AutoencoderConfig):
+        from latentdiff.training.autoencoder import train_autoencoder
+
+        return train_autoencoder(config, resume)
+    if isinstance(config, DiffusionConfig):
+        from latentdiff.training.diffusion import train_diffusion
+
+        return train_diffusion(config, resume)
+    from latentdiff.training.features import train_feature_network
+
+    return train_feature_network(config)

@@ -1,0 +1,57 @@
+"""The images of a run: a training part and a held-out part, preprocessed alike, read in a resumable order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from latentdiff.config import DataConfig
+from latentdiff.data.order import Batches
+from latentdiff.data.preprocess import ImageDataset, Preprocess
+from latentdiff.data.sources import held_out, open_source, splits
+
+SPLIT_SEED = 0  # the held-out share must not move with the training seed, or two runs would not compare
+
+
+class Images:
+    """train and held_out ImageDatasets of one data section.
+
+    The held-out part is the data set's own test split where it has one, else a fixed share of the images. `multiple_of`
+    is what both sides of the tensors must be divisible by.
+    """
+
+    def __init__(self, config: DataConfig, multiple_of: int):
+        source = open_source(config.source, "train", config.channels, config.max_bad_share)
+        rule = Preprocess(config.size, config.channels, config.fit, max(multiple_of, config.multiple_of))
+        if "test" in splits(config.source):
+            test = open_source(config.source, "test", config.channels, config.max_bad_share)
+            self.train = ImageDataset(source, rule)
+            self.held_out = ImageDataset(test, self.train.preprocess)
+        else:
+            kept, apart = held_out(source, config.held_out, SPLIT_SEED)
+            self.train, self.held_out = ImageDataset(source, rule, kept), ImageDataset(source, rule, apart)
+        self.preprocess = self.train.preprocess
+        self.class_names = list(source.class_names)
+        self.bad = source.bad
+        self.workers = config.workers
+        self.flips = config.flips
+
+    def batches(self, seed: int, batch_size: int, start_step: int, accelerator) -> Batches:
+        """Endless training batches of this process, from the given step on; batch_size is global."""
+        return Batches(
+            self.train, batch_size, seed, start_step * batch_size, accelerator.process_index, accelerator.num_processes,
+            self.workers, self.flips,
+        )  # fmt: skip
+
+    def held_out_batch(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """`count` held-out images, spread evenly over the part: always the same ones."""
+        n = len(self.held_out)
+        return self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
+
+
+def sweep(dataset: ImageDataset, batch_size: int = 256, limit: int | None = None) -> Iterator[Tensor]:
+    """All images of a dataset once, in order, as [B, C, H, W]."""
+    for indices in torch.arange(min(len(dataset), limit or len(dataset))).split(batch_size):
+        yield dataset.batch(indices)[0]

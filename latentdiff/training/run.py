@@ -1,0 +1,162 @@
+"""What both trainers share: processes and precision, the learning rate, logs, the clock that decides when to save."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.config import OptimizerConfig, Section, TrainConfig
+from latentdiff.errors import UserError
+
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def start_accelerator(train: TrainConfig):
+    """An Accelerator at the config's precision, after printing what the run really has: processes, device, precision."""
+    from accelerate import Accelerator
+
+    if train.threads is not None:
+        torch.set_num_threads(train.threads)
+    accelerator = Accelerator(mixed_precision=PRECISIONS[train.precision])
+    if train.batch_size % accelerator.num_processes:
+        raise UserError(
+            f"train.batch_size: {train.batch_size} (the global batch) cannot be shared by {accelerator.num_processes} "
+            f"processes; use a multiple of {accelerator.num_processes}"
+        )
+    accelerator.print(
+        f"latentdiff train: {accelerator.num_processes} process(es), device {accelerator.device}, "
+        f"precision {train.precision}, global batch {train.batch_size}, "
+        f"{torch.get_num_threads()} CPU thread(s) per process",
+        file=sys.stderr,
+    )
+    return accelerator
+
+
+def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
+    """The learning rate of step 0 <= step < steps: a pure function, so that a resumed run continues it exactly."""
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
+    return config.lr * (config.final_share + (1.0 - config.final_share) * shape)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def gradient_norm(module: nn.Module, clip: float | None) -> float:
+    """Clip the gradient's norm to `clip` (None: measure only) and return what it was."""
+    return float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip if clip is not None else math.inf))
+
+
+class Journal:
+    """Logs of a run, on the main process: a progress bar with rate and time left on stderr, TensorBoard, metrics.jsonl."""
+
+    def __init__(self, output: Path, steps: int, start: int, enabled: bool):
+        self.enabled = enabled
+        if not enabled:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+        from tqdm import tqdm
+
+        self.writer = SummaryWriter(str(output / "logs"))
+        self.lines = (output / "metrics.jsonl").open("a")
+        # Written to a file the bar is refreshed rarely, so that a log stays readable
+        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0)
+
+    def advance(self) -> None:
+        if self.enabled:
+            self.bar.update(1)
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.lines.write(json.dumps({"step": step, **{k: round(float(v), 7) for k, v in values.items()}}) + "\n")
+        self.lines.flush()
+        shown = {k.rsplit("/", 1)[-1]: f"{v:.4g}" for k, v in values.items() if k.startswith("train/")}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            self.bar.write(text, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.enabled:
+            self.bar.close()
+            self.writer.close()
+            self.lines.close()
+
+
+class SaveClock:
+    """True every so many minutes, and at most once per interval."""
+
+    def __init__(self, minutes: float):
+        self.interval, self.last = minutes * 60.0, time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < self.interval:
+            return False
+        self.last = time.monotonic()
+        return True
+
+
+class Averages:
+    """Running means of named scalars between two log lines."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach().float().cpu()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, float]:
+        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+        self.sums, self.counts = {}, {}
+        return means
+
+
+def check_output(output: Path, config: Section, resume: bool) -> None:
+    """Refuse to write over another run, and to resume one whose config differs in more than its length and logging."""
+    record = output / "config.json"
+    if not resume:
+        if (output / "state").exists():
+            raise UserError(f"{output}: holds a training run already; continue it with --resume, or set output= elsewhere")
+        return
+    if not record.is_file():
+        raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
+    before, now = json.loads(record.read_text()), config.model_dump(mode="json")
+    for key in ("model", "data", "seed", "schedule", "prediction", "condition", "autoencoder"):
+        if before.get(key) != now.get(key):
+            raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")
+
+
+def write_config(output: Path, config: Section) -> None:
+    write_json(output / "config.json", config.model_dump(mode="json"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON so that the file is either the old or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value, indent=1, default=str))
+    temporary.replace(path)

@@ -1,0 +1,1 @@
+"""Generation pipelines, one self-contained file each; the same file is saved into every checkpoint."""
