@@ -1,7 +1,7 @@
 """Publish and load a checkpoint: a diffusers folder that plain diffusers opens, with latentdiff.json beside it.
 
 Layout: model_index.json, pipeline.py, unet/, vae/, scheduler/, latentdiff.json (how it was made) and README.md (the
-model card). Weights are safetensors; nothing is ever unpickled. Training state (optimizers and the like) lives elsewhere.
+model card). Weights are safetensors; nothing is ever unpickled. Training state (optimizers and so on) lives elsewhere.
 """
 
 import copy
@@ -62,13 +62,19 @@ def publish(
         The folder.
 
     Raises:
-        UserError: a weight does not fit `dtype`, or the defaults contradict the model.
+        UserError: a weight does not fit `dtype`, or classes, null class and guidance contradict each other or the U-Net.
     """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     folder = Path(folder)
     if default_guidance_scale != 1.0 and null_class is None:
         raise UserError(f"default_guidance_scale {default_guidance_scale}: without a null class it can only be 1")
+    rows, needed = unet.config.get("num_class_embeds") or 0, len(class_names or ()) + (null_class is not None)
+    if class_names and (rows != needed or null_class not in (None, len(class_names))):
+        raise UserError(
+            f"{len(class_names)} class_names and null_class {null_class} for a U-Net with num_class_embeds {rows}: "
+            f"the null class comes after the last class, and num_class_embeds must be {needed}"
+        )
     record = {
         "format": FORMAT,
         **meta,
@@ -121,7 +127,7 @@ def in_dtype(model: torch.nn.Module, dtype: torch.dtype, name: str) -> torch.nn.
     result = torch.nn.Module.to(copy.deepcopy(model), device="cpu", dtype=dtype)  # not ModelMixin.to: it warns of this
     for key, value in result.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise UserError(f"{name}: {key} is not finite in {dtype}: it diverged, or only float32 or bfloat16 holds it")
+            raise UserError(f"{name}: {key} is not finite in {dtype}: it diverged, or needs float32 or bfloat16")
     return result.eval()
 
 

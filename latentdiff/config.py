@@ -140,6 +140,7 @@ class DiffusionConfig(Section):
     output: str
     seed: int = 0
     autoencoder: str  # stage 1's output, or any diffusers autoencoder: a folder or a Hub name
+    normaliser: Literal["stored", "measured"] = "stored"  # measured: on this data, for a first stage trained elsewhere
     data: DataConfig
     cache: CacheConfig = CacheConfig()
     model: ModelConfig

@@ -1,9 +1,11 @@
 """Parameterizations: what a network predicts is one row y = A(t) x0 + B(t) eps.
 
-    epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512   score (0, -1/sigma)   flow (alpha', sigma')
+    epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512 appendix D
+    score (0, -1/sigma)   flow (alpha', sigma')
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +57,7 @@ def target(prediction: str, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t:
     return widen(a, x0) * x0 + widen(b, x0) * eps
 
 
-def from_scheduler(scheduler) -> str:
+def from_scheduler(scheduler: Any) -> str:
     """The prediction that a diffusers scheduler's config stands for."""
     kind = scheduler.config.get("prediction_type", "flow")
     return "flow" if kind == "flow_prediction" else kind

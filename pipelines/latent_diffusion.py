@@ -64,8 +64,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
-        if isinstance(class_names, (list, tuple)):
-            # A dict, because diffusers takes a list of strings in model_index.json for a (library, class) pair.
+        if isinstance(class_names, (list, tuple)):  # a list of strings would look like a (library, class) pair
             class_names = {str(i): str(name) for i, name in enumerate(class_names)}
         self.register_to_config(
             class_names=class_names,
@@ -76,8 +75,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
         )
-
-    # --- what the checkpoint knows ---------------------------------------------------------------------------------
 
     @property
     def class_names(self) -> list[str]:
@@ -124,8 +121,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:_LISTED_CLASSES]))
         return f"the classes are: {listed}" + (f", ... ({count} in all)" if count > _LISTED_CLASSES else "")
 
-    # --- generation ------------------------------------------------------------------------------------------------
-
     @torch.no_grad()
     def __call__(
         self,
@@ -158,12 +153,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             sampler: one of `latentdiff.samplers.names()` instead of the diffusers scheduler.
             sampler_options: that sampler's own keywords.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent" (normalised).
-            callback_on_step_end: called as f(pipe, step, timestep, {"latents": x}); a returned dict with "latents"
-                replaces them, except under `sampler`, which hands out its states to look at only.
+            callback_on_step_end: called as f(pipe, step, timestep, {"latents": x}), the timestep being t in [0, 1]
+                under `sampler`; a returned dict with "latents" replaces them.
             return_dict: False gives a plain tuple.
-
-        Raises:
-            PipelineInputError: for what this checkpoint cannot do, naming what it can.
+        Raises PipelineInputError for what this checkpoint cannot do, naming what it can.
         """
         if prompt is not None:
             raise PipelineInputError("this checkpoint has no text encoder: pass class_labels=, not prompt=")
@@ -177,12 +170,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
         scale = self._guidance(guidance_scale, labels)
         noise = self._noise(count, generator, latents)  # [B, c, h, w]
-        if isinstance(generator, list) and count == 1:
-            generator = generator[0]
-
-        run = self._run_scheduler
-        if sampler is not None:
-            run = partial(self._run_sampler, sampler, sampler_options or {})
+        run = partial(self._run_sampler, sampler, sampler_options or {}) if sampler else self._run_scheduler
         latents = run(noise, labels, scale, guidance_interval, steps, generator, callback_on_step_end)
 
         images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
@@ -260,21 +248,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 bar.update()
         return x
 
-    def _run_sampler(
-        self, sampler, options, noise, labels, scale, interval, steps, generator, callback
-    ) -> torch.Tensor:
+    def _run_sampler(self, name, options, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The same with one of latentdiff's samplers."""
-        # Not an import statement: diffusers scans this file for those and would warn about a package it can do without.
+        # Not an import statement: diffusers scans this file for those and would warn about a package it can do without
         try:
             schedules, denoisers, guidance, samplers = (
                 importlib.import_module(f"latentdiff.{room}")
                 for room in ("schedules", "denoiser", "guidance", "samplers")
             )
         except ImportError as error:
-            raise PipelineInputError(f"sampler={sampler!r} needs the latentdiff package: {error}") from error
-        stored = dict(self.config.schedule or {})
-        if stored:
-            schedule = schedules.make_schedule(stored.pop("name"), **stored)
+            raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
+        if self.config.schedule:
+            schedule = schedules.make_schedule(**self.config.schedule)
         else:
             schedule = schedules.NoiseSchedule.from_scheduler(self.scheduler)
         prediction = self.config.prediction or prediction_of(self.scheduler)
@@ -288,13 +273,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             denoiser = guidance.ClassifierFree(denoiser, conditional, null, scale, interval=interval)
         with self.progress_bar(total=steps) as bar:
 
-            def report(step: int, t: float, x: torch.Tensor) -> None:
+            def report(step: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor | None:
                 bar.update()
-                if callback is not None:
-                    callback(self, step, t, {"latents": x})
+                return (callback(self, step, t, {"latents": x}) or {}).get("latents") if callback else None
 
             return samplers.sample(
-                denoiser, noise, sampler=sampler, steps=steps, generator=generator, callback=report, **options
+                denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options
             )
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
@@ -307,8 +291,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 f"image_size {[height, width]} in model_index.json is larger than the decoded {list(images.shape[-2:])}"
             )
         return (images[..., top : top + height, left : left + width] / 2 + 0.5).clamp(0, 1)
-
-    # --- saving and loading ----------------------------------------------------------------------------------------
 
     def to_json_string(self) -> str:
         """model_index.json, naming this class as [file, class] so that diffusers takes it from the folder."""
@@ -352,23 +334,23 @@ def prediction_of(scheduler: Any) -> str:
 
 
 def denormalise(latents: torch.Tensor, config: Any) -> torch.Tensor:
-    """The autoencoder's own latents from normalised ones [B, c, h, w]: z = (z_n / scale + shift) std + mean."""
-    latents = latents / (config.get("scaling_factor") or 1.0) + (config.get("shift_factor") or 0.0)
+    """The autoencoder's own latents [B, c, h, w] from normalised ones: z = z_n std / scaling_factor + mean.
+
+    mean and std are latents_mean and latents_std, per channel; without them z = z_n / scaling_factor + shift_factor.
+    """
+    latents = latents / (config.get("scaling_factor") or 1.0)
     mean, std = config.get("latents_mean"), config.get("latents_std")
-    if std is not None:
-        latents = latents * torch.as_tensor(std).to(latents).reshape(1, -1, 1, 1)
-    if mean is not None:
-        latents = latents + torch.as_tensor(mean).to(latents).reshape(1, -1, 1, 1)
-    return latents
+    if mean is None or std is None:
+        return latents + (config.get("shift_factor") or 0.0)
+    mean, std = (torch.as_tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std))
+    return latents * std + mean
 
 
 def to_output(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
     """Images [B, C, H, W] in [0, 1] as "pt", "np" [B, H, W, C] or "pil" (grey for one channel)."""
-    if output_type == "pt":
-        return images
     array = images.cpu().permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
-    if output_type == "np":
-        return array
+    if output_type in ("pt", "np"):
+        return images if output_type == "pt" else array
     if array.shape[-1] not in (1, 3, 4):
         raise PipelineInputError(f"output_type 'pil' cannot show {array.shape[-1]} channels: use np or pt")
     pixels = (array * 255).round().astype(np.uint8)

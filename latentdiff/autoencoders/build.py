@@ -66,7 +66,7 @@ def load_autoencoder(where: str) -> nn.Module:
     Raises UserError naming the path when there is none, or when its weights cannot be read.
     """
     folder = Path(where)
-    for candidate in (folder, folder / "autoencoder", folder / "vae"):
+    for candidate in (folder / "autoencoder", folder / "vae", folder):
         if (candidate / "config.json").is_file():
             return _load_folder(candidate)
     if folder.exists() or where.count("/") != 1 or where.startswith((".", "/")):
@@ -123,10 +123,21 @@ def fold_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
 def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
     """Write the measured latent statistics into the autoencoder's own config.
 
-    An AutoencoderKL with quant convolutions has them folded in (see fold_normaliser). Every other class knows one
-    scaling_factor: 1 / sqrt(mean over channels of E[z^2]), which gives the latents unit second moment overall.
+    An AutoencoderKL with quant convolutions has them folded in (see fold_normaliser), others see set_normaliser.
     """
     if getattr(vae, "post_quant_conv", None) is not None and hasattr(vae.config, "latents_mean"):
         fold_normaliser(vae, mean, std)
+    else:
+        set_normaliser(vae, mean, std)
+
+
+def set_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
+    """Put measured statistics [c] of raw latents into the config, leaving every weight as it is.
+
+    Per channel where the class has latents_mean and latents_std; else by the one scaling_factor the class knows,
+    1 / sqrt(mean over channels of E[z^2]), which gives the latents unit second moment overall.
+    """
+    if hasattr(vae.config, "latents_mean"):
+        vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
     else:
         vae.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()))

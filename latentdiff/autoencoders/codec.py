@@ -52,8 +52,9 @@ class LatentCodec:
             )
         out = self.vae.encode(images.to(self.device))
         if hasattr(out, "latent_dist"):
-            return out.latent_dist.mean.float(), out.latent_dist.std.float()
-        latents = (out.latents if hasattr(out, "latents") else out.latent).float()
+            # contiguous: the encoder may leave a channels-last layout, which safetensors refuses to store
+            return out.latent_dist.mean.float().contiguous(), out.latent_dist.std.float().contiguous()
+        latents = (out.latents if hasattr(out, "latents") else out.latent).float().contiguous()
         return latents, torch.zeros_like(latents)
 
     def normalise(self, z: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ class PatchDiscriminator(nn.Module):
         for i, out in enumerate(channels):
             first, last = i == 0, i == len(channels) - 1
             # Even kernels at stride 2 give every pixel the same number of taps: no checkerboard in the gradient.
-            shape = {"kernel_size": 3, "stride": 1} if last else {"kernel_size": 4, "stride": 2}
-            layers.append(nn.Conv2d(width, out, padding=1, bias=first, **shape))
+            kernel, stride = (3, 1) if last else (4, 2)
+            layers.append(nn.Conv2d(width, out, kernel, stride, padding=1, bias=first))
             if not first:
                 layers.append(nn.GroupNorm(gcd(8, out), out))
             layers.append(nn.LeakyReLU(0.2))

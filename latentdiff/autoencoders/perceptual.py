@@ -97,5 +97,6 @@ def _to_channels(images: Tensor, channels: int) -> Tensor:
 def _unit_distance(a: Tensor, b: Tensor) -> Tensor:
     """Squared distance of unit vectors over channels, mean over positions: [N, c, h, w] twice -> [N]."""
     # The constant in the root bounds the gradient where all channels are near zero (background after an activation).
-    a, b = (m * torch.rsqrt(m.square().sum(1, keepdim=True) + 1e-4) for m in (a.float(), b.float()))
+    a, b = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in (a, b))
+    a, b = (m * torch.rsqrt(m.square().sum(1, keepdim=True) + 1e-4) for m in (a, b))
     return (a - b).square().sum(1).mean((1, 2))  # [N]

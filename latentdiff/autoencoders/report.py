@@ -122,7 +122,8 @@ def ssim(reconstruction: Tensor, images: Tensor) -> Tensor:
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     a, b = (reconstruction.float() + 1) / 2, (images.float() + 1) / 2
-    return structural_similarity_index_measure(a, b, data_range=1.0, reduction="none").reshape(len(images))
+    per_image: Any = structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
+    return per_image.reshape(len(images))  # [B]
 
 
 @torch.no_grad()
@@ -137,7 +138,8 @@ def stage1_report(
     for content too small for its window. ValueError when there are no images.
     """
     statistics = LatentStatistics(codec.latent_channels)
-    usage = CodeUsage(codec.vae.quantize.n_e) if hasattr(codec.vae, "quantize") else None
+    quantize: Any = getattr(codec.vae, "quantize", None)
+    usage = None if quantize is None else CodeUsage(quantize.n_e)
     psnrs: list[Tensor] = []
     ssims: list[Tensor] = []
     shown: list[tuple[Tensor, Tensor]] = []
@@ -204,8 +206,8 @@ def _latents(codec: LatentCodec, statistics: LatentStatistics, largest: float) -
 def verdict(report: dict[str, Any]) -> list[str]:
     """Lines "pass: fact" or "warn: fact; what follows from it and what to do", one per question."""
     latents, psnr_db = report["latents"], report["psnr_db"]
-    dead, share, largest = latents["dead_channels"], latents["posterior_variance_share_all"], latents["largest_normalised"]
-    rms = _normalised_rms(latents)
+    dead, share = latents["dead_channels"], latents["posterior_variance_share_all"]
+    largest, rms = latents["largest_normalised"], _normalised_rms(latents)
     checks = [
         (
             psnr_db is not None and psnr_db >= PSNR_WARN,
@@ -240,7 +242,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
     if "codes" in report:
         codes = report["codes"]
         fact = f"{codes['used']:.0%} of {codes['codes']} codes used, perplexity {codes['perplexity']:.1f}"
-        checks.append((codes["used"] >= CODES_WARN, fact, "the codebook is mostly idle: use fewer codes or revive them"))
+        checks.append((codes["used"] >= CODES_WARN, fact, "the codebook is mostly idle: use fewer codes"))
     return [f"pass: {fact}" if good else f"warn: {fact}; {hint}" for good, fact, hint in checks]
 
 

@@ -6,6 +6,8 @@ therefore kept over an epoch and judged at its end.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -51,7 +53,8 @@ class CodeUsage:
 @torch.no_grad()
 def code_indices(vq_model: nn.Module, latents: Tensor) -> Tensor:
     """The code chosen at each position: encoder outputs [B, d, h, w] (VQModel.encode(x).latents) -> int64 [B, h, w]."""
-    indices = vq_model.quantize(latents)[2][2]
+    quantize: Any = vq_model.quantize
+    indices: Tensor = quantize(latents)[2][2]
     return indices.view(latents.shape[0], *latents.shape[2:])
 
 
@@ -66,7 +69,8 @@ def revive_dead_codes(
     counts of zero throughout it serves to start the codebook on the data. Several processes must call it with the
     same counts, outputs and generator state. generator: on the CPU.
     """
-    codebook = vq_model.quantize.embedding.weight  # [K, d]
+    quantize: Any = vq_model.quantize
+    codebook: Tensor = quantize.embedding.weight  # [K, d]
     if counts.shape != codebook.shape[:1] or encoder_outputs.shape[1] != codebook.shape[1]:
         raise ValueError(
             f"codebook {tuple(codebook.shape)} does not go with counts {tuple(counts.shape)} "

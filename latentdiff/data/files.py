@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from latentdiff.errors import UserError
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
-_ROTATED = (5, 6, 7, 8)  # EXIF orientations with a quarter turn
+_QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
 def inspect(path: Path) -> tuple[str, tuple[int, int]] | str:
@@ -23,12 +23,7 @@ def inspect(path: Path) -> tuple[str, tuple[int, int]] | str:
     try:
         with Image.open(path) as image:
             mode, (width, height), kind = image.mode, image.size, image.format
-            rotated = kind == "JPEG" and image.getexif().get(0x0112, 1) in (
-                5,
-                6,
-                7,
-                8,
-            )  # EXIF orientation: 90 degree turns
+            rotated = kind != "PNG" and image.getexif().get(0x0112, 1) in _QUARTER_TURNS
             if kind == "PNG":
                 image.verify()
             elif kind != "JPEG" or not _has_jpeg_end(path):
@@ -49,7 +44,8 @@ def _has_jpeg_end(path: Path) -> bool:
 def decode(path: Path, channels: int) -> np.ndarray:
     """uint8 [H, W, channels]. 16-bit greys are scaled to 8 bits (PIL's own conversion would clip them)."""
     with Image.open(path) as opened:
-        image = ImageOps.exif_transpose(opened)
+        # A PNG may carry its orientation after the pixels, where `inspect` could not see it without decoding
+        image = opened if opened.format == "PNG" else ImageOps.exif_transpose(opened)
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):
@@ -74,7 +70,7 @@ def hash_ends(path: Path, span: int = 32768) -> str:
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """uint8 array of an idx file: bytes 0, 0, 8 (unsigned byte), number of dims, then big-endian 32-bit sizes, then the values."""
+    """uint8 array of an idx file: bytes 0, 0, 8 (unsigned byte), dims, big-endian 32-bit sizes, then the values."""
     try:
         raw = gzip.open(path).read() if path.suffix == ".gz" else path.read_bytes()
         shape = tuple(np.frombuffer(raw, ">u4", dims, 4).tolist())

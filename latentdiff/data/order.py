@@ -1,5 +1,4 @@
-"""The order of the data: a pure function of (seed, epoch), so that a run can stop anywhere and go on with the same
-samples.
+"""The order of the data: a pure function of (seed, epoch), so that a run can stop anywhere and go on as if it had not.
 
 Positions count samples, not batches or epochs: position p of the endless stream is the same sample at any batch size
 and on any number of processes.
@@ -21,7 +20,7 @@ Batch = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class Indexed(Protocol):
-    """What `Batches` needs of a data set: its length, and the batch at given indices (mirrored where `flips` says so)."""
+    """What `Batches` needs of a data set: its length, and a batch, mirrored where `flips` says so."""
 
     def __len__(self) -> int: ...
 
@@ -58,8 +57,7 @@ class Batches:
     """Endless iterator of this process's (images, labels), from sample position `start` of the stream.
 
     The global batch at position p is stream(n, seed, p, global_batch); process `rank` of `world` gets its rank-th
-    slice, so that N processes together see what one process would. flips mirrors each sample with probability 1/2, by
-    position.
+    slice, so that N processes together see what one process would. flips mirrors each sample with probability 1/2.
     workers: threads that prepare batches ahead (decoding releases the interpreter lock); 0 prepares them when asked
     for. `position` is the first position not handed out yet: save it, and go on with start=position.
     """

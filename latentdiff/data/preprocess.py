@@ -1,4 +1,4 @@
-"""From image files of any size to tensors that an autoencoder takes, by stated rules: nothing is cropped or padded silently."""
+"""From images of any size to the tensors an autoencoder takes, by stated rules: nothing happens silently."""
 
 import hashlib
 from collections.abc import Sequence
@@ -26,9 +26,9 @@ class Preprocess:
         covered, then cut out of the middle. "pad": images are all of one size, at most H x W, and a border around
         them brings both sides to H x W and up to the next multiple of `multiple_of`.
     multiple_of: what the network divides a side by (autoencoder factor times the U-Net's); except with "pad", size
-    must obey.
+        must obey.
     pad_mode: "constant" (black, -1), "edge" or "reflect". The border is split evenly; an odd pixel goes to the
-    bottom/right.
+        bottom/right.
     content_size: (H, W) of the images inside the border, filled in by `for_source`; None: `size`.
     """
 
@@ -57,7 +57,7 @@ class Preprocess:
             self._check_multiple(*self.size)
 
     def for_source(self, source: ImageSource) -> "Preprocess":
-        """With size and channels filled in from the source, after checking that every image fits (from headers alone)."""
+        """With size and channels filled in from the source, after checking that every image fits it."""
         sizes = np.unique(source.sizes, axis=0)
         if self.size is None and len(sizes) > 1:
             raise UserError(
@@ -106,19 +106,28 @@ class Preprocess:
 
     def __call__(self, image: np.ndarray, flip: bool = False) -> torch.Tensor:
         """uint8 [H0, W0, C0] -> float32 [C, H', W'] in [-1, 1]; mirrored left-right before padding when `flip`."""
+        return self.batch([image], [flip])[0]
+
+    def batch(self, images: Sequence[np.ndarray], flips: Sequence[bool]) -> torch.Tensor:
+        """B images, uint8 [H0, W0, C0] each -> float32 [B, C, H', W'] in [-1, 1]. UserError for a size that misfits."""
+        fitted = np.stack([self._fit(image) for image in images])  # [B, H, W, C]
+        mirrored = np.asarray(flips, dtype=bool)
+        fitted[mirrored] = fitted[mirrored, :, ::-1]
+        (top, left, height, width), (tall, wide) = self.content, self.padded_size
+        if (tall, wide) != (height, width):
+            border = ((0, 0), (top, tall - height - top), (left, wide - width - left), (0, 0))
+            fitted = np.pad(fitted, border, mode=self.pad_mode)  # type: ignore[call-overload]  # constant: 0, that is -1
+        pixels = torch.from_numpy(np.ascontiguousarray(fitted.transpose(0, 3, 1, 2)))
+        return pixels.to(torch.float32) / 127.5 - 1.0
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H0, W0, C0] -> uint8 [H, W, C]: the content."""
         self._check_fits(*image.shape[:2])
         image = _match_channels(image, self.channels or image.shape[-1])
-        top, left, height, width = self.content
-        if image.shape[:2] != (height, width):
-            image = _resample(image, (height, width), crop=self.fit == "crop")
-        if flip:
-            image = image[:, ::-1]
-        tall, wide = self.padded_size
-        if (tall, wide) != (height, width):
-            border = ((top, tall - height - top), (left, wide - width - left), (0, 0))
-            image = np.pad(image, border, mode=self.pad_mode)  # type: ignore[call-overload]  # constant: 0, that is -1
-        pixels = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))  # [C, H', W']
-        return pixels.to(torch.float32) / 127.5 - 1.0
+        _, _, height, width = self.content
+        if image.shape[:2] == (height, width):
+            return image
+        return _resample(image, (height, width), crop=self.fit == "crop")
 
     def _known_size(self) -> tuple[int, int]:
         if self.size is None:
@@ -175,7 +184,7 @@ class ImageDataset:
         wanted = self.indices[torch.as_tensor(indices, dtype=torch.int64)]
         mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
         pairs = [self.source.read_or_next(i) for i in wanted.tolist()]
-        images = torch.stack([self.preprocess(image, flip) for (_, image), flip in zip(pairs, mirrored, strict=True)])
+        images = self.preprocess.batch([image for _, image in pairs], mirrored)
         labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
         return images, labels
 

@@ -100,9 +100,9 @@ class ArraySource(ImageSource):
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
-        digest.update(np.ascontiguousarray(self.images))
+        digest.update(self.images.tobytes())
         if self.labels is not None:
-            digest.update(self.labels.numpy())
+            digest.update(self.labels.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -300,7 +300,7 @@ def _class_names(label_names: list[str] | None) -> list[str]:
 
 
 def _fashion_mnist(split: str, channels: int) -> ArraySource:
-    """Fashion-MNIST (1708.07747): 60,000 + 10,000 grey images of 28 x 28 in ten classes, from idx files, plain or gzipped."""
+    """Fashion-MNIST (1708.07747): 60,000 + 10,000 grey images of 28 x 28 in ten classes, from idx(.gz) files."""
     prefix = "train" if split == "train" else "t10k"
     images = read_idx(_find_idx(f"{prefix}-images-idx3-ubyte"), dims=3)
     labels = read_idx(_find_idx(f"{prefix}-labels-idx1-ubyte"), dims=1)

@@ -204,9 +204,7 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
 
 @torch.no_grad()
 def extract(net: FeatureNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [B, D] and predicted classes [B] (int64) of one batch, uint8 or float in [-1, 1], [B, C, H, W]; on the CPU."""
-    if images.dtype == torch.uint8:
-        images = images.float() / 127.5 - 1
+    """Features [B, D] and predicted classes [B] (int64), on the CPU, of images [B, C, H, W] in [-1, 1]."""
     device = net.head.weight.device
     features = net.features(match_channels(images.to(device), net.channels))  # [B, D]
     return features.cpu(), net.head(features).argmax(dim=1).cpu()

@@ -1,17 +1,58 @@
-"""What is measured on images: Fréchet distance, label accuracy, classification accuracy score, PSNR, SSIM."""
+"""What is measured on images: Fréchet distance, label accuracy, classification accuracy score (CAS)."""
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from latentdiff.data.preprocess import ImageDataset, to_uint8
 from latentdiff.evaluation.features import FeatureNet, extract
 from latentdiff.evaluation.statistics import Moments, frechet_distance
 
-# Trains a classifier on uint8 images [N, C, H, W] and labels [N] from a seed. Training is a lower room: it is
-# handed in, so that generated and real images are certain to meet the same recipe.
-ClassifierTrainer = Callable[[Tensor, Tensor, int], FeatureNet]
+# Trains a classifier on labelled images from a seed. Training is a lower room, so the trainer is handed in; generated
+# and real images then certainly meet the same recipe.
+ClassifierTrainer = Callable[[ImageDataset, int], FeatureNet]
+Batch = tuple[Tensor, Tensor | None]
+
+
+def read_batches(dataset: ImageDataset, size: int = 250) -> Iterator[Batch]:
+    """Successive (images [b, C, H, W] in [-1, 1], labels [b] | None) of a data set, b <= size."""
+    for start in range(0, len(dataset), size):
+        yield dataset.batch(range(start, min(start + size, len(dataset))))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One pass of a network over images: feature moments, share classified right (None: unlabelled), content hash."""
+
+    moments: Moments
+    accuracy: float | None
+    sha256: str
+
+
+def look(net: FeatureNet, batches: Iterable[Batch]) -> Seen:
+    """Feature moments, label accuracy and hash of a stream of batches, in one pass that keeps no image.
+
+    The hash is over the 8-bit pixels, their shape and the labels, in order: equal for equal images wherever they lie
+    and however they are cut into batches.
+    """
+    moments, pixel_hash, label_hash = Moments(net.dim), hashlib.sha256(), hashlib.sha256()
+    right, labelled, shape = 0, False, ()
+    for images, labels in batches:
+        features, predicted = extract(net, images)
+        moments.update(features)
+        pixels = to_uint8(images)
+        shape = pixels.shape[1:]
+        pixel_hash.update(pixels.tobytes())
+        if labels is not None:
+            labelled = True
+            right += int((predicted == labels).sum())
+            label_hash.update(labels.numpy().tobytes())
+    accuracy = right / moments.count if labelled else None
+    content = f"{list(shape)} {pixel_hash.hexdigest()} {label_hash.hexdigest()}"
+    return Seen(moments, accuracy, hashlib.sha256(content.encode()).hexdigest())
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
@@ -20,12 +61,12 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
     return frechet_distance(*moments)
 
 
-def label_accuracy(net: FeatureNet, images: Tensor, labels: Tensor) -> float:
-    """Share of images [N, C, H, W] (uint8, or float in [-1, 1]) that net assigns to their labels [N]; in [0, 1]."""
-    if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"images {list(images.shape)} and labels {list(labels.shape)} do not pair up")
-    _, predicted = extract(net, images)
-    return (predicted == labels.cpu()).double().mean().item()
+def label_accuracy(net: FeatureNet, dataset: ImageDataset) -> float:
+    """Share of a labelled data set's images that net assigns to their labels; in [0, 1]."""
+    accuracy = look(net, read_batches(dataset)).accuracy
+    if accuracy is None:
+        raise ValueError(f"data '{dataset.source.name}' has no labelled images")
+    return accuracy
 
 
 @dataclass(frozen=True)
@@ -37,7 +78,6 @@ class ClassificationAccuracy:
 
     generated: tuple[float, ...]
     real: tuple[float, ...]
-    seeds: tuple[int, ...]
 
     @property
     def value(self) -> float:
@@ -57,45 +97,18 @@ class ClassificationAccuracy:
 
 def cas(
     train: ClassifierTrainer,
-    generated: tuple[Tensor, Tensor],
-    real: tuple[Tensor, Tensor],
-    test: tuple[Tensor, Tensor],
+    generated: ImageDataset,
+    real: ImageDataset,
+    test: ImageDataset,
     seeds: Sequence[int] = (0,),
 ) -> ClassificationAccuracy:
     """Train on generated images, and with the same recipe on as many real ones; test both on held-out real images.
 
-    Each argument is a pair of images uint8 [N, C, H, W] and labels int64 [N]; generated and real must match in N
-    and in the number of images of each class, so that the two trainings differ in the pictures alone.
-
     Raises:
-        ValueError: the class counts of generated and real images differ.
+        ValueError: generated and real images differ in number within a class, so that more than the pictures differs.
     """
-    bins = int(max(labels.max() for _, labels in (generated, real))) + 1
-    counts = [torch.bincount(labels, minlength=bins) for _, labels in (generated, real)]
-    if not torch.equal(*counts):
-        raise ValueError(f"images per class differ: generated {counts[0].tolist()}, real {counts[1].tolist()}")
-    scores = [
-        tuple(label_accuracy(train(images, labels, seed), *test) for seed in seeds)
-        for images, labels in (generated, real)
-    ]
-    return ClassificationAccuracy(generated=scores[0], real=scores[1], seeds=tuple(seeds))
-
-
-def psnr(images: Tensor, reference: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image [B, C, H, W] in [0, 1], in dB, [B] float64; infinite where equal."""
-    _check_pair(images, reference)
-    error = (images.double() - reference.double()).square().flatten(1).mean(dim=1)
-    return -10 * torch.log10(error)
-
-
-def ssim(images: Tensor, reference: Tensor) -> Tensor:
-    """Structural similarity of each image [B, C, H, W] in [0, 1], [B]: Gaussian window of 11, sigma 1.5."""
-    from torchmetrics.functional.image import structural_similarity_index_measure
-
-    _check_pair(images, reference)
-    return structural_similarity_index_measure(images, reference, data_range=1.0, reduction="none").reshape(-1)
-
-
-def _check_pair(images: Tensor, reference: Tensor) -> None:
-    if images.shape != reference.shape or images.ndim != 4:
-        raise ValueError(f"expected two equal shapes [B, C, H, W], got {list(images.shape)}, {list(reference.shape)}")
+    counts = [torch.bincount(data.labels, minlength=len(test.class_names)).tolist() for data in (generated, real)]
+    if counts[0] != counts[1]:
+        raise ValueError(f"images per class differ: generated {counts[0]}, real {counts[1]}")
+    scores = [tuple(label_accuracy(train(data, seed), test) for seed in seeds) for data in (generated, real)]
+    return ClassificationAccuracy(generated=scores[0], real=scores[1])

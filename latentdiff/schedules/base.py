@@ -23,11 +23,13 @@ class NoiseSchedule:
     t_min, t_max: the interval in which the schedule may be trained and integrated.  At t_min the score is still
     finite; at t_max alpha is still large enough that x0 can be recovered from x_t and eps.
     prior_std: standard deviation of x at t_max for the prior N(0, prior_std^2), data of unit variance assumed.
+    num_steps: into how many timesteps diffusers cuts [0, 1].
     """
 
     t_min: float = 1e-3
     t_max: float = 1.0
     prior_std: float = 1.0
+    num_steps: int = 1000
 
     def alpha(self, t: Time) -> Tensor:
         raise NotImplementedError
@@ -62,11 +64,11 @@ class NoiseSchedule:
 
     def timestep(self, t: Time) -> Tensor:
         """What the U-Net is fed for time t: 1000 t, unless a child says otherwise."""
-        return 1000 * f64(t)
+        return self.num_steps * f64(t)
 
     def time_from_timestep(self, timestep: Time) -> Tensor:
         """The inverse of `timestep`."""
-        return f64(timestep) / 1000
+        return f64(timestep) / self.num_steps
 
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
         """A diffusers scheduler of this schedule; see latentdiff.schedules.SCHEDULERS for the names.
@@ -100,8 +102,6 @@ class NoiseSchedule:
 
 class VariancePreserving(NoiseSchedule):
     """alpha^2 + sigma^2 = 1.  The U-Net is fed N t - 1, so that diffusers' timestep k is t = (k + 1) / N."""
-
-    num_steps: int = 1000
 
     def timestep(self, t: Time) -> Tensor:
         """N t - 1: diffusers' k = 0 ... N - 1 at t = 1/N ... 1."""

@@ -12,18 +12,19 @@ from latentdiff.schedules.base import Time, VariancePreserving, f64
 
 
 class DiscreteVP(VariancePreserving):
-    """The discrete chain of DDPM (2006.11239) as a continuous schedule: alpha^2 at t = (k + 1)/N is prod_{i<=k}(1 - beta_i).
+    """The discrete chain of DDPM (2006.11239) as a continuous schedule.
 
-    Exact at the N knots; between them the log-SNR is linear in t.  Below t_min = 1/N sigma falls linearly to
-    sigma(0) = 0, so that a last step may end on data.
+    alpha^2 at t = (k + 1)/N is prod_{i <= k} (1 - beta_i), exactly; between these N knots the log-SNR is linear in t.
+    Below t_min = 1/N sigma falls linearly to sigma(0) = 0, so that a last step may end on data.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor):
         betas = torch.as_tensor(betas, dtype=torch.float64).cpu()
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
             raise UserError("betas: DiscreteVP needs at least two numbers in (0, 1]")
-        # A last beta of 1 (zero terminal SNR, 2305.08891) has no log: diffusers' Euler replaces it by the same 2^-24.
-        alpha_bar = torch.cumprod(1 - betas, 0).clamp_min(2.0**-24)
+        alpha_bar = torch.cumprod(1 - betas, 0)
+        # Zero terminal SNR (2305.08891) has no log: diffusers' Euler puts the same 2^-24 in its place.
+        alpha_bar = torch.where(alpha_bar > 0, alpha_bar, 2.0**-24)
         self.num_steps = len(betas)
         self.t_min = 1 / self.num_steps
         self._log_snr = alpha_bar.log() - torch.log1p(-alpha_bar)  # [N], falling

@@ -61,7 +61,7 @@ class Parts:
 def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     """Train stage 1 as the config says; returns the folder of the finished autoencoder, <output>/autoencoder.
 
-    Also written: config.json, metrics.jsonl, logs/ (TensorBoard), pictures/, state/, report.json and report.png.
+    Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, report.json and report.png.
     """
     output = Path(config.output)
     run.check_output(output, config, resume)

@@ -1,17 +1,131 @@
 """Training of the feature network, which is also the classifier of the classification accuracy score."""
 
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from latentdiff.evaluation.features import FeatureNet, extract, match_channels, to_unit_range
+from latentdiff.config import FeaturesConfig
+from latentdiff.data.order import Batches
+from latentdiff.data.preprocess import ImageDataset
+from latentdiff.errors import UserError
+from latentdiff.evaluation.features import FeatureNet
+from latentdiff.evaluation.scores import label_accuracy
+from latentdiff.training import run
+from latentdiff.training.data import Images
 
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
-MAX_SHIFT = 2  # pixels
+WARM_UP = 0.25  # share of the steps in which the learning rate rises
+MAX_SHIFT = 1  # pixels
+
+
+def train_feature_network(config: FeaturesConfig) -> Path:
+    """Train the feature network a config describes, write it to <output>/features and return that folder."""
+    unknown = set(config.model) - {"widths"}
+    if unknown:
+        raise UserError(f"model.{sorted(unknown)[0]}: unknown key; a feature network has only widths, three numbers")
+    output = Path(config.output)
+    images = Images(config.data, multiple_of=1)
+    accelerator = run.start_accelerator(config.train)
+    if accelerator.num_processes > 1:
+        raise UserError("stage: features trains in one process; start it without accelerate launch")
+    net = train_features(
+        images.train,
+        test=images.held_out,
+        steps=config.train.steps,
+        batch=config.train.batch_size,
+        lr=config.lr,
+        seed=config.seed,
+        flips=images.flips,
+        name=config.name,
+        device=accelerator.device,
+        precision=config.train.precision,
+        workers=images.workers,
+        **config.model,
+    )
+    run.write_config(output, config)
+    net.save(output / "features")
+    accuracy, count = net.info["test_accuracy"], len(images.held_out)
+    print(f"{config.name}: accuracy {accuracy:.4f} on {count} held-out images", file=sys.stderr)
+    return output / "features"
+
+
+def train_features(
+    dataset: ImageDataset,
+    *,
+    test: ImageDataset | None = None,
+    steps: int = 4000,
+    batch: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    widths: Sequence[int] = (32, 64, 128),
+    flips: bool = True,
+    name: str = "features",
+    device: str | torch.device = "cpu",
+    precision: str = "bfloat16",
+    workers: int = 0,
+) -> FeatureNet:
+    """Train a FeatureNet to tell the classes of dataset; return it folded, frozen and in eval mode.
+
+    AdamW with one cycle of learning rate peaking at lr (1708.07120), label smoothing, and mild augmentation: shifts of
+    up to a pixel, and mirroring when flips. Weights and order are drawn from seed; the global generator is left alone.
+
+    Args:
+        test: labelled images not trained on; the share of them classified right is kept in info["test_accuracy"].
+        precision: of the forward pass: float32, or bfloat16 or float16 by autocast.
+
+    Raises:
+        UserError: the data have no class labels.
+    """
+    if dataset.labels is None or not dataset.class_names:
+        raise UserError(f"data '{dataset.source.name}' has no class labels, which a feature network learns from")
+    device = torch.device(device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = FeatureNet(dataset.batch([0])[0].shape[1], len(dataset.class_names), widths, name, normed=True)
+    net.to(device).train()
+    generator = torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(_parameter_groups(net), lr=lr)
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=WARM_UP)
+    data = Batches(dataset, batch, seed, workers=workers, flips=flips)
+    began = time.perf_counter()
+    # Written to a file the bar is refreshed rarely, so that a log stays readable
+    bar = tqdm(range(steps), desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    for _ in bar:
+        images, labels = next(data)
+        images = shift_images(images, MAX_SHIFT, generator).to(device)  # [B, C, H, W]
+        with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
+            logits = net(images)
+        loss = F.cross_entropy(logits.float(), labels.to(device), label_smoothing=LABEL_SMOOTHING)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        cycle.step()
+        bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
+    data.close()
+    net.fold().requires_grad_(False)
+    net.info = {
+        "class_names": list(dataset.class_names),
+        "data": dataset.source.name,
+        "data_fingerprint": dataset.fingerprint(),
+        "preprocessing": dataset.preprocess.describe(),
+        "training": {"images": len(dataset), "steps": steps, "batch": batch, "lr": lr, "seed": seed, "flips": flips,
+                     "precision": precision, "seconds": round(time.perf_counter() - began, 1)},
+    }
+    if test is not None:
+        net.info["test_accuracy"] = label_accuracy(net, test)
+    return net
+
+
+def train_classifier(dataset: ImageDataset, seed: int, *, steps: int = 1500) -> FeatureNet:
+    """The classifier of the classification accuracy score: one fixed recipe, for generated and real images alike."""
+    return train_features(dataset, steps=steps, seed=seed, name="classifier")
 
 
 def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
@@ -24,85 +138,8 @@ def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> 
     return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None], rows, columns]
 
 
-def train_features(
-    images: Tensor,
-    labels: Tensor,
-    *,
-    classes: int,
-    steps: int = 1800,
-    batch: int = 128,
-    lr: float = 2e-3,
-    seed: int = 0,
-    widths: tuple[int, int, int] = (32, 64, 128),
-    flips: bool = True,
-    test: tuple[Tensor, Tensor] | None = None,
-    name: str = "features",
-    device: str | torch.device = "cpu",
-    precision: str = "bf16",
-    channels: int | None = None,
-    log: Callable[[str], None] = print,
-) -> FeatureNet:
-    """Train a FeatureNet on images uint8 [N, C, H, W] with labels int64 [N]; return it in eval mode, frozen.
-
-    AdamW with one cycle of learning rate (1708.07120) peaking at lr, label smoothing, and two mild augmentations:
-    a shift of up to two pixels, and mirroring when flips. The result is a function of the arguments alone: weights
-    and order are drawn from seed without touching the global generator's state.
-
-    Args:
-        test: held-out (images, labels); their accuracy is logged and kept in net.info["test_accuracy"].
-        precision: "fp32", or "bf16" for bfloat16 autocast of the forward pass.
-        channels: what the network takes, by default the images' own.
-    """
-    if len(images) != len(labels) or len(images) == 0:
-        raise ValueError(f"images {list(images.shape)} and labels {list(labels.shape)} do not pair up")
-    device = torch.device(device)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = FeatureNet(channels or images.shape[1], classes, widths, name)
-    net.to(device)
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(_parameter_groups(net), lr=lr)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.2)
-    order = _order(len(images), batch, steps, generator)
-    began = time.perf_counter()
-    for step, index in enumerate(order, start=1):
-        x = match_channels(to_unit_range(images[index]), net.channels)
-        x = shift_images(x, MAX_SHIFT, generator)
-        if flips:
-            mirrored = torch.rand(len(x), generator=generator) < 0.5
-            x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            logits = net(x.to(device))
-        loss = F.cross_entropy(logits.float(), labels[index].to(device), label_smoothing=LABEL_SMOOTHING)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        cycle.step()
-        if step % max(1, steps // 10) == 0:
-            log(f"features step {step}/{steps} loss {loss.item():.3f} {time.perf_counter() - began:.0f} s")
-    net.eval().requires_grad_(False)
-    seconds = time.perf_counter() - began
-    net.info.update(
-        images=len(images), image_size=list(images.shape[2:]), steps=steps, batch=batch, lr=lr, seed=seed, flips=flips,
-        seconds=round(seconds, 1),
-    )
-    if test is not None:
-        _, predicted = extract(net, test[0])
-        net.info["test_accuracy"] = (predicted == test[1]).double().mean().item()
-        log(f"features test accuracy {net.info['test_accuracy']:.4f} after {seconds:.0f} s of training")
-    return net
-
-
 def _parameter_groups(net: nn.Module) -> list[dict[str, object]]:
     """Weight decay on matrices and kernels, none on gains and biases."""
     decayed = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-
-
-def _order(n: int, batch: int, steps: int, generator: torch.Generator) -> Sequence[Tensor]:
-    """Batches of indices: the concatenation of epochs, each a fresh permutation, cut into steps of batch."""
-    epochs = -(-steps * batch // n)
-    stream = torch.cat([torch.randperm(n, generator=generator) for _ in range(epochs)])
-    return stream[: steps * batch].split(batch)

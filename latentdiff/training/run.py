@@ -137,7 +137,7 @@ class Averages:
 
 def check_output(output: Path, config: Section, resume: bool) -> None:
     """Refuse to write over another run, and to resume one whose config differs in more than its length and logging."""
-    record = output / "config.json"
+    record = output / "run.json"
     if not resume:
         if (output / "state").exists():
             raise UserError(f"{output}: holds a training run already; continue it with --resume, or set output= elsewhere")
@@ -151,7 +151,7 @@ def check_output(output: Path, config: Section, resume: bool) -> None:
 
 
 def write_config(output: Path, config: Section) -> None:
-    write_json(output / "config.json", config.model_dump(mode="json"))
+    write_json(output / "run.json", config.model_dump(mode="json"))
 
 
 def write_json(path: Path, value: Any) -> None:

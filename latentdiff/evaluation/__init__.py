@@ -1,0 +1,1 @@
+"""Honest numbers for generated images: features, streaming statistics, scores, and a report with its protocol."""

@@ -1,0 +1,116 @@
+"""Time grids: at which t a sampler stands.  Every grid is float64 [n + 1], strictly descending, starting at t_max.
+
+Where sigma(0) = 0 the last entry is 0 and a sampler's last step lands on its own x0 estimate: n steps, n evaluations of
+a first-order method.  Where it is not (VE), the last entry is t_min, and sampling ends with one more evaluation.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import UserError
+from latentdiff.schedules import NoiseSchedule
+
+
+def uniform(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Equal steps in t from t_max to the end."""
+    return torch.linspace(schedule.t_max, 0.0 if _ends_clean(schedule) else schedule.t_min, n + 1, dtype=torch.float64)
+
+
+def angle(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Equal steps in atan(sigma/alpha), the direction of the path in the (alpha, sigma) plane, from t_max to the end.
+
+    On a variance-preserving schedule this is the spacing of the cosine schedule (2102.09672).  The samplers' default:
+    on a Gaussian mixture of unit variance, at 10 to 40 evaluations, Euler, Heun and DPM-Solver++ 2M err less with it
+    than with any other grid here on VP, subVP and DDPM's schedules, often by half.  On the straight path `uniform` is
+    about as good; on VE it is better for the two of second order.
+    """
+    ends = [schedule.t_max, schedule.t_min]
+    edges = torch.atan(torch.exp(-0.5 * schedule.log_snr(torch.tensor(ends, dtype=torch.float64))))
+    last = 0.0 if _ends_clean(schedule) else float(edges[1])
+    angles = torch.linspace(float(edges[0]), last, n + 1, dtype=torch.float64)[: _inner(schedule, n)]
+    return _closed(schedule, schedule.time_from_log_snr(-2 * torch.tan(angles).log()))
+
+
+def log_snr(schedule: NoiseSchedule, n: int) -> Tensor:
+    """Equal steps in log-SNR between t_max and t_min (2206.00927 section 3.3), then the end."""
+    edges = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+    inner = torch.linspace(float(edges[0]), float(edges[1]), _inner(schedule, n), dtype=torch.float64)
+    return _closed(schedule, schedule.time_from_log_snr(inner))
+
+
+def karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> Tensor:
+    """Equal steps in (sigma/alpha)^(1/rho) between t_max and t_min (2206.00364 eq. 5), then the end."""
+    edges = torch.exp(-0.5 * schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)))
+    ramp = torch.linspace(0, 1, _inner(schedule, n), dtype=torch.float64)
+    high, low = edges ** (1 / rho)
+    ratio = (high + ramp * (low - high)) ** rho
+    return _closed(schedule, schedule.time_from_log_snr(-2 * ratio.log()))
+
+
+def trailing(schedule: NoiseSchedule, n: int) -> Tensor:
+    """diffusers' "trailing" timesteps (2305.08891 table 2): every N/n-th from the last down, rounded, then the end."""
+    _at_most_all(schedule, n, "trailing")
+    steps = schedule.num_steps - torch.arange(n, dtype=torch.float64) * (schedule.num_steps / n)
+    return _closed(schedule, steps.round() / schedule.num_steps)
+
+
+def leading(schedule: NoiseSchedule, n: int) -> Tensor:
+    """diffusers' "leading" timesteps (those of DDIM and Euler, offset 0): every (N // n)-th from 0 up, then the end.
+
+    It starts below t_max (at timestep 950 of 1000 for n = 20): for comparison with checkpoints that were sampled so.
+    """
+    _at_most_all(schedule, n, "leading")
+    steps = torch.arange(n - 1, -1, -1, dtype=torch.float64) * (schedule.num_steps // n) + 1
+    return _closed(schedule, steps / schedule.num_steps)
+
+
+_GRIDS: Mapping[str, Callable[..., Tensor]] = {
+    "angle": angle,
+    "uniform": uniform,
+    "karras": karras,
+    "log_snr": log_snr,
+    "trailing": trailing,
+    "leading": leading,
+}
+
+
+def names() -> list[str]:
+    """The names `make_grid` knows."""
+    return list(_GRIDS)
+
+
+def make_grid(grid: str | Tensor, schedule: NoiseSchedule, n: int) -> Tensor:
+    """A grid by name, or a tensor of times checked to be one.  UserError otherwise; n is then not looked at."""
+    if isinstance(grid, Tensor):
+        times = grid.to(torch.float64).cpu()
+        falls = times.ndim == 1 and len(times) > 1 and bool((times.diff() < 0).all())
+        if not (falls and times[-1] >= 0 and times[0] <= 1):
+            raise UserError("grid: a tensor of times must be 1-d, strictly descending and within [0, 1]")
+        return times
+    if grid not in _GRIDS:
+        raise UserError(f"grid: {grid!r} is unknown; valid: {', '.join(_GRIDS)}, or a tensor of times")
+    if n < 1:
+        raise UserError(f"steps: at least 1 is needed, not {n}")
+    return _GRIDS[grid](schedule, n)
+
+
+def _ends_clean(schedule: NoiseSchedule) -> bool:
+    return float(schedule.sigma(0.0)) == 0.0
+
+
+def _inner(schedule: NoiseSchedule, n: int) -> int:
+    return n if _ends_clean(schedule) else n + 1
+
+
+def _closed(schedule: NoiseSchedule, times: Tensor) -> Tensor:
+    """times within [t_min, t_max], followed by the end of the grid if it is not yet among them."""
+    times = times.clamp(schedule.t_min, schedule.t_max)
+    end = 0.0 if _ends_clean(schedule) else schedule.t_min
+    return times if float(times[-1]) == end else torch.cat([times, times.new_tensor([end])])
+
+
+def _at_most_all(schedule: NoiseSchedule, n: int, name: str) -> None:
+    if n > schedule.num_steps:
+        raise UserError(f"steps: the {name} grid has at most {schedule.num_steps}, not {n}")

@@ -1,0 +1,48 @@
+"""DDPM and DDIM: one step from x_t to x_s, given the x0 and eps seen at t."""
+
+from itertools import pairwise
+
+from torch import Tensor
+
+from latentdiff.rng import Generators, randn_like
+from latentdiff.samplers.common import Callback, DenoiserLike, knots, report
+
+
+def ddim(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    grid: Tensor,
+    generator: Generators = None,
+    callback: Callback | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM (2010.02502 eq. 12 and 16): x_s = alpha_s x0 + sqrt(sigma_s^2 - v) eps + sqrt(v) z.
+
+    v = eta^2 (sigma_s/sigma_t)^2 (sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2): eta = 0 is deterministic, eta = 1 draws
+    from the posterior q(x_s | x_t, x0).
+    x: the state [B, ...] at grid[0]; returns the state at grid[-1].
+    """
+    steps = knots(denoiser.schedule, grid)
+    for i, (now, then) in enumerate(pairwise(steps)):
+        seen = denoiser(x, now.t)
+        kept = (now.alpha * then.sigma) / (then.alpha * now.sigma)  # sqrt(SNR_t / SNR_s), in [0, 1]
+        variance = eta**2 * then.sigma**2 * (1 - kept**2)
+        x = then.alpha * seen.x0 + (then.sigma**2 - variance) ** 0.5 * seen.eps
+        if variance > 0:
+            x = x + variance**0.5 * randn_like(x, generator)
+        x = report(callback, i, now.t, x, seen.x0)
+    return x
+
+
+def ancestral(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    grid: Tensor,
+    generator: Generators = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """DDPM (2006.11239 algorithm 2, variance beta-tilde) on any grid: x_s from q(x_s | x_t, x0), DDIM at eta 1.
+
+    x: the state [B, ...] at grid[0]; returns the state at grid[-1].
+    """
+    return ddim(denoiser, x, grid, generator, callback, eta=1.0)

@@ -1,0 +1,294 @@
+"""Stage 2: train a U-Net to denoise the latents of a frozen autoencoder, and publish the pipeline."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff import checkpoints
+from latentdiff.autoencoders.build import checked_arguments, diffusers_class
+from latentdiff.conditioning import ClassCondition
+from latentdiff.config import DiffusionConfig
+from latentdiff.data.order import coin_flips, stream
+from latentdiff.denoiser import Denoiser, unet_model
+from latentdiff.errors import UserError
+from latentdiff.noise_levels import NoiseLevels, make_noise_levels
+from latentdiff.objective import diffusion_loss
+from latentdiff.rng import derive_seed, rand, randn
+from latentdiff.schedules import NoiseSchedule, make_schedule
+from latentdiff.training import run, state
+from latentdiff.training.ema import Ema
+from latentdiff.training.latents import Latents, prepare_latents
+
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")  # of the U-Net: never typed twice
+BUCKETS = 4  # of the training time interval, for the loss by noise level
+
+
+@dataclass
+class Parts:
+    """Everything a step touches. `network` is what accelerate wrapped, `unet` the bare module, `average` its EMA copy."""
+
+    latents: Latents
+    condition: ClassCondition | None
+    schedule: NoiseSchedule
+    levels: NoiseLevels
+    network: nn.Module
+    unet: nn.Module
+    average: nn.Module
+    optimizer: Any
+    ema: Ema
+    denoiser: Denoiser
+
+
+def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
+    """Train stage 2 as the config says; returns the folder of the published pipeline, <output>/model.
+
+    Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, and the latent cache where the
+    config puts it.
+    """
+    output = Path(config.output)
+    run.check_output(output, config, resume)
+    _, levels = _noise(config)  # a wrong name fails here, before anything is encoded
+    accelerator = run.start_accelerator(config.train)
+    latents = prepare_latents(config, accelerator, progress_bar("encoding", accelerator.is_main_process))
+    torch.manual_seed(derive_seed(config.seed, "initialise"))
+    parts = _parts(config, latents, accelerator)
+    start = _resume(output, parts) if resume else 0
+    if accelerator.is_main_process:
+        run.write_config(output, config)
+        if parts.ema.memory() > config.train.steps / 2:
+            print(f"warning: the EMA looks back {parts.ema.memory():.0f} steps, the run has {config.train.steps}; "
+                  "lower ema.decay or its pictures lag behind", file=sys.stderr)  # fmt: skip
+    _loop(config, parts, accelerator, output, start)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        parts.ema.copy_to(parts.average)
+        _publish(config, parts, output)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return output / "model"
+
+
+def progress_bar(text: str, enabled: bool):
+    """A progress(done, total) function that draws a bar on stderr, or None."""
+    if not enabled:
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(unit="image", desc=text, mininterval=1.0 if sys.stderr.isatty() else 30.0)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return progress
+
+
+def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
+    schedule = make_schedule(config.schedule.name, **config.schedule.params)
+    return schedule, make_noise_levels(config.noise_levels.name, schedule, **config.noise_levels.params)
+
+
+def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None) -> nn.Module:
+    """A fresh diffusers U-Net over latents [B, c, h, w]; channels, size and classes come from the data, never the config."""
+    cls = diffusers_class(config.model.type or "", UNETS, "model.type")
+    for key in DERIVED:
+        if key in config.model.config:
+            raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
+    c, h, w = latent_shape
+    arguments = dict(checked_arguments(cls, config.model.config, "model.config"))
+    halvings = len(arguments.get("block_out_channels", (0,) * 4)) - 1
+    if h % 2**halvings or w % 2**halvings:
+        raise UserError(
+            f"model.config.block_out_channels: {halvings + 1} levels need latents divisible by {2**halvings}, they are "
+            f"{h}x{w}; use fewer levels or raise data.multiple_of with fit=pad"
+        )
+    arguments |= {"in_channels": c, "out_channels": c, "sample_size": [h, w], "num_class_embeds": num_class_embeds}
+    try:
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
+
+
+def _parts(config: DiffusionConfig, latents: Latents, accelerator) -> Parts:
+    condition = None
+    if config.condition.type == "class":
+        if latents.cache.labels is None:
+            raise UserError(f"data.source {config.data.source}: has no classes; set condition.type=none or add class folders")
+        condition = ClassCondition(len(latents.images.class_names), config.condition.dropout)
+    schedule, levels = _noise(config)
+    unet = build_unet(config, latents.cache.latent_shape, condition.num_embeddings if condition else None)
+    average = copy.deepcopy(unet).to(accelerator.device).eval().requires_grad_(False)
+    optimizer = run.make_optimizer(unet.parameters(), config.optimizer)
+    network, optimizer = accelerator.prepare(unet, optimizer)
+    denoiser = Denoiser(unet_model(network, schedule), schedule, config.prediction)
+    ema = Ema(unet, config.ema.decay, config.ema.power)
+    return Parts(latents, condition, schedule, levels, network, unet, average, optimizer, ema, denoiser)
+
+
+def _loop(config: DiffusionConfig, parts: Parts, accelerator, output: Path, start: int) -> None:
+    steps = config.train.steps
+    journal = run.Journal(output, steps, start, accelerator.is_main_process)
+    clock, averages = run.SaveClock(config.train.save_minutes), run.Averages()
+    validation = _validation_set(config, parts) if accelerator.is_main_process else None
+    parts.network.train()
+    for step in range(start, steps):
+        run.set_learning_rate(parts.optimizer, run.learning_rate(config.optimizer, step, steps))
+        averages.add(_step(config, parts, accelerator, step))
+        journal.advance()
+        if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
+            lr = run.learning_rate(config.optimizer, step, steps)
+            journal.log(step + 1, {f"train/{k}": v for k, v in averages.take().items()} | {"lr": lr})
+        if accelerator.is_main_process:
+            if validation is not None and ((step + 1) % config.train.picture_every == 0 or step + 1 == steps):
+                journal.log(step + 1, _validate(config, parts, accelerator, validation))
+                _picture(config, parts, output / "pictures" / f"step-{step + 1:06d}.png")
+            if clock.due() or step + 1 == steps:
+                tensors = {"model": parts.unet.state_dict(), "ema": parts.ema.state()}
+                tensors["optimizer"] = state.optimizer_tensors(parts.optimizer)
+                state.save_state(output, step + 1, tensors, {"ema_updates": parts.ema.updates}, config.train.keep)
+    journal.close()
+
+
+def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict[str, Tensor]:
+    """One update. All that is random is drawn for the global batch from (seed, step) and shared out by rows.
+
+    So N processes together take the step that one process with the whole batch takes, and a resumed run the step it
+    would have taken.
+    """
+    batch, device = config.train.batch_size, accelerator.device
+    local = batch // accelerator.num_processes
+    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+    generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
+    shape = (batch, *parts.latents.cache.latent_shape)
+    posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]
+    t = parts.levels.sample(batch, generator)[mine]
+    chance = rand((batch,), generator)[mine]
+    indices = stream(len(parts.latents.cache), config.seed, step * batch, batch)[mine]
+    flips = coin_flips(config.seed, step * batch, batch)[mine] if config.data.flips else False
+    x0 = parts.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
+    conditioning = {}
+    if parts.condition is not None:
+        labels = parts.latents.cache.labels[indices]
+        if parts.condition.null_class is not None:
+            labels = torch.where(chance < parts.condition.dropout, parts.condition.null_class, labels)
+        conditioning = parts.condition(labels, device)
+    torch.manual_seed(derive_seed(config.seed, "dropout", step, accelerator.process_index))
+    loss = diffusion_loss(
+        parts.denoiser, x0.to(device), t.to(device), noise.to(device), config.weighting, config.min_snr_gamma, **conditioning
+    )  # [B]
+    accelerator.backward(loss.mean())
+    norm = run.gradient_norm(parts.unet, config.optimizer.clip)
+    parts.optimizer.step()
+    parts.optimizer.zero_grad(set_to_none=True)
+    parts.ema.update(parts.unet)
+    return {"loss": loss.mean(), "gradient_norm": torch.tensor(norm), **_by_noise_level(parts.schedule, t, loss)}
+
+
+def _by_noise_level(schedule: NoiseSchedule, t: Tensor, loss: Tensor) -> dict[str, Tensor]:
+    """Mean loss in each quarter of the usable time interval that has a sample."""
+    share = (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
+    bucket = (share * BUCKETS).long().clamp(0, BUCKETS - 1)
+    losses = loss.detach().cpu()
+    return {f"loss_quarter{k + 1}": losses[bucket == k].mean() for k in range(BUCKETS) if bool((bucket == k).any())}
+
+
+def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
+    """Held-out latents with fixed noise and stratified t: the same numbers at every step and in every run."""
+    images, labels = parts.latents.images.held_out_batch(config.validation_images)
+    codec = parts.latents.codec
+    x0 = torch.cat([codec.normalise(codec.moments(chunk)[0]).cpu() for chunk in images.split(128)])
+    generator = torch.Generator().manual_seed(derive_seed("validation"))
+    t = parts.levels.stratified(len(x0))[torch.randperm(len(x0), generator=generator)]
+    values = {"x0": x0, "noise": randn(x0.shape, generator), "t": t}
+    return values if labels is None else {**values, "labels": labels}
+
+
+@torch.no_grad()
+def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str, Tensor]) -> dict[str, float]:
+    """Validation loss of the raw and of the averaged weights."""
+    parts.ema.copy_to(parts.average)
+    parts.unet.eval()
+    values = {}
+    for name, network in (("raw", parts.unet), ("ema", parts.average)):
+        denoiser = Denoiser(unet_model(network, parts.schedule), parts.schedule, config.prediction)
+        losses = []
+        for rows in torch.arange(len(held["x0"])).split(128):
+            batch = {key: value[rows].to(accelerator.device) for key, value in held.items()}
+            conditioning = parts.condition(held["labels"][rows], accelerator.device) if parts.condition else {}
+            with accelerator.autocast():
+                losses.append(diffusion_loss(denoiser, batch["x0"], batch["t"], batch["noise"], **conditioning))
+        values[f"validation/loss_{name}"] = float(torch.cat(losses).mean())
+    parts.unet.train()
+    return values
+
+
+def _pipeline_parts(config: DiffusionConfig, parts: Parts) -> dict[str, Any]:
+    condition = parts.condition
+    return {
+        "unet": parts.average,
+        "vae": parts.latents.codec.vae,
+        "scheduler": parts.schedule.to_scheduler(config.sample.scheduler, config.prediction, **config.sample.scheduler_config),
+        "class_names": parts.latents.images.class_names if condition else None,
+        "null_class": condition.null_class if condition else None,
+        "image_size": parts.latents.images.preprocess.content[2:],
+        "prediction": config.prediction,
+        "schedule": {"name": config.schedule.name, **config.schedule.params},
+    }
+
+
+@torch.no_grad()
+def _picture(config: DiffusionConfig, parts: Parts, path: Path) -> None:
+    """A grid of samples of the averaged weights, one row per class, from fixed seeds; written while training."""
+    from latentdiff.pictures import save_rows
+    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+    from latentdiff.rng import generators
+
+    pipeline = LatentDiffusionPipeline(**_pipeline_parts(config, parts))
+    pipeline.set_progress_bar_config(disable=True)
+    classes = list(range(min(10, pipeline.num_classes))) or [None] * 4
+    scale = config.sample.guidance if pipeline.config.null_class is not None else None
+    images = pipeline(
+        class_labels=classes, num_images_per_label=config.sample.per_class, guidance_scale=scale,
+        num_inference_steps=config.sample.steps, guidance_interval=config.sample.guidance_interval,
+        generator=generators(config.seed, range(len(classes) * config.sample.per_class)), output_type="pt",
+    ).images  # fmt: skip
+    save_rows(list((images.cpu() * 2 - 1).split(config.sample.per_class)), path)
+
+
+def _publish(config: DiffusionConfig, parts: Parts, output: Path) -> None:
+    """Write the averaged weights, the frozen first stage and how they were made as a diffusers folder."""
+    cache = parts.latents.cache
+    statistics = cache.statistics()
+    meta = {
+        "config": config.model_dump(mode="json"),
+        "steps": config.train.steps,
+        "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": parts.ema.updates},
+        "data": {"source": config.data.source, "images": len(cache), "fingerprint": parts.latents.images.train.fingerprint()},
+        "autoencoder": {"fingerprint": parts.latents.codec.fingerprint()},
+        "latents": {"shape": list(cache.latent_shape), "mean": statistics.mean.tolist(), "std": statistics.std.tolist(),
+                    "posterior_share": statistics.posterior_share.tolist()},
+    }  # fmt: skip
+    pieces = _pipeline_parts(config, parts)
+    guidance = config.sample.guidance if pieces["null_class"] is not None else 1.0
+    checkpoints.publish(
+        output / "model", **pieces, meta=meta, default_guidance_scale=guidance,
+        default_num_inference_steps=config.sample.steps,
+    )  # fmt: skip
+
+
+def _resume(output: Path, parts: Parts) -> int:
+    tensors, meta = state.load_state(output)
+    state.load_into(parts.unet, tensors["model"], str(output))
+    parts.ema.restore(tensors["ema"], meta["ema_updates"])
+    state.restore_optimizer(parts.optimizer, tensors["optimizer"])
+    return meta["step"]

@@ -1,0 +1,77 @@
+"""From a diffusion config to its latents: the frozen autoencoder, the cache, and the check that the normaliser fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from latentdiff.autoencoders.build import load_autoencoder, set_normaliser
+from latentdiff.autoencoders.codec import LatentCodec
+from latentdiff.config import DiffusionConfig
+from latentdiff.data.cache import LatentCache, build_cache
+from latentdiff.errors import UserError
+from latentdiff.training.data import Images
+
+CHECKED = 1024  # latents that must agree with the stored normaliser
+TOLERANCE = 1.25  # how far their root mean square may be from 1, as a factor
+
+
+@dataclass
+class Latents:
+    codec: LatentCodec
+    images: Images
+    cache: LatentCache
+
+    def normalised(self, indices: Tensor, noise: Tensor | None, flips: Tensor | bool) -> Tensor:
+        """Normalised latents [B, c, h, w]: mean + std * noise, or the mean where noise is None."""
+        mean, std = self.cache.moments(indices, flips)
+        return self.codec.normalise(mean if noise is None else mean + std * noise)
+
+
+def cache_folder(config: DiffusionConfig) -> Path:
+    return Path(config.cache.folder or Path(config.output) / "latents")
+
+
+def prepare_latents(
+    config: DiffusionConfig, accelerator, progress: Callable[[int, int], None] | None = None
+) -> Latents:
+    """Load the first stage, build its latent cache or open a finished one, and check the normaliser against it.
+
+    UserError where the cache belongs to another autoencoder, preprocessing or data, and where the stored normaliser
+    is contradicted by the latents.
+    """
+    codec = LatentCodec(load_autoencoder(config.autoencoder).to(accelerator.device))
+    if codec.image_channels != config.data.channels:
+        raise UserError(
+            f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
+        )
+    images = Images(config.data, codec.factor)
+    cache = build_cache(
+        codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
+        progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
+    )  # fmt: skip
+    if config.normaliser == "measured":
+        statistics = cache.statistics()
+        set_normaliser(codec.vae, statistics.mean, statistics.std)
+        codec = LatentCodec(codec.vae)
+    latents = Latents(codec, images, cache)
+    check_normaliser(latents, config.autoencoder)
+    return latents
+
+
+def check_normaliser(latents: Latents, name: str) -> None:
+    """UserError unless fresh normalised latents have a root mean square near 1: the denoiser's schedule assumes it."""
+    n = len(latents.cache)
+    indices = torch.linspace(0, n - 1, min(n, CHECKED)).long()
+    noise = torch.randn((len(indices), *latents.cache.latent_shape), generator=torch.Generator().manual_seed(0))
+    rms = float(latents.normalised(indices, noise, False).square().mean().sqrt())
+    if not 1 / TOLERANCE <= rms <= TOLERANCE:
+        raise UserError(
+            f"autoencoder {name}: its normaliser (scaling_factor, or latents_mean and latents_std in its config.json) "
+            f"gives latents of this data a root mean square of {rms:.3g} instead of 1; set normaliser=measured to "
+            "measure it on this data"
+        )
