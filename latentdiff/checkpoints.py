@@ -62,7 +62,7 @@ def publish(
         The folder.
 
     Raises:
-        UserError: a weight does not fit `dtype`, or classes, null class and guidance contradict each other or the U-Net.
+        UserError: a weight does not fit `dtype`, or classes, null class, guidance and U-Net contradict each other.
     """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 

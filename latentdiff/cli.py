@@ -10,6 +10,9 @@ from typing import NoReturn
 from latentdiff.errors import UserError
 
 
+DEFAULT_MODEL = "weights/fashion-mnist"
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -31,8 +34,32 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _parser() -> Parser:
     parser = Parser(prog="latentdiff", description="Train, sample and measure your own latent diffusion models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_generate(commands)
     _add_train(commands)
     return parser
+
+
+def _add_generate(commands) -> None:
+    add = commands.add_parser("generate", help="make images from a checkpoint", description=generate_command.__doc__)
+    add.add_argument("what", nargs="*", metavar="WHAT", help="class names or numbers")
+    add.add_argument("--all-classes", action="store_true", help="every class of the model")
+    add.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=f"a checkpoint folder (default {DEFAULT_MODEL})")
+    add.add_argument("--num-images", type=int, default=8, metavar="N", help="images of each class (default 8)")
+    add.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: the checkpoint's)")
+    add.add_argument("--sampler", metavar="NAME", help="one of latentdiff's samplers instead of the checkpoint's scheduler")
+    add.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale, 1 is off")
+    add.add_argument("--seed", type=int, default=0, metavar="K", help="image i of a class is a function of the seed (default 0)")
+    add.add_argument("--batch-size", type=int, default=128, metavar="B", help="images made at a time (default 128)")
+    add.add_argument("--out", default="samples.png", metavar="PATH", help=".png (a labelled grid), .npz, or a folder")
+    add.set_defaults(run=generate_command)
+
+
+def generate_command(arguments) -> None:
+    """Make N images of each class named and write them to a labelled grid, an npz file or a folder."""
+    from latentdiff.generation import generate
+
+    options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run")}
+    print(generate(**options))
 
 
 def _add_train(commands) -> None:

@@ -2,10 +2,7 @@
 
 This one file is the whole pipeline. It needs torch, numpy, PIL and diffusers; latentdiff itself is imported only in the
 call that asks for one of its samplers. The same file is saved into every checkpoint as pipeline.py, so that plain
-diffusers opens the folder::
-
-    pipe = DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)
-    images = pipe(class_labels=["Sneaker", "Bag"], generator=torch.Generator().manual_seed(0)).images
+diffusers opens the folder: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
 """
 
 import importlib
@@ -172,7 +169,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         noise = self._noise(count, generator, latents)  # [B, c, h, w]
         run = partial(self._run_sampler, sampler, sampler_options or {}) if sampler else self._run_scheduler
         latents = run(noise, labels, scale, guidance_interval, steps, generator, callback_on_step_end)
-
         images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -286,10 +282,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         images = self.vae.decode(denormalise(latents, self.vae.config).to(self.vae.dtype)).sample.float()
         height, width = self.config.image_size or images.shape[-2:]
         top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-        if top < 0 or left < 0:
-            raise PipelineInputError(
-                f"image_size {[height, width]} in model_index.json is larger than the decoded {list(images.shape[-2:])}"
-            )
+        if min(top, left) < 0:
+            raise PipelineInputError(f"image_size {[height, width]} exceeds the decoded {list(images.shape[-2:])}")
         return (images[..., top : top + height, left : left + width] / 2 + 0.5).clamp(0, 1)
 
     def to_json_string(self) -> str:
@@ -313,15 +307,12 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
 
 def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch.Tensor) -> bool:
-    """Whether a scheduler's timestep lies in an interval of t, ends included (None: always).
-
-    Flow schedulers count t N; the others number N noise levels from 0, level k being t = (k + 1) / N.
-    """
+    """Whether a timestep lies in an interval of t, ends included: t N for flow schedulers, t N - 1 for the others."""
     if interval is None:
         return True
     config = scheduler.config
     flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
-    t = (float(timestep) + (0 if flow else 1)) / config.num_train_timesteps
+    t = (float(timestep) + 0) / config.num_train_timesteps
     return interval[0] <= t <= interval[1]
 
 

@@ -170,7 +170,9 @@ def test_default_guidance_needs_a_null_class(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("changes", [dict(class_names=["a", "b"], null_class=2), dict(null_class=0), dict(null_class=None)])
+@pytest.mark.parametrize(
+    "changes", [dict(class_names=["a", "b"], null_class=2), dict(null_class=0), dict(null_class=None)]
+)
 def test_classes_that_contradict_the_unet_are_refused(tmp_path, changes):
     with pytest.raises(UserError, match="num_class_embeds"):
         publish(tmp_path / "model", default_guidance_scale=1.0, **changes)

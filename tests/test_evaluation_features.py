@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from stripes import stripes
 
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource
@@ -12,7 +13,6 @@ from latentdiff.errors import UserError
 from latentdiff.evaluation.features import FeatureNet, extract, load_features
 from latentdiff.evaluation.scores import label_accuracy
 from latentdiff.training.features import shift_images, train_features
-from stripes import stripes
 
 WIDTHS = (8, 8, 16)
 

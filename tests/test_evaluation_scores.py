@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from stripes import stripes
 
 from latentdiff.evaluation.features import FeatureNet
 from latentdiff.evaluation.scores import cas, frechet, label_accuracy, look, read_batches
 from latentdiff.evaluation.statistics import Moments, frechet_distance
 from latentdiff.training.features import train_features
-from stripes import stripes
 
 WIDTHS = (8, 8, 16)
 

@@ -25,7 +25,7 @@ from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource, held_out, open_source, splits
 from latentdiff.errors import UserError
 from latentdiff.evaluation.features import FeatureNet
-from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, look, read_batches
+from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, class_counts, look, read_batches
 from latentdiff.evaluation.statistics import frechet_distance
 
 REPORT_NAME = "evaluation"
@@ -89,18 +89,7 @@ def evaluate_samples(
     reference = look(net, read_batches(train_content, batch))
     seen = look(net, read_batches(generated, batch))
     floor = look(net, read_batches(_subset(test_content, floor_rows), batch))
-    knows_classes = generated.labels is not None and net.info.get("class_names") == list(train.class_names)
-
-    frechet: dict[str, Any] = {
-        "value": frechet_distance(seen.moments, reference.moments),
-        "floor": frechet_distance(floor.moments, reference.moments),
-        "floor_images": len(floor_rows),
-    }
-    metrics: dict[str, Any] = {f"frechet[{net.name}]": frechet}
-    if generated.labels is not None and not knows_classes:
-        log(f"evaluate: no label accuracy: {net.name!r} was not trained on the classes of data '{train.source.name}'")
-    if knows_classes:
-        metrics[f"label_accuracy[{net.name}]"] = {"value": seen.accuracy, "real": floor.accuracy}
+    frechet, metrics = _metrics(net, train, reference, seen, floor, log)
     if train_classifier is not None and generated.labels is not None:
         log(f"evaluate: training {2 * len(cas_seeds)} classifiers for CAS")
         metrics["cas"] = _cas(train_classifier, generated, train_content, test_content, cas_seeds, draw_seed)
@@ -115,6 +104,23 @@ def evaluate_samples(
         moments = report["reconstruction"].pop("moments")
         frechet["reconstruction"] = frechet_distance(moments, reference.moments)
     return report
+
+
+def _metrics(
+    net: FeatureNet, train: ImageDataset, reference: Seen, seen: Seen, floor: Seen, log: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(the entry of the Fréchet distance, all entries that need nothing beyond one pass of net)."""
+    frechet: dict[str, Any] = {
+        "value": frechet_distance(seen.moments, reference.moments),
+        "floor": frechet_distance(floor.moments, reference.moments),
+        "floor_images": floor.moments.count,
+    }
+    metrics: dict[str, Any] = {f"frechet[{net.name}]": frechet}
+    if seen.accuracy is not None and net.info.get("class_names") == list(train.class_names):
+        metrics[f"label_accuracy[{net.name}]"] = {"value": seen.accuracy, "real": floor.accuracy}
+    elif seen.accuracy is not None:
+        log(f"evaluate: no label accuracy: {net.name!r} was not trained on the classes of data '{train.source.name}'")
+    return frechet, metrics
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
@@ -211,8 +217,12 @@ def _matching_rows(dataset: ImageDataset, labels: Tensor | None, count: int, see
 
 
 def _cas(
-    train_classifier: ClassifierTrainer, generated: ImageDataset, train: ImageDataset, test: ImageDataset,
-    seeds: Sequence[int], draw_seed: int,
+    train_classifier: ClassifierTrainer,
+    generated: ImageDataset,
+    train: ImageDataset,
+    test: ImageDataset,
+    seeds: Sequence[int],
+    draw_seed: int,
 ) -> dict[str, Any]:
     """CAS beside that of as many real images; both sides shrink alike where train has too few of a class."""
     real = _subset(train, _matching_rows(train, generated.labels, len(generated), draw_seed))
@@ -248,7 +258,7 @@ def _protocol(stated: Mapping[str, Any] | None, generated: ImageDataset, seen: S
     record |= {"images": len(generated), "image_size": list(generated.preprocess.size or ())}
     record |= {"samples_sha256": seen.sha256, "draw_seed": draw_seed}
     if generated.labels is not None:
-        counts = torch.bincount(generated.labels, minlength=len(generated.class_names)).tolist()
+        counts = class_counts(generated)
         record |= {"class_counts": counts, "class_balanced": len(set(counts)) == 1}
     return record
 

@@ -61,6 +61,13 @@ def frechet(features_a: Tensor, features_b: Tensor) -> float:
     return frechet_distance(*moments)
 
 
+def class_counts(dataset: ImageDataset) -> list[int]:
+    """Images of each class of a labelled data set."""
+    if dataset.labels is None:
+        raise ValueError(f"data '{dataset.source.name}' has no labelled images")
+    return torch.bincount(dataset.labels, minlength=len(dataset.class_names)).tolist()
+
+
 def label_accuracy(net: FeatureNet, dataset: ImageDataset) -> float:
     """Share of a labelled data set's images that net assigns to their labels; in [0, 1]."""
     accuracy = look(net, read_batches(dataset)).accuracy
@@ -107,7 +114,7 @@ def cas(
     Raises:
         ValueError: generated and real images differ in number within a class, so that more than the pictures differs.
     """
-    counts = [torch.bincount(data.labels, minlength=len(test.class_names)).tolist() for data in (generated, real)]
+    counts = [class_counts(data) for data in (generated, real)]
     if counts[0] != counts[1]:
         raise ValueError(f"images per class differ: generated {counts[0]}, real {counts[1]}")
     scores = [tuple(label_accuracy(train(data, seed), test) for seed in seeds) for data in (generated, real)]

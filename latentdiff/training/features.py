@@ -85,20 +85,38 @@ def train_features(
     """
     if dataset.labels is None or not dataset.class_names:
         raise UserError(f"data '{dataset.source.name}' has no class labels, which a feature network learns from")
-    device = torch.device(device)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FeatureNet(dataset.batch([0])[0].shape[1], len(dataset.class_names), widths, name, normed=True)
-    net.to(device).train()
-    generator = torch.Generator().manual_seed(seed)
+    began = time.perf_counter()
+    data = Batches(dataset, batch, seed, workers=workers, flips=flips)
+    _fit(net.to(device), data, steps, lr, torch.Generator().manual_seed(seed), precision)
+    data.close()
+    net.fold().requires_grad_(False)
+    net.info = {
+        "class_names": list(dataset.class_names),
+        "data": dataset.source.name,
+        "data_fingerprint": dataset.fingerprint(),
+        "preprocessing": dataset.preprocess.describe(),
+        "training": {"images": len(dataset), "steps": steps, "batch": batch, "lr": lr, "seed": seed, "flips": flips}
+        | {"precision": precision, "seconds": round(time.perf_counter() - began, 1)},
+    }
+    if test is not None:
+        net.info["test_accuracy"] = label_accuracy(net, test)
+    return net
+
+
+def _fit(net: FeatureNet, data: Batches, steps: int, lr: float, generator: torch.Generator, precision: str) -> None:
+    """The steps of optimisation; generator draws the shifts."""
+    device = net.head.weight.device
     optimizer = torch.optim.AdamW(_parameter_groups(net), lr=lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=WARM_UP)
-    data = Batches(dataset, batch, seed, workers=workers, flips=flips)
-    began = time.perf_counter()
     # Written to a file the bar is refreshed rarely, so that a log stays readable
-    bar = tqdm(range(steps), desc=name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    bar = tqdm(range(steps), desc=net.name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    net.train()
     for _ in bar:
         images, labels = next(data)
+        assert labels is not None  # train_features has refused unlabelled data
         images = shift_images(images, MAX_SHIFT, generator).to(device)  # [B, C, H, W]
         with torch.autocast(device.type, getattr(torch, precision), enabled=precision != "float32"):
             logits = net(images)
@@ -108,19 +126,6 @@ def train_features(
         optimizer.step()
         cycle.step()
         bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
-    data.close()
-    net.fold().requires_grad_(False)
-    net.info = {
-        "class_names": list(dataset.class_names),
-        "data": dataset.source.name,
-        "data_fingerprint": dataset.fingerprint(),
-        "preprocessing": dataset.preprocess.describe(),
-        "training": {"images": len(dataset), "steps": steps, "batch": batch, "lr": lr, "seed": seed, "flips": flips,
-                     "precision": precision, "seconds": round(time.perf_counter() - began, 1)},
-    }
-    if test is not None:
-        net.info["test_accuracy"] = label_accuracy(net, test)
-    return net
 
 
 def train_classifier(dataset: ImageDataset, seed: int, *, steps: int = 1500) -> FeatureNet:

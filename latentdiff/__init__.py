@@ -1,0 +1,18 @@
+"""latentdiff: train, measure and publish your own latent diffusion models."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+
+__all__ = ["LatentDiffusionPipeline"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # diffusers takes seconds to import, so the pipeline is looked up only when it is asked for
+    if name == "LatentDiffusionPipeline":
+        from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+
+        return LatentDiffusionPipeline
+    raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")

@@ -1,0 +1,177 @@
+"""Images from a checkpoint in bulk: one seed per image, bounded memory, written as a grid, a folder or an npz."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.rng import derive_seed
+
+if TYPE_CHECKING:
+    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+
+GRID_COLUMNS = 16
+GRID_IMAGES = 1024  # a PNG grid of more is not for people
+
+
+def class_rows(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[int | None]:
+    """Embedding rows of the classes asked for; [None] for an unconditional model. UserError listing the classes."""
+    if all_classes and what:
+        raise UserError(f"--all-classes: stands for every class, so leave out {what[0]!r}")
+    if all_classes and not pipeline.num_classes:
+        raise UserError("--all-classes: this model is unconditional and has no classes")
+    if all_classes:
+        return list(range(pipeline.num_classes))
+    if not what:
+        if pipeline.num_classes:
+            raise UserError(f"WHAT: name classes or give --all-classes; {pipeline._listed_classes()}")
+        return [None]
+    try:
+        return [pipeline.class_index(label) for label in what]
+    except ValueError as error:
+        raise UserError(f"WHAT: {error}") from None
+
+
+def image_generators(seed: int, row: int | None, start: int, count: int) -> list[torch.Generator]:
+    """Generators of images start ... start + count - 1 of a class: functions of (seed, class, number) alone."""
+    label = -1 if row is None else row
+    return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
+
+
+@torch.no_grad()
+def generate_batches(
+    pipeline: LatentDiffusionPipeline,
+    rows: list[int | None],
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 128,
+    **call: Any,
+) -> Iterator[tuple[np.ndarray, list[int | None]]]:
+    """Yield (uint8 [B, H, W, C], rows [B]): `num_images` for each row, in order; `call` goes to the pipeline.
+
+    An image depends on the checkpoint, the call, the seed, its class and its number within the class, not on
+    batch_size. UserError for what the pipeline refuses.
+    """
+    wanted = [(row, k) for row in rows for k in range(num_images)]
+    for start in range(0, len(wanted), batch_size):
+        part = wanted[start : start + batch_size]
+        generators = [image_generators(seed, row, k, 1)[0] for row, k in part]
+        labels = [row for row, _ in part]
+        try:
+            out = pipeline(class_labels=labels, generator=generators, output_type="np", **call).images  # [B, H, W, C]
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        yield np.round(out * 255).astype(np.uint8), labels
+
+
+def check_out(out: str | Path, total: int) -> Path:
+    """The output path if it can be written: .png, .npz or a folder. UserError otherwise, before any work is done."""
+    path = Path(out)
+    if path.suffix not in (".png", ".npz", ""):
+        raise UserError(f"--out {out}: must end in .png (a grid) or .npz, or name a folder")
+    if path.suffix and path.is_dir() or not path.suffix and path.is_file():
+        raise UserError(f"--out {out}: is {'a folder' if path.is_dir() else 'a file'} already")
+    if path.suffix and not path.absolute().parent.is_dir():
+        raise UserError(f"--out {out}: the folder {path.parent} does not exist")
+    if path.suffix == ".png" and total > GRID_IMAGES:
+        raise UserError(f"--out {out}: {total} images are too many for one grid ({GRID_IMAGES}); use .npz or a folder")
+    return path
+
+
+def generate(
+    model: str | Path,
+    what: list[str | int] | None = None,
+    num_images: int = 8,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    seed: int = 0,
+    out: str | Path = "samples.png",
+    all_classes: bool = False,
+    batch_size: int = 128,
+    progress: bool = True,
+) -> Path:
+    """Generate `num_images` of each class in `what` and write them; returns the path written.
+
+    out: .png, a labelled grid; .npz, arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N]; else a folder with a PNG an image.
+    The same arguments give the same file. UserError for an unknown class, sampler, model or a path that cannot be
+    written.
+    """
+    from tqdm import tqdm
+
+    from latentdiff.checkpoints import load, resolve_model
+
+    if num_images < 1 or batch_size < 1:
+        raise UserError("--num-images and --batch-size: must be at least 1")
+    path = check_out(out, 0)
+    if sampler is not None:
+        from latentdiff import samplers
+
+        if sampler not in samplers.names():
+            raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
+    pipeline = load(resolve_model(model))
+    pipeline.set_progress_bar_config(disable=True)
+    rows = class_rows(pipeline, list(what or []), all_classes)
+    check_out(out, len(rows) * num_images)
+    call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
+    images: list[np.ndarray] = []
+    labels: list[int | None] = []
+    with tqdm(total=len(rows) * num_images, unit="image", disable=not progress) as bar:
+        for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, **call):
+            images.extend(batch)
+            labels.extend(part)
+            bar.update(len(part))
+    _write(path, np.stack(images), labels, pipeline)
+    return path
+
+
+def _write(path: Path, images: np.ndarray, labels: list[int | None], pipeline: LatentDiffusionPipeline) -> None:
+    names = pipeline.class_names or [str(k) for k in range(pipeline.num_classes)]
+    if path.suffix == ".npz":
+        save_npz(path, images, np.array([-1 if row is None else row for row in labels]))
+    elif path.suffix == ".png":
+        from latentdiff.pictures import labelled_grid, save_png
+
+        grid, captions = _grid_rows(images, labels, names)
+        save_png(labelled_grid(grid, captions), path)
+    else:
+        from PIL import Image
+
+        path.mkdir(parents=True, exist_ok=True)
+        for k, (image, row) in enumerate(zip(images, labels, strict=True)):
+            name = "image" if row is None else re.sub(r"[^\w-]+", "_", names[row])
+            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{k:05d}-{name}.png")
+
+
+def _grid_rows(images: np.ndarray, labels: list[int | None], names: list[str]) -> tuple[list[list[np.ndarray]], list[str]]:
+    """Rows of at most GRID_COLUMNS images of one class, the class named at the first of its rows."""
+    grid: list[list[np.ndarray]] = []
+    captions: list[str] = []
+    start = 0
+    while start < len(labels):
+        stop = start
+        while stop < len(labels) and stop - start < GRID_COLUMNS and labels[stop] == labels[start]:
+            stop += 1
+        continues = start > 0 and labels[start - 1] == labels[start]
+        row = labels[start]
+        captions.append("" if continues or row is None else names[row])
+        grid.append(list(images[start:stop]))
+        start = stop
+    return grid, captions
+
+
+def save_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
+    """guided-diffusion's evaluation format: arr_0 uint8 [N, H, W, 3] (grey repeated), arr_1 int64 [N]; written atomically."""
+    colour = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez(temporary, colour, labels.astype(np.int64))
+    temporary.replace(path)
