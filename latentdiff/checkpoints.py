@@ -162,14 +162,21 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> "LatentDiffu
     Raises:
         UserError: the folder or one of its files is missing, truncated, corrupt, or not of this kind.
     """
+    from diffusers.utils import logging
+
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     folder = Path(folder)
     weights = check(folder)
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # three small files need no bar on stderr
     try:
         pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     for name, keys in weights.items():
         # diffusers would leave a missing weight at its random initialisation and only log it.
         missing = sorted(getattr(pipeline, name).state_dict().keys() - keys)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, or 2 on bad usage or input."""
     try:
         arguments = _parser().parse_args(argv)
+        _quiet_libraries()
         arguments.run(arguments)
     except UserError as error:
         print(f"latentdiff: {' '.join(str(error).split())}", file=sys.stderr)
@@ -31,11 +33,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
+def _quiet_libraries() -> None:
+    """Keep diffusers' own bars and advice off stderr, which is ours for progress and the one line of an error."""
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
 def _parser() -> Parser:
     parser = Parser(prog="latentdiff", description="Train, sample and measure your own latent diffusion models.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
+    _add_others(commands)
     return parser
 
 
@@ -77,3 +86,65 @@ def train_command(arguments) -> None:
 
     folder = train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
     print(folder)
+
+
+def _add_others(commands) -> None:
+    add = commands.add_parser("encode", help="build the latent cache of a diffusion config")
+    add.add_argument("config", metavar="CONFIG")
+    add.add_argument("overrides", nargs="*", metavar="key=value")
+    add.set_defaults(run=encode_command)
+
+    add = commands.add_parser("reconstruct", help="images beside what the first stage makes of them")
+    add.add_argument("model", metavar="MODEL", help="a checkpoint or an autoencoder's folder")
+    add.add_argument("images", nargs="+", metavar="IMAGE")
+    add.add_argument("--out", default="reconstructions.png", metavar="PATH", help="a .png file")
+    add.set_defaults(run=reconstruct_command)
+
+    add = commands.add_parser("evaluate", help="measure generated images against a data set")
+    add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, or fashion-mnist")
+    add.add_argument("--samples", metavar="FILE", help="measure an npz of generate instead of a model")
+    add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    add.add_argument("--cas-seeds", type=int, default=1, metavar="N", help="classifiers a side for CAS; 0 leaves it out")
+    add.add_argument("--steps", type=int, metavar="S")
+    add.add_argument("--sampler", metavar="NAME")
+    add.add_argument("--guidance", type=float, metavar="G")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=128, metavar="B")
+    add.add_argument("--out", metavar="DIR", help="also write evaluation.json and evaluation.md there")
+    add.set_defaults(run=evaluate_command)
+
+    add = commands.add_parser("info", help="what a model, a config or a data set is")
+    add.add_argument("what", metavar="MODEL|CONFIG|DATA")
+    add.set_defaults(run=info_command)
+
+
+def encode_command(arguments) -> None:
+    from latentdiff.commands import encode
+
+    print(encode(arguments.config, arguments.overrides))
+
+
+def reconstruct_command(arguments) -> None:
+    from latentdiff.commands import dump, reconstruct
+
+    print(dump(reconstruct(arguments.model, arguments.images, arguments.out)))
+
+
+def evaluate_command(arguments) -> None:
+    from latentdiff.commands import dump, evaluate
+
+    call = {"seed": arguments.seed, "batch_size": arguments.batch_size, "sampler": arguments.sampler}
+    call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    report = evaluate(
+        arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
+        arguments.cas_seeds, **call,
+    )  # fmt: skip
+    print(dump(report))
+
+
+def info_command(arguments) -> None:
+    from latentdiff.commands import dump, info
+
+    print(dump(info(arguments.what)))

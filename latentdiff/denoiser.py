@@ -77,7 +77,7 @@ def unet_model(unet: Any, schedule: NoiseSchedule, autocast: torch.dtype | None 
     inner = unet
     while hasattr(inner, "module") or hasattr(inner, "_orig_mod"):
         inner = inner.module if hasattr(inner, "module") else inner._orig_mod
-    defaults = {}
+    defaults: dict[str, Any] = {}
     if "encoder_hidden_states" in inspect.signature(inner.forward).parameters:
         defaults["encoder_hidden_states"] = None
 

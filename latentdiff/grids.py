@@ -22,7 +22,7 @@ def angle(schedule: NoiseSchedule, n: int) -> Tensor:
     """Equal steps in atan(sigma/alpha), the direction of the path in the (alpha, sigma) plane, from t_max to the end.
 
     On a variance-preserving schedule this is the spacing of the cosine schedule (2102.09672).  The samplers' default:
-    on a Gaussian mixture of unit variance, at 10 to 40 evaluations, Euler, Heun and DPM-Solver++ 2M err less with it
+    on a Gaussian mixture of unit variance, at 10 and 20 evaluations, Euler, Heun and DPM-Solver++ 2M err less with it
     than with any other grid here on VP, subVP and DDPM's schedules, often by half.  On the straight path `uniform` is
     about as good; on VE it is better for the two of second order.
     """
@@ -30,14 +30,16 @@ def angle(schedule: NoiseSchedule, n: int) -> Tensor:
     edges = torch.atan(torch.exp(-0.5 * schedule.log_snr(torch.tensor(ends, dtype=torch.float64))))
     last = 0.0 if _ends_clean(schedule) else float(edges[1])
     angles = torch.linspace(float(edges[0]), last, n + 1, dtype=torch.float64)[: _inner(schedule, n)]
-    return _closed(schedule, schedule.time_from_log_snr(-2 * torch.tan(angles).log()))
+    times = schedule.time_from_log_snr(-2 * torch.tan(angles).log())
+    times[0] = schedule.t_max
+    return _closed(schedule, times)
 
 
 def log_snr(schedule: NoiseSchedule, n: int) -> Tensor:
     """Equal steps in log-SNR between t_max and t_min (2206.00927 section 3.3), then the end."""
     edges = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
     inner = torch.linspace(float(edges[0]), float(edges[1]), _inner(schedule, n), dtype=torch.float64)
-    return _closed(schedule, schedule.time_from_log_snr(inner))
+    return _closed(schedule, _pinned(schedule, schedule.time_from_log_snr(inner)))
 
 
 def karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> Tensor:
@@ -46,7 +48,7 @@ def karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> Tensor:
     ramp = torch.linspace(0, 1, _inner(schedule, n), dtype=torch.float64)
     high, low = edges ** (1 / rho)
     ratio = (high + ramp * (low - high)) ** rho
-    return _closed(schedule, schedule.time_from_log_snr(-2 * ratio.log()))
+    return _closed(schedule, _pinned(schedule, schedule.time_from_log_snr(-2 * ratio.log())))
 
 
 def trailing(schedule: NoiseSchedule, n: int) -> Tensor:
@@ -104,11 +106,21 @@ def _inner(schedule: NoiseSchedule, n: int) -> int:
     return n if _ends_clean(schedule) else n + 1
 
 
+def _pinned(schedule: NoiseSchedule, times: Tensor) -> Tensor:
+    """times with t_max and, if there is more than one, t_min at its ends: freed of the rounding of an inverse."""
+    times[-1], times[0] = schedule.t_min, schedule.t_max
+    return times
+
+
 def _closed(schedule: NoiseSchedule, times: Tensor) -> Tensor:
-    """times within [t_min, t_max], followed by the end of the grid if it is not yet among them."""
+    """times within [t_min, t_max], ending at t = 0 where that is clean data and at t_min where it is not."""
     times = times.clamp(schedule.t_min, schedule.t_max)
-    end = 0.0 if _ends_clean(schedule) else schedule.t_min
-    return times if float(times[-1]) == end else torch.cat([times, times.new_tensor([end])])
+    if _ends_clean(schedule):
+        return torch.cat([times, times.new_zeros(1)])
+    if float(times[-1]) - schedule.t_min < 1e-12:
+        times[-1] = schedule.t_min
+        return times
+    return torch.cat([times, times.new_tensor([schedule.t_min])])
 
 
 def _at_most_all(schedule: NoiseSchedule, n: int, name: str) -> None:

@@ -15,12 +15,12 @@ GAP = 2  # pixels between tiles
 
 def save_rows(rows: list[Tensor], path: Path, scale: int = 2) -> None:
     """Write rows of images, each row [B, C, H, W] in [-1, 1], as one PNG enlarged `scale` times."""
-    save_png(_tile([list(to_uint8(row)) for row in rows], scale), path)
+    save_png(tile([list(to_uint8(row)) for row in rows], scale), path)
 
 
 def labelled_grid(rows: list[list[np.ndarray]], names: list[str], scale: int = 2) -> Image.Image:
     """A grid with one row per name, the name at its left. Images are uint8 [H, W, C] of one size."""
-    grid = _tile(rows, scale).convert("RGB")
+    grid = tile(rows, scale).convert("RGB")
     font = ImageFont.load_default(size=14)
     margin = 12 + max(int(font.getlength(name)) for name in names)
     canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")
@@ -40,7 +40,8 @@ def save_png(image: Image.Image, path: Path) -> None:
     temporary.replace(path)
 
 
-def _tile(rows: list[list[np.ndarray]], scale: int) -> Image.Image:
+def tile(rows: list[list[np.ndarray]], scale: int) -> Image.Image:
+    """Rows of uint8 images [H, W, C] of one size as one picture, each pixel `scale` wide."""
     H, W, C = rows[0][0].shape
     canvas = np.full((len(rows) * (H * scale + GAP), max(map(len, rows)) * (W * scale + GAP), C), 255, np.uint8)
     for r, row in enumerate(rows):

@@ -312,7 +312,7 @@ def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch
         return True
     config = scheduler.config
     flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
-    t = (float(timestep) + 0) / config.num_train_timesteps
+    t = (float(timestep) + (0 if flow else 1)) / config.num_train_timesteps
     return interval[0] <= t <= interval[1]
 
 

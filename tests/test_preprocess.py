@@ -103,7 +103,8 @@ def test_channels_convert_by_the_stated_rule():
 def test_misfits_are_refused_with_the_settings_that_would_do():
     square, wide = np.zeros((8, 8, 1), np.uint8), np.zeros((8, 12, 1), np.uint8)
     for call, said in [
-        (lambda: Preprocess((28, 28), multiple_of=8), r"not a multiple of 8: set fit=pad, or size=\[24, 24\] or size=\[32, 32\]"),
+        (lambda: Preprocess((28, 28), multiple_of=8),
+         r"not a multiple of 8: set fit=pad, or size=\[24, 24\] or size=\[32, 32\]"),
         (lambda: Preprocess().for_source(Mixed(square, wide)), r"2 sizes \(8x8 … 8x12\): set size=.* fit=resize or"),
         (lambda: Preprocess((8, 8)).for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with fit=exact: set"),
         (lambda: Preprocess((16, 16), fit="pad").for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with"),
@@ -121,7 +122,8 @@ def test_misfits_are_refused_with_the_settings_that_would_do():
 
 
 def test_dataset_of_mixed_sizes_and_a_subset():
-    source = Mixed(*(np.full((*size, 1), level, np.uint8) for *size, level in ((8, 8, 0), (8, 12, 255), (5, 5, 51))))
+    levels = {(8, 8, 1): 0, (8, 12, 1): 255, (5, 5, 1): 51}
+    source = Mixed(*(np.full(shape, level, np.uint8) for shape, level in levels.items()))
     dataset = ImageDataset(source, Preprocess((4, 4), fit="crop"), indices=[2, 1])
     images, labels = dataset.batch([0, 1])
     assert len(dataset) == 2 and labels is None and images.shape == (2, 1, 4, 4)
@@ -139,7 +141,8 @@ def test_dataset_flips_each_its_own():
 
 def test_description_and_fingerprint_tell_what_changes_the_pixels():
     source = ArraySource("x", np.zeros((3, 8, 8, 1), np.uint8), None)
-    rules = [Preprocess(), Preprocess(fit="pad", multiple_of=16), Preprocess(fit="pad", multiple_of=16, pad_mode="edge"),
+    padded = Preprocess(fit="pad", multiple_of=16)
+    rules = [Preprocess(), padded, Preprocess(fit="pad", multiple_of=16, pad_mode="edge"),
              Preprocess((4, 4), fit="crop"), Preprocess((4, 4), fit="resize"), Preprocess(channels=3)]  # fmt: skip
     described = [str(rule.for_source(source).describe()) for rule in rules]
     assert len(set(described)) == len(rules)

@@ -1,8 +1,5 @@
 """Shapes and randomness."""
 
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -62,8 +59,6 @@ def test_number_of_generators_must_be_the_batch():
 
 
 def test_seeds_are_stable_and_apart():
-    code = "from latentdiff.rng import derive_seed; print(derive_seed(1, 'noise', 2))"
-    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=None)
-    assert int(other.stdout) == derive_seed(1, "noise", 2)
+    assert derive_seed(1, "noise", 2) == 4669699727149190129  # a resumed run must find the same noise anywhere
     seeds = {derive_seed(1, 2), derive_seed("1", 2), derive_seed(12), derive_seed(2, 1), derive_seed(1, 2, 0)}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)

@@ -52,7 +52,7 @@ def test_flow_and_cosine_are_their_formulas():
 def test_derivatives_and_inverse(name):
     s = make_schedule(name)
     # Off the knots of the discrete schedules, and below their t_min too.
-    t = torch.cat([torch.tensor([3.3e-4]), torch.linspace(s.t_min + 3e-4, s.t_max - 3e-4, 50)]).double()
+    t = torch.cat([torch.tensor([1.3e-4]), torch.linspace(s.t_min + 3e-4, s.t_max - 3e-4, 50)]).double()
     h = 1e-7
     close((s.alpha(t + h) - s.alpha(t - h)) / (2 * h), s.d_alpha(t), 2e-6)
     close((s.sigma(t + h) - s.sigma(t - h)) / (2 * h), s.d_sigma(t), 2e-6)

@@ -209,7 +209,8 @@ def build_cache(
                 pieces.append(_encode(codec, dataset, indices, made_of))
                 if progress:
                     progress(done + int(indices[-1]) + 1 - rows.start, total)
-            write_shard(path, {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}, made_of)
+            tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+            write_shard(path, tensors, made_of)
         done += len(rows)
         if progress:
             progress(done, total)

@@ -3,6 +3,8 @@
 import gzip
 import hashlib
 import os
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ from PIL import Image, ImageOps
 from latentdiff.errors import UserError
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
+# What Pillow's decoders raise on damaged files
+DECODING_ERRORS = (OSError, EOFError, SyntaxError, ValueError, struct.error, zlib.error, Image.DecompressionBombError)
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 
 
@@ -31,8 +35,12 @@ def inspect(path: Path) -> tuple[str, tuple[int, int]] | str:
         return mode, ((width, height) if rotated else (height, width))
     except FileNotFoundError:
         return "no such file"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return "not a known image format" if "cannot identify" in str(error) else str(error)
+    except DECODING_ERRORS as error:
+        return "not a known image format" if "cannot identify" in str(error) else one_line(error)
+
+
+def one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _has_jpeg_end(path: Path) -> bool:

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -38,7 +39,8 @@ def shard_rows(made_of: Identity, number: int) -> range:
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], made_of: Identity) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a channels-last network gives others
     save_file(tensors, temporary, {"identity": json.dumps(made_of, sort_keys=True)})
     _replace(temporary, path)
 
@@ -87,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f"manifest.{os.getpid()}.tmp"
+    temporary = folder / f"manifest.{uuid4().hex}.tmp"
     temporary.write_text(json.dumps(manifest, indent=1))
     _replace(temporary, folder / "manifest.json")
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
-from latentdiff.data.files import GREY_MODES, decode, hash_ends, inspect, read_idx
+from latentdiff.data.files import DECODING_ERRORS, GREY_MODES, decode, hash_ends, inspect, one_line, read_idx
 from latentdiff.data.order import permutation
 from latentdiff.errors import UserError
 
@@ -144,9 +143,9 @@ class FolderSource(ImageSource):
     def read(self, i: int) -> np.ndarray:
         try:
             return decode(self.root / self.files[i], self.channels)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            self._note_bad(self.files[i], str(error))
-            raise UnreadableImage(f"{self.root / self.files[i]}: cannot be read as an image ({error})") from error
+        except DECODING_ERRORS as error:
+            self._note_bad(self.files[i], one_line(error))
+            raise UnreadableImage(f"{self.root / self.files[i]}: cannot be read as an image ({one_line(error)})") from error
 
     def _note_bad(self, file: str, reason: str) -> None:
         self.bad[file] = reason

@@ -194,7 +194,7 @@ def _end_of_epoch(config, parts: Parts, accelerator, usage: CodeUsage, latents: 
     counts = accelerator.reduce(usage.counts.to(accelerator.device), "sum")
     total = CodeUsage(len(counts))
     total.counts.copy_(counts.cpu())
-    values = {"codes/used": total.used, "codes/perplexity": total.perplexity, "codes/revived": 0.0}
+    values = {"codes/used": total.usage(), "codes/perplexity": total.perplexity(), "codes/revived": 0.0}
     if config.revive_dead_codes:
         # Every process draws the same codes from the same latents, so the codebooks stay equal
         shared = accelerator.gather(latents.detach().float().contiguous())

@@ -24,7 +24,7 @@ from latentdiff.rng import derive_seed, rand, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import run, state
 from latentdiff.training.ema import Ema
-from latentdiff.training.latents import Latents, prepare_latents
+from latentdiff.training.latents import Latents, prepare_latents, progress_bar
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")  # of the U-Net: never typed twice
@@ -74,23 +74,6 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output / "model"
-
-
-def progress_bar(text: str, enabled: bool):
-    """A progress(done, total) function that draws a bar on stderr, or None."""
-    if not enabled:
-        return None
-    from tqdm import tqdm
-
-    bar = tqdm(unit="image", desc=text, mininterval=1.0 if sys.stderr.isatty() else 30.0)
-
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return progress
 
 
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:

@@ -60,9 +60,9 @@ def train_features(
     dataset: ImageDataset,
     *,
     test: ImageDataset | None = None,
-    steps: int = 4000,
-    batch: int = 64,
-    lr: float = 3e-3,
+    steps: int = 2800,
+    batch: int = 128,
+    lr: float = 4e-3,
     seed: int = 0,
     widths: Sequence[int] = (32, 64, 128),
     flips: bool = True,
@@ -128,7 +128,7 @@ def _fit(net: FeatureNet, data: Batches, steps: int, lr: float, generator: torch
         bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
 
 
-def train_classifier(dataset: ImageDataset, seed: int, *, steps: int = 1500) -> FeatureNet:
+def train_classifier(dataset: ImageDataset, seed: int, *, steps: int = 800) -> FeatureNet:
     """The classifier of the classification accuracy score: one fixed recipe, for generated and real images alike."""
     return train_features(dataset, steps=steps, seed=seed, name="classifier")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,3 +76,20 @@ def check_normaliser(latents: Latents, name: str) -> None:
             f"gives latents of this data a root mean square of {rms:.3g} instead of 1; set normaliser=measured to "
             "measure it on this data"
         )
+
+
+def progress_bar(text: str, enabled: bool):
+    """A progress(done, total) function that draws a bar on stderr, or None."""
+    if not enabled:
+        return None
+    from tqdm import tqdm
+
+    bar = tqdm(unit="image", desc=text, mininterval=1.0 if sys.stderr.isatty() else 30.0)
+
+    def progress(done: int, total: int) -> None:
+        bar.total = total
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return progress

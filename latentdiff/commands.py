@@ -1,0 +1,247 @@
+"""The Python functions behind `latentdiff encode`, `reconstruct`, `evaluate` and `info`; `generate` has its own module."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentdiff.errors import UserError
+
+DEFAULT_FEATURES = "weights/fashion-mnist-features"
+
+
+def encode(config_path: str | Path, overrides: list[str] | None = None, progress: bool = True) -> Path:
+    """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder."""
+    from latentdiff.config import DiffusionConfig, load_config
+    from latentdiff.training import run
+    from latentdiff.training.latents import cache_folder, prepare_latents, progress_bar
+
+    config = load_config(config_path, overrides)
+    if not isinstance(config, DiffusionConfig):
+        raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
+    accelerator = run.start_accelerator(config.train)
+    prepare_latents(config, accelerator, progress_bar("encoding", progress and accelerator.is_main_process))
+    return cache_folder(config)
+
+
+def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png") -> dict[str, Any]:
+    """Images beside what the model's first stage makes of them, as a PNG; returns PSNR (dB) and SSIM per image.
+
+    model: a checkpoint or an autoencoder's folder. Images are cropped at the bottom and right to what its factor
+    divides. UserError for an image that cannot be read, naming it.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    from latentdiff.autoencoders.build import load_autoencoder
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.autoencoders.report import psnr, ssim
+    from latentdiff.checkpoints import resolve_model
+    from latentdiff.data.preprocess import to_uint8
+    from latentdiff.generation import check_out
+    from latentdiff.pictures import save_png, tile
+
+    path = check_out(out, len(images))
+    if path.suffix != ".png":
+        raise UserError(f"--out {out}: must end in .png")
+    codec = LatentCodec(load_autoencoder(str(resolve_model(model))))
+    rows, scores = [], []
+    for name in images:
+        try:
+            with Image.open(name) as file:
+                array = np.asarray(file.convert("L" if codec.image_channels == 1 else "RGB"))
+        except (OSError, UnidentifiedImageError) as error:
+            raise UserError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None
+        array = array.reshape(*array.shape[:2], -1)
+        height, width = (side // codec.factor * codec.factor for side in array.shape[:2])
+        if min(height, width) == 0:
+            raise UserError(f"{name}: smaller than {codec.factor}x{codec.factor}, the least this autoencoder takes")
+        x = torch.from_numpy(array[:height, :width].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, C, H, W]
+        y = codec.reconstruct(x).clamp(-1, 1)
+        rows.append(np.concatenate([to_uint8(x)[0], to_uint8(y)[0]], axis=1))
+        score = ssim(y, x)[0].item() if min(height, width) >= 11 else None
+        scores.append({"image": str(name), "psnr_db": psnr(y, x)[0].item(), "ssim": score})
+    save_png(tile([[row] for row in rows], scale=1), path)
+    return {"out": str(path), "images": scores}
+
+
+def evaluate(
+    model: str | Path | None,
+    data: str,
+    num_images: int = 5000,
+    samples: str | Path | None = None,
+    features: str | Path = DEFAULT_FEATURES,
+    out: str | Path | None = None,
+    cas_seeds: int = 1,
+    **call: Any,
+) -> dict[str, Any]:
+    """Generate class-balanced images (or read `samples`, an npz) and measure them against a data set.
+
+    call: seed, batch_size, num_inference_steps, guidance_scale, sampler. The report, also written to `out` as JSON
+    and Markdown, holds the distance in the feature network's space, its floor, the reconstruction's, label accuracy,
+    the classification accuracy score (cas_seeds classifiers a side; 0: none), and the protocol.
+    """
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.data.preprocess import Preprocess
+    from latentdiff.evaluation import report as reports
+    from latentdiff.evaluation.features import load_features
+    from latentdiff.training.features import train_classifier
+
+    if (model is None) == (samples is None):
+        raise UserError("evaluate: give either MODEL or --samples FILE.npz")
+    net = load_features(resolve_model(features))
+    codec, protocol = None, {}
+    if model is None:
+        images, labels = read_npz(samples)
+        train, test = reports.reference_sets(data, Preprocess(channels=net.channels))
+        protocol = {"model": f"samples of {samples}"}
+    else:
+        pipeline = load(resolve_model(model))
+        pipeline.set_progress_bar_config(disable=True)
+        codec = LatentCodec(pipeline.vae)
+        train, test = reports.reference_sets(data, _preprocess_of(resolve_model(model), codec))
+        images, labels = _balanced(pipeline, num_images, **call)
+        protocol = _stated(pipeline, str(model), **call)
+    report = reports.evaluate_samples(
+        images, labels, train, test, net, protocol=protocol, codec=codec,
+        train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds),
+    )  # fmt: skip
+    if out is not None:
+        reports.write_report(report, out)
+    return report
+
+
+def _preprocess_of(folder: Path, codec: Any):
+    """The preprocessing a checkpoint was trained with, from its latentdiff.json."""
+    from latentdiff.checkpoints import read_meta
+    from latentdiff.data.preprocess import Preprocess
+
+    data = read_meta(folder)["config"]["data"]
+    size = None if data["size"] is None else tuple(data["size"])
+    return Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
+
+
+def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[np.ndarray, np.ndarray | None]:
+    from tqdm import tqdm
+
+    from latentdiff.generation import class_rows, generate_batches
+
+    rows = class_rows(pipeline, [], all_classes=pipeline.num_classes > 0)
+    if num_images % len(rows):
+        raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
+    images, labels = [], []
+    with tqdm(total=num_images, unit="image", desc="generating") as bar:
+        for batch, part in generate_batches(pipeline, rows, num_images // len(rows), seed, batch_size, **call):
+            images.append(batch)
+            labels.extend(part)
+            bar.update(len(part))
+    return np.concatenate(images), None if rows == [None] else np.array(labels)
+
+
+def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
+    """The protocol line of generated samples, the checkpoint's defaults filled in."""
+    config = pipeline.config
+    steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
+    return {
+        "model": model,
+        "sampler": call.get("sampler") or type(pipeline.scheduler).__name__,
+        "steps": steps if steps is not None else config.default_num_inference_steps,
+        "guidance": guidance if guidance is not None else config.default_guidance_scale,
+        "seed": seed,
+    }
+
+
+def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """(arr_0 uint8 [N, H, W, C], arr_1 int64 [N] or None) of an npz file; UserError naming what is wrong with it."""
+    try:
+        with np.load(str(path), allow_pickle=False) as file:
+            images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
+    except FileNotFoundError:
+        raise UserError(f"--samples {path}: no such file") from None
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise UserError(f"--samples {path}: not an npz with arr_0 ({' '.join(str(error).split())})") from None
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise UserError(f"--samples {path}: arr_0 must be uint8 [N, H, W, C], it is {images.dtype} {list(images.shape)}")
+    return images, None if labels is None or (labels < 0).all() else labels
+
+
+def info(what: str) -> dict[str, Any]:
+    """Facts about a checkpoint's folder, an autoencoder's folder, a training config or a data set."""
+    path = Path(what)
+    if path.suffix in (".yaml", ".yml"):
+        from latentdiff.config import load_config
+
+        return {"config": str(path), **load_config(path).model_dump(mode="json")}
+    from latentdiff.checkpoints import INDEX, resolve_model
+
+    if (path / "config.json").is_file() or (path / "autoencoder" / "config.json").is_file():
+        return _autoencoder_info(what)
+    if what == "fashion-mnist" or (path.is_dir() and not (path / INDEX).is_file()):
+        return _data_info(what)
+    return _model_info(resolve_model(what))
+
+
+def _autoencoder_info(what: str) -> dict[str, Any]:
+    from latentdiff.autoencoders.build import load_autoencoder
+    from latentdiff.autoencoders.codec import LatentCodec
+
+    codec = LatentCodec(load_autoencoder(what))
+    return {
+        "autoencoder": what,
+        "class": type(codec.vae).__name__,
+        "parameters": sum(p.numel() for p in codec.vae.parameters()),
+        "image_channels": codec.image_channels,
+        "latent_channels": codec.latent_channels,
+        "factor": codec.factor,
+    }
+
+
+def _data_info(what: str) -> dict[str, Any]:
+    from latentdiff.data.sources import open_source, splits
+
+    facts: dict[str, Any] = {"data": what}
+    for split in splits(what):
+        source = open_source(what, split, max_bad_share=0.999)
+        sizes = np.unique(source.sizes, axis=0)
+        counts = [] if source.labels is None else torch.bincount(source.labels, minlength=len(source.class_names)).tolist()
+        facts[split] = {
+            "images": len(source),
+            "channels": source.channels,
+            "smallest": sizes.min(0).tolist(),
+            "largest": sizes.max(0).tolist(),
+            "classes": dict(zip(source.class_names, counts, strict=True)) if counts else {},
+            "captions": source.captions is not None,
+            "unreadable": source.bad,
+        }
+    return facts
+
+
+def _model_info(folder: Path) -> dict[str, Any]:
+    from latentdiff.checkpoints import load, read_meta
+
+    pipeline, meta = load(folder), read_meta(folder)
+    sizes = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "vae")}
+    return {
+        "model": str(folder),
+        "parameters": sizes,
+        "bytes_on_disk": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
+        "image_size": pipeline.config.image_size,
+        "latent_shape": list(pipeline.latent_shape),
+        "classes": pipeline.class_names,
+        "null_class": pipeline.config.null_class,
+        "prediction": pipeline.config.prediction,
+        "schedule": pipeline.config.schedule,
+        "scheduler": type(pipeline.scheduler).__name__,
+        "steps_trained": meta.get("steps"),
+        "latents": meta.get("latents"),
+        "defaults": {k: pipeline.config[k] for k in ("default_num_inference_steps", "default_guidance_scale")},
+    }
+
+
+def dump(value: dict[str, Any]) -> str:
+    """Results as JSON for stdout."""
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
