@@ -10,7 +10,6 @@ from typing import NoReturn
 
 from latentdiff.errors import UserError
 
-
 DEFAULT_MODEL = "weights/fashion-mnist"
 
 
@@ -35,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _quiet_libraries() -> None:
     """Keep diffusers' own bars and advice off stderr, which is ours for progress and the one line of an error."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs as an error what it then raises
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -57,7 +56,7 @@ def _add_generate(commands) -> None:
     add.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: the checkpoint's)")
     add.add_argument("--sampler", metavar="NAME", help="one of latentdiff's samplers instead of the checkpoint's scheduler")
     add.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale, 1 is off")
-    add.add_argument("--seed", type=int, default=0, metavar="K", help="image i of a class is a function of the seed (default 0)")
+    add.add_argument("--seed", type=int, default=0, metavar="K", help="an image is a function of the seed (default 0)")
     add.add_argument("--batch-size", type=int, default=128, metavar="B", help="images made at a time (default 128)")
     add.add_argument("--out", default="samples.png", metavar="PATH", help=".png (a labelled grid), .npz, or a folder")
     add.set_defaults(run=generate_command)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
 
 from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.data.preprocess import Preprocess
 
 DEFAULT_FEATURES = "weights/fashion-mnist-features"
 
@@ -24,7 +28,8 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     if not isinstance(config, DiffusionConfig):
         raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     accelerator = run.start_accelerator(config.train)
-    prepare_latents(config, accelerator, progress_bar("encoding", progress and accelerator.is_main_process))
+    with progress_bar("encoding", progress and accelerator.is_main_process) as report:
+        prepare_latents(config, accelerator, report)
     return cache_folder(config)
 
 
@@ -103,7 +108,8 @@ def evaluate(
         pipeline = load(resolve_model(model))
         pipeline.set_progress_bar_config(disable=True)
         codec = LatentCodec(pipeline.vae)
-        train, test = reports.reference_sets(data, _preprocess_of(resolve_model(model), codec))
+        rule, held_out = _data_rule(resolve_model(model), codec)
+        train, test = reports.reference_sets(data, rule, held_out)
         images, labels = _balanced(pipeline, num_images, **call)
         protocol = _stated(pipeline, str(model), **call)
     report = reports.evaluate_samples(
@@ -115,14 +121,15 @@ def evaluate(
     return report
 
 
-def _preprocess_of(folder: Path, codec: Any):
-    """The preprocessing a checkpoint was trained with, from its latentdiff.json."""
+def _data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
+    """The preprocessing and the held-out share that a checkpoint was trained with, from its latentdiff.json."""
     from latentdiff.checkpoints import read_meta
     from latentdiff.data.preprocess import Preprocess
 
     data = read_meta(folder)["config"]["data"]
     size = None if data["size"] is None else tuple(data["size"])
-    return Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
+    rule = Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
+    return rule, data["held_out"]
 
 
 def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[np.ndarray, np.ndarray | None]:
@@ -134,7 +141,7 @@ def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, *
     if num_images % len(rows):
         raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
     images, labels = [], []
-    with tqdm(total=num_images, unit="image", desc="generating") as bar:
+    with tqdm(total=num_images, unit="image", desc="generating", delay=0.5) as bar:
         for batch, part in generate_batches(pipeline, rows, num_images // len(rows), seed, batch_size, **call):
             images.append(batch)
             labels.extend(part)
@@ -162,7 +169,7 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
     except FileNotFoundError:
         raise UserError(f"--samples {path}: no such file") from None
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
         raise UserError(f"--samples {path}: not an npz with arr_0 ({' '.join(str(error).split())})") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples {path}: arr_0 must be uint8 [N, H, W, C], it is {images.dtype} {list(images.shape)}")

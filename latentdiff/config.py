@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -170,7 +170,7 @@ class FeaturesConfig(Section):
     train: TrainConfig
 
 
-AnyConfig = Annotated[Union[AutoencoderConfig, DiffusionConfig, FeaturesConfig], Field(discriminator="stage")]
+AnyConfig = Annotated[AutoencoderConfig | DiffusionConfig | FeaturesConfig, Field(discriminator="stage")]
 STAGES: dict[str, type[Section]] = {
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,

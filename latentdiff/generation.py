@@ -125,7 +125,7 @@ def generate(
     call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
     images: list[np.ndarray] = []
     labels: list[int | None] = []
-    with tqdm(total=len(rows) * num_images, unit="image", disable=not progress) as bar:
+    with tqdm(total=len(rows) * num_images, unit="image", disable=not progress, delay=0.5) as bar:
         for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, **call):
             images.extend(batch)
             labels.extend(part)

@@ -153,6 +153,10 @@ def test_truncated_shard_is_named_and_only_it_is_made_again(tmp_path):
     one_line(error)
     codec = PlainCodec()
     assert torch.equal(build(tmp_path, codec).moments(range(N))[0], whole) and codec.encoded == 8
+    build(tmp_path / "other", PlainCodec(2.0))
+    shard.write_bytes((tmp_path / "other" / shard.name).read_bytes())
+    with pytest.raises(UserError, match="shard-00001.safetensors: of another cache"):
+        open_cache(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json: not the manifest") as error:
         open_cache(tmp_path)

@@ -166,13 +166,13 @@ def test_channels_follow_the_data_or_the_caller(tmp_path):
 
 
 def test_sixteen_bit_is_scaled_transparency_is_white_and_rotation_applied(tmp_path):
-    Image.fromarray(np.full((2, 2), 257 * 100, dtype=np.uint16)).save(tmp_path / "0.png")
+    Image.fromarray(np.full((2, 2), 257 * 200, dtype=np.uint16)).save(tmp_path / "0.png")
     Image.new("RGBA", (2, 2), (0, 0, 0, 0)).save(tmp_path / "1.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # shown after a quarter turn
     write_image(tmp_path / "2.jpg", 50, size=(4, 8), exif=exif)
     source = open_source(str(tmp_path), channels=1)
-    assert (source.read(0) == 100).all() and (source.read(1) == 255).all()
+    assert (source.read(0) == 200).all() and (source.read(1) == 255).all()
     assert source.read(2).shape == (8, 4, 1) and source.sizes[2].tolist() == [8, 4]
 
 
@@ -186,6 +186,17 @@ def test_fingerprint_follows_the_content_and_nothing_else(tmp_path):
     (copy / "a" / "0.png").rename(copy / "b" / "9.png")
     moved = open_source(str(copy)).fingerprint()
     assert len({before, edited, moved, open_source(str(original), channels=1).fingerprint()}) == 4
+
+
+def test_fingerprint_follows_labels_and_captions(tmp_path):
+    write_image(tmp_path / "0.png")
+    write_image(tmp_path / "1.png")
+    prints = set()
+    for labels, texts in (("ab", "xy"), ("ba", "xy"), ("ab", "xz")):
+        rows = [{"file_name": f"{i}.png", "label": labels[i], "text": texts[i]} for i in range(2)]
+        (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        prints.add(open_source(str(tmp_path)).fingerprint())
+    assert len(prints) == 3
 
 
 def write_idx(path: Path, values: np.ndarray) -> None:

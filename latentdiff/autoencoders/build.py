@@ -78,7 +78,7 @@ def load_autoencoder(where: str) -> nn.Module:
     try:
         config = diffusers.AutoencoderKL.load_config(where)
         cls = diffusers_class(config.get("_class_name", "AutoencoderKL"), LOADABLE, where)
-        return freeze(cls.from_pretrained(where, use_safetensors=True))
+        return _from_pretrained(cls, where)
     except OSError:
         raise UserError(f"{where}: neither a folder nor a diffusers autoencoder on the Hub that can be reached") from None
 
@@ -92,9 +92,17 @@ def _load_folder(folder: Path) -> nn.Module:
     from safetensors import SafetensorError
 
     try:
-        return freeze(cls.from_pretrained(folder, use_safetensors=True, low_cpu_mem_usage=False))
+        return _from_pretrained(cls, folder)
     except (SafetensorError, OSError, RuntimeError) as error:
         raise UserError(f"{folder}: cannot read the weights: {' '.join(str(error).split())[:200]}") from None
+
+
+def _from_pretrained(cls: Any, where: str | Path) -> nn.Module:
+    vae, info = cls.from_pretrained(where, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+    if info["missing_keys"]:  # diffusers would leave them at their random initialisation and only log it
+        missing = sorted(info["missing_keys"])
+        raise UserError(f"{where}: cannot read the weights: {len(missing)} are missing, the first is {missing[0]}")
+    return freeze(vae)
 
 
 def freeze(vae: nn.Module) -> nn.Module:

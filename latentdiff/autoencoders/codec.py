@@ -50,7 +50,7 @@ class LatentCodec:
                 f"images of {images.shape[2]}x{images.shape[3]}: the autoencoder needs sides divisible by {self.factor}; "
                 "set data.fit to pad, crop or resize"
             )
-        out = self.vae.encode(images.to(self.device))
+        out = self.vae.encode(images.to(self.device, next(self.vae.parameters()).dtype))
         if hasattr(out, "latent_dist"):
             # contiguous: the encoder may leave a channels-last layout, which safetensors refuses to store
             return out.latent_dist.mean.float().contiguous(), out.latent_dist.std.float().contiguous()

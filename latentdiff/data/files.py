@@ -57,9 +57,7 @@ def decode(path: Path, channels: int) -> np.ndarray:
         if image.mode == "F":
             raise ValueError("floating-point pixels have no known range")
         if image.mode.startswith("I"):
-            image = Image.fromarray(
-                np.round(np.clip(np.asarray(image, dtype=np.float64), 0, 65535) / 257).astype(np.uint8)
-            )
+            image = Image.fromarray(np.round(np.clip(np.asarray(image, dtype=np.float64), 0, 65535) / 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -51,9 +51,7 @@ class Preprocess:
         if self.size is not None:
             if len(self.size) != 2 or min(self.size) < 1:
                 raise UserError(f"size={list(self.size)}: needs [height, width], each at least 1")
-            object.__setattr__(
-                self, "size", (int(self.size[0]), int(self.size[1]))
-            )  # so that a list from YAML compares equal
+            object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))  # so that a list from YAML compares equal
             self._check_multiple(*self.size)
 
     def for_source(self, source: ImageSource) -> "Preprocess":
@@ -67,9 +65,7 @@ class Preprocess:
         first = (int(sizes[0][0]), int(sizes[0][1]))
         size = self.size or first
         inside = first if self.fit == "pad" and first[0] <= size[0] and first[1] <= size[1] else size
-        resolved = replace(
-            self, size=size, channels=self.channels or source.channels, content_size=self.content_size or inside
-        )
+        resolved = replace(self, size=size, channels=self.channels or source.channels, content_size=self.content_size or inside)
         for height, width in sizes.tolist():
             resolved._check_fits(height, width)
         return resolved
@@ -159,9 +155,7 @@ class ImageDataset:
     indices: which images of the source, in this order (default: all). `preprocess` is the resolved one.
     """
 
-    def __init__(
-        self, source: ImageSource, preprocess: Preprocess, indices: torch.Tensor | Sequence[int] | None = None
-    ):
+    def __init__(self, source: ImageSource, preprocess: Preprocess, indices: torch.Tensor | Sequence[int] | None = None):
         self.source, self.preprocess = source, preprocess.for_source(source)
         self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         self.class_names = source.class_names

@@ -83,9 +83,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"no {sorted(missing)[0]}")
         return manifest
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"{path}: not the manifest of a latent cache ({error}); delete the folder and encode again"
-        ) from error
+        raise UserError(f"{path}: not the manifest of a latent cache ({error}); delete the folder and encode again") from error
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

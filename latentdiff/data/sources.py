@@ -170,9 +170,7 @@ class FolderSource(ImageSource):
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def open_source(
-    data: str, split: str = "train", channels: int | None = None, max_bad_share: float = 0.01
-) -> ImageSource:
+def open_source(data: str, split: str = "train", channels: int | None = None, max_bad_share: float = 0.01) -> ImageSource:
     """Opens the data set that one string names.
 
     data: "fashion-mnist", or a folder. A folder's classes are its sub-folders; or it has metadata.jsonl/.csv with the
@@ -201,9 +199,7 @@ def open_source(
         index = {class_name: k for k, class_name in enumerate(class_names)}
         unknown = sorted(set(label_names) - set(index))
         if unknown:
-            raise UserError(
-                f"{root}: class '{unknown[0]}' is not a class of train/; valid are {', '.join(class_names)}"
-            )
+            raise UserError(f"{root}: class '{unknown[0]}' is not a class of train/; valid are {', '.join(class_names)}")
         labels = [index[class_name] for class_name in label_names]
     return FolderSource(data, root, files, labels, class_names, captions, channels, max_bad_share)
 

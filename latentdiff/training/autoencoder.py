@@ -56,6 +56,7 @@ class Parts:
     critic_network: nn.Module | None
     critic: nn.Module | None
     critic_optimizer: Any
+    usage: CodeUsage | None  # of a VQModel's codes in this epoch, over all processes
 
 
 def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
@@ -74,7 +75,8 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     start = _resume(output, parts) if resume else 0
     if accelerator.is_main_process:
         run.write_config(output, config)
-    _loop(config, images, parts, accelerator, output, start)
+    with run.Journal(output, config.train.steps, start, accelerator.is_main_process) as journal:
+        _loop(config, images, parts, accelerator, journal, output, start)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         _finish(config, images, parts, output)
@@ -92,6 +94,8 @@ def _build(config: AutoencoderConfig) -> nn.Module:
 
 
 def _parts(config: AutoencoderConfig, vae: nn.Module, accelerator) -> Parts:
+    if not (config.loss.l1 or config.loss.l2 or config.loss.perceptual):
+        raise UserError("loss: one of l1, l2 and perceptual must be above 0")
     bare = Stage1(vae)
     optimizer = run.make_optimizer(bare.parameters(), config.optimizer)
     loss = config.loss
@@ -110,7 +114,7 @@ def _parts(config: AutoencoderConfig, vae: nn.Module, accelerator) -> Parts:
     return Parts(
         network, bare, optimizer, Ema(bare.vae, config.ema.decay, config.ema.power),
         Stage1Weights(**{name: getattr(loss, name) for name in fields}),
-        perceptual, critic_network, critic, critic_optimizer,
+        perceptual, critic_network, critic, critic_optimizer, CodeUsage(vae.quantize.n_e) if bare.discrete else None,
     )  # fmt: skip
 
 
@@ -127,12 +131,12 @@ def _perceptual(network: str | None) -> nn.Module:
     return Perceptual(load_features(resolve_model(network)))
 
 
-def _loop(config: AutoencoderConfig, images: Images, parts: Parts, accelerator, output: Path, start: int) -> None:
+def _loop(
+    config: AutoencoderConfig, images: Images, parts: Parts, accelerator, journal: run.Journal, output: Path, start: int
+) -> None:
     steps, batch = config.train.steps, config.train.batch_size
     batches = images.batches(config.seed, batch, start, accelerator)
-    journal = run.Journal(output, steps, start, accelerator.is_main_process)
     clock, averages = run.SaveClock(config.train.save_minutes), run.Averages()
-    usage = CodeUsage(parts.bare.vae.quantize.n_e) if parts.bare.discrete else None
     per_epoch = max(1, len(images.train) // batch)
     for step in range(start, steps):
         x, _ = next(batches)
@@ -140,11 +144,11 @@ def _loop(config: AutoencoderConfig, images: Images, parts: Parts, accelerator, 
         run.set_learning_rate(parts.optimizer, run.learning_rate(config.optimizer, step, steps))
         terms, out = _step(config, parts, accelerator, x.to(accelerator.device), step)
         averages.add(terms)
-        if usage is not None:
-            usage.update(out["codes"])
+        if parts.usage is not None:
+            parts.usage.update(accelerator.gather(out["codes"]))
             if (step + 1) % per_epoch == 0:
-                journal.log(step + 1, _end_of_epoch(config, parts, accelerator, usage, out["latents"], step))
-                usage = CodeUsage(parts.bare.vae.quantize.n_e)
+                journal.log(step + 1, _end_of_epoch(config, parts, accelerator, out["latents"], step))
+                parts.usage.reset()
         journal.advance()
         if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
             lr = run.learning_rate(config.optimizer, step, steps)
@@ -155,7 +159,6 @@ def _loop(config: AutoencoderConfig, images: Images, parts: Parts, accelerator, 
             if clock.due() or step + 1 == steps:
                 _save(config, parts, output, step + 1)
     batches.close()
-    journal.close()
 
 
 def _step(config, parts: Parts, accelerator, x: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -189,17 +192,15 @@ def _step(config, parts: Parts, accelerator, x: Tensor, step: int) -> tuple[dict
     return terms, out
 
 
-def _end_of_epoch(config, parts: Parts, accelerator, usage: CodeUsage, latents: Tensor, step: int) -> dict[str, float]:
-    """Merge code counts over processes, revive what the epoch left unused, say how much that was."""
-    counts = accelerator.reduce(usage.counts.to(accelerator.device), "sum")
-    total = CodeUsage(len(counts))
-    total.counts.copy_(counts.cpu())
-    values = {"codes/used": total.usage(), "codes/perplexity": total.perplexity(), "codes/revived": 0.0}
+def _end_of_epoch(config, parts: Parts, accelerator, latents: Tensor, step: int) -> dict[str, float]:
+    """Revive the codes that the epoch left unused, say how much was used and revived."""
+    usage = parts.usage
+    values = {"codes/used": usage.usage(), "codes/perplexity": usage.perplexity(), "codes/revived": 0.0}
     if config.revive_dead_codes:
         # Every process draws the same codes from the same latents, so the codebooks stay equal
         shared = accelerator.gather(latents.detach().float().contiguous())
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "revive", step))
-        values["codes/revived"] = float(revive_dead_codes(parts.bare.vae, total.counts, shared, generator))
+        values["codes/revived"] = float(revive_dead_codes(parts.bare.vae, usage.counts, shared, generator))
     return values
 
 
@@ -209,6 +210,8 @@ def _save(config: AutoencoderConfig, parts: Parts, output: Path, step: int) -> N
     if parts.critic is not None:
         tensors["discriminator"] = parts.critic.state_dict()
         tensors["discriminator_optimizer"] = state.optimizer_tensors(parts.critic_optimizer)
+    if parts.usage is not None:
+        tensors["codes"] = {"counts": parts.usage.counts}
     # Order of data and noise are functions of (seed, step), so the step is all there is to keep of them
     state.save_state(output, step, tensors, {"ema_updates": parts.ema.updates}, config.train.keep)
 
@@ -221,6 +224,8 @@ def _resume(output: Path, parts: Parts) -> int:
     if parts.critic is not None:
         state.load_into(parts.critic, tensors["discriminator"], str(output))
         state.restore_optimizer(parts.critic_optimizer, tensors.get("discriminator_optimizer", {}))
+    if parts.usage is not None:
+        parts.usage.counts.copy_(tensors["codes"]["counts"])
     return meta["step"]
 
 

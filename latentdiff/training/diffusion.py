@@ -57,7 +57,8 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     run.check_output(output, config, resume)
     _, levels = _noise(config)  # a wrong name fails here, before anything is encoded
     accelerator = run.start_accelerator(config.train)
-    latents = prepare_latents(config, accelerator, progress_bar("encoding", accelerator.is_main_process))
+    with progress_bar("encoding", accelerator.is_main_process) as progress:
+        latents = prepare_latents(config, accelerator, progress)
     torch.manual_seed(derive_seed(config.seed, "initialise"))
     parts = _parts(config, latents, accelerator)
     start = _resume(output, parts) if resume else 0
@@ -66,7 +67,8 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
         if parts.ema.memory() > config.train.steps / 2:
             print(f"warning: the EMA looks back {parts.ema.memory():.0f} steps, the run has {config.train.steps}; "
                   "lower ema.decay or its pictures lag behind", file=sys.stderr)  # fmt: skip
-    _loop(config, parts, accelerator, output, start)
+    with run.Journal(output, config.train.steps, start, accelerator.is_main_process) as journal:
+        _loop(config, parts, accelerator, journal, output, start)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         parts.ema.copy_to(parts.average)
@@ -78,7 +80,13 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
 
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
     schedule = make_schedule(config.schedule.name, **config.schedule.params)
+    _scheduler(config, schedule)
     return schedule, make_noise_levels(config.noise_levels.name, schedule, **config.noise_levels.params)
+
+
+def _scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any:
+    """The diffusers scheduler that is published; UserError where the schedule or the prediction has none of that name."""
+    return schedule.to_scheduler(config.sample.scheduler, config.prediction, **config.sample.scheduler_config)
 
 
 def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None) -> nn.Module:
@@ -118,9 +126,8 @@ def _parts(config: DiffusionConfig, latents: Latents, accelerator) -> Parts:
     return Parts(latents, condition, schedule, levels, network, unet, average, optimizer, ema, denoiser)
 
 
-def _loop(config: DiffusionConfig, parts: Parts, accelerator, output: Path, start: int) -> None:
+def _loop(config: DiffusionConfig, parts: Parts, accelerator, journal: run.Journal, output: Path, start: int) -> None:
     steps = config.train.steps
-    journal = run.Journal(output, steps, start, accelerator.is_main_process)
     clock, averages = run.SaveClock(config.train.save_minutes), run.Averages()
     validation = _validation_set(config, parts) if accelerator.is_main_process else None
     parts.network.train()
@@ -139,7 +146,6 @@ def _loop(config: DiffusionConfig, parts: Parts, accelerator, output: Path, star
                 tensors = {"model": parts.unet.state_dict(), "ema": parts.ema.state()}
                 tensors["optimizer"] = state.optimizer_tensors(parts.optimizer)
                 state.save_state(output, step + 1, tensors, {"ema_updates": parts.ema.updates}, config.train.keep)
-    journal.close()
 
 
 def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict[str, Tensor]:
@@ -220,7 +226,7 @@ def _pipeline_parts(config: DiffusionConfig, parts: Parts) -> dict[str, Any]:
     return {
         "unet": parts.average,
         "vae": parts.latents.codec.vae,
-        "scheduler": parts.schedule.to_scheduler(config.sample.scheduler, config.prediction, **config.sample.scheduler_config),
+        "scheduler": _scheduler(config, parts.schedule),
         "class_names": parts.latents.images.class_names if condition else None,
         "null_class": condition.null_class if condition else None,
         "image_size": parts.latents.images.preprocess.content[2:],

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,18 +79,16 @@ def check_normaliser(latents: Latents, name: str) -> None:
         )
 
 
-def progress_bar(text: str, enabled: bool):
-    """A progress(done, total) function that draws a bar on stderr, or None."""
-    if not enabled:
-        return None
+@contextmanager
+def progress_bar(text: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
+    """Within the block, a progress(done, total) function that draws a bar on stderr once the work takes a moment."""
     from tqdm import tqdm
 
-    bar = tqdm(unit="image", desc=text, mininterval=1.0 if sys.stderr.isatty() else 30.0)
+    interval = 1.0 if sys.stderr.isatty() else 30.0
+    with tqdm(unit="image", desc=text, mininterval=interval, delay=0.5, disable=not enabled) as bar:
 
-    def progress(done: int, total: int) -> None:
-        bar.total = total
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-    return progress
+        yield progress

@@ -21,7 +21,10 @@ PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
 def start_accelerator(train: TrainConfig):
     """An Accelerator at the config's precision, after printing what the run really has: processes, device, precision."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
 
+    # accelerate keeps the first run's precision for the life of the process, and refuses a second run in another
+    AcceleratorState._reset_state(reset_partial_state=True)
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     accelerator = Accelerator(mixed_precision=PRECISIONS[train.precision])
@@ -65,7 +68,10 @@ def gradient_norm(module: nn.Module, clip: float | None) -> float:
 
 
 class Journal:
-    """Logs of a run, on the main process: a progress bar with rate and time left on stderr, TensorBoard, metrics.jsonl."""
+    """Logs of a run, on the main process: a progress bar with rate and time left on stderr, TensorBoard, metrics.jsonl.
+
+    A context manager, so that a run that ends in an error leaves its files flushed and the bar's line finished.
+    """
 
     def __init__(self, output: Path, steps: int, start: int, enabled: bool):
         self.enabled = enabled
@@ -97,7 +103,10 @@ class Journal:
         if self.enabled:
             self.bar.write(text, file=sys.stderr)
 
-    def close(self) -> None:
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
         if self.enabled:
             self.bar.close()
             self.writer.close()

@@ -73,7 +73,8 @@ def load_state(output: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, An
         meta = json.loads((folder / "state.json").read_text())
         tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     except Exception as error:  # safetensors raises its own class, json another; the folder is what the user can act on
-        raise UserError(f"{folder}: damaged training state ({' '.join(str(error).split())[:120]}); remove it to use the one before") from None
+        reason = " ".join(str(error).split())[:120]
+        raise UserError(f"{folder}: damaged training state ({reason}); remove it to use the one before") from None
     return tensors, meta
 
 

@@ -1,0 +1,55 @@
+"""Fixtures made once a session: a folder of stripes, a feature network, and a model of each stage trained on them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from stripes import stripes
+from tiny_runs import autoencoder_config, diffusion_config, write_stripes
+
+from latentdiff.training import train
+from latentdiff.training.features import train_features
+
+
+@pytest.fixture(scope="session")
+def stripe_folder(tmp_path_factory) -> Path:
+    """48 grey 16x16 PNGs in three class sub-folders."""
+    return write_stripes(tmp_path_factory.mktemp("stripes") / "data")
+
+
+@pytest.fixture(scope="session")
+def feature_folder(tmp_path_factory) -> Path:
+    """A feature network that tells the stripes apart."""
+    folder = tmp_path_factory.mktemp("features") / "net"
+    train_features(stripes(240), steps=45, batch=32, widths=(8, 8, 16), name="stripes-net").save(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def autoencoder_run(tmp_path_factory, stripe_folder) -> Path:
+    """Output folder of a finished stage-1 run of 60 steps."""
+    output = tmp_path_factory.mktemp("stage1") / "run"
+    train(autoencoder_config(stripe_folder, output, train__steps=60))
+    return output
+
+
+@pytest.fixture(scope="session")
+def diffusion_run(tmp_path_factory, stripe_folder, autoencoder_run) -> Path:
+    """Output folder of a finished stage-2 run of 60 steps; its checkpoint is in model/."""
+    output = tmp_path_factory.mktemp("stage2") / "run"
+    train(diffusion_config(stripe_folder, output, autoencoder_run, train__steps=60, train__picture_every=30))
+    return output
+
+
+@pytest.fixture(scope="session")
+def curves():
+    """curves(output) -> {name: [values in the order logged]} from a run's metrics.jsonl."""
+
+    def read(output: Path) -> dict[str, list[float]]:
+        values: dict[str, list[float]] = {}
+        for line in (output / "metrics.jsonl").read_text().splitlines():
+            for name, value in json.loads(line).items():
+                values.setdefault(name, []).append(value)
+        return values
+
+    return read

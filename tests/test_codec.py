@@ -1,0 +1,214 @@
+"""The frozen first stage: any diffusers autoencoder, one normaliser, one fingerprint."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_vae
+
+from latentdiff.autoencoders.build import (
+    build_autoencoder,
+    fold_normaliser,
+    load_autoencoder,
+    set_normaliser,
+    store_normaliser,
+)
+from latentdiff.autoencoders.codec import LatentCodec
+from latentdiff.errors import UserError
+from latentdiff.pipelines.latent_diffusion import denormalise
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def tiny_vq(**config) -> VQModel:
+    blocks = dict(down_block_types=("DownEncoderBlock2D",) * 3, up_block_types=("UpDecoderBlock2D",) * 3)
+    sizes = dict(in_channels=1, out_channels=1, block_out_channels=(4, 4, 4), latent_channels=4, vq_embed_dim=3)
+    return VQModel(**{**blocks, **sizes, "norm_num_groups": 2, "num_vq_embeddings": 8, **config}).eval()
+
+
+def tiny_tiny() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(4, 4, 4), decoder_block_out_channels=(4, 4, 4), num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1), latent_channels=5,
+    )  # fmt: skip
+
+
+def tiny_dc() -> AutoencoderDC:
+    return AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(4, 8, 8), decoder_block_out_channels=(4, 8, 8),
+        encoder_block_types=("ResBlock",) * 3, decoder_block_types=("ResBlock",) * 3, encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
+    )  # fmt: skip
+
+
+KINDS = {  # class: (make, factor, latent channels, image channels, has a posterior)
+    "AutoencoderKL": (tiny_vae, 2, 4, 1, True),
+    "VQModel": (tiny_vq, 4, 3, 1, False),
+    "AutoencoderTiny": (tiny_tiny, 4, 5, 3, False),
+    "AutoencoderDC": (tiny_dc, 4, 4, 3, False),
+}
+
+
+def images(channels=1, n=3, seed=0, height=16, width=24):
+    return torch.rand((n, channels, height, width), generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("place", [".", "vae", "autoencoder"])
+def test_any_diffusers_autoencoder_is_a_first_stage(tmp_path, name, place):
+    make, factor, latent_channels, image_channels, posterior = KINDS[name]
+    torch.manual_seed(0)
+    made = make()
+    made.save_pretrained(tmp_path / place)
+    vae = load_autoencoder(str(tmp_path))
+    assert type(vae).__name__ == name and not vae.training
+    assert not any(p.requires_grad for p in vae.parameters())
+    codec = LatentCodec(vae)
+    assert (codec.factor, codec.latent_channels, codec.image_channels) == (factor, latent_channels, image_channels)
+    x = images(image_channels)
+    mean, std = codec.moments(x)
+    assert mean.shape == std.shape == (3, latent_channels, 16 // factor, 24 // factor)
+    assert bool((std > 0).all()) if posterior else bool((std == 0).all())
+    assert codec.decode(codec.normalise(mean)).shape == x.shape
+    for a, b in zip(codec.moments(x[1:2]), (mean[1:2], std[1:2]), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)  # nothing mixes samples
+    assert codec.fingerprint() == LatentCodec(made).fingerprint()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scaling_factor": 0.5},
+        {"scaling_factor": 0.5, "shift_factor": 0.25},
+        {"scaling_factor": 2.0, "latents_mean": [0.0, 1.0, 2.0, 3.0], "latents_std": [1.0, 2.0, 3.0, 4.0]},
+    ],
+)
+def test_the_normaliser_is_read_from_the_config_and_the_pipeline_agrees(config):
+    vae = tiny_vae(**config)
+    codec = LatentCodec(vae)
+    z = torch.randn((2, 4, 3, 3), generator=torch.Generator().manual_seed(0))
+    mean = torch.tensor(config.get("latents_mean", [config.get("shift_factor", 0.0)] * 4))[:, None, None]
+    std = torch.tensor(config.get("latents_std", [1.0] * 4))[:, None, None]
+    torch.testing.assert_close(codec.normalise(z), (z - mean) / std * config["scaling_factor"])
+    torch.testing.assert_close(codec.denormalise(codec.normalise(z)), z)
+    torch.testing.assert_close(denormalise(codec.normalise(z), vae.config), z)
+
+
+def test_folding_gives_unit_latents_and_keeps_reconstructions():
+    torch.manual_seed(0)
+    codec = LatentCodec(tiny_vae())
+    x = images(n=64)
+    before, (mean, std) = codec.reconstruct(x), codec.moments(x)
+    m = mean.mean((0, 2, 3))
+    s = (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()
+    vae = tiny_vae()
+    vae.load_state_dict(codec.vae.state_dict())
+    fold_normaliser(vae, m, s)
+    folded = LatentCodec(vae)
+    new_mean, new_std = folded.moments(x)
+    torch.testing.assert_close(new_mean, (mean - m[:, None, None]) / s[:, None, None], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(new_std, std / s[:, None, None], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(new_mean.mean((0, 2, 3)), torch.zeros(4), rtol=0, atol=1e-5)
+    variance = new_mean.var((0, 2, 3), correction=0) + new_std.square().mean((0, 2, 3))
+    torch.testing.assert_close(variance, torch.ones(4), rtol=1e-4, atol=0)
+    torch.testing.assert_close(folded.reconstruct(x), before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(folded.normalise(new_mean), new_mean)  # nothing is left for the config to do
+    assert vae.config.scaling_factor == 1.0
+
+
+@pytest.mark.parametrize("make", [tiny_vq, lambda: tiny_vae(use_quant_conv=False, use_post_quant_conv=False)])
+def test_what_cannot_be_folded_keeps_its_weights_and_gets_a_normaliser(make):
+    torch.manual_seed(0)
+    vae = make()
+    before = {key: value.clone() for key, value in vae.state_dict().items()}
+    codec, x = LatentCodec(vae), images(n=64)
+    mean, std = codec.moments(x)
+    m, s = mean.mean((0, 2, 3)), (mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))).sqrt()
+    store_normaliser(vae, m, s)
+    assert all(torch.equal(value, before[key]) for key, value in vae.state_dict().items())
+    stored = LatentCodec(vae)
+    normalised, noise = stored.normalise(mean), std * stored.scale[:, None, None]
+    assert float(normalised.square().mean() + noise.square().mean()) == pytest.approx(1.0, rel=1e-4)
+
+
+def test_the_fingerprint_is_of_weights_and_config(tmp_path):
+    torch.manual_seed(0)
+    vae = tiny_vae()
+    first = LatentCodec(vae).fingerprint()
+    vae.save_pretrained(tmp_path / "copy")
+    assert LatentCodec(load_autoencoder(str(tmp_path / "copy"))).fingerprint() == first and len(first) == 64
+    with torch.no_grad():
+        vae.decoder.conv_out.bias[0] += 1e-6
+    second = LatentCodec(vae).fingerprint()
+    set_normaliser(vae, torch.zeros(4), torch.full((4,), 2.0))
+    third = LatentCodec(vae).fingerprint()
+    assert len({first, second, third}) == 3
+
+
+def test_a_new_autoencoder_starts_with_the_posterior_asked_for():
+    config = {"block_out_channels": [4, 4], "norm_num_groups": 2, "latent_channels": 2}
+    codec = LatentCodec(build_autoencoder("AutoencoderKL", config, 1, -4.0))
+    torch.testing.assert_close(codec.moments(images())[1], torch.full((3, 2, 8, 12), 1.0) * torch.tensor(-2.0).exp())
+    assert LatentCodec(build_autoencoder("AutoencoderKL", config, 3, None)).image_channels == 3
+
+
+def refusal(action) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_what_cannot_be_built_is_one_line():
+    assert "model.type: 'AutoencoderTiny' is not one of AutoencoderKL, VQModel" in refusal(
+        lambda: build_autoencoder("AutoencoderTiny", {}, 1, None)
+    )
+    assert "model.config.latent_chanels: unknown argument of AutoencoderKL; did you mean 'latent_channels'?" in refusal(
+        lambda: build_autoencoder("AutoencoderKL", {"latent_chanels": 4}, 1, None)
+    )
+    assert refusal(
+        lambda: build_autoencoder("AutoencoderKL", {"block_out_channels": [5], "norm_num_groups": 2}, 1, None)
+    ).startswith("model.config: AutoencoderKL refuses it")
+
+
+def test_what_cannot_be_loaded_is_one_line(tmp_path):
+    assert f"{tmp_path}: no autoencoder there" in refusal(lambda: load_autoencoder(str(tmp_path)))
+    missing = str(tmp_path / "missing")
+    assert f"{missing}: no autoencoder there" in refusal(lambda: load_autoencoder(missing))
+    torch.manual_seed(0)
+    tiny_vae().save_pretrained(tmp_path)
+    weights, config = tmp_path / WEIGHTS, tmp_path / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert f"{tmp_path}: cannot read the weights" in refusal(lambda: load_autoencoder(str(tmp_path)))
+    weights.unlink()
+    assert f"{tmp_path}: cannot read the weights" in refusal(lambda: load_autoencoder(str(tmp_path)))
+    weights.write_bytes(whole)
+    some = load_file(weights)
+    del some["decoder.conv_out.bias"]
+    save_file(some, weights, {"format": "pt"})
+    assert "decoder.conv_out.bias" in refusal(lambda: load_autoencoder(str(tmp_path)))  # never left at random
+    weights.write_bytes(whole)
+    config.write_text(json.dumps({**json.loads(text), "_class_name": "UNet2DModel"}))
+    assert "'UNet2DModel' is not one of AutoencoderKL" in refusal(lambda: load_autoencoder(str(tmp_path)))
+    config.write_text(json.dumps({**json.loads(text), "latent_channels": 7}))
+    assert f"{tmp_path}: cannot read the weights" in refusal(lambda: load_autoencoder(str(tmp_path)))
+    config.write_text("{")
+    assert f"{config}: not valid JSON" in refusal(lambda: load_autoencoder(str(tmp_path)))
+
+
+def test_images_that_do_not_fit_are_one_line():
+    codec = LatentCodec(tiny_vae())
+    assert "expected [B, 1, H, W]; set data.channels=1" in refusal(lambda: codec.moments(images(3)))
+    assert "images of 15x24: the autoencoder needs sides divisible by 2" in refusal(
+        lambda: codec.moments(images(height=15))
+    )
+
+
+def test_an_autoencoder_in_half_precision_works():
+    vae: AutoencoderKL = tiny_vae().to(torch.bfloat16)
+    codec = LatentCodec(vae)
+    mean, _ = codec.moments(images())
+    assert mean.dtype == torch.float32 and codec.decode(codec.normalise(mean)).dtype == torch.float32

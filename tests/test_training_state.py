@@ -1,0 +1,175 @@
+"""State on disk is whole or absent; the average and the learning rate are what their formulas say."""
+
+import copy
+import os
+
+import pytest
+import torch
+from torch import nn
+
+from latentdiff.config import OptimizerConfig
+from latentdiff.errors import UserError
+from latentdiff.training import run, state
+from latentdiff.training.ema import Ema
+
+
+def save(output, step, keep=2, **extra):
+    tensors = {"model": {"w": torch.full((3,), float(step))}, **extra}
+    return state.save_state(output, step, tensors, {"ema_updates": step}, keep)
+
+
+def test_a_state_comes_back_as_it_was(tmp_path):
+    tensors = {
+        "model": {"w": torch.randn(4, 3), "half": torch.randn(2).half(), "counter": torch.tensor(3)},
+        "strided": {"t": torch.arange(6.0).reshape(2, 3).t(), "shared": torch.ones(4)},
+    }
+    state.save_state(tmp_path, 12, tensors, {"ema_updates": 12, "note": "x"}, keep=1)
+    loaded, meta = state.load_state(tmp_path)
+    assert meta == {"step": 12, "ema_updates": 12, "note": "x"}
+    assert {name: set(group) for name, group in loaded.items()} == {name: set(g) for name, g in tensors.items()}
+    for name, group in tensors.items():
+        for key, value in group.items():
+            assert torch.equal(loaded[name][key], value) and loaded[name][key].dtype == value.dtype
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    weight = torch.randn(3)
+    save(tmp_path, 1, ema={"a": weight, "b": weight})
+    assert torch.equal(state.load_state(tmp_path)[0]["ema"]["b"], weight)
+
+
+def test_the_newest_is_loaded_and_older_ones_are_rotated_out(tmp_path):
+    for step in (5, 10, 100):
+        save(tmp_path, step, keep=2)
+    assert [p.name for p in state.state_folders(tmp_path)] == ["step-10", "step-100"]  # by number, not by name
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-10", "step-100"]
+    assert state.load_state(tmp_path)[1]["step"] == 100
+
+
+def test_saving_a_step_again_replaces_it(tmp_path):
+    save(tmp_path, 5)
+    save(tmp_path, 5, more={"x": torch.ones(1)})
+    assert set(state.load_state(tmp_path)[0]) == {"model", "more"}
+
+
+@pytest.mark.parametrize("failing", ["save_file", "os.replace"])
+def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, failing):
+    save(tmp_path, 5)
+
+    def fail(*arguments, **keywords):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if failing == "save_file":
+            patch.setattr(state, "save_file", fail)
+        else:
+            patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            save(tmp_path, 6)
+    assert [p.name for p in state.state_folders(tmp_path)] == ["step-5"]
+    assert state.load_state(tmp_path)[1]["step"] == 5
+    save(tmp_path, 6)  # what the failure left behind is in no one's way
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-5", "step-6"]
+
+
+def refusal(action) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_damaged_state_names_its_folder(tmp_path):
+    assert "no training state to resume from" in refusal(lambda: state.load_state(tmp_path))
+    folder = save(tmp_path, 5)
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-4])
+    assert f"{folder}: damaged training state" in refusal(lambda: state.load_state(tmp_path))
+    (folder / "model.safetensors").write_bytes(whole)
+    (folder / "state.json").write_text('{"step": 5')
+    assert f"{folder}: damaged training state" in refusal(lambda: state.load_state(tmp_path))
+
+
+def test_weights_of_another_model_are_refused():
+    net = nn.Linear(2, 2)
+    assert "first differing key: weight" in refusal(lambda: state.load_into(net, {"bias": torch.zeros(2)}, "run"))
+    assert "first differing key: extra" in refusal(
+        lambda: state.load_into(net, {**net.state_dict(), "extra": torch.zeros(1)}, "run")
+    )
+
+
+def test_a_restored_optimizer_takes_the_same_next_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+    config = OptimizerConfig(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
+    optimizer = run.make_optimizer(net.parameters(), config)
+    data = torch.randn(5, 8, 3)
+
+    def step(module, opt, x):
+        opt.zero_grad()
+        module(x).square().mean().backward()
+        opt.step()
+
+    for x in data[:4]:
+        step(net, optimizer, x)
+    saved = {key: value.clone() for key, value in state.optimizer_tensors(optimizer).items()}
+    other = copy.deepcopy(net)
+    fresh = run.make_optimizer(other.parameters(), config)
+    without = copy.deepcopy(net)
+    state.restore_optimizer(fresh, saved)
+    step(net, optimizer, data[4])
+    step(other, fresh, data[4])
+    step(without, run.make_optimizer(without.parameters(), config), data[4])
+    assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
+    assert not torch.equal(net[0].weight, without[0].weight)
+    assert all(torch.equal(v, state.optimizer_tensors(fresh)[k]) for k, v in state.optimizer_tensors(optimizer).items())
+
+
+def test_the_average_follows_its_formula():
+    net = nn.BatchNorm1d(2)  # has a parameter, a floating buffer and a counter
+    ema = Ema(net, decay=0.9, power=0.75)
+    expected = net.weight.detach().clone().double()
+    for k in range(1, 40):
+        with torch.no_grad():
+            net.weight += torch.tensor([1.0, -2.0])
+            net.running_mean.fill_(float(k))
+            net.num_batches_tracked.fill_(k)
+        decay = min(0.9, 1 - (1 + k) ** -0.75)
+        expected = decay * expected + (1 - decay) * net.weight.detach().double()
+        ema.update(net)
+    torch.testing.assert_close(ema.state()["weight"].double(), expected, rtol=1e-5, atol=0)
+    assert ema.updates == 39 and int(ema.state()["num_batches_tracked"]) == 39
+    assert 0 < float(ema.state()["running_mean"][0]) < 39
+    other = nn.BatchNorm1d(2)
+    ema.copy_to(other)
+    assert torch.equal(other.weight, ema.state()["weight"])
+    assert ema.decay_at(1) == pytest.approx(1 - 2**-0.75) and ema.decay_at(10**6) == 0.9
+
+
+def test_a_restored_average_goes_on_the_same():
+    nets = [nn.Linear(2, 2) for _ in range(3)]
+    first = Ema(nets[0], 0.99, 0.75)
+    first.update(nets[1])
+    second = Ema(nets[2], 0.99, 0.75)
+    second.restore({k: v.clone() for k, v in first.state().items()}, first.updates)
+    first.update(nets[2])
+    second.update(nets[2])
+    assert torch.equal(first.state()["weight"], second.state()["weight"])
+
+
+def test_the_learning_rate_is_a_function_of_the_step():
+    config = OptimizerConfig(lr=0.1, warmup_steps=4, schedule="cosine", final_share=0.2)
+    rates = [run.learning_rate(config, step, 104) for step in range(104)]
+    assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
+    assert rates[54] == pytest.approx(0.1 * (0.2 + 0.8 * 0.5)) and min(rates[4:]) > 0.02
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
+    linear = OptimizerConfig(lr=0.1, schedule="linear")
+    assert [run.learning_rate(linear, s, 4) for s in range(4)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert run.learning_rate(OptimizerConfig(lr=0.1), 7, 8) == 0.1
+
+
+def test_clipping_limits_the_step_and_reports_the_norm_before():
+    net = nn.Linear(1, 1, bias=False)
+    net.weight.grad = torch.tensor([[-3.0]])
+    assert run.gradient_norm(net, None) == 3.0 and float(net.weight.grad) == -3.0
+    assert run.gradient_norm(net, 1.0) == 3.0 and float(net.weight.grad) == pytest.approx(-1.0, rel=1e-4)

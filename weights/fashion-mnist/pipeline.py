@@ -1,0 +1,348 @@
+"""Images from a latent diffusion checkpoint: class labels (or nothing) in, pictures out.
+
+This one file is the whole pipeline. It needs torch, numpy, PIL and diffusers; latentdiff itself is imported only in the
+call that asks for one of its samplers. The same file is saved into every checkpoint as pipeline.py, so that plain
+diffusers opens the folder: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+"""
+
+import importlib
+import inspect
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
+
+# Read now and not when saving: diffusers runs this file from a cache where the next checkpoint's file replaces it.
+_SOURCE = Path(__file__).read_text(encoding="utf-8")
+_SAVED_AS = "pipeline"
+_LISTED_CLASSES = 60
+
+
+class PipelineInputError(ValueError):
+    """A call the checkpoint cannot answer; one line that says what would be valid."""
+
+
+class LatentDiffusionPipeline(DiffusionPipeline):
+    """Latent diffusion, class-conditional or unconditional, for square or oblong, grey or colour images.
+
+    Args:
+        unet: `UNet2DModel` or `UNet2DConditionModel` over latents [B, c, h, w]; `config.sample_size` gives h and w.
+        vae: any diffusers autoencoder with `decode(z).sample`; its config holds the latent normaliser.
+        scheduler: any diffusers scheduler with `set_timesteps` and `step`.
+        class_names: names in the order of their index (a list, or a dict from "index" to name), or None.
+        null_class: index of the "no class" embedding, or None where training never dropped the class.
+        image_size: (H, W) of the real content; decoded images are larger where training padded them.
+        prediction, schedule: what latentdiff's own samplers take the network for: "epsilon", "sample", "v_prediction",
+            "score" or "flow", and {"name": ..., parameters} for `make_schedule`. None: read from the scheduler.
+        default_guidance_scale, default_num_inference_steps: what a call uses when it does not say.
+    """
+
+    model_cpu_offload_seq = "unet->vae"
+
+    def __init__(
+        self,
+        unet: torch.nn.Module,
+        vae: torch.nn.Module,
+        scheduler: Any,
+        class_names: list | dict | None = None,
+        null_class: int | None = None,
+        image_size: list | tuple | None = None,
+        prediction: str | None = None,
+        schedule: dict | None = None,
+        default_guidance_scale: float = 1.0,
+        default_num_inference_steps: int = 20,
+    ):
+        super().__init__()
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        if isinstance(class_names, (list, tuple)):  # a list of strings would look like a (library, class) pair
+            class_names = {str(i): str(name) for i, name in enumerate(class_names)}
+        self.register_to_config(
+            class_names=class_names,
+            null_class=null_class,
+            image_size=list(image_size) if image_size is not None else None,
+            prediction=prediction,
+            schedule=schedule,
+            default_guidance_scale=default_guidance_scale,
+            default_num_inference_steps=default_num_inference_steps,
+        )
+
+    @property
+    def class_names(self) -> list[str]:
+        """Class names in the order of their index; empty where the checkpoint has none."""
+        names = self.config.class_names or {}
+        return [names[key] for key in sorted(names, key=int)]
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes can be asked for (the null class is not one); 0 for an unconditional network."""
+        rows = self.unet.config.get("num_class_embeds") or 0
+        return rows - 1 if rows and self.config.null_class is not None else rows
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(c, h, w) of one latent."""
+        size = self.unet.config.get("sample_size")
+        if size is None:
+            raise PipelineInputError("unet/config.json has no sample_size: it must give the latent's height and width")
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.unet.config.in_channels, height, width
+
+    def class_index(self, label: str | int | None) -> int:
+        """The embedding row of a class given by name, number (42 or "42"; a name comes first) or None (no class)."""
+        names, count, null = self.class_names, self.num_classes, self.config.null_class
+        if label is None:
+            if null is None:
+                raise PipelineInputError(
+                    f"this checkpoint has no null class, so every image needs a class; {self._listed_classes()}"
+                )
+            return null
+        if isinstance(label, str) and label in names:
+            return names.index(label)
+        number = int(label) if isinstance(label, str) and label.isdecimal() else label
+        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
+            return number
+        raise PipelineInputError(f"unknown class {label!r}; {self._listed_classes()}")
+
+    def _listed_classes(self) -> str:
+        count = self.num_classes
+        if count == 0:
+            return "this checkpoint is unconditional and takes no class labels"
+        names = self.class_names or [""] * count
+        listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:_LISTED_CLASSES]))
+        return f"the classes are: {listed}" + (f", ... ({count} in all)" if count > _LISTED_CLASSES else "")
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: str | int | list | None = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        latents: torch.Tensor | None = None,
+        sampler: str | None = None,
+        sampler_options: dict[str, Any] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict | None] | None = None,
+        return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:
+        """Draw images.
+
+        Args:
+            prompt: kept for checkpoints with a text encoder; this kind has none and refuses it.
+            class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class".
+            num_images_per_label: images for each entry of `class_labels`, side by side in the result.
+            guidance_scale: classifier-free guidance (2207.12598) on every latent channel,
+                uncond + scale (cond - uncond). 1 is off. None: the checkpoint's default.
+            guidance_interval: (low, high) in t, 0 = data and 1 = noise; outside it guidance is off (2404.07724).
+            num_inference_steps: steps of the scheduler or sampler. None: the checkpoint's default.
+            generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
+            latents: starting noise [B, c, h, w] of unit variance instead of drawn noise.
+            sampler: one of `latentdiff.samplers.names()` instead of the diffusers scheduler.
+            sampler_options: that sampler's own keywords.
+            output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent" (normalised).
+            callback_on_step_end: called as f(pipe, step, timestep, {"latents": x}), the timestep being t in [0, 1]
+                under `sampler`; a returned dict with "latents" replaces them.
+            return_dict: False gives a plain tuple.
+        Raises PipelineInputError for what this checkpoint cannot do, naming what it can.
+        """
+        if prompt is not None:
+            raise PipelineInputError("this checkpoint has no text encoder: pass class_labels=, not prompt=")
+        if output_type not in ("pil", "np", "pt", "latent"):
+            raise PipelineInputError(f"output_type {output_type!r}: must be one of pil, np, pt, latent")
+        if sampler is None and sampler_options:
+            raise PipelineInputError("sampler_options belong to sampler=; the diffusers scheduler does not read them")
+        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        if steps < 1:
+            raise PipelineInputError(f"num_inference_steps {steps}: must be at least 1")
+        count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
+        scale = self._guidance(guidance_scale, labels)
+        noise = self._noise(count, generator, latents)  # [B, c, h, w]
+        run = partial(self._run_sampler, sampler, sampler_options or {}) if sampler else self._run_scheduler
+        latents = run(noise, labels, scale, guidance_interval, steps, generator, callback_on_step_end)
+        images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    def _labels(self, class_labels: Any, per_label: int) -> tuple[int, torch.Tensor | None]:
+        """How many images, and their embedding rows [B] (None where the network takes no labels)."""
+        if per_label < 1:
+            raise PipelineInputError(f"num_images_per_label {per_label}: must be at least 1")
+        if hasattr(class_labels, "tolist"):  # a tensor or an array
+            class_labels = class_labels.tolist()
+        wanted = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if not wanted:
+            raise PipelineInputError(f"class_labels is empty; {self._listed_classes()}")
+        count = len(wanted) * per_label
+        if self.num_classes == 0 and all(label is None for label in wanted):
+            return count, None
+        rows = [self.class_index(label) for label in wanted for _ in range(per_label)]
+        return count, torch.tensor(rows, device=self._execution_device)
+
+    def _guidance(self, asked: float | None, labels: torch.Tensor | None) -> float:
+        """The scale to use; refuses guidance that could do nothing or that the network never learnt."""
+        null = self.config.null_class
+        conditional = labels is not None and bool((labels != (-1 if null is None else null)).any())
+        default = self.config.default_guidance_scale if conditional else 1.0
+        scale = float(default if asked is None else asked)
+        if scale != 1.0 and not conditional:
+            raise PipelineInputError(f"guidance_scale {scale:g}: no image has a class, so there is nothing to guide to")
+        if scale != 1.0 and null is None:
+            raise PipelineInputError(
+                f"guidance_scale {scale:g}: this checkpoint was trained without class dropout, so it has no "
+                "unconditional prediction to guide away from; the only valid value is 1"
+            )
+        return scale
+
+    def _noise(self, count: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
+        """Unit-variance float32 noise [B, c, h, w], given or drawn."""
+        shape = (count, *self.latent_shape)
+        if isinstance(generator, list) and len(generator) != count:
+            raise PipelineInputError(f"{len(generator)} generators for {count} images: pass one, or one per image")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise PipelineInputError(f"latents of shape {list(latents.shape)}: this call needs {list(shape)}")
+        return latents.to(self._execution_device, torch.float32)
+
+    def _network(self, x: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+        """The U-Net in its own dtype, everything around it in float32."""
+        conditioning = {} if labels is None else {"class_labels": labels}
+        if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
+            conditioning["encoder_hidden_states"] = None
+        return self.unet(x.to(self.unet.dtype), timestep, **conditioning).sample.float()
+
+    def _run_scheduler(self, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
+        """The reverse process of the diffusers scheduler: unit-variance noise to normalised latents [B, c, h, w]."""
+        scheduler = self.scheduler
+        scheduler.set_timesteps(steps, device=noise.device)
+        keywords = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        with self.progress_bar(total=len(scheduler.timesteps)) as bar:
+            for i, timestep in enumerate(scheduler.timesteps):
+                scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+                if scale != 1.0 and within(interval, scheduler, timestep):
+                    null = torch.full_like(labels, self.config.null_class)
+                    both = self._network(torch.cat([scaled, scaled]), timestep, torch.cat([labels, null]))
+                    conditional, unconditional = both.chunk(2)  # each [B, c, h, w]
+                    # The weights sum to one, so this is the same in every parameterization of the network.
+                    output = unconditional + scale * (conditional - unconditional)
+                else:
+                    output = self._network(scaled, timestep, labels)
+                x = scheduler.step(output, timestep, x, **keywords, return_dict=False)[0]
+                if callback is not None:
+                    x = (callback(self, i, timestep, {"latents": x}) or {}).get("latents", x)
+                bar.update()
+        return x
+
+    def _run_sampler(self, name, options, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
+        """The same with one of latentdiff's samplers."""
+        # Not an import statement: diffusers scans this file for those and would warn about a package it can do without
+        try:
+            schedules, denoisers, guidance, samplers = (
+                importlib.import_module(f"latentdiff.{room}")
+                for room in ("schedules", "denoiser", "guidance", "samplers")
+            )
+        except ImportError as error:
+            raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
+        if self.config.schedule:
+            schedule = schedules.make_schedule(**self.config.schedule)
+        else:
+            schedule = schedules.NoiseSchedule.from_scheduler(self.scheduler)
+        prediction = self.config.prediction or prediction_of(self.scheduler)
+        model = denoisers.unet_model(self.unet, schedule)
+        conditional = {} if labels is None else {"class_labels": labels}
+        if scale == 1.0:
+            denoiser = denoisers.Denoiser(partial(model, **conditional), schedule, prediction)
+        else:
+            null = {"class_labels": torch.full_like(labels, self.config.null_class)}
+            denoiser = denoisers.Denoiser(model, schedule, prediction)
+            denoiser = guidance.ClassifierFree(denoiser, conditional, null, scale, interval=interval)
+        with self.progress_bar(total=steps) as bar:
+
+            def report(step: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor | None:
+                bar.update()
+                return (callback(self, step, t, {"latents": x}) or {}).get("latents") if callback else None
+
+            return samplers.sample(
+                denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options
+            )
+
+    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
+        """Normalised latents [B, c, h, w] to images [B, C, H, W] in [0, 1], the padded border cut off."""
+        images = self.vae.decode(denormalise(latents, self.vae.config).to(self.vae.dtype)).sample.float()
+        height, width = self.config.image_size or images.shape[-2:]
+        top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
+        if min(top, left) < 0:
+            raise PipelineInputError(f"image_size {[height, width]} exceeds the decoded {list(images.shape[-2:])}")
+        return (images[..., top : top + height, left : left + width] / 2 + 0.5).clamp(0, 1)
+
+    def to_json_string(self) -> str:
+        """model_index.json, naming this class as [file, class] so that diffusers takes it from the folder."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [_SAVED_AS, type(self).__name__]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        """Write model_index.json and, beside it, this file as pipeline.py."""
+        super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        Path(save_directory, f"{_SAVED_AS}.py").write_text(_SOURCE, encoding="utf-8")
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+        # Whoever calls from_pretrained on this class has the code already: none from the folder is run.
+        config = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        if isinstance(config.get("_class_name"), list):
+            config["_class_name"] = cls.__name__
+        return config
+
+
+def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch.Tensor) -> bool:
+    """Whether a timestep lies in an interval of t, ends included: t N for flow schedulers, t N - 1 for the others."""
+    if interval is None:
+        return True
+    config = scheduler.config
+    flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
+    t = (float(timestep) + (0 if flow else 1)) / config.num_train_timesteps
+    return interval[0] <= t <= interval[1]
+
+
+def prediction_of(scheduler: Any) -> str:
+    """latentdiff's name for what a diffusers scheduler takes the network's output for."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    prediction = scheduler.config.get("prediction_type", "epsilon")
+    return "flow" if prediction == "flow_prediction" else prediction
+
+
+def denormalise(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """The autoencoder's own latents [B, c, h, w] from normalised ones: z = z_n std / scaling_factor + mean.
+
+    mean and std are latents_mean and latents_std, per channel; without them z = z_n / scaling_factor + shift_factor.
+    """
+    latents = latents / (config.get("scaling_factor") or 1.0)
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        return latents + (config.get("shift_factor") or 0.0)
+    mean, std = (torch.as_tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std))
+    return latents * std + mean
+
+
+def to_output(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
+    """Images [B, C, H, W] in [0, 1] as "pt", "np" [B, H, W, C] or "pil" (grey for one channel)."""
+    array = images.cpu().permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
+    if output_type in ("pt", "np"):
+        return images if output_type == "pt" else array
+    if array.shape[-1] not in (1, 3, 4):
+        raise PipelineInputError(f"output_type 'pil' cannot show {array.shape[-1]} channels: use np or pt")
+    pixels = (array * 255).round().astype(np.uint8)
+    return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
