@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _quiet_libraries() -> None:
     """Keep diffusers' own bars and advice off stderr, which is ours for progress and the one line of an error."""
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs as an error what it then raises
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -84,7 +84,8 @@ def train_command(arguments) -> None:
     from latentdiff.training import train
 
     folder = train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
-    print(folder)
+    if os.environ.get("RANK", "0") == "0":  # of several processes under `accelerate launch` one says the result
+        print(folder)
 
 
 def _add_others(commands) -> None:

@@ -89,6 +89,8 @@ def _load_folder(folder: Path) -> nn.Module:
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{folder / 'config.json'}: not valid JSON") from None
     cls = diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")
+    if not any(folder.glob("*.safetensors")):  # diffusers would log an error of its own before raising one
+        raise UserError(f"{folder}: cannot read the weights: no .safetensors file there")
     from safetensors import SafetensorError
 
     try:

@@ -55,7 +55,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     """
     output = Path(config.output)
     run.check_output(output, config, resume)
-    _, levels = _noise(config)  # a wrong name fails here, before anything is encoded
+    _check(config)
     accelerator = run.start_accelerator(config.train)
     with progress_bar("encoding", accelerator.is_main_process) as progress:
         latents = prepare_latents(config, accelerator, progress)
@@ -78,6 +78,12 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     return output / "model"
 
 
+def _check(config: DiffusionConfig) -> None:
+    """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
+    _noise(config)
+    _unet_arguments(config)
+
+
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
     schedule = make_schedule(config.schedule.name, **config.schedule.params)
     _scheduler(config, schedule)
@@ -89,14 +95,19 @@ def _scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any:
     return schedule.to_scheduler(config.sample.scheduler, config.prediction, **config.sample.scheduler_config)
 
 
-def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None) -> nn.Module:
-    """A fresh diffusers U-Net over latents [B, c, h, w]; channels, size and classes come from the data, never the config."""
+def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
+    """The U-Net's class and its arguments as the config gives them, checked."""
     cls = diffusers_class(config.model.type or "", UNETS, "model.type")
     for key in DERIVED:
         if key in config.model.config:
             raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
+    return cls, dict(checked_arguments(cls, config.model.config, "model.config"))
+
+
+def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None) -> nn.Module:
+    """A fresh diffusers U-Net over latents [B, c, h, w]; channels, size and classes come from the data, never the config."""
+    cls, arguments = _unet_arguments(config)
     c, h, w = latent_shape
-    arguments = dict(checked_arguments(cls, config.model.config, "model.config"))
     halvings = len(arguments.get("block_out_channels", (0,) * 4)) - 1
     if h % 2**halvings or w % 2**halvings:
         raise UserError(
@@ -156,7 +167,7 @@ def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict
     """
     batch, device = config.train.batch_size, accelerator.device
     local = batch // accelerator.num_processes
-    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
+    mine = slice(0, local)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
     shape = (batch, *parts.latents.cache.latent_shape)
     posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]

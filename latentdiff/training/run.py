@@ -24,7 +24,7 @@ def start_accelerator(train: TrainConfig):
     from accelerate.state import AcceleratorState
 
     # accelerate keeps the first run's precision for the life of the process, and refuses a second run in another
-    AcceleratorState._reset_state(reset_partial_state=True)
+    AcceleratorState._reset_state()
     if train.threads is not None:
         torch.set_num_threads(train.threads)
     accelerator = Accelerator(mixed_precision=PRECISIONS[train.precision])
