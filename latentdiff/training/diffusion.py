@@ -167,7 +167,7 @@ def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict
     """
     batch, device = config.train.batch_size, accelerator.device
     local = batch // accelerator.num_processes
-    mine = slice(0, local)
+    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
     shape = (batch, *parts.latents.cache.latent_shape)
     posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]
