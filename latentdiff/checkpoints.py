@@ -260,7 +260,17 @@ def resolve_model(name: str | Path) -> Path:
     shipped = shipped_folder("weights")
     models = sorted(p.parent.name for p in shipped.glob(f"*/{INDEX}")) if shipped else []
     wanted = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
-    if shipped and len(wanted) == 1 and wanted[0] in models:
+    if shipped and len(wanted) == 1 and wanted[0] and (shipped / wanted[0]).is_dir():  # a checkpoint or a feature network
         return shipped / wanted[0]
     choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else "with model_index.json"
     raise UserError(f"model {str(name)!r}: no such folder; give the path of a checkpoint {choice}")
+
+
+def resolve_config(name: str | Path) -> Path:
+    """The path of a training config: the file itself, else one that ships, as "configs/SET/NAME.yaml"."""
+    path = Path(name)
+    shipped = shipped_folder("configs")
+    if not path.exists() and shipped and path.parts[:1] == ("configs",):
+        inside = shipped.joinpath(*path.parts[1:])
+        return inside if inside.is_file() else path
+    return path

@@ -80,10 +80,11 @@ def _add_train(commands) -> None:
 
 def train_command(arguments) -> None:
     """Train one stage: an autoencoder, a diffusion model on its latents, or a feature network."""
+    from latentdiff.checkpoints import resolve_config
     from latentdiff.config import load_config
     from latentdiff.training import train
 
-    folder = train(load_config(arguments.config, arguments.overrides), resume=arguments.resume)
+    folder = train(load_config(resolve_config(arguments.config), arguments.overrides), resume=arguments.resume)
     if os.environ.get("RANK", "0") == "0":  # of several processes under `accelerate launch` one says the result
         print(folder)
 

@@ -20,11 +20,12 @@ DEFAULT_FEATURES = "weights/fashion-mnist-features"
 
 def encode(config_path: str | Path, overrides: list[str] | None = None, progress: bool = True) -> Path:
     """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder."""
+    from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
     from latentdiff.training import run
     from latentdiff.training.latents import cache_folder, prepare_latents, progress_bar
 
-    config = load_config(config_path, overrides)
+    config = load_config(resolve_config(config_path), overrides)
     if not isinstance(config, DiffusionConfig):
         raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     accelerator = run.start_accelerator(config.train)
@@ -180,9 +181,10 @@ def info(what: str) -> dict[str, Any]:
     """Facts about a checkpoint's folder, an autoencoder's folder, a training config or a data set."""
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):
+        from latentdiff.checkpoints import resolve_config
         from latentdiff.config import load_config
 
-        return {"config": str(path), **load_config(path).model_dump(mode="json")}
+        return {"config": str(path), **load_config(resolve_config(path)).model_dump(mode="json")}
     from latentdiff.checkpoints import INDEX, resolve_model
 
     if (path / "config.json").is_file() or (path / "autoencoder" / "config.json").is_file():

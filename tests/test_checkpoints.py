@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -268,3 +269,11 @@ def test_a_folder_named_weights_beside_an_installed_package_is_not_ours(tmp_path
     (tmp_path / "weights" / "shoes").mkdir(parents=True)
     monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "latentdiff" / "checkpoints.py"))
     assert checkpoints.shipped_folder("weights") is None
+
+
+def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert (checkpoints.resolve_model("weights/fashion-mnist") / checkpoints.INDEX).is_file()
+    assert (checkpoints.resolve_model("weights/fashion-mnist-features") / "model.safetensors").is_file()
+    assert checkpoints.resolve_config("configs/folder/diffusion.yaml").is_file()
+    assert checkpoints.resolve_config("configs/folder/nothing.yaml") == Path("configs/folder/nothing.yaml")
