@@ -27,6 +27,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"latentdiff: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:  # a full disk, a folder that cannot be written: the file is named, the trace helps nobody
+        print(f"latentdiff: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("latentdiff: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -40,12 +40,13 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
     model: a checkpoint or an autoencoder's folder. Images are cropped at the bottom and right to what its factor
     divides. UserError for an image that cannot be read, naming it.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     from latentdiff.autoencoders.build import load_autoencoder
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.autoencoders.report import psnr, ssim
     from latentdiff.checkpoints import resolve_model
+    from latentdiff.data.files import DECODING_ERRORS
     from latentdiff.data.preprocess import to_uint8
     from latentdiff.generation import check_out
     from latentdiff.pictures import save_png, tile
@@ -59,7 +60,7 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
         try:
             with Image.open(name) as file:
                 array = np.asarray(file.convert("L" if codec.image_channels == 1 else "RGB"))
-        except (OSError, UnidentifiedImageError) as error:
+        except DECODING_ERRORS as error:
             raise UserError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None
         array = array.reshape(*array.shape[:2], -1)
         height, width = (side // codec.factor * codec.factor for side in array.shape[:2])
@@ -99,6 +100,10 @@ def evaluate(
 
     if (model is None) == (samples is None):
         raise UserError("evaluate: give either MODEL or --samples FILE.npz")
+    if num_images < 2 or call.get("batch_size", 1) < 1 or cas_seeds < 0:
+        raise UserError("evaluate: --num-images must be at least 2, --batch-size at least 1, --cas-seeds at least 0")
+    if out is not None and Path(out).exists() and not Path(out).is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
     net = load_features(resolve_model(features))
     codec, protocol = None, {}
     if model is None:
@@ -111,6 +116,11 @@ def evaluate(
         codec = LatentCodec(pipeline.vae)
         rule, held_out = _data_rule(resolve_model(model), codec)
         train, test = reports.reference_sets(data, rule, held_out)
+        if pipeline.class_names and pipeline.class_names != list(train.class_names):
+            raise UserError(
+                f"--data {data}: its classes ({', '.join(train.class_names)}) are not the model's "
+                f"({', '.join(pipeline.class_names)})"
+            )
         images, labels = _balanced(pipeline, num_images, **call)
         protocol = _stated(pipeline, str(model), **call)
     report = reports.evaluate_samples(

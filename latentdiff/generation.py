@@ -82,6 +82,8 @@ def check_out(out: str | Path, total: int) -> Path:
         raise UserError(f"--out {out}: is {'a folder' if path.is_dir() else 'a file'} already")
     if path.suffix and not path.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {path.parent} does not exist")
+    if path.suffix and not os.access(path.absolute().parent, os.W_OK):
+        raise UserError(f"--out {out}: the folder {path.parent} cannot be written to")
     if path.suffix == ".png" and total > GRID_IMAGES:
         raise UserError(f"--out {out}: {total} images are too many for one grid ({GRID_IMAGES}); use .npz or a folder")
     return path

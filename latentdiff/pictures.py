@@ -41,12 +41,13 @@ def save_png(image: Image.Image, path: Path) -> None:
 
 
 def tile(rows: list[list[np.ndarray]], scale: int) -> Image.Image:
-    """Rows of uint8 images [H, W, C] of one size as one picture, each pixel `scale` wide."""
-    H, W, C = rows[0][0].shape
+    """Rows of uint8 images [h, w, C] as one picture, each pixel `scale` wide; smaller ones sit in cells of the largest."""
+    C = rows[0][0].shape[2]
+    H, W = (max(image.shape[side] for row in rows for image in row) for side in (0, 1))
     canvas = np.full((len(rows) * (H * scale + GAP), max(map(len, rows)) * (W * scale + GAP), C), 255, np.uint8)
     for r, row in enumerate(rows):
         for k, tile in enumerate(row):
             big = tile.repeat(scale, 0).repeat(scale, 1)
             top, left = r * (H * scale + GAP), k * (W * scale + GAP)
-            canvas[top : top + H * scale, left : left + W * scale] = big
+            canvas[top : top + big.shape[0], left : left + big.shape[1]] = big
     return Image.fromarray(canvas[..., 0] if C == 1 else canvas)

@@ -320,6 +320,20 @@ def test_info_says_what_a_thing_is(run, model, autoencoder_run, stripe_folder, t
     assert json.loads(run("info", config))["train"]["steps"] == 6
 
 
+def test_evaluate_refuses_data_of_other_classes(refused, model, feature_folder, tmp_path):
+    data = write_stripes(tmp_path / "data")
+    (data / "down").rename(data / "zigzag")
+    message = refused("evaluate", model, "--data", data, "--features", feature_folder, "--num-images", 15, "--cas-seeds", 0)
+    assert "zigzag" in message and "are not the model's" in message
+
+
+def test_reconstruct_takes_images_of_several_sizes(run, here, model):
+    for size in (24, 16):
+        Image.fromarray(np.full((size, size, 3), 9 * size, np.uint8)).save(here / f"{size}.png")
+    report = json.loads(run("reconstruct", model, "24.png", "16.png"))
+    assert np.asarray(Image.open(here / report["out"])).shape[:2] == (2 * 26, 48 + 2)
+
+
 def test_evaluate_measures_samples(run, here, samples, feature_folder, tmp_path):
     data = write_stripes(tmp_path / "data" / "train").parent
     write_stripes(data / "test", 30, seed=1)
@@ -348,6 +362,10 @@ def test_evaluate_refuses_what_it_cannot_measure(refused, model, samples, stripe
     assert "give either MODEL or --samples" in refused(*base)
     assert "give either MODEL or --samples" in refused(*base, model, "--samples", samples)
     assert "multiple of the model's 3 classes" in refused(*base, model, "--num-images", 10)
+    for flag in (("--num-images", 0), ("--batch-size", 0), ("--cas-seeds", -1)):
+        assert "must be at least" in refused(*base, model, *flag)
+    (here / "file").write_text("kept")
+    assert "--out file: is a file" in refused(*base, model, "--out", "file") and (here / "file").read_text() == "kept"
     assert "--samples missing.npz: no such file" in refused(*base, "--samples", "missing.npz")
     whole = samples.read_bytes()
     (here / "cut.npz").write_bytes(whole[: len(whole) // 2])

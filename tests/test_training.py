@@ -80,7 +80,7 @@ def test_stage_1_ends_with_the_averaged_weights_and_unit_latents(autoencoder_run
         assert "quant_conv" in key or torch.equal(value, average[key]), key  # those hold the normaliser too
     codec = LatentCodec(vae)
     images = Images(DataConfig(source=str(stripe_folder), size=(16, 16), channels=1, held_out=0.25), codec.factor)
-    mean, std = codec.moments(torch.cat(list(sweep(images.train))))
+    mean, std = codec.moments(torch.cat(list(sweep(images.train, 16))))
     variance = mean.var((0, 2, 3), correction=0) + std.square().mean((0, 2, 3))
     torch.testing.assert_close(mean.mean((0, 2, 3)), torch.zeros(2), rtol=0, atol=1e-3)
     torch.testing.assert_close(variance, torch.ones(2), rtol=1e-3, atol=0)
@@ -114,7 +114,7 @@ def test_vq_revives_dead_codes_and_is_normalised(tmp_path, stripe_folder, curves
     assert "train/commitment" in on and "train/kl" not in on
     codec = LatentCodec(load_autoencoder(str(tmp_path / "on")))
     images = Images(DataConfig(source=str(stripe_folder), size=(16, 16), channels=1, held_out=0.25), codec.factor)
-    z = codec.normalise(codec.moments(torch.cat(list(sweep(images.train))))[0])
+    z = codec.normalise(codec.moments(torch.cat(list(sweep(images.train, 16))))[0])
     assert float(z.square().mean()) == pytest.approx(1, rel=1e-3)
 
 
@@ -315,6 +315,8 @@ def test_resume_needs_the_same_run(tmp_path, autoencoder_run, stripe_folder):
     assert not (tmp_path / "none").exists()
     changed = autoencoder_config(stripe_folder, autoencoder_run, seed=3)
     assert "run.json: seed differs" in refusal(lambda: train(changed, resume=True))
+    changed = autoencoder_config(stripe_folder, autoencoder_run, train__batch_size=2)  # would move the order of the data
+    assert "run.json: train.batch_size differs" in refusal(lambda: train(changed, resume=True))
 
 
 def test_a_cache_of_another_autoencoder_is_refused(tmp_path, stripe_folder, autoencoder_run, diffusion_run):

@@ -53,6 +53,8 @@ def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, ini
         vae = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
     except (ValueError, TypeError, AssertionError, ZeroDivisionError) as error:
         raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
+    if type_name == "AutoencoderKL" and (vae.quant_conv is None or vae.post_quant_conv is None):
+        raise UserError("model.config: use_quant_conv and use_post_quant_conv must be true, the normaliser is folded into them")
     if type_name == "AutoencoderKL" and initial_logvar is not None:
         with torch.no_grad():
             vae.quant_conv.weight[vae.config.latent_channels :] = 0.0
@@ -135,7 +137,8 @@ def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
 
     An AutoencoderKL with quant convolutions has them folded in (see fold_normaliser), others see set_normaliser.
     """
-    if getattr(vae, "post_quant_conv", None) is not None and hasattr(vae.config, "latents_mean"):
+    foldable = getattr(vae, "quant_conv", None) is not None and getattr(vae, "post_quant_conv", None) is not None
+    if foldable and hasattr(vae.config, "latents_mean"):
         fold_normaliser(vae, mean, std)
     else:
         set_normaliser(vae, mean, std)

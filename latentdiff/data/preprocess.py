@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentdiff.data.sources import ImageSource
+from latentdiff.data.sources import ImageSource, UnreadableImage
 from latentdiff.errors import UserError
 
 FITS = ("exact", "resize", "crop", "pad")
@@ -172,15 +172,29 @@ class ImageDataset:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
 
-        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by the source's next readable
+        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by this data set's next readable
         one, together with its label.
         """
-        wanted = self.indices[torch.as_tensor(indices, dtype=torch.int64)]
+        wanted = torch.as_tensor(indices, dtype=torch.int64)
         mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
-        pairs = [self.source.read_or_next(i) for i in wanted.tolist()]
+        pairs = [self._read_or_next(i) for i in wanted.tolist()]
         images = self.preprocess.batch([image for _, image in pairs], mirrored)
         labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
         return images, labels
+
+    def _read_or_next(self, i: int) -> tuple[int, np.ndarray]:
+        """(index in the source, image): image i of this data set, or the next one of it that can be read, with wrap-around.
+
+        Never one from outside, so that a held-out image cannot slip into training. The substitute depends on i alone, so
+        the order of a run stays a function of its seed. More bad files than the source allows are a UserError of its own.
+        """
+        for step in range(len(self)):
+            j = int(self.indices[(i + step) % len(self)])
+            try:
+                return j, self.source.read(j)
+            except UnreadableImage:
+                continue
+        raise UserError(f"data '{self.source.name}': none of the {len(self)} images in use can be read")
 
     def fingerprint(self) -> str:
         """Hex sha256 of the source's content and of which of its images are used."""

@@ -71,20 +71,6 @@ class ImageSource:
         """Hex sha256 of what a model would see: the same wherever the same data lie."""
         raise NotImplementedError
 
-    def read_or_next(self, i: int) -> tuple[int, np.ndarray]:
-        """(j, image j): image i, or where it turns out unreadable the next one that is not, with wrap-around.
-
-        The substitute depends on i alone, so the order of a run stays a function of its seed. More bad files than the
-        source allows are a UserError, raised by `read`.
-        """
-        for step in range(len(self)):
-            j = (i + step) % len(self)
-            try:
-                return j, self.read(j)
-            except UnreadableImage:
-                continue
-        raise UserError(f"data '{self.name}': none of its {len(self)} images can be read")
-
 
 class ArraySource(ImageSource):
     """Images held in memory: uint8 [N, H, W, C] with int64 labels [N] or None."""

@@ -185,7 +185,8 @@ def _sample_set(samples: np.ndarray, labels: np.ndarray | None, train: ImageData
 
 def _without_padding(dataset: ImageDataset) -> ImageDataset:
     """The same images without the border that a multiple_of asks for."""
-    return ImageDataset(dataset.source, replace(dataset.preprocess, multiple_of=1), dataset.indices)
+    rule = replace(dataset.preprocess, size=dataset.preprocess.content[2:], multiple_of=1)
+    return ImageDataset(dataset.source, rule, dataset.indices)
 
 
 def _subset(dataset: ImageDataset, rows: Tensor) -> ImageDataset:

@@ -19,4 +19,4 @@ def train(config: AutoencoderConfig | DiffusionConfig | FeaturesConfig, resume: 
         return train_diffusion(config, resume)
     from latentdiff.training.features import train_feature_network
 
-    return train_feature_network(config)
+    return train_feature_network(config, resume)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.autoencoders.build import build_autoencoder, freeze, load_autoencoder, store_normaliser
+from latentdiff.autoencoders.build import TRAINABLE, build_autoencoder, freeze, load_autoencoder, store_normaliser
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.discriminator import PatchDiscriminator
 from latentdiff.autoencoders.losses import Stage1Weights, discriminator_terms, stage1_terms
@@ -87,7 +87,13 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
 
 def _build(config: AutoencoderConfig) -> nn.Module:
     if config.model.pretrained is not None:
-        return load_autoencoder(config.model.pretrained)
+        vae = load_autoencoder(config.model.pretrained)
+        if type(vae).__name__ not in TRAINABLE or vae.config.in_channels != config.data.channels:
+            raise UserError(
+                f"model.pretrained {config.model.pretrained}: is {type(vae).__name__} for {vae.config.in_channels} channels; "
+                f"stage 1 trains {' or '.join(TRAINABLE)} with data.channels={config.data.channels}"
+            )
+        return vae
     if config.model.type is None:
         raise UserError("model: set type (AutoencoderKL or VQModel) with config, or pretrained")
     return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
@@ -251,10 +257,10 @@ def _finish(config: AutoencoderConfig, images: Images, parts: Parts, output: Pat
     parts.ema.copy_to(vae)
     codec = LatentCodec(freeze(vae))
     statistics = LatentStatistics(codec.latent_channels)
-    for x in sweep(images.train):
+    for x in sweep(images.train, config.train.batch_size):
         statistics.update(*codec.moments(x))
     store_normaliser(vae, statistics.mean.float(), statistics.std.float())
     vae.save_pretrained(output / "autoencoder", safe_serialization=True)
     codec = LatentCodec(load_autoencoder(str(output / "autoencoder")))
-    report, pairs = stage1_report(codec, sweep(images.held_out), images.preprocess.content)
+    report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
     write_report(output, report, pairs)

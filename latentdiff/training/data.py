@@ -51,7 +51,7 @@ class Images:
         return self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
 
 
-def sweep(dataset: ImageDataset, batch_size: int = 256, limit: int | None = None) -> Iterator[Tensor]:
+def sweep(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
     """All images of a dataset once, in order, as [B, C, H, W]."""
-    for indices in torch.arange(min(len(dataset), limit or len(dataset))).split(batch_size):
+    for indices in torch.arange(len(dataset)).split(batch_size):
         yield dataset.batch(indices)[0]

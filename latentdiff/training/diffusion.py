@@ -101,7 +101,14 @@ def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
     for key in DERIVED:
         if key in config.model.config:
             raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
-    return cls, dict(checked_arguments(cls, config.model.config, "model.config"))
+    arguments = dict(checked_arguments(cls, config.model.config, "model.config"))
+    if cls.__name__ == "UNet2DConditionModel":  # classes come in with the time embedding: nothing to cross-attend to
+        arguments.setdefault("mid_block_type", "UNetMidBlock2D")
+        blocks = [*arguments.get("down_block_types", ["CrossAttn"]), arguments["mid_block_type"] or ""]
+        blocks += arguments.get("up_block_types", ["CrossAttn"])
+        if any("CrossAttn" in block for block in blocks):
+            raise UserError("model.config: there is no text to cross-attend to; use DownBlock2D or AttnDownBlock2D")
+    return cls, arguments
 
 
 def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None) -> nn.Module:

@@ -25,12 +25,14 @@ WARM_UP = 0.25  # share of the steps in which the learning rate rises
 MAX_SHIFT = 1  # pixels
 
 
-def train_feature_network(config: FeaturesConfig) -> Path:
+def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
     """Train the feature network a config describes, write it to <output>/features and return that folder."""
     unknown = set(config.model) - {"widths"}
     if unknown:
         raise UserError(f"model.{sorted(unknown)[0]}: unknown key; a feature network has only widths, three numbers")
     output = Path(config.output)
+    if resume or (output / "features").exists():
+        raise UserError(f"output {output}: a feature network trains in one go; leave --resume out and name a new folder")
     images = Images(config.data, multiple_of=1)
     accelerator = run.start_accelerator(config.train)
     if accelerator.num_processes > 1:
@@ -78,7 +80,7 @@ def train_features(
 
     Args:
         test: labelled images not trained on; the share of them classified right is kept in info["test_accuracy"].
-        precision: of the forward pass: float32, or bfloat16 or float16 by autocast.
+        precision: of the forward pass: float32, or bfloat16 by autocast.
 
     Raises:
         UserError: the data have no class labels.

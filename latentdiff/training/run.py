@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
 
-PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}
+PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
+# Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
+FREE_ON_RESUME = (
+    "output", "optimizer.", "sample.", "validation_images", "data.workers", "cache.folder", "cache.batch_size", "train.steps",
+    "train.threads", "train.log_every", "train.picture_every", "train.save_minutes", "train.keep",
+)  # fmt: skip
 
 
 def start_accelerator(train: TrainConfig):
@@ -153,10 +158,18 @@ def check_output(output: Path, config: Section, resume: bool) -> None:
         return
     if not record.is_file():
         raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
-    before, now = json.loads(record.read_text()), config.model_dump(mode="json")
-    for key in ("model", "data", "seed", "schedule", "prediction", "condition", "autoencoder"):
-        if before.get(key) != now.get(key):
+    before, now = _flat(json.loads(record.read_text())), _flat(config.model_dump(mode="json"))
+    for key in sorted({**before, **now}):
+        if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
             raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def write_config(output: Path, config: Section) -> None:
