@@ -179,8 +179,9 @@ def build_cache(
 
     Processes 0..world-1 build shards rank, rank + world, … each and need no communication: whichever sees that all
     are there writes the manifest, and the others wait for the shards, giving up (UserError) when none appears for
-    `patience` seconds. progress(done, total) counts this process's images, finished ones included. A folder with
-    latents of another autoencoder, preprocessing or data is refused, never overwritten.
+    `patience` seconds. progress(done, total) counts this process's images, finished ones included, and is called only
+    when there is something to encode. A folder with latents of another autoencoder, preprocessing or data is refused,
+    never overwritten.
     """
     if dtype not in DTYPES:
         raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
@@ -196,7 +197,7 @@ def build_cache(
 
     mine = range(rank, shard_count(made_of), world)
     total = sum(len(shard_rows(made_of, number)) for number in mine)
-    done = 0
+    done, worked = 0, False
     for number in mine:
         path, rows = shard_path(folder, number), shard_rows(made_of, number)
         stored = stored_identity(path)
@@ -207,12 +208,13 @@ def build_cache(
             for start in range(rows.start, rows.stop, batch):
                 indices = torch.arange(start, min(start + batch, rows.stop))
                 pieces.append(_encode(codec, dataset, indices, made_of))
+                worked = True
                 if progress:
                     progress(done + int(indices[-1]) + 1 - rows.start, total)
             tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
             write_shard(path, tensors, made_of)
         done += len(rows)
-        if progress:
+        if progress and worked:
             progress(done, total)
     _wait_for_shards(folder, made_of, patience)
     if manifest is None:

@@ -73,6 +73,7 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     accelerator = run.start_accelerator(config.train)
     parts = _parts(config, vae, accelerator)
     start = _resume(output, parts) if resume else 0
+    run.announcement(accelerator, config.train)()
     if accelerator.is_main_process:
         run.write_config(output, config)
     with run.Journal(output, config.train.steps, start, accelerator.is_main_process) as journal:

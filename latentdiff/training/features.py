@@ -37,6 +37,7 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
     accelerator = run.start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: features trains in one process; start it without accelerate launch")
+    run.announcement(accelerator, config.train)()
     net = train_features(
         images.train,
         test=images.held_out,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from latentdiff.autoencoders.build import load_autoencoder, set_normaliser
 from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.config import DiffusionConfig
+from latentdiff.config import ClassifierConfig, DiffusionConfig
 from latentdiff.data.cache import LatentCache, build_cache
 from latentdiff.errors import UserError
 from latentdiff.training.data import Images
@@ -34,12 +34,12 @@ class Latents:
         return self.codec.normalise(mean if noise is None else mean + std * noise)
 
 
-def cache_folder(config: DiffusionConfig) -> Path:
+def cache_folder(config: DiffusionConfig | ClassifierConfig) -> Path:
     return Path(config.cache.folder or Path(config.output) / "latents")
 
 
 def prepare_latents(
-    config: DiffusionConfig, accelerator, progress: Callable[[int, int], None] | None = None
+    config: DiffusionConfig | ClassifierConfig, accelerator, progress: Callable[[int, int], None] | None = None
 ) -> Latents:
     """Load the first stage, build its latent cache or open a finished one, and check the normaliser against it.
 
@@ -80,14 +80,19 @@ def check_normaliser(latents: Latents, name: str) -> None:
 
 
 @contextmanager
-def progress_bar(text: str, enabled: bool) -> Iterator[Callable[[int, int], None]]:
-    """Within the block, a progress(done, total) function that draws a bar on stderr once the work takes a moment."""
+def progress_bar(text: str, enabled: bool, before: Callable[[], None]) -> Iterator[Callable[[int, int], None]]:
+    """Within the block, a progress(done, total) function that draws a bar on stderr once the work takes a moment.
+
+    before: called ahead of each report, so that what it says stands above the bar and is not said where a mistake is
+    found before there is any progress.
+    """
     from tqdm import tqdm
 
     interval = 1.0 if sys.stderr.isatty() else 30.0
     with tqdm(unit="image", desc=text, mininterval=interval, delay=0.5, disable=not enabled) as bar:
 
         def progress(done: int, total: int) -> None:
+            before()
             bar.total = total
             bar.update(done - bar.n)
 

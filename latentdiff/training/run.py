@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ FREE_ON_RESUME = (
 
 
 def start_accelerator(train: TrainConfig):
-    """An Accelerator at the config's precision, after printing what the run really has: processes, device, precision."""
+    """An Accelerator at the config's precision; `announcement` says what it has, once nothing can be refused."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
@@ -38,13 +40,22 @@ def start_accelerator(train: TrainConfig):
             f"train.batch_size: {train.batch_size} (the global batch) cannot be shared by {accelerator.num_processes} "
             f"processes; use a multiple of {accelerator.num_processes}"
         )
-    accelerator.print(
-        f"latentdiff train: {accelerator.num_processes} process(es), device {accelerator.device}, "
-        f"precision {train.precision}, global batch {train.batch_size}, "
-        f"{torch.get_num_threads()} CPU thread(s) per process",
-        file=sys.stderr,
-    )
     return accelerator
+
+
+def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:
+    """A function that prints, the first time it is called, what the run really has: processes, device, precision."""
+
+    @functools.cache
+    def announce() -> None:
+        accelerator.print(
+            f"latentdiff train: {accelerator.num_processes} process(es), device {accelerator.device}, "
+            f"precision {train.precision}, global batch {train.batch_size}, "
+            f"{torch.get_num_threads()} CPU thread(s) per process",
+            file=sys.stderr,
+        )
+
+    return announce
 
 
 def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
