@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from latentdiff.errors import UserError
 
@@ -111,10 +111,15 @@ class CacheConfig(Section):
 
 
 class NamedConfig(Section):
-    """A name and its parameters, looked up where it is used."""
+    """A name and its parameters, looked up where it is used; the name alone may be written as a string."""
 
     name: str
     params: dict[str, Any] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
 
 
 class ConditionConfig(Section):
@@ -125,8 +130,10 @@ class ConditionConfig(Section):
 class SampleConfig(Section):
     """How pictures are made while training, and the published pipeline's defaults."""
 
-    scheduler: str = "DPMSolverMultistepScheduler"
+    # A diffusers class; auto: the schedule's first choice; null: none, for schedules that diffusers has no equal of
+    scheduler: str | None = "auto"
     scheduler_config: dict[str, Any] = {}
+    sampler: str = "dpmpp_2m"  # of latentdiff, where there is no scheduler
     steps: int = Field(20, gt=0)
     guidance: float = Field(1.5, ge=0)
     guidance_interval: tuple[float, float] | None = None
@@ -145,9 +152,9 @@ class DiffusionConfig(Section):
     cache: CacheConfig = CacheConfig()
     model: ModelConfig
     schedule: NamedConfig = NamedConfig(name="ddpm-linear")
-    prediction: Literal["epsilon", "sample", "v_prediction", "flow"] = "epsilon"
+    prediction: Literal["epsilon", "sample", "v_prediction", "score", "flow", "edm"] = "epsilon"
     noise_levels: NamedConfig = NamedConfig(name="uniform")
-    weighting: Literal["none", "min_snr"] = "none"
+    weighting: Literal["none", "min_snr", "edm", "likelihood", "uncertainty"] = "none"
     min_snr_gamma: float = Field(5.0, gt=0)
     condition: ConditionConfig = ConditionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -170,15 +177,35 @@ class FeaturesConfig(Section):
     train: TrainConfig
 
 
-AnyConfig = Annotated[AutoencoderConfig | DiffusionConfig | FeaturesConfig, Field(discriminator="stage")]
+class ClassifierConfig(Section):
+    """A small classifier of noised latents, for classifier guidance."""
+
+    stage: Literal["classifier"]
+    output: str
+    seed: int = 0
+    autoencoder: str  # this, normaliser, data, cache and schedule: as in the config of the model to be guided
+    normaliser: Literal["stored", "measured"] = "stored"
+    data: DataConfig
+    cache: CacheConfig = CacheConfig()
+    model: dict[str, Any] = {}
+    schedule: NamedConfig = NamedConfig(name="ddpm-linear")
+    noise_levels: NamedConfig = NamedConfig(name="uniform")
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig
+    validation_images: int = Field(2048, gt=0)
+
+
+Config = AutoencoderConfig | DiffusionConfig | FeaturesConfig | ClassifierConfig
+AnyConfig = Annotated[Config, Field(discriminator="stage")]
 STAGES: dict[str, type[Section]] = {
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
     "features": FeaturesConfig,
+    "classifier": ClassifierConfig,
 }
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> AutoencoderConfig | DiffusionConfig | FeaturesConfig:
+def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML config and apply `section.key=value` overrides (values are YAML).
 
     Raises UserError, in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a
@@ -198,7 +225,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Autoenc
     return parse_config(tree, str(path))
 
 
-def parse_config(tree: dict[str, Any], where: str = "config") -> AutoencoderConfig | DiffusionConfig | FeaturesConfig:
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     """Validate a config given as a dict; `where` begins the error message."""
     if tree.get("stage") not in STAGES:
         raise UserError(f"{where}: stage: {tree.get('stage')!r} is not one of {', '.join(STAGES)}")

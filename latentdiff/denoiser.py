@@ -4,13 +4,15 @@ import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from latentdiff import prediction as predictions
-from latentdiff.schedules import NoiseSchedule
+from latentdiff.errors import UserError
+from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.tensors import per_sample, widen
 
 
@@ -38,6 +40,14 @@ class Denoised:
         return widen(d_alpha, self.x0) * self.x0 + widen(d_sigma, self.eps) * self.eps
 
 
+class DenoiserLike(Protocol):
+    """A Denoiser, or guidance around one."""
+
+    schedule: NoiseSchedule
+
+    def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised: ...
+
+
 class Denoiser:
     """denoiser(x, t, **conditioning) -> Denoised.
 
@@ -54,6 +64,26 @@ class Denoiser:
     def from_score(cls, fn: Callable[..., Tensor], schedule: NoiseSchedule) -> "Denoiser":
         """A denoiser from fn(x, t) -> score [B, ...], for closed forms."""
         return cls(fn, schedule, "score")
+
+    @classmethod
+    def from_pipeline(cls, pipe: Any, **conditioning: Any) -> "Denoiser":
+        """The denoiser inside a diffusers pipeline with a U-Net, whoever made it: over normalised latents [B, c, h, w].
+
+        Those are what the U-Net sees: the autoencoder's, times its scaling_factor in Stable Diffusion.  Schedule and
+        prediction are the pipeline's own where its config states them (LatentDiffusionPipeline), else those of its
+        scheduler's config.  The U-Net runs in its own dtype.
+        conditioning: given to the U-Net in every call, such as encoder_hidden_states [B, n, d] of the B samples to be
+        drawn; what a call says itself comes first.  UserError where there is no U-Net, or nothing states the schedule.
+        """
+        unet, scheduler = getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
+        if unet is None:
+            raise UserError(f"pipeline: {type(pipe).__name__} has no unet; from_pipeline needs one over latents")
+        stated, prediction = pipe.config.get("schedule"), pipe.config.get("prediction")
+        if scheduler is None and not (stated and prediction):
+            raise UserError("pipeline: without a scheduler its config must state a schedule and a prediction")
+        schedule = make_schedule(**stated) if stated else NoiseSchedule.from_scheduler(scheduler)
+        model = partial(unet_model(unet, schedule), **conditioning)
+        return cls(model, schedule, prediction or predictions.from_scheduler(scheduler))
 
     def output(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Tensor:
         """The model's own y at (x, t), in x's dtype (float32 at least).  x: [B, ...]; t: float or [B]."""
@@ -84,8 +114,10 @@ def unet_model(unet: Any, schedule: NoiseSchedule, autocast: torch.dtype | None 
     def model(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
         weight = next(iter(inner.parameters()), x)
         k = schedule.timestep(t)
-        # t may come in float32: 499.99994 is meant to be timestep 500, as in training and in diffusers.
-        k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k).float()
+        if schedule.counts_steps:
+            # t may come in float32: 499.99994 is meant to be timestep 500, as in training and in diffusers.
+            k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
+        k, x = k.float(), x * widen(schedule.input_scale(t), x)
         cast = torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext()
         with cast:
             return unet(x if autocast else x.to(weight.dtype), k, **{**defaults, **conditioning}).sample

@@ -1,6 +1,7 @@
 """Which times are trained: distributions over [t_min, t_max] of a schedule, given by their quantile function."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,55 +12,126 @@ from latentdiff.schedules import NoiseSchedule
 
 
 class NoiseLevels:
-    """A distribution of t with quantile(u) on [0, 1], stretched over the schedule's usable interval."""
+    """A distribution of t within the schedule's usable interval.
 
-    def __init__(self, schedule: NoiseSchedule, quantile: Callable[[Tensor], Tensor]):
-        self.schedule, self._quantile = schedule, quantile
+    quantile(u): t [..] below which a share u [..] of the draws lie, float64.
+    density(t): where given, the density, which `correction` divides out again; None: drawing some levels more often is
+    meant to weigh them more.
+    in_strata: whether the draws of a batch are spread evenly over the distribution.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        quantile: Callable[[Tensor], Tensor],
+        density: Callable[[Tensor], Tensor] | None = None,
+        in_strata: bool = False,
+    ):
+        self.schedule, self._quantile, self._density, self.in_strata = schedule, quantile, density, in_strata
 
     def quantile(self, u: Tensor) -> Tensor:
         """t below which a share u of the draws lie: u float64 in [0, 1] -> t in [t_min, t_max]."""
-        low, high = self.schedule.t_min, self.schedule.t_max
-        return (low + (high - low) * self._quantile(u)).clamp(low, high)
+        return self._quantile(u).clamp(self.schedule.t_min, self.schedule.t_max)
 
     def sample(
         self, batch: int, generator: Generators = None, device: torch.device | str | None = None
     ) -> Tensor:
-        """t [batch], float64, independent draws; generator: None, one, or one per sample."""
-        return self.quantile(rand((batch,), generator, device, torch.float64))
+        """t [batch], float64; generator: None, one, or (where not in strata) one per sample.
 
-    def stratified(self, n: int, device: torch.device | str | None = None) -> Tensor:
+        Independent draws; in strata, one from each of `batch` parts of equal probability, in random order: every t has
+        the same distribution, and the batch's mean loss a smaller variance (2107.00630 appendix I.1 does it too).
+        """
+        u = rand((batch,), generator, device, torch.float64)
+        if self.in_strata:
+            if not (generator is None or isinstance(generator, torch.Generator)):
+                raise ValueError("strata are drawn for the batch as a whole: pass one generator, not one per sample")
+            place = torch.randperm(batch, generator=generator, device=generator.device if generator else None)
+            u = (place.to(u.device) + u) / batch
+        return self.quantile(u)
+
+    def midpoints(self, n: int, device: torch.device | str | None = None) -> Tensor:
         """t [n], float64, rising: the midpoints of n strata of equal probability.  For a repeatable validation loss."""
         return self.quantile((torch.arange(n, dtype=torch.float64, device=device) + 0.5) / n)
 
+    def correction(self, t: Tensor) -> Tensor:
+        """What a loss at t [B] is multiplied by, float64: uniform density / own density where levels are importance-sampled.
 
-def _uniform(u: Tensor) -> Tensor:
-    return u
+        The mean loss is then that of uniform times, whatever the levels; else 1.
+        """
+        if self._density is None:
+            return torch.ones_like(t, dtype=torch.float64)
+        return 1 / ((self.schedule.t_max - self.schedule.t_min) * self._density(t))
 
 
-def _logit_normal(mean: float, std: float) -> Callable[[Tensor], Tensor]:
-    return lambda u: torch.sigmoid(mean + std * torch.special.ndtri(u))
+def _uniform(s: NoiseSchedule) -> NoiseLevels:
+    return NoiseLevels(s, lambda u: s.t_min + (s.t_max - s.t_min) * u)
 
 
-_DEFAULTS: dict[str, dict[str, float]] = {"uniform": {}, "logit_normal": {"mean": 0.0, "std": 1.0}}
+def _logit_normal(s: NoiseSchedule, mean: float, std: float) -> NoiseLevels:
+    return NoiseLevels(s, lambda u: s.t_min + (s.t_max - s.t_min) * torch.sigmoid(mean + std * torch.special.ndtri(u)))
+
+
+def _log_normal(s: NoiseSchedule, mean: float, std: float) -> NoiseLevels:
+    """Cut off at the usable interval: the normal's own quantiles between those of t_min and t_max."""
+    low, high = torch.special.ndtr((_log_ratio_ends(s) - mean) / std)
+    return NoiseLevels(
+        s, lambda u: s.time_from_log_snr(-2 * (mean + std * torch.special.ndtri(low + (high - low) * u)))
+    )
+
+
+def _importance(s: NoiseSchedule) -> NoiseLevels:
+    """Density proportional to g^2/sigma^2 = -d log-SNR/dt, so its quantile is a straight line in log-SNR."""
+    low, high = _log_ratio_ends(s)
+    span = 2 * (high - low)  # of the log-SNR
+    return NoiseLevels(
+        s,
+        lambda u: s.time_from_log_snr(-2 * low - span * u),
+        lambda t: s.diffusion(t) ** 2 / (s.sigma(t) ** 2 * span),
+    )
+
+
+def _log_ratio_ends(s: NoiseSchedule) -> Tensor:
+    """ln(sigma / alpha) at t_min and t_max, [2]."""
+    return -0.5 * s.log_snr(torch.tensor([s.t_min, s.t_max], dtype=torch.float64))
+
+
+_LEVELS: dict[str, tuple[Callable[..., NoiseLevels], dict[str, Any]]] = {
+    "uniform": (_uniform, {}),
+    "log_normal": (_log_normal, {"mean": -0.5, "std": 1.2}),
+    "logit_normal": (_logit_normal, {"mean": 0.0, "std": 1.0}),
+    "importance": (_importance, {}),
+    "stratified": (_uniform, {"stratified": True}),
+}
 
 
 def names() -> list[str]:
     """The names `make_noise_levels` knows."""
-    return list(_DEFAULTS)
+    return list(_LEVELS)
 
 
-def make_noise_levels(name: str, schedule: NoiseSchedule, **params: float) -> NoiseLevels:
-    """uniform, or logit_normal(mean=0, std=1) over t (2403.03206 eq. 19).
+def make_noise_levels(name: str, schedule: NoiseSchedule, **params: Any) -> NoiseLevels:
+    """A distribution of t over [schedule.t_min, schedule.t_max], by name.
 
-    Either is stretched over [schedule.t_min, schedule.t_max].  UserError for an unknown name or parameter.
+    uniform.
+    log_normal(mean=-0.5, std=1.2): ln(sigma/alpha) normal (2206.00364 table 1; its mean of -1.2 is for data of standard
+    deviation 0.5, and is -0.5 for latents, whose is 1).
+    logit_normal(mean=0, std=1) over t stretched to [0, 1] (2403.03206 eq. 19).
+    importance: importance sampling for the likelihood weighting, density ~ g^2/sigma^2 (2101.09258 section 5); the
+    loss is corrected for it, so that its mean stays that of uniform times.
+    stratified: uniform, each batch spread evenly; any other is with stratified=True.
+    UserError for an unknown name or parameter.
     """
-    if name not in _DEFAULTS:
-        raise UserError(f"noise_levels: {name!r} is unknown; valid: {', '.join(_DEFAULTS)}")
+    if name not in _LEVELS:
+        raise UserError(f"noise_levels: {name!r} is unknown; valid: {', '.join(_LEVELS)}")
+    build, defaults = _LEVELS[name]
+    defaults = {"stratified": False, **defaults}
     for key in params:
-        if key not in _DEFAULTS[name]:
-            valid = ", ".join(_DEFAULTS[name]) or "none"
-            raise UserError(f"noise_levels: {name} has no parameter {key!r}; valid: {valid}")
-    settings = {**_DEFAULTS[name], **params}
+        if key not in defaults:
+            raise UserError(f"noise_levels: {name} has no parameter {key!r}; valid: {', '.join(reversed(defaults))}")
+    settings = {**defaults, **params}
+    in_strata = settings.pop("stratified")
     if settings.get("std", 1.0) <= 0:
         raise UserError(f"noise_levels: std must be above 0, not {settings['std']}")
-    return NoiseLevels(schedule, _logit_normal(**settings) if name == "logit_normal" else _uniform)
+    levels = build(schedule, **settings)
+    levels.in_strata = bool(in_strata)
+    return levels

@@ -1,9 +1,10 @@
 """The training loss, one number per sample."""
 
+import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from latentdiff import prediction as predictions
 from latentdiff.denoiser import Denoiser
@@ -11,7 +12,7 @@ from latentdiff.errors import UserError
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.tensors import flat_mean, widen
 
-WEIGHTINGS = ("none", "min_snr")
+WEIGHTINGS = ("none", "min_snr", "edm", "likelihood", "uncertainty")
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
@@ -24,18 +25,58 @@ def loss_weight(
 ) -> Tensor:
     """What the squared error of the prediction is multiplied by at t; float64, of t's shape.
 
-    none: 1.  min_snr: min(SNR, gamma) on the error of x0 (2303.09556 eq. 6).  At a given x_t the error of
-    y = A x0 + B eps is (A - B alpha/sigma) times that of x0, so its weight is min(SNR, gamma) / (A - B alpha/sigma)^2:
-    min(SNR, gamma)/SNR for epsilon, min(SNR, gamma)/(SNR + 1) for v_prediction, min(SNR, gamma) sigma^2 for flow on
-    the straight path.
+    none: 1.  uncertainty: 1, as the learned weight is `Uncertainty`'s.
+    The others weigh the error of x0, that is the same loss in every parameterization: at a given x_t the error of
+    y = A x0 + B eps is (A - B alpha/sigma) times that of x0, so their weight is divided by its square.
+    min_snr: min(SNR, gamma) (2303.09556 eq. 6): min(SNR, gamma)/SNR for epsilon, min(SNR, gamma)/(SNR + 1) for
+    v_prediction, min(SNR, gamma) sigma^2 for flow on the straight path.
+    edm: SNR + 1/sigma_data^2 (2206.00364 table 1): 1 for the edm prediction, and for v_prediction where
+    alpha^2 + sigma^2 = 1.
+    likelihood: g^2 alpha^2/sigma^4, which is g^2 on the error of the score (2101.09258 theorem 1): half its integral
+    over t bounds the divergence from the data.
     """
     if weighting not in WEIGHTINGS:
         raise UserError(f"weighting: {weighting!r} is unknown; valid: {', '.join(WEIGHTINGS)}")
     a, b = predictions.row(prediction, schedule, t)
-    if weighting == "none":
+    if weighting in ("none", "uncertainty"):
         return torch.ones_like(a)
     slope = a - b * schedule.alpha(t) / schedule.sigma(t)
-    return schedule.log_snr(t).exp().clamp(max=gamma) / slope**2
+    snr = schedule.log_snr(t).exp()
+    if weighting == "min_snr":
+        return snr.clamp(max=gamma) / slope**2
+    if weighting == "edm":
+        return (snr + 1 / schedule.sigma_data**2) / slope**2
+    return snr * (schedule.diffusion(t) / schedule.sigma(t) / slope) ** 2
+
+
+class Uncertainty(nn.Module):
+    """A learned log-variance u(t) of the loss: loss / e^u + u (2312.02696 eq. 21), trained beside the network.
+
+    At its optimum e^u is the mean loss at t, so that every noise level contributes the same and whatever other
+    weight there is cancels.  u is a sum of cosines in the place of t's log-SNR between the schedule's ends, and starts at 0.
+    """
+
+    TERMS = 12
+    GAIN = 4.0  # how much faster u moves than a weight of the network: one optimizer serves both
+
+    def __init__(self, schedule: NoiseSchedule):
+        super().__init__()
+        self.schedule = schedule
+        ends = schedule.log_snr(torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64))
+        self._high, self._low = ends.tolist()
+        self.weight = nn.Parameter(torch.zeros(self.TERMS))
+
+    def log_variance(self, t: Tensor) -> Tensor:
+        """u [B] for t [B], float32."""
+        place = (self._high - self.schedule.log_snr(t)) / (self._high - self._low)  # 0 at t_min, 1 at t_max
+        order = torch.arange(self.TERMS, dtype=torch.float64, device=place.device)
+        terms = torch.cos(math.pi * order * place[:, None]).float() * self.weight  # [B, TERMS]; no matmul: autocast
+        return self.GAIN * terms.sum(1)
+
+    def forward(self, loss: Tensor, t: Tensor) -> Tensor:
+        """loss / e^u + u for a loss [B] at t [B]."""
+        u = self.log_variance(t)
+        return loss * torch.exp(-u) + u
 
 
 def diffusion_loss(

@@ -2,6 +2,9 @@
 
     epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512 appendix D
     score (0, -1/sigma)   flow (alpha', sigma')
+    edm (sigma/s, -alpha s) / sqrt(sigma^2 + alpha^2 s^2), s the data's standard deviation: F of 2206.00364 table 1,
+        x0 = c_skip x + c_out F, in the coordinates x/alpha and sigma/alpha; with s = 1 on a variance-preserving
+        schedule it is -v_prediction
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +23,14 @@ _ROWS: Mapping[str, Callable[[NoiseSchedule, Tensor], tuple[Tensor, Tensor]]] = 
     "v_prediction": lambda s, t: (-s.sigma(t), s.alpha(t)),
     "score": lambda s, t: (torch.zeros_like(t), -1 / s.sigma(t)),
     "flow": lambda s, t: (s.d_alpha(t), s.d_sigma(t)),
+    "edm": lambda s, t: _edm(s.alpha(t) * s.sigma_data, s.sigma(t), s.sigma_data),
 }
+
+
+def _edm(signal: Tensor, sigma: Tensor, std: float) -> tuple[Tensor, Tensor]:
+    """A = (1 - c_skip) / c_out and B = -c_skip sigma / c_out; signal is alpha std."""
+    spread = torch.hypot(signal, sigma)
+    return sigma / (std * spread), -signal / spread
 
 
 def names() -> list[str]:
@@ -58,6 +68,10 @@ def target(prediction: str, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t:
 
 
 def from_scheduler(scheduler: Any) -> str:
-    """The prediction that a diffusers scheduler's config stands for."""
+    """The prediction that a diffusers scheduler's config stands for.  UserError for EDM's v_prediction."""
     kind = scheduler.config.get("prediction_type", "flow")
+    if "sigma_data" in scheduler.config:
+        if kind != "epsilon":
+            raise UserError(f"scheduler: {type(scheduler).__name__} with prediction_type {kind}; valid: epsilon")
+        return "edm"
     return "flow" if kind == "flow_prediction" else kind

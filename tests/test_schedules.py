@@ -4,9 +4,25 @@ import math
 
 import pytest
 import torch
+from diffusers import ScoreSdeVeScheduler
+from exact import mixture
 
+from latentdiff import samplers
+from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
-from latentdiff.schedules import VE, VP, Cosine, DiscreteVP, NoiseSchedule, RectifiedFlow, SubVP, make_schedule, names
+from latentdiff.grids import make_grid
+from latentdiff.schedules import (
+    EDM,
+    VE,
+    VP,
+    Cosine,
+    DiscreteVP,
+    NoiseSchedule,
+    RectifiedFlow,
+    SubVP,
+    make_schedule,
+    names,
+)
 
 T = torch.linspace(0.01, 0.99, 97, dtype=torch.float64)
 
@@ -15,37 +31,25 @@ def close(a, b, tolerance=1e-12):
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-def test_vp_is_score_sdes():
-    s, beta = VP(0.1, 20.0), 0.1 + 19.9 * T
-    log_mean = -0.25 * T**2 * 19.9 - 0.5 * T * 0.1
-    close(s.alpha(T), log_mean.exp())
-    close(s.sigma(T), (1 - torch.exp(2 * log_mean)).sqrt())
-    close(s.drift(T), -0.5 * beta)
-    close(s.diffusion(T), beta.sqrt())
-    assert s.prior_std == 1
+def test_prior_std_is_the_spread_at_the_end():
+    assert [make_schedule(name).prior_std for name in ("vp", "subvp", "ve", "flow", "edm")] == [1, 1, 50, 1, 80]
 
 
-def test_subvp_is_score_sdes():
-    s, beta = SubVP(0.1, 20.0), 0.1 + 19.9 * T
-    discount = 1 - torch.exp(-2 * 0.1 * T - 19.9 * T**2)
-    close(s.sigma(T), 1 - torch.exp(-0.5 * T**2 * 19.9 - T * 0.1))
-    close(s.drift(T), -0.5 * beta)
-    close(s.diffusion(T), (beta * discount).sqrt())
+def test_prior_log_prob_is_per_sample():
+    x = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    whole = VE().prior_log_prob(x)
+    assert whole.shape == (4,) and whole.dtype == torch.float64
+    assert torch.equal(whole[2:3], VE().prior_log_prob(x[2:3]))
+    normal = torch.distributions.MultivariateNormal(torch.zeros(48).double(), 2500 * torch.eye(48).double())
+    close(whole, normal.log_prob(x.double().flatten(1)))
 
 
-def test_ve_is_score_sdes():
-    s = VE(0.01, 50.0)
-    sigma = 0.01 * (50 / 0.01) ** T
-    close(s.sigma(T), sigma)
-    close(s.drift(T), torch.zeros_like(T))
-    close(s.diffusion(T), sigma * math.sqrt(2 * (math.log(50) - math.log(0.01))))
-    assert s.prior_std == 50
-
-
-def test_flow_and_cosine_are_their_formulas():
-    close(RectifiedFlow().alpha(T), 1 - T)
-    close(RectifiedFlow().sigma(T), T)
-    close(Cosine().log_snr(T), -2 * torch.log(torch.tan(math.pi * T / 2)))  # 2301.11093 eq. 2
+def test_only_exploding_schedules_scale_what_the_network_sees():
+    for name in names():
+        s = make_schedule(name)
+        t = torch.linspace(s.t_min, s.t_max, 9, dtype=torch.float64)
+        spread = (s.alpha(t) ** 2 + s.sigma(t) ** 2).sqrt()  # of x_t, for data of unit variance
+        close(s.input_scale(t), 1 / spread if name in ("ve", "edm") else torch.ones_like(t))
 
 
 @pytest.mark.parametrize("name", names())
@@ -82,7 +86,8 @@ def test_discrete_is_the_chain_at_its_knots():
 
 @pytest.mark.parametrize("name", ["ddpm-linear", "ddpm-scaled-linear", "ddpm-cosine"])
 @pytest.mark.parametrize(
-    "scheduler", ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
+    "scheduler",
+    ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"],
 )
 def test_discrete_through_diffusers_and_back(name, scheduler):
     s = make_schedule(name)
@@ -108,15 +113,133 @@ def test_flow_through_diffusers():
 
     peer = RectifiedFlow().to_scheduler()
     assert isinstance(peer, FlowMatchEulerDiscreteScheduler)
-    assert isinstance(NoiseSchedule.from_scheduler(peer), RectifiedFlow)
     assert torch.equal(RectifiedFlow().timestep(peer.sigmas), (peer.sigmas.double() * 1000))
+    for other in (peer, RectifiedFlow().to_scheduler("DPMSolverMultistepScheduler")):
+        assert isinstance(NoiseSchedule.from_scheduler(type(other).from_config(other.config)), RectifiedFlow)
+    assert NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(250)).num_steps == 250
 
 
-def test_zero_terminal_snr_stays_finite():
-    from diffusers import DDIMScheduler
+def run(scheduler, model, x, n):
+    """diffusers' loop; model(x, sigma) is asked at the exact noise level, not at the timestep."""
+    scheduler.set_timesteps(n)
+    for timestep, sigma in zip(scheduler.timesteps, scheduler.sigmas[: len(scheduler.timesteps)].tolist(), strict=True):
+        x = scheduler.step(model(x, sigma).to(x.dtype), timestep, x, return_dict=False)[0]
+    return x
 
-    s = NoiseSchedule.from_scheduler(DDIMScheduler(rescale_betas_zero_snr=True))
+
+def exact_flow():
+    """The mixture's velocity, computed in float64: a network that predicts it has no cancellation at t_max either."""
+    s, m = RectifiedFlow(), mixture((2,))
+    truth = Denoiser.from_score(lambda x, t: m.score(x, s, t), s)
+    return Denoiser(lambda x, t: truth(x.double(), t.double().clamp(max=s.t_max)).velocity, s, "flow")
+
+
+def noise(n=256, dtype=torch.float32):
+    return torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 20, 50])
+def test_flow_dpm_solver_is_our_dpmpp_2m_on_the_uniform_grid(n):
+    s = RectifiedFlow()
+    truth = exact_flow()
+    peer = s.to_scheduler("DPMSolverMultistepScheduler")
+    theirs = run(peer, truth.output, noise(), n)
+    torch.testing.assert_close(peer.sigmas.double(), make_grid("uniform", s, n), rtol=0, atol=1e-7)
+    ours = samplers.sample(truth, noise(), "dpmpp_2m", n, grid="uniform")
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+def test_flow_dpm_solver_converges_on_the_mixture():
+    s = RectifiedFlow()
+    truth = exact_flow()
+    limit = samplers.sample(truth, noise(dtype=torch.float64), "heun", 1000, grid="uniform")
+    errors = []
+    for n in (10, 20, 40, 80):
+        peer = s.to_scheduler("DPMSolverMultistepScheduler")
+        found = run(peer, truth.output, noise(), n)
+        errors.append(float((found - limit).square().mean().sqrt()))
+    assert errors[0] < 0.03 and errors[-1] < 1.2e-3, errors
+    # A solver of order 1 halves its error each time; one that ends on a wrong sigma keeps it
+    assert all(b < 0.5 * a for a, b in zip(errors, errors[1:], strict=False)), errors
+    peer = s.to_scheduler("DPMSolverMultistepScheduler", final_sigmas_type="sigma_min")
+    wrong = run(peer, truth.output, noise(), 80)
+    assert float((wrong - limit).square().mean().sqrt()) > 4 * errors[-1]
+
+
+@pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("name", ["FlowMatchEulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_a_shift_bends_the_grid_and_not_the_path(name, shift):
+    s, truth = RectifiedFlow(), exact_flow()
+    key, sampler = ("shift", "euler") if name.startswith("Flow") else ("flow_shift", "dpmpp_2m")
+    peer = s.to_scheduler(name, **{key: shift})
+    assert isinstance(NoiseSchedule.from_scheduler(peer), RectifiedFlow)
+    theirs = run(peer, truth.output, noise(), 12)
+    ours = samplers.sample(truth, noise(), sampler, grid=peer.sigmas.double())
+    torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("std", [0.5, 1.0])
+def test_edm_through_diffusers(std):
+    from diffusers import EDMEulerScheduler
+
+    s = EDM(0.002, 80.0, std)
+    peer = s.to_scheduler()
+    assert isinstance(peer, EDMEulerScheduler)
+    back = NoiseSchedule.from_scheduler(type(peer).from_config(peer.config))
+    assert isinstance(back, EDM) and vars(back) == vars(s)
+    peer.set_timesteps(10)
+    t = peer.sigmas[:-1].double() / 80
+    close(s.timestep(t).float(), peer.timesteps, 1e-6)
+    close(s.time_from_timestep(s.timestep(t)), t)
+    torch.testing.assert_close(make_grid("karras", s, 10) * 80, peer.sigmas.double(), rtol=1e-6, atol=0)
+    # Their loop and ours feed one network the same input and timestep, and take its word for the same
+    fed = []
+
+    def network(x, k):
+        fed.append((x, k))
+        return torch.tanh(x * k)
+
+    x, ours_fed = noise() * 80, []
+    for timestep in peer.timesteps:
+        x = peer.step(network(peer.scale_model_input(x, timestep), timestep), timestep, x, return_dict=False)[0]
+
+    class Net(torch.nn.Module):
+        def forward(self, sample, timestep):
+            ours_fed.append((sample, timestep[0]))
+            return type("Output", (), {"sample": network(sample, timestep[0])})
+
+    ours = samplers.sample(Denoiser(unet_model(Net(), s), s, "edm"), noise(), "euler", 10, grid="karras")
+    for (theirs_x, theirs_k), (ours_x, ours_k) in zip(fed[:10], ours_fed, strict=True):
+        torch.testing.assert_close(ours_k, theirs_k, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(ours_x, theirs_x, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(ours, x, rtol=0, atol=1e-4)
+
+
+ZERO_SNR = ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"]
+
+
+@pytest.mark.parametrize("scheduler", ZERO_SNR)
+def test_zero_terminal_snr_through_diffusers_and_back(scheduler):
+    s = make_schedule("ddpm-linear", zero_terminal_snr=True)
+    peer = s.to_scheduler(scheduler, "v_prediction")
+    assert peer.config["rescale_betas_zero_snr"] and float(peer.alphas_cumprod[-1]) <= 2.0**-24
+    t = torch.arange(1, 1001, dtype=torch.float64) / 1000
+    # diffusers' betas are rounded to float32, which shows where alpha is small
+    torch.testing.assert_close(s.alpha(t).float(), peer.alphas_cumprod.sqrt(), rtol=1e-3, atol=3e-4)
+    back = NoiseSchedule.from_scheduler(type(peer).from_config(peer.config))
+    assert torch.equal(back.log_snr(t), s.log_snr(t)) and back.zero_terminal_snr
+    alpha_bar = torch.cat([torch.ones(1), s.alpha(t[:-1]) ** 2, torch.zeros(1)])
+    again = DiscreteVP(1 - alpha_bar[1:] / alpha_bar[:-1])
+    assert again.zero_terminal_snr
+    close(again.log_snr(t), s.log_snr(t), 1e-8)
+    close(NoiseSchedule.from_scheduler(again.to_scheduler(scheduler, "v_prediction")).log_snr(t), s.log_snr(t), 1e-8)
+
+
+def test_zero_terminal_snr_stays_finite_and_keeps_its_start():
+    plain, s = make_schedule("ddpm-linear"), make_schedule("ddpm-linear", zero_terminal_snr=True)
     assert float(s.alpha(1.0)) == pytest.approx(2.0**-12) and math.isfinite(s.log_snr(1.0))
+    assert float(s.alpha(1e-3)) == pytest.approx(float(plain.alpha(1e-3)), rel=1e-12)
+    assert float(plain.alpha(1.0)) > 20 * float(s.alpha(1.0))
 
 
 @pytest.mark.parametrize(
@@ -130,6 +253,12 @@ def test_zero_terminal_snr_stays_finite():
         (lambda: VP().to_scheduler("LCMScheduler"), "DDIMScheduler"),
         (lambda: VP().to_scheduler(prediction="flow"), "v_prediction"),
         (lambda: RectifiedFlow().to_scheduler("DDIMScheduler"), "FlowMatchEuler"),
+        (lambda: RectifiedFlow().to_scheduler(prediction="epsilon"), "with flow"),
+        (lambda: EDM().to_scheduler("EulerDiscreteScheduler"), "valid: EDMEulerScheduler with edm"),
+        (lambda: VP().to_scheduler("HeunDiscreteScheduler", "sample"), "Heun apart"),
+        (lambda: VP().to_scheduler(spacing="trailing"), "DPMSolverMultistepScheduler refuses its config: .*spacing"),
+        (lambda: make_schedule("ddpm-linear", zero_terminal_snr=True).to_scheduler(), "zero terminal SNR; valid: v_pred"),
+        (lambda: NoiseSchedule.from_scheduler(ScoreSdeVeScheduler()), "ScoreSdeVeScheduler is none of"),
         (lambda: DiscreteVP([0.1, 1.5]), "betas"),
     ],
 )

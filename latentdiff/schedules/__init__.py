@@ -11,11 +11,12 @@ from typing import Any
 
 from latentdiff.errors import UserError
 from latentdiff.schedules.base import SCHEDULERS, NoiseSchedule
-from latentdiff.schedules.continuous import VE, VP, Cosine, RectifiedFlow, SubVP
+from latentdiff.schedules.continuous import EDM, VE, VP, Cosine, RectifiedFlow, SubVP
 from latentdiff.schedules.discrete import BETAS, DiscreteVP
 
 __all__ = [
     "BETAS",
+    "EDM",
     "SCHEDULERS",
     "VE",
     "VP",
@@ -28,6 +29,7 @@ __all__ = [
     "names",
 ]
 
+_DISCRETE: Mapping[str, Any] = {"num_steps": 1000, "zero_terminal_snr": False}
 # name: (builder, parameters with their defaults)
 _NAMED: Mapping[str, tuple[Callable[..., NoiseSchedule], Mapping[str, Any]]] = {
     "vp": (VP, {"beta_min": 0.1, "beta_max": 20.0}),
@@ -35,15 +37,16 @@ _NAMED: Mapping[str, tuple[Callable[..., NoiseSchedule], Mapping[str, Any]]] = {
     "ve": (VE, {"sigma_min": 0.01, "sigma_max": 50.0}),
     "cosine": (Cosine, {}),
     "flow": (RectifiedFlow, {}),
+    "edm": (EDM, {"sigma_min": 0.002, "sigma_max": 80.0}),
     "ddpm-linear": (
         lambda **p: DiscreteVP.named("linear", **p),
-        {"beta_start": 1e-4, "beta_end": 0.02, "num_steps": 1000},
+        {"beta_start": 1e-4, "beta_end": 0.02, **_DISCRETE},
     ),
     "ddpm-scaled-linear": (
         lambda **p: DiscreteVP.named("scaled_linear", **p),
-        {"beta_start": 0.00085, "beta_end": 0.012, "num_steps": 1000},
+        {"beta_start": 0.00085, "beta_end": 0.012, **_DISCRETE},
     ),
-    "ddpm-cosine": (lambda **p: DiscreteVP.named("squaredcos_cap_v2", **p), {"num_steps": 1000}),
+    "ddpm-cosine": (lambda **p: DiscreteVP.named("squaredcos_cap_v2", **p), _DISCRETE),
 }
 
 
@@ -53,7 +56,7 @@ def names() -> list[str]:
 
 
 def make_schedule(name: str, **params: float) -> NoiseSchedule:
-    """A schedule by name: vp, subvp, ve, cosine, flow, ddpm-linear, ddpm-scaled-linear, ddpm-cosine.
+    """A schedule by name: vp, subvp, ve, cosine, flow, edm, ddpm-linear, ddpm-scaled-linear, ddpm-cosine.
 
     UserError for an unknown name or parameter, listing the valid ones.
     """

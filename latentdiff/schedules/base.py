@@ -1,5 +1,6 @@
 """What every schedule is, and the variance-preserving family's meeting with diffusers."""
 
+import math
 from typing import Any
 
 import torch
@@ -8,13 +9,15 @@ from torch import Tensor
 from latentdiff.errors import UserError
 
 Time = float | Tensor
-SCHEDULERS = (
-    "DPMSolverMultistepScheduler",
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-)
+# For schedules made of betas, with the predictions each takes
+VP_SCHEDULERS = {
+    "DPMSolverMultistepScheduler": ("epsilon", "sample", "v_prediction"),
+    "DDIMScheduler": ("epsilon", "sample", "v_prediction"),
+    "DDPMScheduler": ("epsilon", "sample", "v_prediction"),
+    "EulerDiscreteScheduler": ("epsilon", "sample", "v_prediction"),
+    "HeunDiscreteScheduler": ("epsilon", "v_prediction"),
+}
+SCHEDULERS = (*VP_SCHEDULERS, "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
 class NoiseSchedule:
@@ -24,12 +27,18 @@ class NoiseSchedule:
     finite; at t_max alpha is still large enough that x0 can be recovered from x_t and eps.
     prior_std: standard deviation of x at t_max for the prior N(0, prior_std^2), data of unit variance assumed.
     num_steps: into how many timesteps diffusers cuts [0, 1].
+    counts_steps: whether `timestep` counts those, so that one a hair from an integer is meant to be that integer.
+    sigma_data: the data's standard deviation as EDM's preconditioning sees it; 1, as latents are normalised.
+    default_scheduler: the diffusers class `to_scheduler` makes when not told; None where diffusers has no equal.
     """
 
     t_min: float = 1e-3
     t_max: float = 1.0
     prior_std: float = 1.0
     num_steps: int = 1000
+    counts_steps: bool = True
+    sigma_data: float = 1.0
+    default_scheduler: str | None = None
 
     def alpha(self, t: Time) -> Tensor:
         raise NotImplementedError
@@ -62,6 +71,16 @@ class NoiseSchedule:
         sigma = self.sigma(t)
         return (2 * sigma * self.d_sigma(t) - 2 * self.drift(t) * sigma**2).clamp_min(0).sqrt()
 
+    def prior_log_prob(self, x: Tensor) -> Tensor:
+        """log N(x; 0, prior_std^2 I) in nats, [B] float64, for x [B, ...] at t_max."""
+        x = x.reshape(x.shape[0], -1).double()  # [B, D]
+        constant = 0.5 * x.shape[1] * math.log(2 * math.pi * self.prior_std**2)
+        return -0.5 * (x / self.prior_std).square().sum(1) - constant
+
+    def input_scale(self, t: Time) -> Tensor:
+        """What x is multiplied by before the U-Net sees it: 1, unless x's spread changes by orders of magnitude."""
+        return torch.ones_like(f64(t))
+
     def timestep(self, t: Time) -> Tensor:
         """What the U-Net is fed for time t: 1000 t, unless a child says otherwise."""
         return self.num_steps * f64(t)
@@ -73,28 +92,31 @@ class NoiseSchedule:
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
         """A diffusers scheduler of this schedule; see latentdiff.schedules.SCHEDULERS for the names.
 
-        name: diffusers' class name; by default DPMSolverMultistepScheduler, and FlowMatchEulerDiscreteScheduler for
-        RectifiedFlow.  config: further entries of that class's config.  UserError where diffusers has no equal.
+        name: diffusers' class name, default_scheduler if None.  config: further entries of that class's config.
+        UserError where diffusers has no equal.
         """
         raise UserError(
             f"schedule: {type(self).__name__} has no equal among diffusers' schedulers; "
-            "variance-preserving schedules and RectifiedFlow have one"
+            "sample with latentdiff's own (in a config: sample.scheduler=null)"
         )
 
     @staticmethod
     def from_scheduler(scheduler: Any) -> "NoiseSchedule":
         """The schedule of a diffusers scheduler, read from its config.
 
-        DDPM, DDIM, DPMSolverMultistep and EulerDiscrete give DiscreteVP; FlowMatchEulerDiscrete and schedulers that
-        run on flow sigmas give RectifiedFlow (a time shift moves the sampling grid, not the path).
+        Schedulers made of betas (DDPM, DDIM, DPMSolverMultistep, EulerDiscrete, HeunDiscrete, zero terminal SNR
+        included) give DiscreteVP; EDMEuler gives EDM; FlowMatchEulerDiscrete and schedulers that run on flow sigmas
+        give RectifiedFlow (a time shift moves the sampling grid, not the path).  UserError for any other.
         """
         # The children are imported here because they are built on this class.
-        from latentdiff.schedules.continuous import RectifiedFlow
+        from latentdiff.schedules.continuous import EDM, RectifiedFlow
         from latentdiff.schedules.discrete import DiscreteVP
 
         config = scheduler.config
+        if "sigma_data" in config:
+            return EDM(config["sigma_min"], config["sigma_max"], config["sigma_data"])
         if config.get("use_flow_sigmas") or ("beta_start" not in config and "shift" in config):
-            return RectifiedFlow()
+            return RectifiedFlow(config["num_train_timesteps"])
         if "beta_start" not in config:
             raise UserError(f"scheduler: {type(scheduler).__name__} is none of {', '.join(SCHEDULERS)}")
         return DiscreteVP.from_config(config, scheduler.betas)
@@ -102,6 +124,8 @@ class NoiseSchedule:
 
 class VariancePreserving(NoiseSchedule):
     """alpha^2 + sigma^2 = 1.  The U-Net is fed N t - 1, so that diffusers' timestep k is t = (k + 1) / N."""
+
+    default_scheduler: str | None = "DPMSolverMultistepScheduler"
 
     def timestep(self, t: Time) -> Tensor:
         """N t - 1: diffusers' k = 0 ... N - 1 at t = 1/N ... 1."""
@@ -121,11 +145,11 @@ class VariancePreserving(NoiseSchedule):
         return {"trained_betas": betas.tolist()}
 
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
-        name = name or "DPMSolverMultistepScheduler"
-        if name not in SCHEDULERS[:-1] or prediction not in ("epsilon", "sample", "v_prediction"):
+        name = name or str(self.default_scheduler)
+        if prediction not in VP_SCHEDULERS.get(name, ()):
             raise UserError(
                 f"scheduler: {name} with prediction {prediction} is not possible for {type(self).__name__}; "
-                f"valid: {', '.join(SCHEDULERS[:-1])} with epsilon, sample or v_prediction"
+                f"valid: {', '.join(VP_SCHEDULERS)} with epsilon, v_prediction or (Heun apart) sample"
             )
         # Latents have no fixed range: DDPM's and DDIM's clipping to [-1, 1] would destroy them.
         unclipped = {"clip_sample": False} if name in ("DDPMScheduler", "DDIMScheduler") else {}
@@ -137,14 +161,18 @@ class VariancePreserving(NoiseSchedule):
             **unclipped,
             **config,
         }
-        return diffusers_class(name)(**settings)
+        return make_scheduler(name, settings)
 
 
 def f64(t: Time) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
-def diffusers_class(name: str) -> Any:
+def make_scheduler(name: str, settings: dict[str, Any]) -> Any:
+    """A diffusers scheduler; UserError with its own words where it refuses its settings."""
     import diffusers
 
-    return getattr(diffusers, name)
+    try:
+        return getattr(diffusers, name)(**settings)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UserError(f"scheduler: {name} refuses its config: {' '.join(str(error).split())}") from None

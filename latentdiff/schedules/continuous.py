@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.schedules.base import SCHEDULERS, NoiseSchedule, Time, VariancePreserving, diffusers_class, f64
+from latentdiff.schedules.base import NoiseSchedule, Time, VariancePreserving, f64, make_scheduler
 
 
 class VP(VariancePreserving):
@@ -57,12 +57,26 @@ class SubVP(VP):
         # sigma / alpha = 1/alpha - alpha = 2 sinh(-log alpha).
         return self._time_from_log_alpha(-torch.asinh(0.5 * torch.exp(-0.5 * f64(log_snr))))
 
+    default_scheduler = None
     timestep = NoiseSchedule.timestep
     time_from_timestep = NoiseSchedule.time_from_timestep
     to_scheduler = NoiseSchedule.to_scheduler
 
 
-class VE(NoiseSchedule):
+class Exploding(NoiseSchedule):
+    """alpha = 1: x grows with sigma, so the U-Net sees x / sqrt(sigma^2 + sigma_data^2) (2206.00364 table 1, c_in)."""
+
+    def alpha(self, t: Time) -> Tensor:
+        return torch.ones_like(f64(t))
+
+    def d_alpha(self, t: Time) -> Tensor:
+        return torch.zeros_like(f64(t))
+
+    def input_scale(self, t: Time) -> Tensor:
+        return (self.sigma(t) ** 2 + self.sigma_data**2).rsqrt()
+
+
+class VE(Exploding):
     """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t, 2011.13456 eq. 31.
 
     sigma(0) is sigma_min, not 0: t_min is 0.
@@ -75,20 +89,55 @@ class VE(NoiseSchedule):
         self.prior_std = sigma_max
         self._rate = math.log(sigma_max / sigma_min)
 
-    def alpha(self, t: Time) -> Tensor:
-        return torch.ones_like(f64(t))
-
     def sigma(self, t: Time) -> Tensor:
         return self.sigma_min * torch.exp(self._rate * f64(t))
-
-    def d_alpha(self, t: Time) -> Tensor:
-        return torch.zeros_like(f64(t))
 
     def d_sigma(self, t: Time) -> Tensor:
         return self._rate * self.sigma(t)
 
     def time_from_log_snr(self, log_snr: Time) -> Tensor:
         return (-0.5 * f64(log_snr) - math.log(self.sigma_min)) / self._rate
+
+
+class EDM(Exploding):
+    """alpha = 1, sigma = sigma_max t: 2206.00364 table 1.  The U-Net is fed ln(sigma) / 4.
+
+    Trained from sigma_min up; sigma(0) is 0, so that a last step may end on data as it does there.
+    """
+
+    counts_steps = False
+    default_scheduler = "EDMEulerScheduler"
+
+    def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 1.0):
+        self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
+        self.t_min, self.prior_std = sigma_min / sigma_max, sigma_max
+
+    def sigma(self, t: Time) -> Tensor:
+        return self.sigma_max * f64(t)
+
+    def d_sigma(self, t: Time) -> Tensor:
+        return torch.full_like(f64(t), self.sigma_max)
+
+    def time_from_log_snr(self, log_snr: Time) -> Tensor:
+        return torch.exp(-0.5 * f64(log_snr)) / self.sigma_max
+
+    def timestep(self, t: Time) -> Tensor:
+        """ln(sigma) / 4, c_noise of 2206.00364 table 1, which diffusers' EDMEulerScheduler has for timesteps."""
+        return 0.25 * self.sigma(t).log()
+
+    def time_from_timestep(self, timestep: Time) -> Tensor:
+        return torch.exp(4 * f64(timestep)) / self.sigma_max
+
+    def to_scheduler(self, name: str | None = None, prediction: str = "edm", **config: Any) -> Any:
+        name = name or self.default_scheduler
+        if name != self.default_scheduler or prediction != "edm":
+            raise UserError(
+                f"scheduler: {name} with prediction {prediction} is not possible for EDM; "
+                f"valid: {self.default_scheduler} with edm"
+            )
+        own = {key: getattr(self, key) for key in ("sigma_min", "sigma_max", "sigma_data")}
+        settings = {"num_train_timesteps": self.num_steps, "prediction_type": "epsilon", **own, **config}
+        return make_scheduler(name, settings)
 
 
 class Cosine(VariancePreserving):
@@ -116,6 +165,10 @@ class RectifiedFlow(NoiseSchedule):
     """The straight path alpha = 1 - t, sigma = t: 2209.03003, 2210.02747.  The U-Net is fed 1000 t."""
 
     t_max = 0.999  # alpha(1) is 0: x0 cannot be had from eps or a score there; from a flow prediction it can
+    default_scheduler = "FlowMatchEulerDiscreteScheduler"
+
+    def __init__(self, num_steps: int = 1000):
+        self.num_steps = num_steps
 
     def alpha(self, t: Time) -> Tensor:
         return 1 - f64(t)
@@ -133,10 +186,27 @@ class RectifiedFlow(NoiseSchedule):
         return torch.sigmoid(-0.5 * f64(log_snr))
 
     def to_scheduler(self, name: str | None = None, prediction: str = "flow", **config: Any) -> Any:
-        name = name or SCHEDULERS[-1]
-        if name != SCHEDULERS[-1] or prediction != "flow":
+        """FlowMatchEulerDiscreteScheduler, or DPMSolverMultistepScheduler on flow sigmas: the grid 0.999 (1 - i/n).
+
+        shift or flow_shift bend that grid (2403.03206 eq. 23); the path stays the straight one.
+        """
+        name = name or self.default_scheduler
+        if name not in _FLOW_SETTINGS or prediction != "flow":
             raise UserError(
                 f"scheduler: {name} with prediction {prediction} is not possible for RectifiedFlow; "
-                f"valid: {SCHEDULERS[-1]} with flow"
+                f"valid: {', '.join(_FLOW_SETTINGS)} with flow"
             )
-        return diffusers_class(name)(**{"num_train_timesteps": 1000, "shift": 1.0, **config})
+        return make_scheduler(name, {"num_train_timesteps": self.num_steps, **_FLOW_SETTINGS[name], **config})
+
+
+_FLOW_SETTINGS: dict[str, dict[str, Any]] = {
+    "FlowMatchEulerDiscreteScheduler": {"shift": 1.0},
+    # final_sigmas_type: "sigma_min" would end on the first beta of a schedule that plays no part here; "zero" also makes
+    # the last step one of first order, which lands on its x0 whatever solver_order and lower_order_final are.
+    "DPMSolverMultistepScheduler": {
+        "use_flow_sigmas": True,
+        "prediction_type": "flow_prediction",
+        "flow_shift": 1.0,
+        "final_sigmas_type": "zero",
+    },
+}

@@ -23,7 +23,8 @@ class DiscreteVP(VariancePreserving):
         if betas.ndim != 1 or len(betas) < 2 or not bool(((betas > 0) & (betas <= 1)).all()):
             raise UserError("betas: DiscreteVP needs at least two numbers in (0, 1]")
         alpha_bar = torch.cumprod(1 - betas, 0)
-        # Zero terminal SNR (2305.08891) has no log: diffusers' Euler puts the same 2^-24 in its place.
+        self.zero_terminal_snr = float(alpha_bar[-1]) == 0
+        # Zero terminal SNR (2305.08891) has no log: diffusers' Euler and DPM-Solver put the same 2^-24 in its place.
         alpha_bar = torch.where(alpha_bar > 0, alpha_bar, 2.0**-24)
         self.num_steps = len(betas)
         self.t_min = 1 / self.num_steps
@@ -33,28 +34,46 @@ class DiscreteVP(VariancePreserving):
 
     @classmethod
     def named(
-        cls, beta_schedule: str, beta_start: float = 1e-4, beta_end: float = 0.02, num_steps: int = 1000
+        cls,
+        beta_schedule: str,
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+        num_steps: int = 1000,
+        zero_terminal_snr: bool = False,
     ) -> "DiscreteVP":
-        """One of diffusers' beta schedules, in float64: linear, scaled_linear or squaredcos_cap_v2."""
-        schedule = cls(BETAS[beta_schedule](beta_start, beta_end, num_steps))
+        """One of diffusers' beta schedules, in float64: linear, scaled_linear or squaredcos_cap_v2.
+
+        zero_terminal_snr: rescaled so that nothing of the data is left at t = 1 (2305.08891 algorithm 1).
+        """
+        betas = BETAS[beta_schedule](beta_start, beta_end, num_steps)
+        schedule = cls(_without_signal(betas) if zero_terminal_snr else betas)
         schedule._betas = {"beta_schedule": beta_schedule, "beta_start": beta_start, "beta_end": beta_end}
         return schedule
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], betas: Tensor) -> "DiscreteVP":
         """From the config of a diffusers scheduler: its formula in float64 if it names one, else its own betas."""
-        if config.get("rescale_betas_zero_snr"):
-            return cls(betas)
+        zero = bool(config.get("rescale_betas_zero_snr"))
         if config.get("trained_betas") is not None:
-            return cls(config["trained_betas"])
+            betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
+            return cls(_without_signal(betas) if zero else betas)
         if config["beta_schedule"] not in BETAS:
             return cls(betas)
         return cls.named(
-            config["beta_schedule"], config["beta_start"], config["beta_end"], config["num_train_timesteps"]
+            config["beta_schedule"], config["beta_start"], config["beta_end"], config["num_train_timesteps"], zero
         )
 
     def betas(self) -> dict[str, Any]:
-        return dict(self._betas)
+        # Rescaling betas that are so already changes nothing, and makes diffusers treat the last one apart too.
+        return {**self._betas, **({"rescale_betas_zero_snr": True} if self.zero_terminal_snr else {})}
+
+    def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
+        if self.zero_terminal_snr and (prediction == "epsilon" or name == "HeunDiscreteScheduler"):
+            raise UserError(
+                f"scheduler: {name or self.default_scheduler} with prediction {prediction} is not possible at zero "
+                "terminal SNR; valid: v_prediction or sample, with any but HeunDiscreteScheduler"
+            )
+        return super().to_scheduler(name, prediction, **config)
 
     def _slot(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The knots' interval that holds t, and log_snr there: (index [..], log_snr [..])."""
@@ -101,6 +120,14 @@ class DiscreteVP(VariancePreserving):
         inside = (place.clamp(max=self.num_steps - 1) + 1) / self.num_steps
         below = torch.sigmoid(-log_snr).sqrt() / self._sigma_min * self.t_min
         return torch.where(-log_snr < rising[0], below, inside)
+
+
+def _without_signal(betas: Tensor) -> Tensor:
+    """Betas [N] whose last alpha_bar is 0 and whose first is as before: 2305.08891 algorithm 1."""
+    root = torch.cumprod(1 - betas, 0).sqrt()
+    root = (root - root[-1]) * root[0] / (root[0] - root[-1])
+    alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), root**2])
+    return 1 - alpha_bar[1:] / alpha_bar[:-1]
 
 
 def _linear(start: float, end: float, n: int) -> Tensor:

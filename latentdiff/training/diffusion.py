@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff import checkpoints
+from latentdiff import checkpoints, samplers
 from latentdiff.autoencoders.build import checked_arguments, diffusers_class
 from latentdiff.conditioning import ClassCondition
 from latentdiff.config import DiffusionConfig
@@ -19,7 +20,7 @@ from latentdiff.data.order import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
-from latentdiff.objective import diffusion_loss
+from latentdiff.objective import Uncertainty, diffusion_loss
 from latentdiff.rng import derive_seed, rand, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import run, state
@@ -33,7 +34,10 @@ BUCKETS = 4  # of the training time interval, for the loss by noise level
 
 @dataclass
 class Parts:
-    """Everything a step touches. `network` is what accelerate wrapped, `unet` the bare module, `average` its EMA copy."""
+    """Everything a step touches. `network` is what accelerate wrapped, `unet` the bare module, `average` its EMA copy.
+
+    balance(loss [B], t [B]) -> [B] is what is minimised: the loss as it is, or weighed by `uncertainty`, which it wraps.
+    """
 
     latents: Latents
     condition: ClassCondition | None
@@ -45,6 +49,8 @@ class Parts:
     optimizer: Any
     ema: Ema
     denoiser: Denoiser
+    uncertainty: Uncertainty | None
+    balance: Callable[[Tensor, Tensor], Tensor]
 
 
 def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
@@ -57,11 +63,13 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     run.check_output(output, config, resume)
     _check(config)
     accelerator = run.start_accelerator(config.train)
-    with progress_bar("encoding", accelerator.is_main_process) as progress:
+    announce = run.announcement(accelerator, config.train)
+    with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
         latents = prepare_latents(config, accelerator, progress)
     torch.manual_seed(derive_seed(config.seed, "initialise"))
     parts = _parts(config, latents, accelerator)
     start = _resume(output, parts) if resume else 0
+    announce()
     if accelerator.is_main_process:
         run.write_config(output, config)
         if parts.ema.memory() > config.train.steps / 2:
@@ -91,8 +99,19 @@ def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
 
 
 def _scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any:
-    """The diffusers scheduler that is published; UserError where the schedule or the prediction has none of that name."""
-    return schedule.to_scheduler(config.sample.scheduler, config.prediction, **config.sample.scheduler_config)
+    """The diffusers scheduler that is published, None where the checkpoint names one of latentdiff's samplers instead.
+
+    UserError where the schedule or the prediction has no scheduler of that name, or latentdiff no such sampler.
+    """
+    wanted = config.sample
+    name = schedule.default_scheduler if wanted.scheduler == "auto" else wanted.scheduler
+    if name is not None:
+        return schedule.to_scheduler(name, config.prediction, **wanted.scheduler_config)
+    if wanted.scheduler_config:
+        raise UserError(f"sample.scheduler_config: {config.schedule.name} runs without a scheduler; leave it out")
+    if wanted.sampler not in samplers.names():
+        raise UserError(f"sample.sampler: {wanted.sampler!r} is unknown; valid: {', '.join(samplers.names())}")
+    return None
 
 
 def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
@@ -137,11 +156,22 @@ def _parts(config: DiffusionConfig, latents: Latents, accelerator) -> Parts:
     schedule, levels = _noise(config)
     unet = build_unet(config, latents.cache.latent_shape, condition.num_embeddings if condition else None)
     average = copy.deepcopy(unet).to(accelerator.device).eval().requires_grad_(False)
-    optimizer = run.make_optimizer(unet.parameters(), config.optimizer)
-    network, optimizer = accelerator.prepare(unet, optimizer)
+    uncertainty = Uncertainty(schedule) if config.weighting == "uncertainty" else None
+    if uncertainty is None:
+        optimizer = run.make_optimizer(unet.parameters(), config.optimizer)
+        network, optimizer = accelerator.prepare(unet, optimizer)
+        balance = _unchanged
+    else:
+        groups = [{"params": unet.parameters()}, {"params": uncertainty.parameters(), "weight_decay": 0.0}]
+        optimizer = run.make_optimizer(groups, config.optimizer)
+        network, balance, optimizer = accelerator.prepare(unet, uncertainty, optimizer)
     denoiser = Denoiser(unet_model(network, schedule), schedule, config.prediction)
     ema = Ema(unet, config.ema.decay, config.ema.power)
-    return Parts(latents, condition, schedule, levels, network, unet, average, optimizer, ema, denoiser)
+    return Parts(latents, condition, schedule, levels, network, unet, average, optimizer, ema, denoiser, uncertainty, balance)
+
+
+def _unchanged(loss: Tensor, t: Tensor) -> Tensor:
+    return loss
 
 
 def _loop(config: DiffusionConfig, parts: Parts, accelerator, journal: run.Journal, output: Path, start: int) -> None:
@@ -163,6 +193,8 @@ def _loop(config: DiffusionConfig, parts: Parts, accelerator, journal: run.Journ
             if clock.due() or step + 1 == steps:
                 tensors = {"model": parts.unet.state_dict(), "ema": parts.ema.state()}
                 tensors["optimizer"] = state.optimizer_tensors(parts.optimizer)
+                if parts.uncertainty is not None:
+                    tensors["uncertainty"] = parts.uncertainty.state_dict()
                 state.save_state(output, step + 1, tensors, {"ema_updates": parts.ema.updates}, config.train.keep)
 
 
@@ -193,12 +225,14 @@ def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict
     loss = diffusion_loss(
         parts.denoiser, x0.to(device), t.to(device), noise.to(device), config.weighting, config.min_snr_gamma, **conditioning
     )  # [B]
-    accelerator.backward(loss.mean())
+    loss = loss * parts.levels.correction(t).to(loss)
+    total = parts.balance(loss, t.to(device)).mean()
+    accelerator.backward(total)
     norm = run.gradient_norm(parts.unet, config.optimizer.clip)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
     parts.ema.update(parts.unet)
-    return {"loss": loss.mean(), "gradient_norm": torch.tensor(norm), **_by_noise_level(parts.schedule, t, loss)}
+    return {"loss": total, "gradient_norm": torch.tensor(norm), **_by_noise_level(parts.schedule, t, loss)}
 
 
 def _by_noise_level(schedule: NoiseSchedule, t: Tensor, loss: Tensor) -> dict[str, Tensor]:
@@ -215,7 +249,7 @@ def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
     codec = parts.latents.codec
     x0 = torch.cat([codec.normalise(codec.moments(chunk)[0]).cpu() for chunk in images.split(128)])
     generator = torch.Generator().manual_seed(derive_seed("validation"))
-    t = parts.levels.stratified(len(x0))[torch.randperm(len(x0), generator=generator)]
+    t = parts.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
     values = {"x0": x0, "noise": randn(x0.shape, generator), "t": t}
     return values if labels is None else {**values, "labels": labels}
 
@@ -240,11 +274,12 @@ def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str
 
 
 def _pipeline_parts(config: DiffusionConfig, parts: Parts) -> dict[str, Any]:
-    condition = parts.condition
+    condition, scheduler = parts.condition, _scheduler(config, parts.schedule)
     return {
         "unet": parts.average,
         "vae": parts.latents.codec.vae,
-        "scheduler": _scheduler(config, parts.schedule),
+        "scheduler": scheduler,
+        "default_sampler": config.sample.sampler if scheduler is None else None,
         "class_names": parts.latents.images.class_names if condition else None,
         "null_class": condition.null_class if condition else None,
         "image_size": parts.latents.images.preprocess.content[2:],
@@ -297,5 +332,7 @@ def _resume(output: Path, parts: Parts) -> int:
     tensors, meta = state.load_state(output)
     state.load_into(parts.unet, tensors["model"], str(output))
     parts.ema.restore(tensors["ema"], meta["ema_updates"])
+    if parts.uncertainty is not None:
+        state.load_into(parts.uncertainty, tensors["uncertainty"], str(output))
     state.restore_optimizer(parts.optimizer, tensors["optimizer"])
     return meta["step"]
