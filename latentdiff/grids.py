@@ -4,7 +4,7 @@ Where sigma(0) = 0 the last entry is 0 and a sampler's last step lands on its ow
 a first-order method.  Where it is not (VE), the last entry is t_min, and sampling ends with one more evaluation.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from latentdiff.schedules import NoiseSchedule
 
 def uniform(schedule: NoiseSchedule, n: int) -> Tensor:
     """Equal steps in t from t_max to the end."""
-    return torch.linspace(schedule.t_max, 0.0 if _ends_clean(schedule) else schedule.t_min, n + 1, dtype=torch.float64)
+    return _even(schedule, schedule.t_max, schedule.t_min, n)
 
 
 def angle(schedule: NoiseSchedule, n: int) -> Tensor:
@@ -26,10 +26,9 @@ def angle(schedule: NoiseSchedule, n: int) -> Tensor:
     than with any other grid here on VP, subVP and DDPM's schedules, often by half.  On the straight path `uniform` is
     about as good; on VE it is better for the two of second order.
     """
-    ends = [schedule.t_max, schedule.t_min]
-    edges = torch.atan(torch.exp(-0.5 * schedule.log_snr(torch.tensor(ends, dtype=torch.float64))))
-    last = 0.0 if _ends_clean(schedule) else float(edges[1])
-    angles = torch.linspace(float(edges[0]), last, n + 1, dtype=torch.float64)[: _inner(schedule, n)]
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    edges = torch.atan(torch.exp(-0.5 * schedule.log_snr(ends)))
+    angles = _even(schedule, float(edges[0]), float(edges[1]), n)[: _inner(schedule, n)]
     times = schedule.time_from_log_snr(-2 * torch.tan(angles).log())
     times[0] = schedule.t_max
     return _closed(schedule, times)
@@ -68,6 +67,32 @@ def leading(schedule: NoiseSchedule, n: int) -> Tensor:
     return _closed(schedule, steps / schedule.num_steps)
 
 
+def linspace(schedule: NoiseSchedule, n: int) -> Tensor:
+    """diffusers' "linspace" timesteps (those of DDPM and DDIM): n from 0 to the last, evenly, rounded, then the end.
+
+    Its last but one time is t_min on DDPM's schedules.  n = 1 is the last timestep, where diffusers has timestep 0.
+    """
+    _at_most_all(schedule, n, "linspace")
+    steps = torch.linspace(schedule.num_steps - 1, 0, n, dtype=torch.float64).round() + 1
+    return _closed(schedule, steps / schedule.num_steps)
+
+
+def shifted(schedule: NoiseSchedule, n: int, shift: float = 3.0) -> Tensor:
+    """Equal steps in u, t = shift u / (1 + (shift - 1) u) (2403.03206 eq. 23), from t_max to the end.
+
+    On the straight path a shift of log SNR by -2 log(shift): above 1 more of the steps are at high noise, where models
+    of large latents need them; 3 is Stable Diffusion 3's.  UserError unless shift is above 0.
+    """
+    if not shift > 0:
+        raise UserError(f"shift: above 0, not {shift}")
+    ends = torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)
+    high, low = (ends / (shift - (shift - 1) * ends)).tolist()
+    u = _even(schedule, high, low, n)
+    times = shift * u / (1 + (shift - 1) * u)
+    times[0] = schedule.t_max
+    return times if _ends_clean(schedule) else _pinned(schedule, times)
+
+
 _GRIDS: Mapping[str, Callable[..., Tensor]] = {
     "angle": angle,
     "uniform": uniform,
@@ -75,6 +100,8 @@ _GRIDS: Mapping[str, Callable[..., Tensor]] = {
     "log_snr": log_snr,
     "trailing": trailing,
     "leading": leading,
+    "linspace": linspace,
+    "shifted": shifted,
 }
 
 
@@ -83,16 +110,19 @@ def names() -> list[str]:
     return list(_GRIDS)
 
 
-def make_grid(grid: str | Tensor, schedule: NoiseSchedule, n: int) -> Tensor:
-    """A grid by name, or a tensor of times checked to be one.  UserError otherwise; n is then not looked at."""
-    if isinstance(grid, Tensor):
-        times = grid.to(torch.float64).cpu()
+def make_grid(grid: str | Tensor | Sequence[float], schedule: NoiseSchedule, n: int) -> Tensor:
+    """A grid by name, or times (a tensor or a list) checked to be one; n is then not looked at.  UserError otherwise."""
+    if not isinstance(grid, str):
+        try:
+            times = torch.as_tensor(grid, dtype=torch.float64).cpu()
+        except (TypeError, ValueError, RuntimeError):
+            raise UserError(f"grid: {grid!r} is neither one of {', '.join(_GRIDS)} nor a list of times") from None
         falls = times.ndim == 1 and len(times) > 1 and bool((times.diff() < 0).all())
         if not (falls and times[-1] >= 0 and times[0] <= 1):
-            raise UserError("grid: a tensor of times must be 1-d, strictly descending and within [0, 1]")
+            raise UserError("grid: a list of times must be 1-d, strictly descending and within [0, 1]")
         return times
     if grid not in _GRIDS:
-        raise UserError(f"grid: {grid!r} is unknown; valid: {', '.join(_GRIDS)}, or a tensor of times")
+        raise UserError(f"grid: {grid!r} is unknown; valid: {', '.join(_GRIDS)}, or a list of times")
     if n < 1:
         raise UserError(f"steps: at least 1 is needed, not {n}")
     return _GRIDS[grid](schedule, n)
@@ -104,6 +134,18 @@ def _ends_clean(schedule: NoiseSchedule) -> bool:
 
 def _inner(schedule: NoiseSchedule, n: int) -> int:
     return n if _ends_clean(schedule) else n + 1
+
+
+def _even(schedule: NoiseSchedule, high: float, low: float, n: int) -> Tensor:
+    """n equal steps [n + 1] from high to the end: to low, or past it to 0, of which `low` is t_min's value.
+
+    So many steps to 0 that the last would begin below low begin there, and the others are equal above it.
+    """
+    if not _ends_clean(schedule):
+        return torch.linspace(high, low, n + 1, dtype=torch.float64)
+    if high / n >= low:
+        return torch.linspace(high, 0.0, n + 1, dtype=torch.float64)
+    return torch.cat([torch.linspace(high, low, n, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)])
 
 
 def _pinned(schedule: NoiseSchedule, times: Tensor) -> Tensor:

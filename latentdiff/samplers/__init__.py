@@ -10,20 +10,51 @@ from torch import Tensor
 from latentdiff.errors import UserError
 from latentdiff.grids import make_grid
 from latentdiff.rng import Generators, randn
+from latentdiff.samplers.adaptive import dopri5
 from latentdiff.samplers.ancestral import ancestral, ddim
 from latentdiff.samplers.common import Callback, DenoiserLike
-from latentdiff.samplers.multistep import dpmpp_2m
+from latentdiff.samplers.encoding import encode, slerp
+from latentdiff.samplers.langevin import annealed_langevin, predictor_corrector
+from latentdiff.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from latentdiff.samplers.ode import euler, heun
+from latentdiff.samplers.sde import euler_maruyama, reverse_diffusion
+from latentdiff.tensors import flat_mean
 
-__all__ = ["Callback", "ancestral", "ddim", "dpmpp_2m", "euler", "heun", "names", "sample"]
+__all__ = [
+    "Callback",
+    "ancestral",
+    "annealed_langevin",
+    "ddim",
+    "dopri5",
+    "dpmpp_2m",
+    "dpmpp_2m_sde",
+    "dpmpp_3m",
+    "encode",
+    "euler",
+    "euler_maruyama",
+    "heun",
+    "names",
+    "predictor_corrector",
+    "reverse_diffusion",
+    "round_trip_error",
+    "sample",
+    "slerp",
+]
 
 
 _SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "ancestral": ancestral,
     "ddim": ddim,
+    "euler_maruyama": euler_maruyama,
+    "reverse_diffusion": reverse_diffusion,
+    "predictor_corrector": predictor_corrector,
+    "annealed_langevin": annealed_langevin,
     "euler": euler,
     "heun": heun,
+    "dopri5": dopri5,
     "dpmpp_2m": dpmpp_2m,
+    "dpmpp_3m": dpmpp_3m,
+    "dpmpp_2m_sde": dpmpp_2m_sde,
 }
 _COMMON = ("denoiser", "x", "grid", "generator", "callback")
 
@@ -41,16 +72,17 @@ def sample(
     steps: int = 20,
     generator: Generators = None,
     callback: Callback | None = None,
-    grid: str | Tensor = "angle",
+    grid: str | Tensor | Sequence[float] = "angle",
     **options: Any,
 ) -> Tensor:
     """Draws from the prior and runs a sampler down to data: [B, ...], the x0 estimate at the grid's last time.
 
     noise_or_shape: unit-variance noise [B, ...], scaled by the schedule's prior_std here, or a shape to draw it in
     (float32, on the generator's device).
-    sampler: one of `names()`.  steps: how many; each is one evaluation of the denoiser, two for heun.
+    sampler: one of `names()`.  steps: how many; each is one evaluation of the denoiser, two for heun and
+    predictor_corrector (unless told otherwise), inner_steps for annealed_langevin; dopri5 takes as many as it needs.
     generator: one, or B of them (image i is then the same at any batch size).
-    callback(step, t, x, x0): called after each step; may return a tensor to go on from.
+    callback(step, t, x, x0): called after each step (dopri5: once, at the end); may return a tensor to go on from.
     grid: a name of latentdiff.grids, or descending times [n + 1] (steps is then not looked at).
     options: the sampler's own, such as eta for ddim.  UserError for an unknown sampler, grid or option.
     """
@@ -67,3 +99,22 @@ def sample(
     x = run(denoiser, noise * schedule.prior_std, times, generator, callback, **options)
     end = float(times[-1])
     return x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+
+
+def round_trip_error(
+    denoiser: DenoiserLike,
+    x0: Tensor,
+    sampler: str = "heun",
+    steps: int = 50,
+    grid: str | Tensor | Sequence[float] = "angle",
+    **options: Any,
+) -> Tensor:
+    """Root mean square of decode(encode(x0)) - x0 over each sample's entries, [B]; arguments as in `encode`.
+
+    Three things make it: the solver's error both ways; the decoder's last step, which is the x0 estimate and not the
+    ODE (about sigma^2 |score| / 2 at the grid's last positive sigma: karras and log_snr end lower than angle); and what
+    of x0 is off the model's distribution.
+    """
+    noise = encode(denoiser, x0, sampler, steps, grid, **options)
+    back = sample(denoiser, noise, sampler, steps, grid=grid, **options)
+    return flat_mean((back - x0) ** 2).sqrt()

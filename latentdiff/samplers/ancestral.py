@@ -4,6 +4,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from latentdiff.errors import UserError
 from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.common import Callback, DenoiserLike, knots, report
 
@@ -20,10 +21,11 @@ def ddim(
 
     v = eta^2 (sigma_s/sigma_t)^2 (sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2): eta = 0 is deterministic, eta = 1 draws
     from the posterior q(x_s | x_t, x0).
-    x: the state [B, ...] at grid[0]; returns the state at grid[-1].
+    x: the state [B, ...] at grid[0]; returns the state at grid[-1].  UserError for an eta outside [0, 1].
     """
-    steps = knots(denoiser.schedule, grid)
-    for i, (now, then) in enumerate(pairwise(steps)):
+    if not 0 <= eta <= 1:
+        raise UserError(f"eta: between 0 and 1, not {eta}")
+    for i, (now, then) in enumerate(pairwise(knots(denoiser.schedule, grid))):
         seen = denoiser(x, now.t)
         kept = (now.alpha * then.sigma) / (then.alpha * now.sigma)  # sqrt(SNR_t / SNR_s), in [0, 1]
         variance = eta**2 * then.sigma**2 * (1 - kept**2)

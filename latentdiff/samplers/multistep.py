@@ -1,11 +1,17 @@
-"""Solvers that remember the previous evaluation."""
+"""Exponential integrators in lam = log(alpha/sigma) that remember earlier evaluations: one evaluation a step.
+
+With x0 for the function of lam that the denoiser gives along the path, the ODE's solution is (2211.01095 eq. 8)
+    x_s = (sigma_s/sigma_t) x_t + sigma_s int_t^s e^lam x0(lam) dlam
+and a method is what it puts in x0's place: a constant (DDIM), or a polynomial through earlier values.
+"""
 
 import math
 from itertools import pairwise
 
 from torch import Tensor
 
-from latentdiff.rng import Generators
+from latentdiff.errors import UserError
+from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.common import Callback, DenoiserLike, knots, report
 
 
@@ -32,3 +38,87 @@ def dpmpp_2m(
         previous, h_previous = seen.x0, h
         x = report(callback, i, now.t, x, seen.x0)
     return x
+
+
+def dpmpp_2m_sde(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    grid: Tensor,
+    generator: Generators = None,
+    callback: Callback | None = None,
+    eta: float = 1.0,
+) -> Tensor:
+    """SDE-DPM-Solver++(2M), 2211.01095 eq. 19, with k-diffusion's eta: the reverse SDE with g times sqrt(eta).
+
+    x_s = (sigma_s/sigma_t) e^-(eta h) x_t + alpha_s (1 - e^-(1 + eta)h) D + sigma_s sqrt(1 - e^-2(eta h)) z, h and D as
+    in `dpmpp_2m`, which is eta = 0 and draws nothing; without memory it is `ancestral` at eta = 1.
+    x: the state [B, ...] at grid[0]; returns the state at grid[-1].  UserError for a negative eta.
+    """
+    if not eta >= 0:
+        raise UserError(f"eta: at least 0, not {eta}")
+    previous, h_previous = None, math.nan
+    for i, (now, then) in enumerate(pairwise(knots(denoiser.schedule, grid))):
+        seen, h = denoiser(x, now.t), then.lam - now.lam
+        d = seen.x0
+        if then.sigma > 0:
+            if previous is not None:
+                d = d + (h / (2 * h_previous)) * (seen.x0 - previous)
+            eta_h = eta * h if eta > 0 else 0.0  # h is infinite in a step from alpha = 0
+            kept, drawn = math.exp(-eta_h), math.sqrt(-math.expm1(-2 * eta_h))
+            x = (then.sigma / now.sigma) * kept * x - then.alpha * math.expm1(-h - eta_h) * d
+            x = x + then.sigma * drawn * randn_like(x, generator) if drawn > 0 else x
+        else:
+            x = then.alpha * d
+        previous, h_previous = seen.x0, h
+        x = report(callback, i, now.t, x, seen.x0)
+    return x
+
+
+def dpmpp_3m(
+    denoiser: DenoiserLike,
+    x: Tensor,
+    grid: Tensor,
+    generator: Generators = None,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The third-order multistep method with data prediction: x0(lam) is the parabola through the last three values.
+
+    x_s = (sigma_s/sigma_t) x_t + alpha_s [p1 D + p2 D' + p3 D''],  p1 = 1 - e^-h, p2 = h - p1, p3 = h^2/2 - p2, D, D' and
+    D'' the parabola's value and derivatives at lam_t: exact in h and for uneven steps, where diffusers' third-order
+    DPM-Solver++ (2211.01095) supposes even ones.  A method of order 3 may not begin with a step of order 1: the second
+    evaluation corrects the first step, by a line through both values (UniC-2, 2302.04867 section 3.2).  A step that
+    ends on sigma = 0 is of order 1.  One evaluation a step; draws nothing.
+    x: the state [B, ...] at grid[0]; returns the state at grid[-1].
+    """
+    past: list[tuple[float, Tensor]] = []  # (lam, x0), the latest first
+    for i, (now, then) in enumerate(pairwise(knots(denoiser.schedule, grid))):
+        seen, h = denoiser(x, now.t), then.lam - now.lam
+        if i == 1 and math.isfinite(past[0][0]):
+            h_first = now.lam - past[0][0]
+            x = x + now.alpha * _weights(h_first)[1] / h_first * (seen.x0 - past[0][1])
+        past = [(now.lam, seen.x0), *past[:2]]
+        if then.sigma > 0:
+            move = sum(p * d for p, d in zip(_weights(h), _derivatives(past), strict=False))
+            x = (then.sigma / now.sigma) * x + then.alpha * move
+        else:
+            x = then.alpha * seen.x0
+        x = report(callback, i, now.t, x, seen.x0)
+    return x
+
+
+def _weights(h: float) -> tuple[float, float, float]:
+    """int_0^h e^-(h - u) u^k / k! du for k = 0, 1, 2."""
+    p1 = -math.expm1(-h)
+    return p1, h - p1, 0.5 * h**2 - (h - p1)
+
+
+def _derivatives(past: list[tuple[float, Tensor]]) -> list[Tensor]:
+    """Value and derivatives at past[0] of the polynomial through the points (lam, x0), by divided differences."""
+    (lam, d), *rest = past
+    if not rest:
+        return [d]
+    first = (d - rest[0][1]) / (lam - rest[0][0])
+    if len(rest) == 1:
+        return [d, first]
+    second = (first - (rest[0][1] - rest[1][1]) / (rest[0][0] - rest[1][0])) / (lam - rest[1][0])
+    return [d, first + second * (lam - rest[0][0]), 2 * second]
