@@ -1,6 +1,6 @@
 """Publish and load a checkpoint: a diffusers folder that plain diffusers opens, with latentdiff.json beside it.
 
-Layout: model_index.json, pipeline.py, unet/, vae/, scheduler/, latentdiff.json (how it was made) and README.md (the
+Layout: model_index.json, pipeline.py, unet/, vae/, [scheduler/], latentdiff.json (how it was made) and README.md (the
 model card). Weights are safetensors; nothing is ever unpickled. Training state (optimizers and so on) lives elsewhere.
 """
 
@@ -41,6 +41,7 @@ def publish(
     schedule: Mapping[str, Any] | None = None,
     default_guidance_scale: float = 1.0,
     default_num_inference_steps: int = 20,
+    default_sampler: str | None = None,
     dtype: torch.dtype = torch.float16,
     card: str | None = None,
     files: Mapping[str, bytes | Path] | None = None,
@@ -50,10 +51,10 @@ def publish(
     Args:
         folder: where; everything in it belongs to the checkpoint and is replaced.
         unet, vae: diffusers models; copied, never changed. `unet` holds the weights to ship (usually the EMA).
-        scheduler: a diffusers scheduler.
+        scheduler: a diffusers scheduler, or None with `default_sampler`, a latentdiff sampler, in its place.
         meta: JSON values for latentdiff.json: config, data fingerprint, steps, EMA, latent statistics, metrics ...
-        class_names, null_class, image_size, prediction, schedule, default_guidance_scale, default_num_inference_steps:
-            what the pipeline keeps in model_index.json; see `LatentDiffusionPipeline`.
+        class_names, null_class, image_size, prediction, schedule, default_guidance_scale, default_num_inference_steps,
+            default_sampler: what the pipeline keeps in model_index.json; see `LatentDiffusionPipeline`.
         dtype: of the weights on disk.
         card: text of README.md; None writes a short one.
         files: more files by name (bytes, or a path to copy): pictures for the card.
@@ -62,19 +63,14 @@ def publish(
         The folder.
 
     Raises:
-        UserError: a weight does not fit `dtype`, or classes, null class, guidance and U-Net contradict each other.
+        UserError: a weight does not fit `dtype`, or classes, null class, guidance and U-Net contradict each other, or
+            nothing says how to sample.
     """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     folder = Path(folder)
-    if default_guidance_scale != 1.0 and null_class is None:
-        raise UserError(f"default_guidance_scale {default_guidance_scale}: without a null class it can only be 1")
-    rows, needed = unet.config.get("num_class_embeds") or 0, len(class_names or ()) + (null_class is not None)
-    if class_names and (rows != needed or null_class not in (None, len(class_names))):
-        raise UserError(
-            f"{len(class_names)} class_names and null_class {null_class} for a U-Net with num_class_embeds {rows}: "
-            f"the null class comes after the last class, and num_class_embeds must be {needed}"
-        )
+    _check_sampling(scheduler, default_sampler, prediction, schedule)
+    _check_classes(unet, class_names, null_class, default_guidance_scale)
     record = {
         "format": FORMAT,
         **meta,
@@ -96,6 +92,7 @@ def publish(
         schedule=dict(schedule) if schedule is not None else None,
         default_guidance_scale=default_guidance_scale,
         default_num_inference_steps=default_num_inference_steps,
+        default_sampler=default_sampler,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
@@ -107,6 +104,30 @@ def publish(
             (new / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
         replace_folder(new, folder, Path(temporary) / "old")
     return folder
+
+
+def _check_classes(unet: Any, class_names: Sequence[str] | None, null_class: int | None, scale: float) -> None:
+    """UserError where the classes, the null class, the default guidance and the U-Net contradict each other."""
+    if scale != 1.0 and null_class is None:
+        raise UserError(f"default_guidance_scale {scale}: without a null class it can only be 1")
+    rows, needed = unet.config.get("num_class_embeds") or 0, len(class_names or ()) + (null_class is not None)
+    if class_names and (rows != needed or null_class not in (None, len(class_names))):
+        raise UserError(
+            f"{len(class_names)} class_names and null_class {null_class} for a U-Net with num_class_embeds {rows}: "
+            f"the null class comes after the last class, and num_class_embeds must be {needed}"
+        )
+
+
+def _check_sampling(scheduler: Any, sampler: str | None, prediction: str | None, schedule: Any) -> None:
+    """UserError unless there is a scheduler, or all that one of latentdiff's samplers needs in its place."""
+    from latentdiff import samplers
+
+    if (scheduler is None) == (sampler is None):
+        raise UserError("default_sampler: runs where scheduler is None, so a checkpoint has one of the two")
+    if sampler is not None and sampler not in samplers.names():
+        raise UserError(f"default_sampler: {sampler!r} is unknown; valid: {', '.join(samplers.names())}")
+    if sampler is not None and not (schedule and prediction):
+        raise UserError("schedule and prediction: both are needed where scheduler is None, as nothing else states them")
 
 
 def replace_folder(new: Path, folder: Path, aside: Path) -> None:
@@ -193,10 +214,12 @@ def check(folder: Path) -> dict[str, set[str]]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a checkpoint is a folder with {INDEX}")
-    name = read_json(folder / INDEX).get("_class_name")
+    index = read_json(folder / INDEX)
+    name = index.get("_class_name")
     if name not in ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"]):
         raise UserError(f"{folder / INDEX}: _class_name is {name}; expected LatentDiffusionPipeline")
-    read_json(folder / "scheduler" / "scheduler_config.json")
+    if index.get("scheduler") != [None, None]:
+        read_json(folder / "scheduler" / "scheduler_config.json")
     weights = {}
     for part in ("unet", "vae"):
         read_json(folder / part / "config.json")

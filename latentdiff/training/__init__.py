@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentdiff.config import AutoencoderConfig, DiffusionConfig, FeaturesConfig
+from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig
 
 
-def train(config: AutoencoderConfig | DiffusionConfig | FeaturesConfig, resume: bool = False) -> Path:
+def train(config: Config, resume: bool = False) -> Path:
     """Run the trainer that the config's stage names; returns the folder of what it made."""
     if isinstance(config, AutoencoderConfig):
         from latentdiff.training.autoencoder import train_autoencoder
@@ -17,6 +17,10 @@ def train(config: AutoencoderConfig | DiffusionConfig | FeaturesConfig, resume: 
         from latentdiff.training.diffusion import train_diffusion
 
         return train_diffusion(config, resume)
+    if isinstance(config, ClassifierConfig):
+        from latentdiff.training.classifier import train_latent_classifier
+
+        return train_latent_classifier(config, resume)
     from latentdiff.training.features import train_feature_network
 
     return train_feature_network(config, resume)

@@ -1,14 +1,15 @@
-"""Guidance: denoisers made of denoisers.  Samplers never know."""
+"""Classifier-free guidance."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from latentdiff.denoiser import Denoised, Denoiser
+from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
+from latentdiff.guidance.common import Interval, check_options, replaced, touched
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import flat_std, per_sample, widen
+from latentdiff.tensors import per_sample
 
 
 class ClassifierFree:
@@ -20,22 +21,19 @@ class ClassifierFree:
     interval: (low, high) in t, 2404.07724; a sample whose t is outside gets the conditional prediction alone, and costs
     one forward.
     rescale: phi of 2305.08891 eq. 15-16 in [0, 1], applied to x0: its standard deviation, per sample, goes from the
-    guided one (0) to the conditional one (1); eps follows from x0, so that x_t = alpha x0 + sigma eps still holds.
+    guided one (0) to the conditional one (1).
     """
 
     def __init__(
         self,
-        denoiser: "Denoiser | ClassifierFree",
+        denoiser: DenoiserLike,
         conditional: dict[str, Any],
         unconditional: dict[str, Any],
         scale: float,
-        interval: tuple[float, float] | None = None,
+        interval: Interval = None,
         rescale: float = 0.0,
     ):
-        if interval is not None and not interval[0] <= interval[1]:
-            raise UserError(f"guidance interval: {interval} is not (low, high) in t with low <= high")
-        if not 0 <= rescale <= 1:
-            raise UserError(f"guidance rescale: {rescale} is not in [0, 1]")
+        check_options(interval, rescale)
         if scale != 1 and conditional.keys() != unconditional.keys():
             raise UserError(
                 f"guidance: conditional has {sorted(conditional)} and unconditional {sorted(unconditional)}; "
@@ -49,35 +47,21 @@ class ClassifierFree:
         """x: [B, ...]; t: float or [B]; conditioning: given to both branches, [B, ...] where it is a tensor."""
         times = per_sample(t, x)
         conditional = {**conditioning, **self.conditional}
-        guided = self._guided(times)  # [G]
-        if guided.numel() == 0:
+        rows = touched(times, self.scale != 1, self.interval)
+        if not bool(rows.any()):
             return self.denoiser(x, times, **conditional)
+        guided = rows.nonzero()[:, 0]  # [G]
         unconditional = {**conditioning, **self.unconditional}
         both = self.denoiser(
             torch.cat([x, x[guided]]),  # [B + G, ...]
             torch.cat([times, times[guided]]),
             **{key: _joined(key, conditional[key], unconditional[key], guided) for key in conditional},
         )
-        batch = x.shape[0]
-        cond_x0, cond_eps = both.x0[:batch], both.eps[:batch]
-        x0 = torch.lerp(both.x0[batch:], cond_x0[guided], self.scale)  # [G, ...]
-        eps = torch.lerp(both.eps[batch:], cond_eps[guided], self.scale)
-        if self.rescale > 0:
-            x0 = self._rescaled(x0, cond_x0[guided])
-            alpha, sigma = self.schedule.alpha(times[guided]), self.schedule.sigma(times[guided])
-            eps = (x[guided].to(x0.dtype) - widen(alpha, x0) * x0) / widen(sigma, x0)
-        return Denoised(cond_x0.index_copy(0, guided, x0), cond_eps.index_copy(0, guided, eps), self.schedule, times)
-
-    def _guided(self, times: Tensor) -> Tensor:
-        """Indices of the samples that are guided at their t: int64 [G]."""
-        inside = torch.full_like(times, self.scale != 1, dtype=torch.bool)
-        if self.interval is not None:
-            inside &= (times >= self.interval[0]) & (times <= self.interval[1])
-        return inside.nonzero()[:, 0]
-
-    def _rescaled(self, x0: Tensor, cond_x0: Tensor) -> Tensor:
-        ratio = flat_std(cond_x0) / flat_std(x0)  # [G]
-        return x0 * widen(1 + self.rescale * (ratio - 1), x0)
+        seen = Denoised(both.x0[: len(x)], both.eps[: len(x)], self.schedule, times)
+        x0 = torch.lerp(both.x0[len(x) :], seen.x0[guided], self.scale)  # [G, ...]
+        eps = torch.lerp(both.eps[len(x) :], seen.eps[guided], self.scale)
+        x0, eps = seen.x0.index_copy(0, guided, x0), seen.eps.index_copy(0, guided, eps)
+        return replaced(x, seen, x0, eps, rows, self.rescale)
 
 
 def _joined(key: str, conditional: Any, unconditional: Any, guided: Tensor) -> Any:

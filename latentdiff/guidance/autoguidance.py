@@ -1,0 +1,47 @@
+"""Autoguidance: away from a weaker model of the same data."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.denoiser import Denoised, DenoiserLike
+from latentdiff.guidance.common import Interval, check_options, check_same_path, replaced, touched
+from latentdiff.schedules import NoiseSchedule
+from latentdiff.tensors import per_sample
+
+
+class Autoguidance:
+    """Autoguidance (2406.02507 eq. 3, w = scale): weak + scale (denoiser - weak).
+
+    weak: a denoiser of the same noise schedule that is worse in the same way: an earlier checkpoint of the same run, or
+    a smaller network.  Its prediction may be another.  It gets the same conditioning.
+    scale: 1 is off, and weak is not evaluated; 0 is weak alone.
+    interval: (low, high) in t outside of which a sample is not guided.  rescale: as in ClassifierFree, to the standard
+    deviation of denoiser's x0.
+    """
+
+    def __init__(
+        self,
+        denoiser: DenoiserLike,
+        weak: DenoiserLike,
+        scale: float,
+        interval: Interval = None,
+        rescale: float = 0.0,
+    ):
+        check_options(interval, rescale)
+        check_same_path(denoiser.schedule, weak.schedule, "the weak denoiser")
+        self.denoiser, self.weak = denoiser, weak
+        self.scale, self.interval, self.rescale = scale, interval, rescale
+        self.schedule: NoiseSchedule = denoiser.schedule
+
+    def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
+        """x: [B, ...]; t: float or [B]; conditioning: given to both."""
+        times = per_sample(t, x)
+        seen = self.denoiser(x, times, **conditioning)
+        rows = touched(times, self.scale != 1, self.interval)
+        if not bool(rows.any()):
+            return seen
+        worse = self.weak(x, times, **conditioning)
+        x0, eps = torch.lerp(worse.x0, seen.x0, self.scale), torch.lerp(worse.eps, seen.eps, self.scale)
+        return replaced(x, seen, x0, eps, rows, self.rescale)

@@ -1,0 +1,119 @@
+"""What every guidance does: which samples it touches, and how its x0 and eps take the place of the denoiser's."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from latentdiff.denoiser import Denoised
+from latentdiff.errors import UserError
+from latentdiff.schedules import NoiseSchedule
+from latentdiff.tensors import flat_std, widen
+
+Interval = tuple[float, float] | None
+
+
+def check_options(interval: Interval, rescale: float) -> None:
+    """UserError unless interval is (low, high) in t, or None, and rescale is in [0, 1]."""
+    if interval is not None and not interval[0] <= interval[1]:
+        raise UserError(f"guidance interval: {interval} is not (low, high) in t with low <= high")
+    if not 0 <= rescale <= 1:
+        raise UserError(f"guidance rescale: {rescale} is not in [0, 1]")
+
+
+def check_same_path(schedule: NoiseSchedule, other: NoiseSchedule, what: str) -> None:
+    """UserError unless `other`, the schedule of `what`, has the same alpha and sigma: its t means the same noise."""
+    low, high = max(schedule.t_min, other.t_min), min(schedule.t_max, other.t_max)
+    t = torch.linspace(low, high, 9, dtype=torch.float64)
+    for one, two in ((schedule.alpha(t), other.alpha(t)), (schedule.sigma(t), other.sigma(t))):
+        if not torch.allclose(one, two, rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"guidance: {what} has the noise schedule {type(other).__name__}, which is not that of the denoiser "
+                f"({type(schedule).__name__}): the same t would mean another noise level"
+            )
+
+
+def touched(times: Tensor, on: bool, interval: Interval) -> Tensor:
+    """Which samples are guided at their t: bool [B]."""
+    inside = torch.full_like(times, on, dtype=torch.bool)
+    if interval is not None:
+        inside &= (times >= interval[0]) & (times <= interval[1])
+    return inside
+
+
+def replaced(x: Tensor, seen: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, rescale: float) -> Denoised:
+    """`seen` with the guided x0 and eps [B, ...] in the rows [B] that are guided.
+
+    rescale: phi of 2305.08891 eq. 15-16, applied to x0: its standard deviation, per sample, goes from the guided one
+    (0) to that of seen.x0 (1); eps follows from x0, so that x_t = alpha x0 + sigma eps still holds.
+    """
+    if rescale > 0:
+        ratio = flat_std(seen.x0) / flat_std(x0)  # [B]
+        x0 = x0 * widen(1 + rescale * (ratio - 1), x0)
+        alpha, sigma = seen.schedule.alpha(seen.t), seen.schedule.sigma(seen.t)
+        eps = (x.to(x0.dtype) - widen(alpha, x0) * x0) / widen(sigma, x0)
+    if not bool(rows.all()):
+        mask = rows.reshape(-1, *(1,) * (x0.ndim - 1))  # [B, 1, ...]
+        x0, eps = torch.where(mask, x0, seen.x0), torch.where(mask, eps, seen.eps)
+    return Denoised(x0, eps, seen.schedule, seen.t)
+
+
+def tilted(x: Tensor, seen: Denoised, shift: Tensor, rows: Tensor, rescale: float) -> Denoised:
+    """`seen` with `shift` [B, ...] added to its score: eps - sigma shift, and by Tweedie x0 + (sigma^2 / alpha) shift."""
+    alpha, sigma = seen.schedule.alpha(seen.t), seen.schedule.sigma(seen.t)
+    x0 = seen.x0 + widen(sigma**2 / alpha, shift) * shift
+    return replaced(x, seen, x0, seen.eps - widen(sigma, shift) * shift, rows, rescale)
+
+
+def variable(x: Tensor) -> tuple[Tensor, bool]:
+    """(x as the variable of a derivative, in float32 at least; whether the caller wants to differentiate that again).
+
+    Samplers call under no_grad: then the variable is cut off from what made x.  A caller that follows gradients, such
+    as another guidance around this one or the divergence of a likelihood, gets them through.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if torch.is_grad_enabled() and x.requires_grad:
+        return x, True
+    return x.detach().requires_grad_(), False
+
+
+def gradient(value: Tensor, of: Tensor, again: bool, retain: bool = False) -> Tensor:
+    """The gradient [B, ...] of value [B], row i of which depends on row i of `of` [B, ...] alone."""
+    (result,) = torch.autograd.grad(value.sum(), of, create_graph=again, retain_graph=again or retain)
+    return result
+
+
+def differentiable(value: Tensor, what: str) -> Tensor:
+    """value itself; UserError where it does not depend on x as far as autograd knows."""
+    if not value.requires_grad:
+        raise UserError(f"guidance: {what} must depend on x through autograd; is it under no_grad, detached or constant?")
+    return value
+
+
+def conjugate_gradient(apply: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
+    """u [B, ...] of apply(u) = b, for a symmetric positive apply that leaves each sample to itself.
+
+    A sample stops when its residual has fallen to rounding, or when apply turns out not to be positive for it, as may
+    be with a network's covariance; at most `steps` applications.  Samples do not wait for nor change one another.
+    """
+
+    def dot(a: Tensor, c: Tensor) -> Tensor:
+        return (a * c).reshape(len(a), -1).sum(1)  # [B]
+
+    u, residual, direction = torch.zeros_like(b), b, b
+    size = dot(residual, residual)
+    goal = size * torch.finfo(b.dtype).eps ** 1.5
+    for _ in range(steps):
+        if not bool((size > goal).any()):
+            break
+        image = apply(direction)
+        curvature = dot(direction, image)
+        going = (size > goal) & (curvature > 0)
+        step = widen(torch.where(going, size / torch.where(going, curvature, 1), 0), b)
+        u, residual = u + step * direction, residual - step * image
+        after = dot(residual, residual)
+        turn = widen(torch.where(going, after / torch.where(going, size, 1), 0), b)
+        going_wide = going.reshape(-1, *(1,) * (b.ndim - 1))
+        direction = torch.where(going_wide, residual + turn * direction, direction)
+        size = torch.where(going, after, size)
+    return u
