@@ -106,6 +106,33 @@ def evaluate_samples(
     return report
 
 
+class Yardstick:
+    """A data set seen once by a feature network, to measure many sets of samples against.
+
+    floor: the distance of `count` real test images, with the class counts of labels (None: of any class).
+    """
+
+    def __init__(
+        self, net: FeatureNet, train: ImageDataset, test: ImageDataset, labels: np.ndarray | None, count: int, batch: int = 250
+    ):
+        self.net, self.batch, self.train = net, batch, _without_padding(train)
+        rows = _matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
+        self.reference = look(net, read_batches(self.train, batch))
+        self.floor = self._distance(_subset(_without_padding(test), rows))[0]
+
+    def measure(self, samples: np.ndarray, labels: np.ndarray | None) -> tuple[float, float | None]:
+        """(Fréchet distance to the whole of train, label accuracy) of uint8 samples [N, H, W, C].
+
+        The accuracy is None without labels, and where the network was trained on other classes.
+        """
+        distance, accuracy = self._distance(_sample_set(samples, labels, self.train))
+        return distance, accuracy if self.net.info.get("class_names") == list(self.train.class_names) else None
+
+    def _distance(self, images: ImageDataset) -> tuple[float, float | None]:
+        seen = look(self.net, read_batches(images, self.batch))
+        return frechet_distance(seen.moments, self.reference.moments), seen.accuracy
+
+
 def _metrics(
     net: FeatureNet, train: ImageDataset, reference: Seen, seen: Seen, floor: Seen, log: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
