@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, or 2 on bad usage or input."""
     try:
-        arguments = _parser().parse_args(argv)
+        arguments = _parsed(argv)
         _quiet_libraries()
         arguments.run(arguments)
     except UserError as error:
@@ -33,6 +33,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("latentdiff: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments; argparse alone would refuse `key=value` after an option, as in `train CONFIG --resume train.steps=9`."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(item.startswith("-") for item in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
 
 
 def _quiet_libraries() -> None:
@@ -59,10 +70,20 @@ def _add_generate(commands) -> None:
     add.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: the checkpoint's)")
     add.add_argument("--sampler", metavar="NAME", help="one of latentdiff's samplers instead of the checkpoint's scheduler")
     add.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale, 1 is off")
+    _add_cost(add)
+    strength = "also guide by the model's own classifier, under --sampler; 1 is Bayes' rule, 0 off"
+    add.add_argument("--classifier-strength", type=float, default=0.0, metavar="S", help=strength)
+    add.add_argument("--sampler-options", nargs="+", metavar="key=value", help="keywords of --sampler, such as eta=0.5")
     add.add_argument("--seed", type=int, default=0, metavar="K", help="an image is a function of the seed (default 0)")
     add.add_argument("--batch-size", type=int, default=128, metavar="B", help="images made at a time (default 128)")
     add.add_argument("--out", default="samples.png", metavar="PATH", help=".png (a labelled grid), .npz, or a folder")
     add.set_defaults(run=generate_command)
+
+
+def _add_cost(add) -> None:
+    interval = "guide only at t in this interval, 0 is data and 1 noise"
+    add.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
 
 
 def generate_command(arguments) -> None:
@@ -114,10 +135,46 @@ def _add_others(commands) -> None:
     add.add_argument("--steps", type=int, metavar="S")
     add.add_argument("--sampler", metavar="NAME")
     add.add_argument("--guidance", type=float, metavar="G")
+    _add_cost(add)
     add.add_argument("--seed", type=int, default=0, metavar="K")
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add.add_argument("--out", metavar="DIR", help="also write evaluation.json and evaluation.md there")
     add.set_defaults(run=evaluate_command)
+
+    add = commands.add_parser("compare", help="samplers side by side: cost and distance at several lengths")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, or fashion-mnist")
+    add.add_argument("--samplers", nargs="+", required=True, metavar="NAME", help="or scheduler: the checkpoint's own")
+    add.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="S")
+    add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    add.add_argument("--guidance", type=float, metavar="G")
+    add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=128, metavar="B")
+    add.add_argument("--out", default="comparison", metavar="DIR", help="comparison.json and .md; an unfinished one goes on")
+    add.set_defaults(run=compare_command)
+
+    add = commands.add_parser("gallery", help="pictures of what the denoiser does: trajectory, interpolation, guidance")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="whose test images are interpolated between")
+    add.add_argument("--steps", type=int, default=40, metavar="S")
+    add.add_argument("--sampler", default="dpmpp_2m", metavar="NAME")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--out", default="gallery", metavar="DIR")
+    add.set_defaults(run=gallery_command)
+
+    add = commands.add_parser("likelihood", help="bits per dimension of a data set's pixels, a bound through both stages")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, or fashion-mnist")
+    add.add_argument("--num-images", type=int, default=200, metavar="N", help="images of the split (default 200)")
+    add.add_argument("--probes", type=int, default=1, metavar="P", help="of Hutchinson's estimator for an image (default 1)")
+    add.add_argument("--rtol", type=float, default=1e-2, metavar="T", help="tolerance of the ODE (default 0.01)")
+    add.add_argument("--split", default="test", metavar="S", help="test (default) or train")
+    add.add_argument("--unconditional", action="store_true", help="under the null class, not each image's own")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=50, metavar="B")
+    add.set_defaults(run=likelihood_command)
 
     add = commands.add_parser("info", help="what a model, a config or a data set is")
     add.add_argument("what", metavar="MODEL|CONFIG|DATA")
@@ -140,12 +197,32 @@ def evaluate_command(arguments) -> None:
     from latentdiff.commands import dump, evaluate
 
     call = {"seed": arguments.seed, "batch_size": arguments.batch_size, "sampler": arguments.sampler}
-    call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance}
+    call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, "precision": arguments.precision}
+    call["guidance_interval"] = arguments.guidance_interval
     report = evaluate(
         arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
         arguments.cas_seeds, **call,
     )  # fmt: skip
     print(dump(report))
+
+
+def compare_command(arguments) -> None:
+    from latentdiff.comparison import compare, markdown
+
+    print(markdown(compare(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+
+
+def gallery_command(arguments) -> None:
+    from latentdiff.gallery import gallery
+
+    for path in gallery(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")}):
+        print(path)
+
+
+def likelihood_command(arguments) -> None:
+    from latentdiff.commands import dump, likelihood
+
+    print(dump(likelihood(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})))
 
 
 def info_command(arguments) -> None:

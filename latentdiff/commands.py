@@ -29,7 +29,8 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     if not isinstance(config, DiffusionConfig):
         raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     accelerator = run.start_accelerator(config.train)
-    with progress_bar("encoding", progress and accelerator.is_main_process) as report:
+    announce = run.announcement(accelerator, config.train)
+    with progress_bar("encoding", progress and accelerator.is_main_process, announce) as report:
         prepare_latents(config, accelerator, report)
     return cache_folder(config)
 
@@ -87,7 +88,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Generate class-balanced images (or read `samples`, an npz) and measure them against a data set.
 
-    call: seed, batch_size, num_inference_steps, guidance_scale, sampler. The report, also written to `out` as JSON
+    call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
+    The report, also written to `out` as JSON
     and Markdown, holds the distance in the feature network's space, its floor, the reconstruction's, label accuracy,
     the classification accuracy score (cas_seeds classifiers a side; 0: none), and the protocol.
     """
@@ -96,6 +98,7 @@ def evaluate(
     from latentdiff.data.preprocess import Preprocess
     from latentdiff.evaluation import report as reports
     from latentdiff.evaluation.features import load_features
+    from latentdiff.generation import set_precision
     from latentdiff.training.features import train_classifier
 
     if (model is None) == (samples is None):
@@ -113,8 +116,10 @@ def evaluate(
     else:
         pipeline = load(resolve_model(model))
         pipeline.set_progress_bar_config(disable=True)
+        precision = call.pop("precision", "float32")
+        set_precision(pipeline, precision)
         codec = LatentCodec(pipeline.vae)
-        rule, held_out = _data_rule(resolve_model(model), codec)
+        rule, held_out = data_rule(resolve_model(model), codec)
         train, test = reports.reference_sets(data, rule, held_out)
         if pipeline.class_names and pipeline.class_names != list(train.class_names):
             raise UserError(
@@ -122,7 +127,7 @@ def evaluate(
                 f"({', '.join(pipeline.class_names)})"
             )
         images, labels = _balanced(pipeline, num_images, **call)
-        protocol = _stated(pipeline, str(model), **call)
+        protocol = {**_stated(pipeline, str(model), **call), "precision": precision}
     report = reports.evaluate_samples(
         images, labels, train, test, net, protocol=protocol, codec=codec,
         train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds),
@@ -132,7 +137,64 @@ def evaluate(
     return report
 
 
-def _data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
+def likelihood(
+    model: str | Path,
+    data: str,
+    num_images: int = 200,
+    probes: int = 1,
+    seed: int = 0,
+    rtol: float = 1e-2,
+    split: str = "test",
+    unconditional: bool = False,
+    batch_size: int = 50,
+) -> dict[str, Any]:
+    """A bound on the bits per dimension of a data set's pixels, through both stages: total, terms, errors, protocol.
+
+    The terms, and what in them is exact: `latentdiff.evaluation.bits`. Images are held against the model under their own
+    class, or under the null class if unconditional. split: test (or what training held out), or train.
+    rtol: of the probability-flow ODE, relative and absolute.
+    """
+    from tqdm import tqdm
+
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.denoiser import Denoiser
+    from latentdiff.evaluation.bits import pixel_bits
+    from latentdiff.evaluation.report import reference_sets
+    from latentdiff.guidance import ClassifierFree
+
+    if split not in ("test", "train"):
+        raise UserError(f"--split {split}: valid are test and train")
+    pipeline = load(resolve_model(model))
+    codec = LatentCodec(pipeline.vae)
+    train, test = reference_sets(data, *data_rule(resolve_model(model), codec))
+    images = test if split == "test" else train
+    conditional = pipeline.num_classes > 0 and not unconditional
+    if conditional and pipeline.class_names and pipeline.class_names != list(images.class_names):
+        raise UserError(
+            f"--data {data}: its classes ({', '.join(images.class_names) or 'none'}) are not the model's "
+            f"({', '.join(pipeline.class_names)}); with --unconditional classes are not looked at"
+        )
+    null = pipeline.config.null_class
+    if unconditional and pipeline.num_classes > 0 and null is None:
+        raise UserError("--unconditional: this model was trained without class dropout and has no null class")
+    denoiser = Denoiser.from_pipeline(pipeline)
+
+    def denoiser_for(labels: torch.Tensor | None, count: int) -> Any:
+        if pipeline.num_classes == 0:
+            return denoiser
+        rows = labels if conditional else torch.full((count,), null)
+        return ClassifierFree(denoiser, {"class_labels": rows}, {}, 1.0)
+
+    with tqdm(total=num_images, unit="image", desc="likelihood", delay=0.5) as bar:
+        report = pixel_bits(
+            codec, denoiser_for, train, images, num_images, probes, seed, rtol, batch_size=batch_size, progress=bar.update
+        )
+    stated = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
+    return {**report, "protocol": {**stated, **report["protocol"]}}
+
+
+def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
     """The preprocessing and the held-out share that a checkpoint was trained with, from its latentdiff.json."""
     from latentdiff.checkpoints import read_meta
     from latentdiff.data.preprocess import Preprocess
@@ -166,11 +228,17 @@ def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) 
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
     return {
         "model": model,
-        "sampler": call.get("sampler") or type(pipeline.scheduler).__name__,
+        "sampler": call.get("sampler") or _default_sampler(pipeline),
         "steps": steps if steps is not None else config.default_num_inference_steps,
         "guidance": guidance if guidance is not None else config.default_guidance_scale,
+        "guidance_interval": call.get("guidance_interval"),
         "seed": seed,
     }
+
+
+def _default_sampler(pipeline) -> str:
+    """What samples where a call names nothing: the diffusers scheduler's class, or a sampler of latentdiff."""
+    return pipeline.config.default_sampler if pipeline.scheduler is None else type(pipeline.scheduler).__name__
 
 
 def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
@@ -254,7 +322,7 @@ def _model_info(folder: Path) -> dict[str, Any]:
         "null_class": pipeline.config.null_class,
         "prediction": pipeline.config.prediction,
         "schedule": pipeline.config.schedule,
-        "scheduler": type(pipeline.scheduler).__name__,
+        "scheduler": _default_sampler(pipeline),
         "steps_trained": meta.get("steps"),
         "latents": meta.get("latents"),
         "defaults": {k: pipeline.config[k] for k in ("default_num_inference_steps", "default_guidance_scale")},

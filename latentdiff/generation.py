@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 
 from latentdiff.errors import UserError
 from latentdiff.rng import derive_seed
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+
+# guide(rows of a batch) -> guidance(denoiser) -> denoiser
+Guide = Callable[[list[int | None]], Callable[[Any], Any]]
 
 GRID_COLUMNS = 16
 GRID_IMAGES = 1024  # a PNG grid of more is not for people
@@ -45,6 +51,66 @@ def image_generators(seed: int, row: int | None, start: int, count: int) -> list
     return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
 
 
+PRECISIONS = ("float32", "bfloat16")
+
+
+def set_precision(pipeline: LatentDiffusionPipeline, precision: str) -> None:
+    """Run a loaded pipeline's U-Net in this precision; the sampler's own arithmetic and the decoder stay as they are.
+
+    bfloat16 is autocast over float32 weights: faster where the processor multiplies in it, and images then depend a
+    little on the batch they are made in. UserError for another name.
+    """
+    if precision not in PRECISIONS:
+        raise UserError(f"--precision {precision}: unknown; valid: {', '.join(PRECISIONS)}")
+    if precision == "bfloat16":
+        pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
+
+
+def parse_options(items: list[str]) -> dict[str, Any]:
+    """{key: value} of key=value items, the values as YAML: numbers, words, [lists].  UserError for anything else."""
+    options = {}
+    for item in items:
+        key, eq, text = item.partition("=")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            eq = ""
+        if not key.isidentifier() or not eq:
+            raise UserError(f"--sampler-options {item!r}: write each as key=value, for example eta=0.5")
+        if isinstance(value, str):
+            with contextlib.suppress(ValueError):
+                value = float(value)  # YAML takes 1e-3 for a word
+        options[key] = value
+    return options
+
+
+def classifier_guide(pipeline: LatentDiffusionPipeline, folder: Path, strength: float) -> Guide:
+    """The guide of `generate_batches` towards each image's class, by the classifier in `folder`/classifier.
+
+    UserError where there is none, or where it is not one of this model's latents, classes and noise levels.
+    """
+    from latentdiff.denoiser import Denoiser
+    from latentdiff.guidance import Classifier, check_same_path, load_classifier
+
+    if not (folder / "classifier").is_dir():
+        raise UserError(f"--classifier-strength: {folder} has no classifier; train one and put it into {folder / 'classifier'}")
+    classifier = load_classifier(folder / "classifier", pipeline.device)
+    theirs = classifier.config["channels"], classifier.config["classes"]
+    ours = pipeline.latent_shape[0], pipeline.num_classes
+    if theirs != ours:
+        raise UserError(f"{folder / 'classifier'}: takes (channels, classes) {theirs}, and this model has {ours}")
+    check_same_path(Denoiser.from_pipeline(pipeline).schedule, classifier.schedule, "the classifier")
+
+    def guide(rows: list[int | None]) -> Callable[[Any], Any]:
+        wanted = [row for row in rows if row is not None]
+        if len(wanted) != len(rows):
+            raise UserError("--classifier-strength: every image needs a class to be guided to")
+        log_prob = partial(classifier, labels=torch.tensor(wanted, device=pipeline.device))
+        return lambda denoiser: Classifier(denoiser, log_prob, strength)
+
+    return guide
+
+
 @torch.no_grad()
 def generate_batches(
     pipeline: LatentDiffusionPipeline,
@@ -52,10 +118,12 @@ def generate_batches(
     num_images: int,
     seed: int = 0,
     batch_size: int = 128,
+    guide: Guide | None = None,
     **call: Any,
 ) -> Iterator[tuple[np.ndarray, list[int | None]]]:
     """Yield (uint8 [B, H, W, C], rows [B]): `num_images` for each row, in order; `call` goes to the pipeline.
 
+    guide: guide(rows [B]) is the pipeline's guidance for a batch.
     An image depends on the checkpoint, the call, the seed, its class and its number within the class, not on
     batch_size. UserError for what the pipeline refuses.
     """
@@ -64,12 +132,18 @@ def generate_batches(
         part = wanted[start : start + batch_size]
         generators = [image_generators(seed, row, k, 1)[0] for row, k in part]
         labels = [row for row, _ in part]
+        if guide is not None:
+            call["guidance"] = guide(labels)
         try:
             out = pipeline(class_labels=labels, generator=generators, output_type="np", **call).images  # [B, H, W, C]
         except UserError:
             raise
         except ValueError as error:
             raise UserError(str(error)) from None
+        except TypeError as error:
+            if not call.get("sampler_options"):
+                raise
+            raise UserError(f"--sampler-options {call['sampler_options']}: {error}") from None
         yield np.round(out * 255).astype(np.uint8), labels
 
 
@@ -96,6 +170,10 @@ def generate(
     steps: int | None = None,
     sampler: str | None = None,
     guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    classifier_strength: float = 0.0,
+    sampler_options: list[str] | None = None,
+    precision: str = "float32",
     seed: int = 0,
     out: str | Path = "samples.png",
     all_classes: bool = False,
@@ -105,6 +183,8 @@ def generate(
     """Generate `num_images` of each class in `what` and write them; returns the path written.
 
     out: .png, a labelled grid; .npz, arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N]; else a folder with a PNG an image.
+    classifier_strength: of classifier guidance, on top of classifier-free, by the classifier in the model's folder; 0 is
+    off.  sampler_options: key=value, the sampler's own keywords.  Both need a sampler.
     The same arguments give the same file. UserError for an unknown class, sampler, model or a path that cannot be
     written.
     """
@@ -114,21 +194,29 @@ def generate(
 
     if num_images < 1 or batch_size < 1:
         raise UserError("--num-images and --batch-size: must be at least 1")
-    path = check_out(out, 0)
+    path, options = check_out(out, 0), parse_options(sampler_options or [])
     if sampler is not None:
         from latentdiff import samplers
 
         if sampler not in samplers.names():
             raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
-    pipeline = load(resolve_model(model))
+    folder = resolve_model(model)
+    pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
+    set_precision(pipeline, precision)
+    if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
+        raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
+    guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
     rows = class_rows(pipeline, list(what or []), all_classes)
     check_out(out, len(rows) * num_images)
-    call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
+    call = {
+        "num_inference_steps": steps, "sampler": sampler, "sampler_options": options, "guidance_scale": guidance,
+        "guidance_interval": guidance_interval,
+    }  # fmt: skip
     images: list[np.ndarray] = []
     labels: list[int | None] = []
     with tqdm(total=len(rows) * num_images, unit="image", disable=not progress, delay=0.5) as bar:
-        for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, **call):
+        for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, guide, **call):
             images.extend(batch)
             labels.extend(part)
             bar.update(len(part))

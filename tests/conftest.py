@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from stripes import stripes
-from tiny_runs import autoencoder_config, diffusion_config, write_stripes
+from tiny_runs import autoencoder_config, diffusion_config, tree, write_stripes
 
+from latentdiff.cli import main
 from latentdiff.training import train
 from latentdiff.training.features import train_features
 
@@ -53,3 +54,49 @@ def curves():
         return values
 
     return read
+
+
+@pytest.fixture(scope="session")
+def model(diffusion_run) -> Path:
+    """The checkpoint of that run."""
+    return diffusion_run / "model"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """An empty working folder, so that whatever a command leaves behind is seen."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def run(here, capsys):
+    """run(*arguments) -> stdout of a command that succeeds."""
+
+    def call(*arguments) -> str:
+        capsys.readouterr()
+        main([str(a) for a in arguments])
+        return capsys.readouterr().out
+
+    return call
+
+
+@pytest.fixture
+def refused(here, capsys):
+    """refused(*arguments) -> the one line on stderr of a command that exits with 2 and leaves every file as it was."""
+
+    def call(*arguments) -> str:
+        capsys.readouterr()
+        before = tree(here.parent)
+        with pytest.raises(SystemExit) as exit_:
+            main([str(a) for a in arguments])
+        out, err = capsys.readouterr()
+        assert exit_.value.code == 2 and out == ""
+        lines = err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("latentdiff: "), err
+        assert tree(here.parent) == before
+        return lines[0]
+
+    return call

@@ -10,71 +10,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_runs import autoencoder_tree, diffusion_tree, write_stripes, write_yaml
+from tiny_runs import autoencoder_tree, diffusion_tree, tree, write_stripes, write_yaml
 
 from latentdiff import samplers
-from latentdiff.cli import main
+from latentdiff.cli import _parsed, main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = ["across", "blank", "down"]
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch) -> Path:
-    """An empty working folder, so that whatever a command leaves behind is seen."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    monkeypatch.chdir(folder)
-    return folder
-
-
-@pytest.fixture
-def run(here, capsys):
-    """run(*arguments) -> stdout of a command that succeeds."""
-
-    def call(*arguments) -> str:
-        capsys.readouterr()
-        main([str(a) for a in arguments])
-        return capsys.readouterr().out
-
-    return call
-
-
-@pytest.fixture
-def refused(here, capsys):
-    """refused(*arguments) -> the one line on stderr of a command that exits with 2 and leaves every file as it was.
-
-    A training command may have said what it runs on before; then that is the only other line.
-    """
-
-    def call(*arguments) -> str:
-        capsys.readouterr()
-        before = tree(here.parent)
-        with pytest.raises(SystemExit) as exit_:
-            main([str(a) for a in arguments])
-        out, err = capsys.readouterr()
-        assert exit_.value.code == 2 and out == ""
-        lines = err.splitlines()
-        if lines[0].startswith("latentdiff train: ") and len(lines) > 1:
-            lines.pop(0)
-        assert len(lines) == 1 and lines[0].startswith("latentdiff: "), err
-        assert tree(here.parent) == before
-        return lines[0]
-
-    return call
-
-
-def tree(folder: Path) -> dict[Path, bytes]:
-    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
-
-
-@pytest.fixture(scope="session")
-def model(diffusion_run) -> Path:
-    return diffusion_run / "model"
 
 
 @pytest.fixture(scope="session")
@@ -128,10 +74,18 @@ def test_generate_into_a_folder_writes_an_image_a_file(run, here, model, samples
     assert image.shape == (16, 16) and np.abs(image - np.load(samples)["arr_0"][5, ..., 0]).max() <= 1
 
 
-@pytest.mark.parametrize("options", [("--sampler", "heun"), ("--guidance", "3"), ("--steps", "5"), ("--guidance", "1")])
+@pytest.mark.parametrize("options", [("--sampler", "heun"), ("--guidance", "3"), ("--steps", "5"), ("--guidance", "1"),
+                                     ("--guidance-interval", "0.4", "0.6")])  # fmt: skip
 def test_every_option_of_generate_changes_the_images(run, here, model, samples, options):
     run("generate", "--all-classes", "--model", model, "--num-images", 5, "--steps", 3, *options, "--out", "x.npz")
     assert np.abs(np.load(here / "x.npz")["arr_0"].astype(int) - np.load(samples)["arr_0"]).max() > 2
+
+
+def test_bfloat16_gives_nearly_the_same_images(run, here, model, samples):
+    ask = ("generate", "--all-classes", "--model", model, "--num-images", 5, "--steps", 3)
+    run(*ask, "--precision", "bfloat16", "--out", "x.npz")
+    error = np.abs(np.load(here / "x.npz")["arr_0"].astype(int) - np.load(samples)["arr_0"])
+    assert 0 < error.mean() < 3
 
 
 @pytest.mark.parametrize("name", samplers.names())
@@ -385,6 +339,14 @@ def test_as_a_process_a_mistake_is_status_2_and_one_line(model, here):
     assert done.returncode == 2 and done.stdout == "" and list(here.iterdir()) == []
     assert len(done.stderr.splitlines()) == 1
     assert "unknown class 'Sneakr'; the classes are: 0 across, 1 blank, 2 down" in done.stderr
+
+
+def test_overrides_may_stand_on_either_side_of_an_option(refused, tmp_path):
+    for words in (["a.yaml", "seed=1", "--resume", "train.steps=2"], ["--resume", "a.yaml", "seed=1", "train.steps=2"]):
+        arguments = _parsed(["train", *words])
+        assert arguments.resume and arguments.overrides == ["seed=1", "train.steps=2"]
+    assert "unrecognized arguments: --resum-e" in refused("train", "a.yaml", "--resum-e")
+    assert "unrecognized arguments: b" in refused("info", "a", "b")
 
 
 def test_help_and_bad_usage_are_quick(here, capsys):

@@ -78,3 +78,8 @@ def diffusion_config(data: Path, output: Path, autoencoder: Path, **changes: Any
 def write_yaml(path: Path, tree: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(tree))
     return path
+
+
+def tree(folder: Path) -> dict[Path, bytes]:
+    """Every file under a folder with its bytes."""
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
