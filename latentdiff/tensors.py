@@ -10,7 +10,8 @@ def widen(t: float | Tensor, x: Tensor) -> Tensor:
     t: a float, a 0-d tensor, or [B]; x: [B, ...].  Returns [1, 1, ...] or [B, 1, ...] with x.ndim axes, so that no
     other axis of size B can be mistaken for the batch.  ValueError, naming both shapes, for anything else.
     """
-    t = torch.as_tensor(t).to(device=x.device, dtype=x.dtype)
+    # A Python number would come in as float32, and lose half its digits on the way to a float64 x
+    t = (t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)).to(device=x.device, dtype=x.dtype)
     if t.ndim == 0:
         return t.reshape((1,) * x.ndim)
     if x.ndim == 0 or t.ndim != 1 or t.shape[0] != x.shape[0]:

@@ -62,3 +62,7 @@ def test_seeds_are_stable_and_apart():
     assert derive_seed(1, "noise", 2) == 4669699727149190129  # a resumed run must find the same noise anywhere
     seeds = {derive_seed(1, 2), derive_seed("1", 2), derive_seed(12), derive_seed(2, 1), derive_seed(1, 2, 0)}
     assert len(seeds) == 5 and all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_a_python_number_keeps_its_digits():
+    assert float(widen(0.1, torch.ones(2, 3, dtype=torch.float64))[0, 0]) == 0.1
