@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -165,6 +166,8 @@ def likelihood(
 
     if split not in ("test", "train"):
         raise UserError(f"--split {split}: valid are test and train")
+    if not 0 < rtol < math.inf or min(num_images, probes, batch_size) < 1:
+        raise UserError("likelihood: --rtol must be finite and above 0, --num-images, --probes and --batch-size at least 1")
     pipeline = load(resolve_model(model))
     codec = LatentCodec(pipeline.vae)
     train, test = reference_sets(data, *data_rule(resolve_model(model), codec))
@@ -256,7 +259,7 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def info(what: str) -> dict[str, Any]:
-    """Facts about a checkpoint's folder, an autoencoder's folder, a training config or a data set."""
+    """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a training config or a data set."""
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):
         from latentdiff.checkpoints import resolve_config
@@ -265,11 +268,20 @@ def info(what: str) -> dict[str, Any]:
         return {"config": str(path), **load_config(resolve_config(path)).model_dump(mode="json")}
     from latentdiff.checkpoints import INDEX, resolve_model
 
-    if (path / "config.json").is_file() or (path / "autoencoder" / "config.json").is_file():
-        return _autoencoder_info(what)
-    if what == "fashion-mnist" or (path.is_dir() and not (path / INDEX).is_file()):
+    if what == "fashion-mnist":
         return _data_info(what)
-    return _model_info(resolve_model(what))
+    folder = path if path.is_dir() else resolve_model(what)
+    if (folder / INDEX).is_file():
+        return _model_info(folder)
+    if (folder / "model.safetensors").is_file():
+        from latentdiff.evaluation.features import load_features
+
+        net = load_features(folder)
+        size = sum(p.numel() for p in net.parameters())
+        return {"features": what, "name": net.name, "dimensions": net.dim, "parameters": size, **net.info}
+    if any((folder / part / "config.json").is_file() for part in ("", "autoencoder", "vae")):
+        return _autoencoder_info(what)
+    return _data_info(what)
 
 
 def _autoencoder_info(what: str) -> dict[str, Any]:

@@ -60,8 +60,8 @@ def compare(
     for name in samplers:
         if name != SCHEDULER and name not in rooms.names():
             raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(rooms.names())}")
-    if not samplers or not steps or min(steps) < 1 or num_images < 2:
-        raise UserError("compare: name samplers, give --steps of at least 1 and at least 2 images")
+    if min(steps) < 1 or num_images < 2 or batch_size < 1:
+        raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -43,7 +43,7 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """AdamW. The learning rate is absolute: it is never scaled by batch size or number of processes."""
 
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     eps: float = 1e-8
@@ -133,10 +133,9 @@ class SampleConfig(Section):
     # A diffusers class; auto: the schedule's first choice; null: none, for schedules that diffusers has no equal of
     scheduler: str | None = "auto"
     scheduler_config: dict[str, Any] = {}
-    sampler: str = "dpmpp_2m"  # of latentdiff, where there is no scheduler
+    sampler: str | None = None  # of latentdiff, where there is no scheduler; null: dpmpp_2m
     steps: int = Field(20, gt=0)
     guidance: float = Field(1.5, ge=0)
-    guidance_interval: tuple[float, float] | None = None
     per_class: int = Field(4, gt=0)
 
 
@@ -173,7 +172,7 @@ class FeaturesConfig(Section):
     seed: int = 0
     data: DataConfig
     model: dict[str, Any] = {}
-    lr: float = Field(2e-3, gt=0)
+    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
     train: TrainConfig
 
 
@@ -227,7 +226,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     """Validate a config given as a dict; `where` begins the error message."""
-    if tree.get("stage") not in STAGES:
+    if not isinstance(tree.get("stage"), str) or tree["stage"] not in STAGES:
         raise UserError(f"{where}: stage: {tree.get('stage')!r} is not one of {', '.join(STAGES)}")
     try:
         return TypeAdapter(AnyConfig).validate_python(tree)

@@ -92,6 +92,10 @@ class Denoiser:
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
         x, times = _at_least_float32(x), per_sample(t, x)
+        # On the CPU the look is free; an adaptive solver may round a hair beyond the ends
+        if times.device.type == "cpu" and not bool(((times > -1e-6) & (times < 1 + 1e-6)).all()):
+            span = f"{float(times.min()):g} to {float(times.max()):g}"
+            raise UserError(f"t: {span} is not within [0, 1], 0 data and 1 noise; diffusers' timesteps are about 1000 t")
         y = self.output(x, times, **conditioning)
         x0, eps = predictions.solve(self.prediction, self.schedule, x, times, y)
         return Denoised(x0, eps, self.schedule, times)

@@ -150,6 +150,10 @@ def generate_batches(
 def check_out(out: str | Path, total: int) -> Path:
     """The output path if it can be written: .png, .npz or a folder. UserError otherwise, before any work is done."""
     path = Path(out)
+    if not str(out) or (not path.suffix and path.name.startswith(".")):
+        raise UserError(f"--out {str(out)!r}: give a file that ends in .png or .npz, or a folder's name")
+    if not path.suffix and path.is_dir() and any(path.iterdir()):
+        raise UserError(f"--out {out}: the folder is not empty; name a new one, so that old images do not stand among the new")
     if path.suffix not in (".png", ".npz", ""):
         raise UserError(f"--out {out}: must end in .png (a grid) or .npz, or name a folder")
     if path.suffix and path.is_dir() or not path.suffix and path.is_file():
@@ -192,8 +196,8 @@ def generate(
 
     from latentdiff.checkpoints import load, resolve_model
 
-    if num_images < 1 or batch_size < 1:
-        raise UserError("--num-images and --batch-size: must be at least 1")
+    if min(num_images, batch_size, 1 if steps is None else steps) < 1:
+        raise UserError("--num-images, --batch-size and --steps: must be at least 1")
     path, options = check_out(out, 0), parse_options(sampler_options or [])
     if sampler is not None:
         from latentdiff import samplers

@@ -128,6 +128,8 @@ def make_noise_levels(name: str, schedule: NoiseSchedule, **params: Any) -> Nois
     for key in params:
         if key not in defaults:
             raise UserError(f"noise_levels: {name} has no parameter {key!r}; valid: {', '.join(reversed(defaults))}")
+        if not isinstance(params[key], (int, float)):
+            raise UserError(f"noise_levels: {name}'s {key} must be a number or true or false, not {params[key]!r}")
     settings = {**defaults, **params}
     in_strata = settings.pop("stratified")
     if settings.get("std", 1.0) <= 0:

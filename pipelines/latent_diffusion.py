@@ -147,8 +147,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             prompt: kept for checkpoints with a text encoder; this kind has none and refuses it.
             class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class".
             num_images_per_label: images for each entry of `class_labels`, side by side in the result.
-            guidance_scale: classifier-free guidance (2207.12598) on every latent channel,
-                uncond + scale (cond - uncond). 1 is off. None: the checkpoint's default.
+            guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
             guidance_interval: (low, high) in t, 0 = data and 1 = noise; outside it guidance is off (2404.07724).
             num_inference_steps: steps of the scheduler or sampler. None: the checkpoint's default.
             generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
@@ -156,8 +155,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             sampler, sampler_options: one of `latentdiff.samplers.names()` instead of the diffusers scheduler; its keywords.
             guidance: a function denoiser -> denoiser, put around the classifier-free-guided one under `sampler`.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent" (normalised).
-            callback_on_step_end: called as f(pipe, step, timestep, {"latents": x}), the timestep being t in [0, 1]
-                under `sampler`; a returned dict with "latents" replaces them.
+            callback_on_step_end: f(pipe, step, timestep (under `sampler` t in [0, 1]), {"latents": x}); may return new ones so.
             return_dict: False gives a plain tuple.
         Raises PipelineInputError for what this checkpoint cannot do, naming what it can.
         """
@@ -172,6 +170,9 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise PipelineInputError(f"num_inference_steps {steps}: must be at least 1")
+        interval = (0.0, 1.0) if guidance_interval is None else guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise PipelineInputError(f"guidance_interval {guidance_interval}: must be (low, high), 0 <= low <= high <= 1 in t")
         count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
         scale = self._guidance(guidance_scale, labels)
         noise = self._noise(count, generator, latents)  # [B, c, h, w]
@@ -202,6 +203,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         conditional = labels is not None and bool((labels != (-1 if null is None else null)).any())
         default = self.config.default_guidance_scale if conditional else 1.0
         scale = float(default if asked is None else asked)
+        if not 0 <= scale < math.inf:
+            raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
         if scale != 1.0 and not conditional:
             raise PipelineInputError(f"guidance_scale {scale:g}: no image has a class, so there is nothing to guide to")
         if scale != 1.0 and null is None:

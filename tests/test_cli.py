@@ -102,7 +102,7 @@ def test_generate_refuses_what_it_cannot_make(refused, model, tmp_path):
     assert "--all-classes" in refused(*ask, "down", "--all-classes")
     assert f"--sampler eular: unknown; valid: {', '.join(samplers.names())}" in refused(*ask, "down", "--sampler", "eular")
     assert "--num-images" in refused(*ask, "down", "--num-images", 0)
-    assert "num_inference_steps 0" in refused("generate", "--model", model, "down", "--steps", 0)
+    assert "--steps: must be at least 1" in refused("generate", "--model", model, "down", "--steps", 0)
     assert "--num-images" in refused(*ask, "down", "--num-images", "many")
     assert "--stpes" in refused(*ask, "down", "--stpes", 3)
 
@@ -261,11 +261,13 @@ def test_reconstruct_refuses_what_is_not_an_image(refused, model, stripe_folder,
     assert "must end in .png" in refused("reconstruct", model, good, "--out", "x.npz")
 
 
-def test_info_says_what_a_thing_is(run, model, autoencoder_run, stripe_folder, tmp_path):
+def test_info_says_what_a_thing_is(run, model, autoencoder_run, stripe_folder, tmp_path, feature_folder):
     facts = json.loads(run("info", model))
     assert facts["classes"] == CLASSES and facts["null_class"] == 3 and facts["latent_shape"] == [2, 8, 8]
     assert facts["parameters"]["unet"] > 1000 and facts["steps_trained"] == 60 and facts["prediction"] == "epsilon"
     assert facts["bytes_on_disk"] == sum(len(content) for content in tree(model).values())
+    facts = json.loads(run("info", feature_folder))
+    assert facts["name"] == "stripes-net" and facts["dimensions"] == 16 and facts["parameters"] > 100
     facts = json.loads(run("info", autoencoder_run))
     assert facts["class"] == "AutoencoderKL" and facts["factor"] == 2 and facts["latent_channels"] == 2
     facts = json.loads(run("info", stripe_folder))
@@ -347,6 +349,30 @@ def test_overrides_may_stand_on_either_side_of_an_option(refused, tmp_path):
         assert arguments.resume and arguments.overrides == ["seed=1", "train.steps=2"]
     assert "unrecognized arguments: --resum-e" in refused("train", "a.yaml", "--resum-e")
     assert "unrecognized arguments: b" in refused("info", "a", "b")
+
+
+def test_a_folder_with_files_is_not_generated_into(refused, model, here):
+    (here / "images").mkdir()
+    (here / "images" / "old.png").write_bytes(b"kept")
+    ask = ("generate", "0", "--model", model, "--num-images", 1, "--steps", 1, "--out")
+    assert "--out images: the folder is not empty" in refused(*ask, "images")
+    assert "--out '': give a file that ends in .png or .npz" in refused(*ask, "")
+    assert "--out '.png': give a file" in refused(*ask, ".png")
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("generate", "0", "--guidance", "nan"), "guidance_scale nan: must be a finite number"),
+        (("generate", "0", "--guidance-interval", "0.8", "0.2"), "0 <= low <= high <= 1"),
+        (("generate", "0", "--steps", "0"), "--steps: must be at least 1"),
+        (("likelihood", "--data", "x", "--rtol", "0"), "--rtol must be finite and above 0"),
+        (("compare", "--data", "x", "--samplers", "euler", "--batch-size", "0"), "--batch-size must be at least 1"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(refused, model, arguments, said):
+    command, *rest = arguments
+    assert said in refused(command, *(("--model", model) if command == "generate" else (model,)), *rest)
 
 
 def test_help_and_bad_usage_are_quick(here, capsys):

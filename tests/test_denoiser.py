@@ -146,3 +146,10 @@ def test_real_unets():
             y = unet(x, torch.tensor([499.0, 499.0]), class_labels=labels, **extra).sample
             out = Denoiser(unet_model(unet, s), s)(x, 0.5, class_labels=labels)
         torch.testing.assert_close(out.eps, y, rtol=1e-5, atol=1e-5)
+
+
+def test_a_timestep_in_the_place_of_t_is_refused():
+    denoiser = Denoiser(lambda x, t: x, make_schedule("flow"), "flow")
+    for t in (500, -0.5, torch.tensor([0.5, 500.0]), float("nan")):
+        with pytest.raises(UserError, match=r"not within \[0, 1\]"):
+            denoiser(torch.zeros(2, 3), t)

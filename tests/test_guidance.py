@@ -117,3 +117,27 @@ def test_mistakes_are_named():
         ClassifierFree(denoiser, given, null, 2.0, rescale=2)
     with pytest.raises(UserError, match="equal in both"):
         ClassifierFree(denoiser, {"class_labels": given["class_labels"]}, {"class_labels": None}, 2.0)(states(2), 0.5)
+
+
+def test_conditions_may_hold_tensors_in_a_dict():
+    s, m, _, _ = setup()
+    # As SDXL's added_cond_kwargs: the model reads a tensor a level down, and both branches go through it in one batch.
+    denoiser = Denoiser.from_score(lambda x, t, added: m.score(x, s, t) * added["gain"].reshape(-1, 1, 1, 1), s)
+    conditions = {"added": {"gain": torch.full((2,), 2.0)}}, {"added": {"gain": torch.full((2,), 1.0)}}
+    x = torch.randn((2, *SHAPE), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = ClassifierFree(denoiser, *conditions, 3.0)(x, 0.5)
+    torch.testing.assert_close(seen.score, (1 + 3 * (2 - 1)) * m.score(x, s, 0.5))
+
+
+def test_rescale_leaves_a_constant_estimate_alone():
+    s = make_schedule("vp")
+    denoiser = Denoiser(lambda x, t, c: torch.ones_like(x) * c.reshape(-1, 1), s, "sample")
+    seen = ClassifierFree(denoiser, {"c": torch.ones(3)}, {"c": torch.zeros(3)}, 2.0, rescale=0.7)(torch.zeros(3, 1), 0.5)
+    assert torch.equal(seen.x0, torch.full((3, 1), 2.0))
+
+
+@pytest.mark.parametrize("interval", [(200, 800), (0.8, 0.2), (0.1, 0.2, 0.3), (float("nan"), 1.0)])
+def test_an_interval_that_could_do_nothing_is_refused(interval):
+    _, _, denoiser, _ = setup()
+    with pytest.raises(UserError, match="0 <= low <= high <= 1"):
+        ClassifierFree(denoiser, *conditions(0), 2.0, interval=interval)

@@ -366,3 +366,17 @@ def test_many_classes_are_not_all_listed():
     with pytest.raises(PipelineInputError, match=r"1 class1, .* \(1000 in all\)") as error:
         pipe(class_labels="nothing")
     assert "class500" not in str(error.value)
+
+
+@pytest.mark.parametrize("sampler", [None, "ddim"])
+@pytest.mark.parametrize("interval", [(200, 800), (0.8, 0.2), (0.1, 0.2, 0.3)])
+def test_an_interval_that_could_do_nothing_is_refused(interval, sampler):
+    call = dict(class_labels=[1], guidance_scale=2.0, guidance_interval=interval, num_inference_steps=2, sampler=sampler)
+    with pytest.raises(ValueError, match="guidance_interval .* 0 <= low <= high <= 1"):
+        latents_of(random_pipe(), **call)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -3.0])
+def test_a_scale_that_is_no_scale_is_refused(scale):
+    with pytest.raises(ValueError, match="guidance_scale .* finite number of at least 0"):
+        latents_of(random_pipe(), class_labels=[1], guidance_scale=scale, num_inference_steps=2)

@@ -265,3 +265,35 @@ def test_zero_terminal_snr_stays_finite_and_keeps_its_start():
 def test_mistakes_are_named(make, said):
     with pytest.raises(UserError, match=said):
         make()
+
+
+@pytest.mark.parametrize(
+    "name, params, said",
+    [
+        ("ve", {"sigma_min": 50.0, "sigma_max": 0.01}, "0 < sigma_min < sigma_max"),
+        ("ve", {"sigma_min": 0}, "0 < sigma_min < sigma_max"),
+        ("edm", {"sigma_min": 80.0, "sigma_max": 0.002}, "0 < sigma_min < sigma_max"),
+        ("vp", {"beta_min": -5}, "0 <= beta_min <= beta_max"),
+        ("subvp", {"beta_max": "abc"}, "subvp's beta_max must be a number, not 'abc'"),
+        ("ddpm-linear", {"num_steps": 1.5}, "num_steps must be a whole number"),
+    ],
+)
+def test_parameters_that_make_no_process_are_refused(name, params, said):
+    with pytest.raises(UserError, match=said):
+        make_schedule(name, **params)
+
+
+def test_vp_diffusion_at_zero_is_the_root_of_beta_and_subvps_is_zero():
+    for t in (0.0, torch.tensor([0.0])):
+        assert float(make_schedule("vp").diffusion(t)) == pytest.approx(0.1**0.5)
+        assert float(make_schedule("subvp").diffusion(t)) == 0.0
+    torch.testing.assert_close(make_schedule("vp").diffusion(1e-9), make_schedule("vp").diffusion(0.0), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("name", names())
+def test_prior_sample_has_the_spread_of_the_prior(name):
+    s = make_schedule(name)
+    x = s.prior_sample((4000, 3), torch.Generator().manual_seed(0))
+    assert x.shape == (4000, 3) and float(x.std()) == pytest.approx(s.prior_std, rel=0.03)
+    again = s.prior_sample((1, 3), [torch.Generator().manual_seed(5)])
+    assert torch.equal(again, s.prior_sample((2, 3), [torch.Generator().manual_seed(k) for k in (5, 6)])[:1])

@@ -16,7 +16,8 @@ class ClassifierFree:
     """Classifier-free guidance (2207.12598 eq. 6 with scale = 1 + w): uncond + scale (cond - uncond), every channel.
 
     denoiser: a Denoiser or another guidance, called with `conditional` or `unconditional` (the same keys; tensors are
-    [B, ...], anything else must be equal in both).  Both go through it in one forward of 2 B samples.
+    [B, ...], in a dict too, as SDXL's added_cond_kwargs has them; anything else must be equal in both).  Both go through
+    it in one forward of 2 B samples.
     scale: 1 is off, one forward of B samples, and `unconditional` is not looked at.
     interval: (low, high) in t, 2404.07724; a sample whose t is outside gets the conditional prediction alone, and costs
     one forward.
@@ -67,6 +68,8 @@ class ClassifierFree:
 def _joined(key: str, conditional: Any, unconditional: Any, guided: Tensor) -> Any:
     if isinstance(conditional, Tensor) and isinstance(unconditional, Tensor):
         return torch.cat([conditional, unconditional[guided.to(unconditional.device)]])
+    if isinstance(conditional, dict) and isinstance(unconditional, dict) and conditional.keys() == unconditional.keys():
+        return {name: _joined(f"{key}.{name}", conditional[name], unconditional[name], guided) for name in conditional}
     if conditional is not unconditional and conditional != unconditional:
         raise UserError(f"guidance: {key} must be a tensor in both conditions, or equal in both")
     return conditional

@@ -14,9 +14,9 @@ Interval = tuple[float, float] | None
 
 
 def check_options(interval: Interval, rescale: float) -> None:
-    """UserError unless interval is (low, high) in t, or None, and rescale is in [0, 1]."""
-    if interval is not None and not interval[0] <= interval[1]:
-        raise UserError(f"guidance interval: {interval} is not (low, high) in t with low <= high")
+    """UserError unless interval is (low, high) in t, 0 <= low <= high <= 1, or None, and rescale is in [0, 1]."""
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError(f"guidance interval: {interval} is not (low, high) in t with 0 <= low <= high <= 1, 0 data and 1 noise")
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale: {rescale} is not in [0, 1]")
 
@@ -48,7 +48,8 @@ def replaced(x: Tensor, seen: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, r
     (0) to that of seen.x0 (1); eps follows from x0, so that x_t = alpha x0 + sigma eps still holds.
     """
     if rescale > 0:
-        ratio = flat_std(seen.x0) / flat_std(x0)  # [B]
+        wide = flat_std(x0)
+        ratio = torch.where(wide > 0, flat_std(seen.x0) / wide.clamp_min(1e-30), torch.ones_like(wide))  # [B]
         x0 = x0 * widen(1 + rescale * (ratio - 1), x0)
         alpha, sigma = seen.schedule.alpha(seen.t), seen.schedule.sigma(seen.t)
         eps = (x.to(x0.dtype) - widen(alpha, x0) * x0) / widen(sigma, x0)

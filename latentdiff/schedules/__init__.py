@@ -66,4 +66,8 @@ def make_schedule(name: str, **params: float) -> NoiseSchedule:
     for key in params:
         if key not in defaults:
             raise UserError(f"schedule: {name} has no parameter {key!r}; valid: {', '.join(defaults) or 'none'}")
+        if not isinstance(params[key], (int, float)):
+            raise UserError(f"schedule: {name}'s {key} must be a number, not {params[key]!r}")
+        if isinstance(defaults[key], int) and int(params[key]) != params[key]:
+            raise UserError(f"schedule: {name}'s {key} must be a whole number, not {params[key]!r}")
     return build(**{**defaults, **params})

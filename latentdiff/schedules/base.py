@@ -1,12 +1,14 @@
 """What every schedule is, and the variance-preserving family's meeting with diffusers."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.rng import Generators, randn
 
 Time = float | Tensor
 # For schedules made of betas, with the predictions each takes
@@ -70,6 +72,10 @@ class NoiseSchedule:
         """g(t) of the forward SDE."""
         sigma = self.sigma(t)
         return (2 * sigma * self.d_sigma(t) - 2 * self.drift(t) * sigma**2).clamp_min(0).sqrt()
+
+    def prior_sample(self, shape: Sequence[int], generator: Generators = None) -> Tensor:
+        """x at t_max drawn from N(0, prior_std^2 I): float32 of the given shape; generator as in latentdiff.rng.randn."""
+        return self.prior_std * randn(shape, generator)
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """log N(x; 0, prior_std^2 I) in nats, [B] float64, for x [B, ...] at t_max."""

@@ -14,6 +14,8 @@ class VP(VariancePreserving):
     """Variance preserving, beta(t) linear from beta_min to beta_max: 2011.13456 eq. 32-33."""
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
+        if not 0 <= beta_min <= beta_max or beta_max == 0:
+            raise UserError(f"schedule: beta_min {beta_min}, beta_max {beta_max}: must be 0 <= beta_min <= beta_max > 0")
         self.beta_min, self.beta_max = beta_min, beta_max
 
     def _log_alpha(self, t: Time) -> Tensor:
@@ -34,6 +36,10 @@ class VP(VariancePreserving):
 
     def d_sigma(self, t: Time) -> Tensor:
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
+
+    def diffusion(self, t: Time) -> Tensor:
+        t = f64(t)  # at 0 sigma' is infinite where sigma is 0, and g^2 is their product: beta_min
+        return torch.where(t == 0, self._beta(t).sqrt(), super().diffusion(t))
 
     def _time_from_log_alpha(self, log_alpha: Tensor) -> Tensor:
         # (b1 - b0) t^2 / 4 + b0 t / 2 = c, in the form that does not cancel when t is small.
@@ -58,6 +64,7 @@ class SubVP(VP):
         return self._time_from_log_alpha(-torch.asinh(0.5 * torch.exp(-0.5 * f64(log_snr))))
 
     default_scheduler = None
+    diffusion = NoiseSchedule.diffusion
     timestep = NoiseSchedule.timestep
     time_from_timestep = NoiseSchedule.time_from_timestep
     to_scheduler = NoiseSchedule.to_scheduler
@@ -85,6 +92,7 @@ class VE(Exploding):
     t_min = 0.0
 
     def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
+        _check_sigmas(sigma_min, sigma_max)
         self.sigma_min, self.sigma_max = sigma_min, sigma_max
         self.prior_std = sigma_max
         self._rate = math.log(sigma_max / sigma_min)
@@ -109,6 +117,7 @@ class EDM(Exploding):
     default_scheduler = "EDMEulerScheduler"
 
     def __init__(self, sigma_min: float = 0.002, sigma_max: float = 80.0, sigma_data: float = 1.0):
+        _check_sigmas(sigma_min, sigma_max)
         self.sigma_min, self.sigma_max, self.sigma_data = sigma_min, sigma_max, sigma_data
         self.t_min, self.prior_std = sigma_min / sigma_max, sigma_max
 
@@ -210,3 +219,8 @@ _FLOW_SETTINGS: dict[str, dict[str, Any]] = {
         "final_sigmas_type": "zero",
     },
 }
+
+
+def _check_sigmas(low: float, high: float) -> None:
+    if not 0 < low < high:
+        raise UserError(f"schedule: sigma_min {low} and sigma_max {high} must be 0 < sigma_min < sigma_max")

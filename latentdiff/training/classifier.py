@@ -39,12 +39,16 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
     accelerator = run.start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: classifier trains in one process; start it without accelerate launch")
+    stated = {"name": config.schedule.name, **config.schedule.params}
+    try:
+        LatentClassifier(1, 2, stated, **config.model)  # what it refuses is refused before anything is encoded
+    except TypeError as error:
+        raise UserError(f"model: a classifier has only widths, a list of two numbers ({error})") from None
     announce = run.announcement(accelerator, config.train)
     with progress_bar("encoding", True, announce) as progress:
         latents = prepare_latents(config, accelerator, progress)
     if latents.cache.labels is None:
         raise UserError(f"data.source {config.data.source}: has no classes to tell apart; add class folders")
-    stated = {"name": config.schedule.name, **config.schedule.params}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         classes = len(latents.images.class_names)

@@ -106,10 +106,12 @@ def _scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any:
     wanted = config.sample
     name = schedule.default_scheduler if wanted.scheduler == "auto" else wanted.scheduler
     if name is not None:
+        if wanted.sampler is not None:
+            raise UserError(f"sample.sampler: {wanted.sampler} would not run beside a scheduler; set sample.scheduler=null")
         return schedule.to_scheduler(name, config.prediction, **wanted.scheduler_config)
     if wanted.scheduler_config:
         raise UserError(f"sample.scheduler_config: {config.schedule.name} runs without a scheduler; leave it out")
-    if wanted.sampler not in samplers.names():
+    if wanted.sampler not in (None, *samplers.names()):
         raise UserError(f"sample.sampler: {wanted.sampler!r} is unknown; valid: {', '.join(samplers.names())}")
     return None
 
@@ -279,7 +281,7 @@ def _pipeline_parts(config: DiffusionConfig, parts: Parts) -> dict[str, Any]:
         "unet": parts.average,
         "vae": parts.latents.codec.vae,
         "scheduler": scheduler,
-        "default_sampler": config.sample.sampler if scheduler is None else None,
+        "default_sampler": (config.sample.sampler or "dpmpp_2m") if scheduler is None else None,
         "class_names": parts.latents.images.class_names if condition else None,
         "null_class": condition.null_class if condition else None,
         "image_size": parts.latents.images.preprocess.content[2:],
@@ -301,7 +303,7 @@ def _picture(config: DiffusionConfig, parts: Parts, path: Path) -> None:
     scale = config.sample.guidance if pipeline.config.null_class is not None else None
     images = pipeline(
         class_labels=classes, num_images_per_label=config.sample.per_class, guidance_scale=scale,
-        num_inference_steps=config.sample.steps, guidance_interval=config.sample.guidance_interval,
+        num_inference_steps=config.sample.steps,
         generator=generators(config.seed, range(len(classes) * config.sample.per_class)), output_type="pt",
     ).images  # fmt: skip
     save_rows(list((images.cpu() * 2 - 1).split(config.sample.per_class)), path)

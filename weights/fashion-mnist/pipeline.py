@@ -8,6 +8,7 @@ diffusers opens the folder: `DiffusionPipeline.from_pretrained(folder, trust_rem
 import importlib
 import inspect
 import json
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -35,16 +36,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     Args:
         unet: `UNet2DModel` or `UNet2DConditionModel` over latents [B, c, h, w]; `config.sample_size` gives h and w.
         vae: any diffusers autoencoder with `decode(z).sample`; its config holds the latent normaliser.
-        scheduler: any diffusers scheduler with `set_timesteps` and `step`.
+        scheduler: any diffusers scheduler with `set_timesteps` and `step`; None for a noise schedule that diffusers lacks.
         class_names: names in the order of their index (a list, or a dict from "index" to name), or None.
         null_class: index of the "no class" embedding, or None where training never dropped the class.
         image_size: (H, W) of the real content; decoded images are larger where training padded them.
         prediction, schedule: what latentdiff's own samplers take the network for: "epsilon", "sample", "v_prediction",
-            "score" or "flow", and {"name": ..., parameters} for `make_schedule`. None: read from the scheduler.
+            "score", "flow" or "edm", and {"name": ..., parameters} for `make_schedule`. None: read from the scheduler.
         default_guidance_scale, default_num_inference_steps: what a call uses when it does not say.
+        default_sampler: the latentdiff sampler that runs where `scheduler` is None.
     """
 
     model_cpu_offload_seq = "unet->vae"
+    _optional_components = ["scheduler"]
 
     def __init__(
         self,
@@ -58,6 +61,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         schedule: dict | None = None,
         default_guidance_scale: float = 1.0,
         default_num_inference_steps: int = 20,
+        default_sampler: str | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
@@ -71,6 +75,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             schedule=schedule,
             default_guidance_scale=default_guidance_scale,
             default_num_inference_steps=default_num_inference_steps,
+            default_sampler=default_sampler,
         )
 
     @property
@@ -131,6 +136,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         latents: torch.Tensor | None = None,
         sampler: str | None = None,
         sampler_options: dict[str, Any] | None = None,
+        guidance: Callable[[Any], Any] | None = None,
         output_type: str = "pil",
         callback_on_step_end: Callable[..., dict | None] | None = None,
         return_dict: bool = True,
@@ -141,17 +147,15 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             prompt: kept for checkpoints with a text encoder; this kind has none and refuses it.
             class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class".
             num_images_per_label: images for each entry of `class_labels`, side by side in the result.
-            guidance_scale: classifier-free guidance (2207.12598) on every latent channel,
-                uncond + scale (cond - uncond). 1 is off. None: the checkpoint's default.
+            guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
             guidance_interval: (low, high) in t, 0 = data and 1 = noise; outside it guidance is off (2404.07724).
             num_inference_steps: steps of the scheduler or sampler. None: the checkpoint's default.
             generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
             latents: starting noise [B, c, h, w] of unit variance instead of drawn noise.
-            sampler: one of `latentdiff.samplers.names()` instead of the diffusers scheduler.
-            sampler_options: that sampler's own keywords.
+            sampler, sampler_options: one of `latentdiff.samplers.names()` instead of the diffusers scheduler; its keywords.
+            guidance: a function denoiser -> denoiser, put around the classifier-free-guided one under `sampler`.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent" (normalised).
-            callback_on_step_end: called as f(pipe, step, timestep, {"latents": x}), the timestep being t in [0, 1]
-                under `sampler`; a returned dict with "latents" replaces them.
+            callback_on_step_end: f(pipe, step, timestep (under `sampler` t in [0, 1]), {"latents": x}); may return new ones so.
             return_dict: False gives a plain tuple.
         Raises PipelineInputError for what this checkpoint cannot do, naming what it can.
         """
@@ -159,15 +163,20 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise PipelineInputError("this checkpoint has no text encoder: pass class_labels=, not prompt=")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise PipelineInputError(f"output_type {output_type!r}: must be one of pil, np, pt, latent")
-        if sampler is None and sampler_options:
-            raise PipelineInputError("sampler_options belong to sampler=; the diffusers scheduler does not read them")
+        if self.scheduler is None and (sampler := sampler or self.config.default_sampler) is None:
+            raise PipelineInputError("this checkpoint has neither a scheduler nor a default_sampler: sampler= is needed")
+        if sampler is None and (sampler_options or guidance is not None):
+            raise PipelineInputError("sampler_options and guidance: sampler= is needed, the diffusers scheduler reads neither")
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise PipelineInputError(f"num_inference_steps {steps}: must be at least 1")
+        interval = (0.0, 1.0) if guidance_interval is None else guidance_interval
+        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
+            raise PipelineInputError(f"guidance_interval {guidance_interval}: must be (low, high), 0 <= low <= high <= 1 in t")
         count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
         scale = self._guidance(guidance_scale, labels)
         noise = self._noise(count, generator, latents)  # [B, c, h, w]
-        run = partial(self._run_sampler, sampler, sampler_options or {}) if sampler else self._run_scheduler
+        run = partial(self._run_sampler, sampler, sampler_options or {}, guidance) if sampler else self._run_scheduler
         latents = run(noise, labels, scale, guidance_interval, steps, generator, callback_on_step_end)
         images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
@@ -194,6 +203,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         conditional = labels is not None and bool((labels != (-1 if null is None else null)).any())
         default = self.config.default_guidance_scale if conditional else 1.0
         scale = float(default if asked is None else asked)
+        if not 0 <= scale < math.inf:
+            raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
         if scale != 1.0 and not conditional:
             raise PipelineInputError(f"guidance_scale {scale:g}: no image has a class, so there is nothing to guide to")
         if scale != 1.0 and null is None:
@@ -228,54 +239,43 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         keywords = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
-            for i, timestep in enumerate(scheduler.timesteps):
+            for i, (timestep, fed) in enumerate(zip(scheduler.timesteps, fed_times(scheduler), strict=True)):
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-                if scale != 1.0 and within(interval, scheduler, timestep):
+                if scale != 1.0 and within(interval, scheduler, fed):
                     null = torch.full_like(labels, self.config.null_class)
-                    both = self._network(torch.cat([scaled, scaled]), timestep, torch.cat([labels, null]))
+                    both = self._network(torch.cat([scaled, scaled]), fed, torch.cat([labels, null]))
                     conditional, unconditional = both.chunk(2)  # each [B, c, h, w]
                     # The weights sum to one, so this is the same in every parameterization of the network.
                     output = unconditional + scale * (conditional - unconditional)
                 else:
-                    output = self._network(scaled, timestep, labels)
+                    output = self._network(scaled, fed, labels)
                 x = scheduler.step(output, timestep, x, **keywords, return_dict=False)[0]
                 if callback is not None:
                     x = (callback(self, i, timestep, {"latents": x}) or {}).get("latents", x)
                 bar.update()
         return x
 
-    def _run_sampler(self, name, options, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
+    def _run_sampler(self, name, options, guide, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The same with one of latentdiff's samplers."""
         # Not an import statement: diffusers scans this file for those and would warn about a package it can do without
         try:
-            schedules, denoisers, guidance, samplers = (
-                importlib.import_module(f"latentdiff.{room}")
-                for room in ("schedules", "denoiser", "guidance", "samplers")
+            denoisers, guidances, samplers = (
+                importlib.import_module(f"latentdiff.{room}") for room in ("denoiser", "guidance", "samplers")
             )
         except ImportError as error:
             raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
-        if self.config.schedule:
-            schedule = schedules.make_schedule(**self.config.schedule)
-        else:
-            schedule = schedules.NoiseSchedule.from_scheduler(self.scheduler)
-        prediction = self.config.prediction or prediction_of(self.scheduler)
-        model = denoisers.unet_model(self.unet, schedule)
         conditional = {} if labels is None else {"class_labels": labels}
-        if scale == 1.0:
-            denoiser = denoisers.Denoiser(partial(model, **conditional), schedule, prediction)
-        else:
-            null = {"class_labels": torch.full_like(labels, self.config.null_class)}
-            denoiser = denoisers.Denoiser(model, schedule, prediction)
-            denoiser = guidance.ClassifierFree(denoiser, conditional, null, scale, interval=interval)
+        null = {} if scale == 1.0 else {"class_labels": torch.full_like(labels, self.config.null_class)}
+        denoiser = denoisers.Denoiser.from_pipeline(self)
+        denoiser = guidances.ClassifierFree(denoiser, conditional, null, scale, interval=interval)
+        denoiser = denoiser if guide is None else guide(denoiser)
         with self.progress_bar(total=steps) as bar:
 
             def report(step: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor | None:
                 bar.update()
                 return (callback(self, step, t, {"latents": x}) or {}).get("latents") if callback else None
 
-            return samplers.sample(
-                denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options
-            )
+            return samplers.sample(denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options)
 
     def _decode(self, latents: torch.Tensor) -> torch.Tensor:
         """Normalised latents [B, c, h, w] to images [B, C, H, W] in [0, 1], the padded border cut off."""
@@ -306,22 +306,24 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return config
 
 
+def fed_times(scheduler: Any) -> torch.Tensor:
+    """What the network is told at each timestep: N sigma on flow sigmas, for which diffusers cuts N sigma to an integer."""
+    if not scheduler.config.get("use_flow_sigmas", False):
+        return scheduler.timesteps
+    exact = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
+    return exact.to(scheduler.timesteps.device)
+
+
 def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch.Tensor) -> bool:
-    """Whether a timestep lies in an interval of t, ends included: t N for flow schedulers, t N - 1 for the others."""
+    """Whether a timestep lies in an interval of t, ends included: t N for flow, ln(sigma_max t) / 4 for EDM, else t N - 1."""
     if interval is None:
         return True
     config = scheduler.config
     flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
     t = (float(timestep) + (0 if flow else 1)) / config.num_train_timesteps
+    if "sigma_data" in config:
+        t = math.exp(4 * float(timestep)) / config.sigma_max
     return interval[0] <= t <= interval[1]
-
-
-def prediction_of(scheduler: Any) -> str:
-    """latentdiff's name for what a diffusers scheduler takes the network's output for."""
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return "flow"
-    prediction = scheduler.config.get("prediction_type", "epsilon")
-    return "flow" if prediction == "flow_prediction" else prediction
 
 
 def denormalise(latents: torch.Tensor, config: Any) -> torch.Tensor:
