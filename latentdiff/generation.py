@@ -51,6 +51,8 @@ def image_generators(seed: int, row: int | None, start: int, count: int) -> list
     return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
 
 
+# What samplers.sample takes besides the sampler's own options, and a call has other ways to give
+COMMON = ("denoiser", "noise_or_shape", "sampler", "steps", "generator", "callback", "device")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -77,6 +79,8 @@ def parse_options(items: list[str]) -> dict[str, Any]:
             eq = ""
         if not key.isidentifier() or not eq:
             raise UserError(f"--sampler-options {item!r}: write each as key=value, for example eta=0.5")
+        if key in COMMON:
+            raise UserError(f"--sampler-options {item!r}: the sampler has no option {key!r}; give it by its own flag, if any")
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML takes 1e-3 for a word
@@ -140,10 +144,6 @@ def generate_batches(
             raise
         except ValueError as error:
             raise UserError(str(error)) from None
-        except TypeError as error:
-            if not call.get("sampler_options"):
-                raise
-            raise UserError(f"--sampler-options {call['sampler_options']}: {error}") from None
         yield np.round(out * 255).astype(np.uint8), labels
 
 

@@ -1,10 +1,14 @@
 """Time grids: at which t a sampler stands.  Every grid is float64 [n + 1], strictly descending, starting at t_max.
+The three of timesteps have a step less where two of theirs are at t_max.
 
 Where sigma(0) = 0 the last entry is 0 and a sampler's last step lands on its own x0 estimate: n steps, n evaluations of
 a first-order method.  Where it is not (VE), the last entry is t_min, and sampling ends with one more evaluation.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from inspect import signature
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,7 +46,12 @@ def log_snr(schedule: NoiseSchedule, n: int) -> Tensor:
 
 
 def karras(schedule: NoiseSchedule, n: int, rho: float = 7.0) -> Tensor:
-    """Equal steps in (sigma/alpha)^(1/rho) between t_max and t_min (2206.00364 eq. 5), then the end."""
+    """Equal steps in (sigma/alpha)^(1/rho) between t_max and t_min (2206.00364 eq. 5), then the end.
+
+    UserError unless rho is above 0.
+    """
+    if not rho > 0:
+        raise UserError(f"rho: above 0, not {rho}")
     edges = torch.exp(-0.5 * schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)))
     ramp = torch.linspace(0, 1, _inner(schedule, n), dtype=torch.float64)
     high, low = edges ** (1 / rho)
@@ -110,9 +119,16 @@ def names() -> list[str]:
     return list(_GRIDS)
 
 
-def make_grid(grid: str | Tensor | Sequence[float], schedule: NoiseSchedule, n: int) -> Tensor:
-    """A grid by name, or times (a tensor or a list) checked to be one; n is then not looked at.  UserError otherwise."""
+def make_grid(
+    grid: str | Tensor | Sequence[float], schedule: NoiseSchedule, n: int, grid_options: Mapping[str, Any] | None = None
+) -> Tensor:
+    """A grid by name, or times (a tensor or a list) checked to be one; n is then not looked at.  UserError otherwise.
+
+    grid_options: the named grid's own, such as rho for karras and shift for shifted.
+    """
     if not isinstance(grid, str):
+        if grid_options:
+            raise UserError(f"grid_options: a list of times has none, not {', '.join(map(str, grid_options))}")
         try:
             times = torch.as_tensor(grid, dtype=torch.float64).cpu()
         except (TypeError, ValueError, RuntimeError):
@@ -123,9 +139,17 @@ def make_grid(grid: str | Tensor | Sequence[float], schedule: NoiseSchedule, n: 
         return times
     if grid not in _GRIDS:
         raise UserError(f"grid: {grid!r} is unknown; valid: {', '.join(_GRIDS)}, or a list of times")
-    if n < 1:
+    try:
+        count = index(n)
+    except TypeError:
+        raise UserError(f"steps: an integer of at least 1 is needed, not {n!r}") from None
+    if count < 1:
         raise UserError(f"steps: at least 1 is needed, not {n}")
-    return _GRIDS[grid](schedule, n)
+    options, valid = dict(grid_options or {}), list(signature(_GRIDS[grid]).parameters)[2:]
+    for option in options:
+        if option not in valid:
+            raise UserError(f"grid_options: {grid} has no option {option!r}; valid: {', '.join(valid) or 'none'}")
+    return _GRIDS[grid](schedule, count, **options)
 
 
 def _ends_clean(schedule: NoiseSchedule) -> bool:
@@ -155,8 +179,12 @@ def _pinned(schedule: NoiseSchedule, times: Tensor) -> Tensor:
 
 
 def _closed(schedule: NoiseSchedule, times: Tensor) -> Tensor:
-    """times within [t_min, t_max], ending at t = 0 where that is clean data and at t_min where it is not."""
+    """times within [t_min, t_max], ending at t = 0 where that is clean data and at t_min where it is not.
+
+    Times beyond t_max fall onto it: of timestep 1000 and 999 of 1000, both t_max where that is 0.999, one is kept.
+    """
     times = times.clamp(schedule.t_min, schedule.t_max)
+    times = times[torch.cat([torch.ones(1, dtype=torch.bool), times.diff() < -1e-12])]
     if _ends_clean(schedule):
         return torch.cat([times, times.new_zeros(1)])
     if float(times[-1]) - schedule.t_min < 1e-12:

@@ -18,6 +18,7 @@ from latentdiff.tensors import per_sample, widen
 
 DIVERGENCES = ("hutchinson", "exact")
 NOISES = ("rademacher", "gaussian")
+_STEP = 0.03  # of the finite difference that the derivative is checked against, in units of x_t's width
 _CHUNK = 16  # rows of the Jacobian at a time: memory of that many backward passes
 
 
@@ -67,16 +68,40 @@ def log_prob(
     probes: how many such v, each with an integral of its own beside one shared trajectory: 1 forward and `probes`
         backward passes per evaluation, where as many solves would repeat the forward too.  noise: what v is drawn from,
         "rademacher" or "gaussian".  generator: one, or B of them (a sample's v is then the same at any batch size).
-    rtol, atol, max_steps: see `latentdiff.ode.solve`; the state is kept in float64, the denoiser sees x0's dtype.
+    rtol, atol, max_steps: see `latentdiff.ode.solve`; the state is kept in float64, the denoiser sees x0's dtype,
+        float32 at least.
     denoiser: a Denoiser or guidance, differentiable in x (conditioning: ClassifierFree at scale 1).  No graph outlives
-        one evaluation.  UserError for an unknown divergence or noise, probes < 1, or an ODE that cannot be solved.
+        one evaluation.  UserError for an unknown divergence or noise, probes < 1 or probes of the exact divergence, an
+        ODE that cannot be solved, or a denoiser whose derivative is not that of its values, as with a network under
+        no_grad: that is looked for once, with three evaluations that nfe does not count.
 
     The variable is the angle atan(sigma / alpha) and the state x / sqrt(alpha^2 + sigma^2): so every schedule has the
     same ODE, smooth throughout, where in t a DDPM schedule has a thousand kinks and VE grows by four decades.
     """
     _check(divergence, noise, probes)
+    try:
+        with torch.inference_mode(False), torch.no_grad():  # derivatives cannot be had of what inference mode makes
+            x0 = x0.clone() if x0.is_inference() else x0
+            x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
+            if x0.shape[0] == 0:
+                nothing = x0.new_zeros(0, dtype=torch.float64)
+                return LogProb(nothing, x0, nothing.long(), nothing)
+            _check_derivative(denoiser, x0)
+            vectors = None if divergence == "exact" else torch.stack([_probe(x0, noise, generator) for _ in range(probes)])
+            return _integrated(denoiser, x0, vectors, rtol, atol, max_steps)
+    except RuntimeError as error:
+        if "inference tensor" not in str(error).lower():
+            raise
+        raise UserError(
+            "log_prob: the denoiser holds tensors made under torch.inference_mode; use torch.no_grad instead"
+        ) from None
+
+
+def _integrated(
+    denoiser: DenoiserLike, x0: Tensor, vectors: Tensor | None, rtol: float, atol: float, max_steps: int
+) -> LogProb:
+    """`log_prob` with the vectors [P, B, ...] of Hutchinson's estimate, or None for the exact trace."""
     schedule, batch, dims = denoiser.schedule, x0.shape[0], math.prod(x0.shape[1:])
-    vectors = None if divergence == "exact" else torch.stack([_probe(x0, noise, generator) for _ in range(probes)])
     ends = torch.tensor([schedule.t_min, schedule.t_max], dtype=torch.float64)
     start, end = torch.atan2(schedule.sigma(ends), schedule.alpha(ends)).tolist()
     first, last = torch.hypot(schedule.sigma(ends), schedule.alpha(ends)).tolist()
@@ -92,9 +117,9 @@ def log_prob(
         state, integrals = (part.square().mean(dim=1).sqrt() for part in (ratios[:, :dims], ratios[:, dims:]))
         return torch.maximum(state, 4 * integrals)
 
-    count = 1 if vectors is None else probes
+    count = 1 if vectors is None else len(vectors)
     state = torch.cat([x0.reshape(batch, dims).double() / first, x0.new_zeros((batch, count), dtype=torch.float64)], 1)
-    found = ode.solve(dynamics, state, start, end, rtol, atol, max_steps, norm)
+    found = ode.solve(dynamics, state, start, end, rtol, atol, max_steps, norm, variable="angle")
     latent, integrals = last * found.y[:, :dims].reshape(x0.shape), found.y[:, dims:]
     stderr = integrals.std(dim=1) / math.sqrt(count) if count > 1 else torch.full((batch,), math.nan).to(integrals)
     density = schedule.prior_log_prob(latent) + dims * math.log(last / first) + integrals.mean(dim=1)
@@ -159,6 +184,44 @@ def _check(divergence: str, noise: str, probes: int) -> None:
         raise UserError(f"noise: {noise!r} is unknown; valid: {', '.join(NOISES)}")
     if probes < 1:
         raise UserError(f"probes: at least 1 is needed, not {probes}")
+    if divergence == "exact" and probes != 1:
+        raise UserError(f"probes: the exact divergence has none; leave it at 1, not {probes}, or take hutchinson")
+
+
+def _check_derivative(denoiser: DenoiserLike, x0: Tensor) -> None:
+    """UserError if v^T J v from autograd is not what differences of the drift say, for most of the samples.
+
+    A network under no_grad leaves a derivative all the same, that of the formulas around it.  The place is where alpha
+    and sigma are alike: at t_min a density may turn within any step.  Loose, for networks in low precision: 5 % of the
+    unit Jacobian's, and what the second difference shows of curvature and rounding.  Draws from no generator given.
+    """
+    schedule, own = denoiser.schedule, torch.Generator().manual_seed(0)
+    w, v = (randn(x0.shape[1:], own, x0.device, x0.dtype) for _ in range(2))
+    t = schedule.time_from_log_snr(torch.zeros(1, dtype=torch.float64)).clamp(schedule.t_min, schedule.t_max)
+    scale = torch.hypot(schedule.alpha(t), schedule.sigma(t))
+    alpha, sigma = (float(value / scale) for value in (schedule.alpha(t), schedule.sigma(t)))
+    times = t.to(x0.device).expand(len(x0))
+
+    def drift(u: Tensor) -> Tensor:
+        seen = denoiser(float(scale) * u, times)
+        return alpha * seen.eps - sigma * seen.x0
+
+    def along_v(change: Tensor) -> Tensor:
+        return (change.detach() * v).flatten(1).double().sum(1)  # [B]
+
+    u = (alpha * x0 + sigma * w).detach()
+    back, ahead = drift(u - _STEP * v), drift(u + _STEP * v)
+    with torch.enable_grad():
+        u.requires_grad_()
+        here = drift(u)
+        product = torch.autograd.grad(here, u, v.expand_as(u).to(here))[0] if here.requires_grad else torch.zeros_like(u)
+    measured = along_v(ahead - back) / (2 * _STEP)
+    doubt = along_v(ahead - 2 * here + back).abs() / _STEP + 0.05 * (v.double().square().sum() + measured.abs())
+    if float(((along_v(product) - measured).abs() > doubt).double().mean()) > 0.5:
+        raise UserError(
+            "log_prob: the denoiser's derivative in x is not that of its values; its network must not run under no_grad, "
+            "nor its output be detached"
+        )
 
 
 def variational_bound(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator: Generators = None) -> Tensor:
@@ -182,6 +245,7 @@ def bound_terms(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator
     if samples < 2 or samples % 2:
         raise UserError(f"samples: must be even and at least 2, not {samples}")
     schedule, dims = denoiser.schedule, math.prod(x0.shape[1:])
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     low, high = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64)).tolist()
     first = per_sample(schedule.t_min, x0)
     a, b = (_noise_error(denoiser, x0, first, generator) for _ in range(2))

@@ -26,6 +26,7 @@ def solve(
     atol: float = 1e-5,
     max_steps: int = 1000,
     norm: Callable[[Tensor], Tensor] | None = None,
+    variable: str = "t",
 ) -> Solution:
     """The solution of dy/dt = fn(t, y) at t1, started from y at t0; t1 may be below t0.
 
@@ -37,11 +38,14 @@ def solve(
     sample that has arrived waits with steps of length 0.
     max_steps: the most steps of one sample, rejected ones included; six evaluations each, and two to begin with.
     norm: what makes one number [B] of the ratios [B, D] that are to be below 1, the root mean square by default.
-    UserError if a sample needs more, or its state stops being finite.
+    variable: what messages call t.
+    UserError if a sample needs more, or its state stops being finite, and for y of another dtype.
     """
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
         if not value > 0:
             raise UserError(f"{name}: must be above 0, not {value}")
+    if y.dtype not in (torch.float32, torch.float64):
+        raise UserError(f"y: the ODE is solved in float32 or float64, not {str(y.dtype).removeprefix('torch.')}")
     if t0 == t1 or y.shape[0] == 0:
         return Solution(y, torch.zeros(y.shape[0], dtype=torch.long, device=y.device))
     # Imported here: it brings sympy, start-up time that no other command should pay.
@@ -59,12 +63,12 @@ def solve(
     end, steps = found.ys[:, -1].reshape(y.shape), found.stats["n_steps"]
     if bool((steps > max_steps).any()):
         raise UserError(
-            f"max_steps: {max_steps} steps from t = {t0:g} to {t1:g} are too few at rtol {rtol:g}, atol {atol:g}; "
+            f"max_steps: {max_steps} steps from {variable} = {t0:g} to {t1:g} are too few at rtol {rtol:g}, atol {atol:g}; "
             "raise max_steps, or rtol and atol"
         )
     if bool((found.status != 0).any()) or not bool(torch.isfinite(end).all()):
         raise UserError(
-            f"the ODE from t = {t0:g} to {t1:g} leaves the finite numbers at rtol {rtol:g}, atol {atol:g}; "
+            f"the ODE from {variable} = {t0:g} to {t1:g} leaves the finite numbers at rtol {rtol:g}, atol {atol:g}; "
             "the function is not finite there, or the tolerance lets too long a step through"
         )
     return Solution(end, 2 + 6 * steps)  # its own count is of calls, which a slower neighbour adds to

@@ -212,7 +212,10 @@ def test_classifier_guidance_from_the_command_line(model, tmp_path, capsys):
         (["--sampler-options", "eta=1"], "has neither; add --sampler"),
         (["--sampler", "ddim", "--sampler-options", "eta"], "write each as key=value"),
         (["--sampler", "ddim", "--sampler-options", "churn=1"], "ddim has no option 'churn'; valid: eta"),
-        (["--sampler", "ddim", "--sampler-options", "eta=[1]"], "--sampler-options {'eta': [1]}: "),
+        (["--sampler", "ddim", "--sampler-options", "eta=[1]"], "ddim's eta must be a number such as 0.0, not [1]"),
+        (["--sampler", "ddim", "--sampler-options", "steps=3"], "has no option 'steps'; give it by its own flag"),
+        (["--sampler", "predictor_corrector", "--sampler-options", "corrector_steps=1.5"], "must be a whole number such as 1"),
+        (["--sampler", "heun", "--sampler-options", "s_churn=true"], "s_churn must be a number"),
     ],
 )
 def test_the_command_line_refuses(model, tmp_path, capsys, options, said):

@@ -91,3 +91,34 @@ def test_times_may_be_listed():
 def test_a_shift_is_positive(shift):
     with pytest.raises(UserError, match="shift: above 0"):
         grids.shifted(make_schedule("flow"), 4, shift)
+
+
+@pytest.mark.parametrize("name", ["flow", "cosine"])
+@pytest.mark.parametrize("grid", ["trailing", "leading", "linspace"])
+def test_no_time_comes_twice(name, grid):
+    s = make_schedule(name)
+    for n in range(1, s.num_steps + 1):
+        t = grids.make_grid(grid, s, n)
+        # A difference of rounding would be no step either: DPM-Solver++ divides by it
+        assert bool((t.diff() < -1e-6).all()) and len(t) in (n, n + 1), n
+        assert len(t) == n + 1 or n > s.num_steps // 2
+
+
+def test_a_grids_own_options_are_reachable_by_its_name():
+    s = make_schedule("flow")
+    assert torch.equal(grids.make_grid("karras", s, 8, {"rho": 3.0}), grids.karras(s, 8, 3.0))
+    assert torch.equal(grids.make_grid("shifted", s, 8, {"shift": 5.0}), grids.shifted(s, 8, 5.0))
+    for grid, options, said in (
+        ("karras", {"shift": 5.0}, "karras has no option 'shift'; valid: rho"),
+        ("uniform", {"n": 5}, "uniform has no option 'n'; valid: none"),
+        ("karras", {"rho": 0.0}, "rho: above 0"),
+        ([0.9, 0.0], {"rho": 5.0}, "a list of times has none"),
+    ):
+        with pytest.raises(UserError, match=said):
+            grids.make_grid(grid, s, 8, options)
+
+
+@pytest.mark.parametrize("steps", [5.0, "5", None])
+def test_steps_are_an_integer(steps):
+    with pytest.raises(UserError, match="steps: an integer of at least 1"):
+        grids.make_grid("angle", make_schedule("flow"), steps)

@@ -199,3 +199,28 @@ def test_mistakes_are_named(make, said):
     s, m = make_schedule("vp"), mixture(SHAPE)
     with pytest.raises(UserError, match=said):
         make(exact(m, s))(states(), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "plain", "covariance"])
+def test_gradients_are_had_in_inference_mode(kind):
+    s, m, x = make_schedule("vp"), mixture(SHAPE), states()
+    outside = build(kind, counted(s, m, []), s, LABELS)(x, 0.5, shift=0.1 * LABELS)
+    drawn = sample(build(kind, counted(s, m, []), s, LABELS), x, steps=3)
+    guided = build(kind, counted(s, m, []), s, LABELS)
+    with torch.inference_mode():
+        made = x.clone()
+        if kind != "classifier":  # y may come from there too; what log_prob_fn holds on to may not
+            guided = build(kind, counted(s, m, []), s, LABELS)
+        inside = guided(made, torch.full((3,), 0.5).double(), shift=0.1 * LABELS)
+        torch.testing.assert_close(sample(guided, made, steps=3), drawn)
+    torch.testing.assert_close((inside.x0, inside.eps), (outside.x0, outside.eps))
+    after = build(kind, counted(s, m, []), s, LABELS)(made, 0.5, shift=0.1 * LABELS)
+    torch.testing.assert_close(after.x0, outside.x0)
+
+
+def test_what_inference_mode_made_cannot_be_differentiated():
+    s, m = make_schedule("vp"), mixture(SHAPE)
+    with torch.inference_mode():
+        weight = torch.ones(SHAPE).double()
+        with pytest.raises(UserError, match="guidance: Classifier .* use torch.no_grad instead"):
+            Classifier(exact(m, s), lambda x, t: (x * weight).sum((1, 2, 3)), 1.0)(states(), 0.5)

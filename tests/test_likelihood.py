@@ -120,7 +120,8 @@ def test_one_probe_is_drawn_per_solve_and_has_no_standard_error():
 
     g = torch.Generator().manual_seed(3)
     found = log_prob(Denoiser.from_score(counted, s), drawn(m, 5), generator=g)
-    assert len(calls) == int(found.nfe.max()) and set(calls) == {5}  # drift and divergence share one forward
+    # Drift and divergence share one forward; three calls before it all look at the derivative.
+    assert len(calls) == int(found.nfe.max()) + 3 and set(calls) == {5}
     assert found.stderr.isnan().all()
     other = torch.Generator().manual_seed(3)
     rand((5, 2, 2), other, dtype=torch.float64)
@@ -206,7 +207,7 @@ def all_signs(monkeypatch):
 def check(divergence):
     s, m = make_schedule("ve"), mixture((4,))
     x0 = drawn(m, 12)
-    found = log_prob(exact(s, m), x0, divergence, probes=8, max_steps=60)
+    found = log_prob(exact(s, m), x0, divergence, probes=8 if divergence == "hutchinson" else 1, max_steps=60)
     assert float((found.log_prob - truth(m, s, x0, found.latent)).abs().max()) < 1e-3
     # Where the exact flow of a Gaussian ends is checked above; here only that it ends among the prior's numbers.
     assert float((found.latent / s.prior_std).square().mean()) < 2
@@ -280,13 +281,67 @@ def test_a_probe_redrawn_at_each_call_is_caught(monkeypatch):
     ({"divergence": "trace"}, "divergence: 'trace' is unknown; valid: hutchinson, exact"),
     ({"noise": "uniform"}, "noise: 'uniform' is unknown"),
     ({"probes": 0}, "probes: at least 1"),
-    ({"max_steps": 2}, "max_steps: 2"),
+    ({"divergence": "exact", "probes": 4}, "probes: the exact divergence has none"),
+    ({"max_steps": 2}, "max_steps: 2 steps from angle = "),
     ({"rtol": 0.0}, "rtol: must be above 0"),
 ])  # fmt: skip
 def test_mistakes_are_said(options, said):
     s, m = make_schedule("vp"), mixture((2,))
     with pytest.raises(UserError, match=said):
         log_prob(exact(s, m), drawn(m, 2), **options)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divergence", ["hutchinson", "exact"])
+@pytest.mark.parametrize("how", ["no_grad", "detach", "inference_mode"])
+def test_a_network_without_derivative_is_refused(how, divergence, dtype):
+    s, m, x0 = make_schedule("vp"), mixture((2, 2)), drawn(mixture((2, 2)), 3).to(dtype)
+
+    def cut(x, t):
+        with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode, "detach": torch.enable_grad}[how]():
+            return m.score(x, s, t).detach()
+
+    with pytest.raises(UserError, match="derivative in x is not that of its values"):
+        log_prob(Denoiser.from_score(cut, s), x0, divergence)
+
+
+@pytest.mark.parametrize("name", names())
+def test_a_score_that_is_constant_is_none_without_derivative(name):
+    """Nor is a guided one, nor one in low precision, nor a single-sample batch in float32."""
+    s, m = make_schedule(name), mixture((2, 2))
+    flat = Denoiser.from_score(lambda x, t: torch.full_like(x, 0.3), s)
+    rough = Denoiser.from_score(lambda x, t: m.score(x, s, t).bfloat16(), s)
+    for denoiser in (flat, rough, exact(s, m), Classifier(exact(s, m), lambda x, t: -x.square().sum((1, 2)), 0.2)):
+        for x0 in (drawn(m, 3), drawn(m, 1).float()):
+            likelihood._check_derivative(denoiser, x0)
+
+
+def test_log_prob_in_inference_mode():
+    s, m = make_schedule("vp"), mixture((2, 2))
+    x0, guided = drawn(m, 2), Classifier(exact(s, m), lambda x, t: -x.square().sum((1, 2)), 0.2)
+    for denoiser in (exact(s, m), guided):
+        outside = log_prob(denoiser, x0, "exact").log_prob
+        with torch.inference_mode():
+            torch.testing.assert_close(log_prob(denoiser, x0.clone(), "exact").log_prob, outside)
+            made = x0.clone()
+        torch.testing.assert_close(log_prob(denoiser, made, "exact").log_prob, outside)
+    with torch.inference_mode():
+        weight = torch.ones(2, dtype=torch.float64)
+        with pytest.raises(UserError, match="use torch.no_grad instead"):
+            log_prob(Denoiser.from_score(lambda x, t: -x * weight, s), x0)
+
+
+def test_an_empty_batch_and_half_precision():
+    s, m = make_schedule("vp"), mixture((2, 2))
+    empty = log_prob(exact(s, m), drawn(m, 3)[:0], "exact")
+    assert empty.log_prob.shape == (0,) and empty.latent.shape == (0, 2, 2) and empty.nfe.shape == (0,)
+    assert log_prob(exact(s, m), drawn(m, 3)[:0], probes=2, generator=[]).stderr.shape == (0,)
+    half = drawn(m, 2).bfloat16()
+    found = log_prob(exact(s, m), half, "exact")
+    assert found.latent.dtype == torch.float32
+    assert torch.equal(found.log_prob, log_prob(exact(s, m), half.float(), "exact").log_prob)
+    bounds = [variational_bound(exact(s, m), x, 4, torch.Generator().manual_seed(0)) for x in (half, half.float())]
+    assert torch.equal(*bounds)
 
 
 # The bound of the reverse SDE -----------------------------------------------------------------------------------------

@@ -250,8 +250,8 @@ def test_every_option_changes_the_number(likelihood, options):
     [
         (("--num-images", 11), "--num-images 11: must be from 1 to 10"),
         (("--split", "validation"), "--split validation: valid are test and train"),
-        (("--probes", 0), "--probes 0"),
-        (("--rtol", -1), "rtol: must be above 0"),
+        (("--probes", 0), "--probes and --batch-size at least 1"),
+        (("--rtol", -1), "--rtol must be finite and above 0"),
     ],
 )
 def test_mistakes_of_a_user(refused, tiny, data, options, said):

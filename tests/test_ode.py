@@ -122,6 +122,13 @@ def test_failure_is_said_in_one_line(fn, options, said):
     assert "\n" not in str(error.value)
 
 
+def test_low_precision_is_refused_and_messages_name_the_variable():
+    with pytest.raises(UserError, match="y: the ODE is solved in float32 or float64, not bfloat16"):
+        ode.solve(lambda t, x: x, torch.ones(2, 1).bfloat16(), 0.0, 1.0)
+    with pytest.raises(UserError, match="from angle = 0 to 2"):
+        ode.solve(lambda t, x: x * torch.nan, torch.ones(2, 1), 0.0, 2.0, variable="angle")
+
+
 def test_the_last_step_allowed_may_arrive():
     def fn(t, x):
         return x * torch.cos(t)[:, None]

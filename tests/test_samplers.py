@@ -235,9 +235,41 @@ def test_eta_changes_the_result():
         ({"sampler": "dpmpp_2m_sde", "eta": -0.1}, "eta: at least 0"),
         ({"sampler": "ddim", "eta": 1.5}, "eta: between 0 and 1"),
         ({"sampler": "dopri5", "rtol": 0.0}, "rtol: must be above 0"),
+        ({"sampler": "dopri5", "max_steps": 0}, "max_steps: must be above 0"),
+        ({"steps": 5.0}, "steps: an integer of at least 1"),
+        ({"grid": "karras", "grid_options": {"shift": 2.0}}, "valid: rho"),
+        ({"grid": [1.0, 0.5, 0.0]}, "sampler dpmpp_2m: the samples are not finite; the grid starts at t = 1, where alpha"),
     ],
 )
 def test_mistakes_are_named(change, said):
     s = make_schedule("flow")
     with pytest.raises(UserError, match=said):
         sample(Denoiser(lambda x, t: x, s), (1, 2), **change)
+
+
+def test_a_network_that_has_diverged_is_said():
+    with pytest.raises(UserError, match="sampler heun: the samples are not finite; the network"):
+        sample(Denoiser(lambda x, t: x * torch.nan, make_schedule("vp")), (1, 2), "heun", 3)
+
+
+def test_noise_is_at_least_float32_and_goes_to_its_device():
+    s, m = make_schedule("vp"), mixture(SHAPE)
+    half = noise(2).bfloat16()
+    assert torch.equal(sample(exact(s, m), half, "euler", 4), sample(exact(s, m), half.float(), "euler", 4))
+    seen = []
+
+    def model(x, t):
+        seen.append(x.device.type)
+        return torch.zeros_like(x)
+
+    # There is no second device here but meta, whose samples have no values to be looked at in the end
+    with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
+        sample(Denoiser(model, s), (2, 3), "euler", 2, generators(2, range(2)), device="meta")
+    assert set(seen) == {"meta"}
+
+
+def test_many_steps_of_timesteps():
+    """Timesteps 1000 and 999 are both t_max on the straight path: once they made a step of length 0."""
+    s, m = make_schedule("flow"), mixture((2,))
+    for sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"):
+        assert bool(sample(exact(s, m), noise(2, (2,)), sampler, 1000, grid="trailing").isfinite().all())

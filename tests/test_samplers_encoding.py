@@ -70,8 +70,10 @@ def test_encode_says_what_it_takes():
     for change, said in (
         ({"sampler": "ancestral"}, "valid: heun, dopri5, euler"),
         ({"s_churn": 1.0}, "no option 's_churn'; valid: none"),
-        ({"sampler": "dopri5", "eta": 1.0}, "valid: rtol, atol"),
+        ({"sampler": "dopri5", "eta": 1.0}, "valid: rtol, atol, max_steps"),
+        ({"sampler": "dopri5", "max_steps": 2}, "max_steps: 2 steps from angle"),
         ({"grid": "linear"}, "angle, uniform"),
+        ({"grid_options": {"rho": 5.0}}, "angle has no option 'rho'"),
     ):
         with pytest.raises(UserError, match=said):
             encode(denoiser, x0, **change)
@@ -124,3 +126,13 @@ def test_conditioning_reaches_both_ways():
     # From one class's Gaussian to the other's, entry by entry.
     expected = m.means[2] + m.stds[2] / m.stds[1] * (x0 - m.means[1])
     torch.testing.assert_close(moved, expected, rtol=0, atol=0.03)
+
+
+def test_half_precision_and_grid_options():
+    denoiser, x0 = exact(make_schedule("vp"), mixture((2,))), draw(3).bfloat16()
+    options = {"sampler": "heun", "steps": 4, "grid": "karras", "grid_options": {"rho": 3.0}}
+    noise = encode(denoiser, x0, **options)
+    assert noise.dtype == torch.float32 and torch.equal(noise, encode(denoiser, x0.float(), **options))
+    assert not torch.equal(noise, encode(denoiser, x0, "heun", 4, "karras"))
+    error = round_trip_error(denoiser, x0.float(), **options)
+    assert not torch.equal(error, round_trip_error(denoiser, x0.float(), "heun", 4, "karras"))

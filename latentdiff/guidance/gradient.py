@@ -51,6 +51,8 @@ class Classifier:
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
         """x: [B, ...]; t: float or [B]; conditioning: the denoiser's."""
+        if _inference(x):
+            return _normal_mode(self, x, t, conditioning)
         times = per_sample(t, x)
         seen = self.denoiser(x, times, **conditioning)
         rows = _touched(self, times)
@@ -106,6 +108,8 @@ class Reconstruction:
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
         """x: [B, ...]; t: float or [B]; conditioning: the denoiser's."""
+        if _inference(x):
+            return _normal_mode(self, x, t, conditioning)
         times = per_sample(t, x)
         rows = _touched(self, times)
         if not bool(rows.any()):
@@ -149,6 +153,29 @@ class Reconstruction:
         error = self.y.to(predicted) - predicted
         u = conjugate_gradient(apply, error if again else error.detach(), self.solver_steps)
         return pulled(seen.x0, at, pulled(predicted, seen.x0, u))
+
+
+def _inference(x: Tensor) -> bool:
+    """Whether no derivative can be had as things are: in torch.inference_mode, or of a tensor made in it."""
+    return torch.is_inference_mode_enabled() or x.is_inference()
+
+
+def _normal_mode(guide: Classifier | Reconstruction, x: Tensor, t: float | Tensor, conditioning: dict[str, Any]) -> Denoised:
+    """guide(x, t, **conditioning) out of inference mode, with copies of the tensors that were made in it."""
+
+    def normal(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and value.is_inference() else value
+
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            return guide(normal(x), normal(t), **{key: normal(value) for key, value in conditioning.items()})
+        except RuntimeError as error:
+            if "inference tensor" not in str(error).lower():
+                raise
+            raise UserError(
+                f"guidance: {type(guide).__name__} needs derivatives, and something in it was made under "
+                "torch.inference_mode; use torch.no_grad instead"
+            ) from None
 
 
 def _touched(guide: Classifier | Reconstruction, times: Tensor) -> Tensor:

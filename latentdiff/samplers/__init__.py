@@ -73,32 +73,53 @@ def sample(
     generator: Generators = None,
     callback: Callback | None = None,
     grid: str | Tensor | Sequence[float] = "angle",
+    grid_options: Mapping[str, Any] | None = None,
+    device: torch.device | str | None = None,
     **options: Any,
 ) -> Tensor:
     """Draws from the prior and runs a sampler down to data: [B, ...], the x0 estimate at the grid's last time.
 
     noise_or_shape: unit-variance noise [B, ...], scaled by the schedule's prior_std here, or a shape to draw it in
-    (float32, on the generator's device).
+    (float32, on the generator's device, moved to `device`).  Noise below float32 is taken up to it.
     sampler: one of `names()`.  steps: how many; each is one evaluation of the denoiser, two for heun and
     predictor_corrector (unless told otherwise), inner_steps for annealed_langevin; dopri5 takes as many as it needs.
     generator: one, or B of them (image i is then the same at any batch size).
     callback(step, t, x, x0): called after each step (dopri5: once, at the end); may return a tensor to go on from.
     grid: a name of latentdiff.grids, or descending times [n + 1] (steps is then not looked at).
-    options: the sampler's own, such as eta for ddim.  UserError for an unknown sampler, grid or option.
+    grid_options: the named grid's own, such as {"rho": 5.0} for karras.  device: of noise that is drawn here.
+    options: the sampler's own, such as eta for ddim.  UserError for an unknown sampler, grid or option, and for samples
+    that are not finite.
     """
     if sampler not in _SAMPLERS:
         raise UserError(f"sampler: {sampler!r} is unknown; valid: {', '.join(_SAMPLERS)}")
     run = _SAMPLERS[sampler]
-    valid = [name for name in signature(run).parameters if name not in _COMMON]
-    for option in options:
-        if option not in valid:
-            raise UserError(f"sampler: {sampler} has no option {option!r}; valid: {', '.join(valid) or 'none'}")
+    _check_options(sampler, run, options)
     schedule = denoiser.schedule
-    times = make_grid(grid, schedule, steps)
-    noise = noise_or_shape if isinstance(noise_or_shape, Tensor) else randn(noise_or_shape, generator)
+    times = make_grid(grid, schedule, steps, grid_options)
+    noise = noise_or_shape if isinstance(noise_or_shape, Tensor) else randn(noise_or_shape, generator, device)
+    noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
     x = run(denoiser, noise * schedule.prior_std, times, generator, callback, **options)
     end = float(times[-1])
-    return x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+    x = x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+    if not bool(torch.isfinite(x).all()):
+        reason = "the network or its weights have diverged, or the steps are too long"
+        if float(schedule.alpha(times[0])) == 0:
+            reason = f"the grid starts at t = {float(times[0]):g}, where alpha is 0; start at t_max = {schedule.t_max:g}"
+        raise UserError(f"sampler {sampler}: the samples are not finite; {reason}")
+    return x
+
+
+def _check_options(sampler: str, run: Callable[..., Tensor], options: Mapping[str, Any]) -> None:
+    """UserError for an option the sampler does not have, or of another kind than its default."""
+    defaults = {name: p.default for name, p in signature(run).parameters.items() if name not in _COMMON}
+    for option, value in options.items():
+        if option not in defaults:
+            raise UserError(f"sampler: {sampler} has no option {option!r}; valid: {', '.join(defaults) or 'none'}")
+        default = defaults[option]
+        kinds = (int, float) if isinstance(default, float) else (type(default),)
+        if not isinstance(value, kinds) or isinstance(value, bool) is not isinstance(default, bool):
+            kind = {float: "number", int: "whole number", str: "name"}.get(type(default), type(default).__name__)
+            raise UserError(f"sampler: {sampler}'s {option} must be a {kind} such as {default!r}, not {value!r}")
 
 
 def round_trip_error(
@@ -107,6 +128,7 @@ def round_trip_error(
     sampler: str = "heun",
     steps: int = 50,
     grid: str | Tensor | Sequence[float] = "angle",
+    grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
     """Root mean square of decode(encode(x0)) - x0 over each sample's entries, [B]; arguments as in `encode`.
@@ -115,6 +137,6 @@ def round_trip_error(
     ODE (about sigma^2 |score| / 2 at the grid's last positive sigma: karras and log_snr end lower than angle); and what
     of x0 is off the model's distribution.
     """
-    noise = encode(denoiser, x0, sampler, steps, grid, **options)
-    back = sample(denoiser, noise, sampler, steps, grid=grid, **options)
+    noise = encode(denoiser, x0, sampler, steps, grid, grid_options=grid_options, **options)
+    back = sample(denoiser, noise, sampler, steps, grid=grid, grid_options=grid_options, **options)
     return flat_mean((back - x0) ** 2).sqrt()

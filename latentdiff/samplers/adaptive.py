@@ -18,6 +18,7 @@ def dopri5(
     callback: Callback | None = None,
     rtol: float = 1e-5,
     atol: float = 1e-5,
+    max_steps: int = 1000,
 ) -> Tensor:
     """Dormand-Prince 5(4) on the probability-flow ODE (2011.13456 eq. 13, there RK45), per-sample steps; draws nothing.
 
@@ -26,7 +27,8 @@ def dopri5(
     The variable is the angle atan(sigma/alpha): along it the path is smooth on every schedule, whereas in t it is not
     at the knots of a DDPM schedule, nor at t = 0 on VP, where sigma' is infinite.  For the same reason an end at
     sigma = 0 is reached from t_min: down by the x0 estimate there, up by a step of `heun`.
-    rtol, atol: of the local error of a step, as in `latentdiff.ode.solve`; UserError where it does not arrive.
+    rtol, atol: of the local error of a step; max_steps: the most of a sample, as in `latentdiff.ode.solve`.  UserError
+    where it does not arrive.
     x: the state [B, ...] at grid[0]; returns the state at grid[-1].
     """
     schedule = denoiser.schedule
@@ -44,7 +46,7 @@ def dopri5(
         x = heun(denoiser, x, torch.stack([grid[0], times[0]]))
     start, end = torch.atan2(schedule.sigma(times), schedule.alpha(times)).tolist()
     if start != end:
-        x = solve(slope, x, start, end, rtol, atol).y
+        x = solve(slope, x, start, end, rtol, atol, max_steps, variable="angle").y
     if not clean[1] and callback is None:
         return x
     x0 = denoiser(x, float(times[1])).x0

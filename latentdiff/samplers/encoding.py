@@ -16,7 +16,7 @@ from latentdiff.tensors import flat_mean, widen
 # Solvers that run in both directions, with the options that make sense upwards (churn would draw).
 ENCODERS: Mapping[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "heun": (heun, ()),
-    "dopri5": (dopri5, ("rtol", "atol")),
+    "dopri5": (dopri5, ("rtol", "atol", "max_steps")),
     "euler": (euler, ()),
 }
 
@@ -29,14 +29,16 @@ def encode(
     steps: int = 50,
     grid: str | Tensor | Sequence[float] = "angle",
     callback: Callback | None = None,
+    grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
     """Data [B, ...] to the unit-variance noise [B, ...] that the probability-flow ODE ties to it (2011.13456 section 4.3).
 
     `sample(denoiser, noise, sampler, steps, grid=grid)` decodes it; `samplers.round_trip_error` says how well.
-    sampler: heun, dopri5 (options rtol, atol) or euler (DDIM inversion), on the reversed grid.  Draws nothing.
+    x0: worked on, and returned, in float32 at least.
+    sampler: heun, dopri5 (options rtol, atol, max_steps) or euler (DDIM inversion), on the reversed grid.  Draws nothing.
     The first step, from t = 0, takes E[eps | x0] = 0 there: a density's score is finite.
-    callback: as in `sample`.  UserError for an unknown sampler, grid or option.
+    callback, grid_options: as in `sample`.  UserError for an unknown sampler, grid or option.
     """
     if sampler not in ENCODERS:
         raise UserError(f"sampler: {sampler!r} does not encode; valid: {', '.join(ENCODERS)}")
@@ -44,7 +46,8 @@ def encode(
     for option in options:
         if option not in valid:
             raise UserError(f"sampler: encoding with {sampler} has no option {option!r}; valid: {', '.join(valid) or 'none'}")
-    times = make_grid(grid, denoiser.schedule, steps).flip(0)
+    times = make_grid(grid, denoiser.schedule, steps, grid_options).flip(0)
+    x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
     return run(denoiser, x0, times, None, callback, **options) / denoiser.schedule.prior_std
 
 
