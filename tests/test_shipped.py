@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from latentdiff.config import load_config
+from latentdiff.guidance import load_classifier
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "weights" / "fashion-mnist"
@@ -21,3 +22,10 @@ def test_the_shipped_weights_were_made_by_the_committed_config(key):
     committed = load_config(ROOT / "configs" / "fashion-mnist" / "diffusion.yaml").model_dump(mode="json")
     assert made_by[key] == committed[key]
     assert [made_by["train"][k] for k in ("steps", "batch_size")] == [committed["train"][k] for k in ("steps", "batch_size")]
+
+
+def test_the_shipped_classifier_is_of_the_models_noise_and_classes():
+    index, classifier = json.loads((MODEL / "model_index.json").read_text()), load_classifier(MODEL / "classifier")
+    assert classifier.config["schedule"] == index["schedule"]
+    assert classifier.config["classes"] == len(index["class_names"]) == index["null_class"]
+    assert classifier.info["class_names"] == list(index["class_names"].values())
