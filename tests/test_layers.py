@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # fmt: off
 ORDER = [
-    "errors", "tensors", "rng", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance",
-    "ode", "grids", "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "pictures",
+    "errors", "tensors", "rng", "networks", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective",
+    "guidance", "ode", "grids", "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "pictures",
     "generation", "training", "commands", "comparison", "gallery", "cli", "__main__",
 ]
 # fmt: on

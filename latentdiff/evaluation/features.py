@@ -6,24 +6,18 @@ network's name; it is never a plain "FID", which means Inception.
 """
 
 import hashlib
-import json
-import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 from latentdiff.errors import UserError
+from latentdiff.networks import load_network, save_network
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 MIN_SIDE = 16
 
 
@@ -140,8 +134,6 @@ class FeatureNet(nn.Module):
         """
         if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
             raise ValueError("fold() the feature network before saving it")
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
         config = {
             "_class_name": "FeatureNet",
             "name": self.name,
@@ -150,12 +142,7 @@ class FeatureNet(nn.Module):
             "widths": list(self.widths),
             "info": self.info,
         }
-        state = {key: value.detach().float().cpu().contiguous() for key, value in self.state_dict().items()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_file(state, os.path.join(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
-            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(os.path.join(scratch, file), folder / file)
+        save_network(self, config, folder)
 
 
 def load_features(folder: str | Path, device: str | torch.device = "cpu") -> FeatureNet:
@@ -164,27 +151,11 @@ def load_features(folder: str | Path, device: str | torch.device = "cpu") -> Fea
     Raises:
         UserError: a file is missing, damaged, or does not describe a FeatureNet; the message names it.
     """
-    config_path, weights_path = Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise UserError(f"{path}: not found; a feature network folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        net = FeatureNet(
-            channels=config["channels"],
-            classes=config["classes"],
-            widths=tuple(config["widths"]),
-            name=config["name"],
-            info=config["info"],
-        )
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path}: not the config of a feature network ({error!r})") from None
-    try:
-        net.load_state_dict(load_file(weights_path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{weights_path}: damaged, or not the weights of its {CONFIG_FILE} ({reason})") from None
-    return net.eval().requires_grad_(False).to(device)
+    def build(config: dict[str, Any]) -> FeatureNet:
+        parts = {key: config[key] for key in ("channels", "classes", "name", "info")}
+        return FeatureNet(widths=tuple(config["widths"]), **parts)
+
+    return load_network(folder, build, "feature network", device)
 
 
 def match_channels(images: Tensor, channels: int) -> Tensor:

@@ -1,24 +1,18 @@
 """A small classifier of noised latents: p(class | x_t, t)."""
 
-import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.errors import UserError
+from latentdiff.networks import load_network, save_network
 from latentdiff.schedules import make_schedule
 from latentdiff.tensors import per_sample, widen
 
-WEIGHTS_FILE = "model.safetensors"
-CONFIG_FILE = "config.json"
 GROUPS = 8  # of the normalisation; never over the batch, as a gradient must be of one sample
 WAVES = 8
 
@@ -92,15 +86,7 @@ class LatentClassifier(nn.Module):
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (float32) into folder; each file appears whole or not at all."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = {"_class_name": type(self).__name__, **self.config, "info": self.info}
-        state = {key: value.detach().float().cpu().contiguous() for key, value in self.state_dict().items()}
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-            save_file(state, os.path.join(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
-            Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            for file in (WEIGHTS_FILE, CONFIG_FILE):
-                os.replace(os.path.join(scratch, file), folder / file)
+        save_network(self, {"_class_name": type(self).__name__, **self.config, "info": self.info}, folder)
 
 
 def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> LatentClassifier:
@@ -108,19 +94,5 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> L
 
     UserError where a file is missing, damaged, or does not describe a LatentClassifier; it names the file.
     """
-    config_path, weights_path = Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)
-    for path in (config_path, weights_path):
-        if not path.is_file():
-            raise UserError(f"{path}: not found; a classifier's folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-        keys = ("channels", "classes", "schedule", "widths", "info")
-        classifier = LatentClassifier(**{key: config[key] for key in keys})
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path}: not the config of a classifier ({error!r})") from None
-    try:
-        classifier.load_state_dict(load_file(weights_path))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{weights_path}: damaged, or not the weights of its {CONFIG_FILE} ({reason})") from None
-    return classifier.eval().requires_grad_(False).to(device)
+    keys = ("channels", "classes", "schedule", "widths", "info")
+    return load_network(folder, lambda config: LatentClassifier(**{key: config[key] for key in keys}), "classifier", device)

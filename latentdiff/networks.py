@@ -1,0 +1,54 @@
+"""A small network of our own on disk: a folder with config.json and model.safetensors."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from latentdiff.errors import UserError
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def save_network(network: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
+    """Write config and the weights (float32) into folder; each file appears whole or not at all."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {key: value.detach().float().cpu().contiguous() for key, value in network.state_dict().items()}
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
+        save_file(state, os.path.join(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
+        Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for file in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(os.path.join(scratch, file), folder / file)
+
+
+def load_network(
+    folder: str | Path, build: Callable[[dict[str, Any]], Network], what: str, device: str | torch.device = "cpu"
+) -> Network:
+    """build(config) with the weights of the folder: frozen, in eval mode, on device.
+
+    UserError where a file is missing, damaged, or not of `what` (such as "feature network"); it names the file.
+    """
+    config_path, weights_path = Path(folder, CONFIG_FILE), Path(folder, WEIGHTS_FILE)
+    for path in (config_path, weights_path):
+        if not path.is_file():
+            raise UserError(f"{path}: not found; a {what}'s folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
+    try:
+        network = build(json.loads(config_path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path}: not the config of a {what} ({error!r})") from None
+    try:
+        network.load_state_dict(load_file(weights_path))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{weights_path}: damaged, or not the weights of its {CONFIG_FILE} ({reason})") from None
+    return network.eval().requires_grad_(False).to(device)
