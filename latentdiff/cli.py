@@ -149,11 +149,20 @@ def _add_others(commands) -> None:
     add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
     add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
     add.add_argument("--guidance", type=float, metavar="G")
-    add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
+    _add_cost(add)
     add.add_argument("--seed", type=int, default=0, metavar="K")
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add.add_argument("--out", default="comparison", metavar="DIR", help="comparison.json and .md; an unfinished one goes on")
     add.set_defaults(run=compare_command)
+
+    add = commands.add_parser("agreement", help="how well models denoise, by noise level, and how far their answers differ")
+    add.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints over one autoencoder")
+    add.add_argument("--data", required=True, metavar="D", help="whose test images are denoised")
+    add.add_argument("--num-images", type=int, default=500, metavar="N")
+    add.add_argument("--log-snrs", type=float, nargs="+", default=[-6, -4, -2, 0, 2, 4, 6], metavar="L", help="noise levels")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=100, metavar="B")
+    add.set_defaults(run=agreement_command)
 
     add = commands.add_parser("gallery", help="pictures of what the denoiser does: trajectory, interpolation, guidance")
     add.add_argument("model", metavar="MODEL")
@@ -210,6 +219,12 @@ def compare_command(arguments) -> None:
     from latentdiff.comparison import compare, markdown
 
     print(markdown(compare(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+
+
+def agreement_command(arguments) -> None:
+    from latentdiff.agreement import agreement, markdown
+
+    print(markdown(agreement(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
 
 
 def gallery_command(arguments) -> None:

@@ -122,11 +122,7 @@ def evaluate(
         codec = LatentCodec(pipeline.vae)
         rule, held_out = data_rule(resolve_model(model), codec)
         train, test = reports.reference_sets(data, rule, held_out)
-        if pipeline.class_names and pipeline.class_names != list(train.class_names):
-            raise UserError(
-                f"--data {data}: its classes ({', '.join(train.class_names)}) are not the model's "
-                f"({', '.join(pipeline.class_names)})"
-            )
+        check_classes(pipeline, train, data)
         images, labels = _balanced(pipeline, num_images, **call)
         protocol = {**_stated(pipeline, str(model), **call), "precision": precision}
     report = reports.evaluate_samples(
@@ -173,11 +169,8 @@ def likelihood(
     train, test = reference_sets(data, *data_rule(resolve_model(model), codec))
     images = test if split == "test" else train
     conditional = pipeline.num_classes > 0 and not unconditional
-    if conditional and pipeline.class_names and pipeline.class_names != list(images.class_names):
-        raise UserError(
-            f"--data {data}: its classes ({', '.join(images.class_names) or 'none'}) are not the model's "
-            f"({', '.join(pipeline.class_names)}); with --unconditional classes are not looked at"
-        )
+    if conditional:
+        check_classes(pipeline, images, data, "; with --unconditional classes are not looked at")
     null = pipeline.config.null_class
     if unconditional and pipeline.num_classes > 0 and null is None:
         raise UserError("--unconditional: this model was trained without class dropout and has no null class")
@@ -195,6 +188,15 @@ def likelihood(
         )
     stated = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
     return {**report, "protocol": {**stated, **report["protocol"]}}
+
+
+def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> None:
+    """UserError where a data set's classes are not the model's, as far as the model names its own."""
+    if pipeline.class_names and pipeline.class_names != list(images.class_names):
+        raise UserError(
+            f"--data {data}: its classes ({', '.join(images.class_names) or 'none'}) are not the model's "
+            f"({', '.join(pipeline.class_names)}){advice}"
+        )
 
 
 def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:

@@ -38,6 +38,7 @@ def compare(
     features: str | Path = "weights/fashion-mnist-features",
     seed: int = 0,
     guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     precision: str = "float32",
     batch_size: int = 128,
 ) -> dict[str, Any]:
@@ -74,7 +75,8 @@ def compare(
     labels = None if rows == [None] else np.repeat(rows, num_images // len(rows))
     protocol = {
         "model": str(model), "data": data, "images": num_images, "seed": seed, "precision": precision,
-        "guidance": pipeline.config.default_guidance_scale if guidance is None else guidance, "features": net.name,
+        "guidance": pipeline.config.default_guidance_scale if guidance is None else guidance,
+        "guidance_interval": None if guidance_interval is None else list(guidance_interval), "features": net.name,
         "reference": train.fingerprint(),
     }  # fmt: skip
     table = _open(Path(out), protocol)
@@ -87,7 +89,7 @@ def compare(
                 continue
             started, counter.rows = time.perf_counter(), 0
             call = {"sampler": None if sampler == SCHEDULER else sampler, "num_inference_steps": length}
-            call["guidance_scale"] = guidance
+            call |= {"guidance_scale": guidance, "guidance_interval": guidance_interval}
             images = _images(pipeline, rows, num_images // len(rows), seed, batch_size, call)
             cell: dict[str, Any] = {"sampler": sampler, "steps": length, "evaluations": counter.rows / num_images}
             cell["seconds"] = (time.perf_counter() - started) / num_images

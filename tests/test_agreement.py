@@ -1,0 +1,63 @@
+"""The agreement of denoisers: exact ones of every process give one answer at one log-SNR, and the error of it is known."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from exact import Mixture, mixture
+
+from latentdiff.agreement import agreement, estimate, markdown
+from latentdiff.checkpoints import load
+from latentdiff.denoiser import Denoiser
+from latentdiff.schedules import make_schedule
+
+PROCESSES = ("vp", "subvp", "ve", "cosine", "flow", "edm")
+
+
+def exact(name: str, truth: Mixture) -> Denoiser:
+    schedule = make_schedule(name)
+    return Denoiser.from_score(lambda x, t: truth.score(x, schedule, t), schedule)
+
+
+def test_exact_denoisers_of_every_process_agree_at_a_log_snr():
+    truth, generator = mixture((2, 2, 3)), torch.Generator().manual_seed(0)
+    x0, _ = truth.draw(50, generator)
+    noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
+    for log_snr in (-5.0, 0.0, 5.0):
+        answers = [estimate(exact(name, truth), x0, noise, log_snr) for name in PROCESSES]
+        assert all(float((answer - answers[0]).abs().max()) < 1e-6 for answer in answers[1:])
+        off = estimate(exact("vp", truth), x0, noise, log_snr + 0.1)
+        assert float((off - answers[0]).abs().max()) > 1e-2  # so a level that is a little off would be seen
+
+
+def test_its_error_is_the_least_possible_one():
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros((1, 16), dtype=torch.float64)
+    x0 = torch.randn((4000, 16), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for log_snr in (-2.0, 1.0):
+        found = estimate(exact("flow", Mixture(one, zero, one)), x0, noise, log_snr)
+        least = 1 / (1 + torch.tensor(log_snr).exp())  # var(x0 | x_t) of N(0, 1)
+        assert float((found - x0).square().mean()) == pytest.approx(float(least), rel=0.02)
+    assert estimate(exact("flow", Mixture(one, zero, one)), x0, noise, 40.0) is None
+
+
+def test_the_command_measures_models_on_one_autoencoder(run, refused, model, here, stripe_folder):
+    other = shutil.copytree(model, here / "other")
+    pipeline = load(other)
+    pipeline.unet.conv_out.weight.data.mul_(0.5)
+    pipeline.unet.save_pretrained(other / "unet")
+    ask = ("agreement", model, other, "--data", stripe_folder, "--num-images", 8)
+    table = run(*ask, "--log-snrs", 0, 2, 99).splitlines()
+    rows = [[cell.strip() for cell in line.split("|")[2:-1]] for line in table if line.startswith(("| /", f"| {model}"))]
+    assert [row[2] for row in rows] == ["–"] * 4  # 99 is beyond the schedule
+    errors, distances = [[[float(v) for v in cell.split(" ± ")] for cell in row[:2]] for row in rows[:2]], rows[2:]
+    assert all(0 < value < 2 and 0 < error < value for row in errors for value, error in row)
+    assert distances[0][:2] == ["0.0000 ± 0.0000"] * 2 and float(distances[1][0].split()[0]) > 0.01
+    first = agreement([model], str(stripe_folder), 8, [0.0], batch_size=3)
+    assert first["models"][0]["errors"][0][0] == pytest.approx(errors[0][0][0], abs=1e-4)  # whatever the batch
+    assert json.loads(json.dumps(first)) == first and "images 8" in markdown(first)
+    pipeline.vae.decoder.conv_out.weight.data.mul_(0.5)
+    pipeline.vae.save_pretrained(other / "vae")
+    assert "on another autoencoder" in refused(*ask)
+    assert "--num-images 999" in refused("agreement", model, "--data", stripe_folder, "--num-images", 999)
