@@ -271,8 +271,10 @@ def shipped_folder(kind: str) -> Path | None:
     return None
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> Path:
     """The folder of a checkpoint: a path that exists, else weights that ship, as "weights/NAME" or "NAME".
+
+    kind: what an error calls it.  holds: the file by which such a folder is known.
 
     Raises:
         UserError: there is neither; names the weights that ship.
@@ -281,12 +283,12 @@ def resolve_model(name: str | Path) -> Path:
     if path.exists():
         return path
     shipped = shipped_folder("weights")
-    models = sorted(p.parent.name for p in shipped.glob(f"*/{INDEX}")) if shipped else []
+    models = sorted(p.parent.name for p in shipped.glob(f"*/{holds}")) if shipped else []
     wanted = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
     if shipped and len(wanted) == 1 and wanted[0] and (shipped / wanted[0]).is_dir():  # a checkpoint or a feature network
         return shipped / wanted[0]
-    choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else "with model_index.json"
-    raise UserError(f"model {str(name)!r}: no such folder; give the path of a checkpoint {choice}")
+    choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else f"with {holds}"
+    raise UserError(f"{kind} {str(name)!r}: no such folder; give the path of one {choice}")
 
 
 def resolve_config(name: str | Path) -> Path:

@@ -185,8 +185,8 @@ def _add_others(commands) -> None:
     add.add_argument("--batch-size", type=int, default=50, metavar="B")
     add.set_defaults(run=likelihood_command)
 
-    add = commands.add_parser("info", help="what a model, a config or a data set is")
-    add.add_argument("what", metavar="MODEL|CONFIG|DATA")
+    add = commands.add_parser("info", help="what a model, a latent cache, a config or a data set is")
+    add.add_argument("what", metavar="MODEL|CACHE|CONFIG|DATA")
     add.set_defaults(run=info_command)
 
 
@@ -241,6 +241,7 @@ def likelihood_command(arguments) -> None:
 
 
 def info_command(arguments) -> None:
-    from latentdiff.commands import dump, info
+    from latentdiff.commands import dump
+    from latentdiff.facts import info
 
     print(dump(info(arguments.what)))

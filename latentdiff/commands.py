@@ -1,4 +1,4 @@
-"""The Python functions behind `latentdiff encode`, `reconstruct`, `evaluate` and `info`; `generate` has its own module."""
+"""The Python functions behind `latentdiff encode`, `reconstruct`, `evaluate` and `likelihood`; others have their own module."""
 
 from __future__ import annotations
 
@@ -99,16 +99,16 @@ def evaluate(
     from latentdiff.data.preprocess import Preprocess
     from latentdiff.evaluation import report as reports
     from latentdiff.evaluation.features import load_features
-    from latentdiff.generation import set_precision
+    from latentdiff.generation import check_out_folder, set_precision
     from latentdiff.training.features import train_classifier
 
     if (model is None) == (samples is None):
         raise UserError("evaluate: give either MODEL or --samples FILE.npz")
     if num_images < 2 or call.get("batch_size", 1) < 1 or cas_seeds < 0:
         raise UserError("evaluate: --num-images must be at least 2, --batch-size at least 1, --cas-seeds at least 0")
-    if out is not None and Path(out).exists() and not Path(out).is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    net = load_features(resolve_model(features))
+    if out is not None:
+        check_out_folder(out)
+    net = load_features(resolve_model(features, "--features", "model.safetensors"))
     codec, protocol = None, {}
     if model is None:
         images, labels = read_npz(samples)
@@ -233,7 +233,7 @@ def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) 
     steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
     return {
         "model": model,
-        "sampler": call.get("sampler") or _default_sampler(pipeline),
+        "sampler": call.get("sampler") or default_sampler(pipeline),
         "steps": steps if steps is not None else config.default_num_inference_steps,
         "guidance": guidance if guidance is not None else config.default_guidance_scale,
         "guidance_interval": call.get("guidance_interval"),
@@ -241,7 +241,7 @@ def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) 
     }
 
 
-def _default_sampler(pipeline) -> str:
+def default_sampler(pipeline) -> str:
     """What samples where a call names nothing: the diffusers scheduler's class, or a sampler of latentdiff."""
     return pipeline.config.default_sampler if pipeline.scheduler is None else type(pipeline.scheduler).__name__
 
@@ -258,89 +258,6 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples {path}: arr_0 must be uint8 [N, H, W, C], it is {images.dtype} {list(images.shape)}")
     return images, None if labels is None or (labels < 0).all() else labels
-
-
-def info(what: str) -> dict[str, Any]:
-    """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a training config or a data set."""
-    path = Path(what)
-    if path.suffix in (".yaml", ".yml"):
-        from latentdiff.checkpoints import resolve_config
-        from latentdiff.config import load_config
-
-        return {"config": str(path), **load_config(resolve_config(path)).model_dump(mode="json")}
-    from latentdiff.checkpoints import INDEX, resolve_model
-
-    if what == "fashion-mnist":
-        return _data_info(what)
-    folder = path if path.is_dir() else resolve_model(what)
-    if (folder / INDEX).is_file():
-        return _model_info(folder)
-    if (folder / "model.safetensors").is_file():
-        from latentdiff.evaluation.features import load_features
-
-        net = load_features(folder)
-        size = sum(p.numel() for p in net.parameters())
-        return {"features": what, "name": net.name, "dimensions": net.dim, "parameters": size, **net.info}
-    if any((folder / part / "config.json").is_file() for part in ("", "autoencoder", "vae")):
-        return _autoencoder_info(what)
-    return _data_info(what)
-
-
-def _autoencoder_info(what: str) -> dict[str, Any]:
-    from latentdiff.autoencoders.build import load_autoencoder
-    from latentdiff.autoencoders.codec import LatentCodec
-
-    codec = LatentCodec(load_autoencoder(what))
-    return {
-        "autoencoder": what,
-        "class": type(codec.vae).__name__,
-        "parameters": sum(p.numel() for p in codec.vae.parameters()),
-        "image_channels": codec.image_channels,
-        "latent_channels": codec.latent_channels,
-        "factor": codec.factor,
-    }
-
-
-def _data_info(what: str) -> dict[str, Any]:
-    from latentdiff.data.sources import open_source, splits
-
-    facts: dict[str, Any] = {"data": what}
-    for split in splits(what):
-        source = open_source(what, split, max_bad_share=0.999)
-        sizes = np.unique(source.sizes, axis=0)
-        counts = [] if source.labels is None else torch.bincount(source.labels, minlength=len(source.class_names)).tolist()
-        facts[split] = {
-            "images": len(source),
-            "channels": source.channels,
-            "smallest": sizes.min(0).tolist(),
-            "largest": sizes.max(0).tolist(),
-            "classes": dict(zip(source.class_names, counts, strict=True)) if counts else {},
-            "captions": source.captions is not None,
-            "unreadable": source.bad,
-        }
-    return facts
-
-
-def _model_info(folder: Path) -> dict[str, Any]:
-    from latentdiff.checkpoints import load, read_meta
-
-    pipeline, meta = load(folder), read_meta(folder)
-    sizes = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "vae")}
-    return {
-        "model": str(folder),
-        "parameters": sizes,
-        "bytes_on_disk": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
-        "image_size": pipeline.config.image_size,
-        "latent_shape": list(pipeline.latent_shape),
-        "classes": pipeline.class_names,
-        "null_class": pipeline.config.null_class,
-        "prediction": pipeline.config.prediction,
-        "schedule": pipeline.config.schedule,
-        "scheduler": _default_sampler(pipeline),
-        "steps_trained": meta.get("steps"),
-        "latents": meta.get("latents"),
-        "defaults": {k: pipeline.config[k] for k in ("default_num_inference_steps", "default_guidance_scale")},
-    }
 
 
 def dump(value: dict[str, Any]) -> str:

@@ -56,13 +56,14 @@ def compare(
     from latentdiff.commands import data_rule
     from latentdiff.evaluation.features import load_features
     from latentdiff.evaluation.report import Yardstick, reference_sets
-    from latentdiff.generation import class_rows, set_precision
+    from latentdiff.generation import check_out_folder, class_rows, set_precision
 
     for name in samplers:
         if name != SCHEDULER and name not in rooms.names():
             raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(rooms.names())}")
     if min(steps) < 1 or num_images < 2 or batch_size < 1:
         raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
+    check_out_folder(out)
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
@@ -70,7 +71,7 @@ def compare(
     rows = class_rows(pipeline, [], all_classes=pipeline.num_classes > 0)
     if num_images % len(rows):
         raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
-    net = load_features(resolve_model(features))
+    net = load_features(resolve_model(features, "--features", "model.safetensors"))
     train, test = reference_sets(data, *data_rule(folder, LatentCodec(pipeline.vae)))
     labels = None if rows == [None] else np.repeat(rows, num_images // len(rows))
     protocol = {
@@ -110,8 +111,6 @@ def _images(pipeline: Any, rows: list, per_row: int, seed: int, batch_size: int,
 def _open(out: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     path = out / f"{TABLE}.json"
     if not path.is_file():
-        if out.exists() and not out.is_dir():
-            raise UserError(f"--out {out}: is a file; name a folder")
         return {"protocol": protocol, "cells": []}
     try:
         table = json.loads(path.read_text())

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 
 from latentdiff.errors import UserError
+
+Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
@@ -22,7 +24,7 @@ class DataConfig(Section):
     """Which images, and how they become the tensor the autoencoder sees."""
 
     source: str  # a folder, or fashion-mnist
-    size: tuple[int, int] | None = None  # (H, W) of the content; None: the images' own size
+    size: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of the content; None: the images' own size
     channels: Literal[1, 3] = 3
     fit: Literal["exact", "resize", "crop", "pad"] = "exact"
     multiple_of: int = Field(1, gt=0)  # sides are padded or checked to a multiple of this and of the autoencoder's factor
@@ -44,9 +46,9 @@ class OptimizerConfig(Section):
     """AdamW. The learning rate is absolute: it is never scaled by batch size or number of processes."""
 
     lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
-    eps: float = 1e-8
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(0, ge=0)
     schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to final_share * lr
     final_share: float = Field(0.0, ge=0, le=1)

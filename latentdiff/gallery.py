@@ -38,12 +38,11 @@ def gallery(
     """
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.generation import check_out_folder
 
-    folder, out = resolve_model(model), Path(out)
+    folder, out = resolve_model(model), check_out_folder(out)
     if sampler not in samplers.names():
         raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
     pipeline = load(folder)
     if not pipeline.num_classes or pipeline.config.null_class is None:
         raise UserError(f"{folder}: the gallery shows classes and guidance; this model has none to show")

@@ -167,6 +167,19 @@ def check_out(out: str | Path, total: int) -> Path:
     return path
 
 
+def check_out_folder(out: str | Path) -> Path:
+    """The folder of that name if files can be written there, now or once it is made. UserError otherwise."""
+    path = Path(out)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out {out}: is a file; name a folder")
+    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
+    if not above.is_dir():
+        raise UserError(f"--out {out}: cannot be made, for {above} is a file")
+    if not os.access(above, os.W_OK):
+        raise UserError(f"--out {out}: the folder {above} cannot be written to")
+    return path
+
+
 def generate(
     model: str | Path,
     what: list[str | int] | None = None,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from latentdiff.denoiser import Denoiser
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.tensors import per_sample
 
@@ -72,6 +73,16 @@ def mixture(shape: tuple[int, ...] = (2,)) -> Mixture:
     means = 0.9 * torch.randn((3, *shape), generator=generator, dtype=torch.float64)
     weights = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
     return Mixture(weights, means, torch.tensor([0.4, 0.25, 0.6], dtype=torch.float64))
+
+
+def exact(schedule: NoiseSchedule, m: Mixture) -> Denoiser:
+    """The denoiser of the mixture's exact score."""
+    return Denoiser.from_score(lambda x, t: m.score(x, schedule, t), schedule)
+
+
+def drawn(m: Mixture, n: int, seed: int = 0) -> Tensor:
+    """x0 [n, ...] of the mixture."""
+    return m.draw(n, torch.Generator().manual_seed(seed))[0]
 
 
 def gaussian_flow(mean: Tensor, std: float, x: Tensor, schedule: NoiseSchedule, t: float, s: float) -> Tensor:

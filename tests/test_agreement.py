@@ -5,19 +5,13 @@ import shutil
 
 import pytest
 import torch
-from exact import Mixture, mixture
+from exact import Mixture, exact, mixture
 
 from latentdiff.agreement import agreement, estimate, markdown
 from latentdiff.checkpoints import load
-from latentdiff.denoiser import Denoiser
 from latentdiff.schedules import make_schedule
 
 PROCESSES = ("vp", "subvp", "ve", "cosine", "flow", "edm")
-
-
-def exact(name: str, truth: Mixture) -> Denoiser:
-    schedule = make_schedule(name)
-    return Denoiser.from_score(lambda x, t: truth.score(x, schedule, t), schedule)
 
 
 def test_exact_denoisers_of_every_process_agree_at_a_log_snr():
@@ -25,9 +19,9 @@ def test_exact_denoisers_of_every_process_agree_at_a_log_snr():
     x0, _ = truth.draw(50, generator)
     noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
     for log_snr in (-5.0, 0.0, 5.0):
-        answers = [estimate(exact(name, truth), x0, noise, log_snr) for name in PROCESSES]
+        answers = [estimate(exact(make_schedule(name), truth), x0, noise, log_snr) for name in PROCESSES]
         assert all(float((answer - answers[0]).abs().max()) < 1e-6 for answer in answers[1:])
-        off = estimate(exact("vp", truth), x0, noise, log_snr + 0.1)
+        off = estimate(exact(make_schedule("vp"), truth), x0, noise, log_snr + 0.1)
         assert float((off - answers[0]).abs().max()) > 1e-2  # so a level that is a little off would be seen
 
 
@@ -36,10 +30,10 @@ def test_its_error_is_the_least_possible_one():
     x0 = torch.randn((4000, 16), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for log_snr in (-2.0, 1.0):
-        found = estimate(exact("flow", Mixture(one, zero, one)), x0, noise, log_snr)
+        found = estimate(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, log_snr)
         least = 1 / (1 + torch.tensor(log_snr).exp())  # var(x0 | x_t) of N(0, 1)
         assert float((found - x0).square().mean()) == pytest.approx(float(least), rel=0.02)
-    assert estimate(exact("flow", Mixture(one, zero, one)), x0, noise, 40.0) is None
+    assert estimate(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, 40.0) is None
 
 
 def test_the_command_measures_models_on_one_autoencoder(run, refused, model, here, stripe_folder):

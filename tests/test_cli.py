@@ -268,6 +268,8 @@ def test_info_says_what_a_thing_is(run, model, autoencoder_run, stripe_folder, t
     assert facts["bytes_on_disk"] == sum(len(content) for content in tree(model).values())
     facts = json.loads(run("info", feature_folder))
     assert facts["name"] == "stripes-net" and facts["dimensions"] == 16 and facts["parameters"] > 100
+    facts = json.loads(run("info", model.parent / "latents"))
+    assert facts["images"] == 36 and facts["shape"] == [2, 8, 8] and sum(facts["classes"].values()) == 36
     facts = json.loads(run("info", autoencoder_run))
     assert facts["class"] == "AutoencoderKL" and facts["factor"] == 2 and facts["latent_channels"] == 2
     facts = json.loads(run("info", stripe_folder))
@@ -322,13 +324,15 @@ def test_evaluate_refuses_what_it_cannot_measure(refused, model, samples, stripe
         assert "must be at least" in refused(*base, model, *flag)
     (here / "file").write_text("kept")
     assert "--out file: is a file" in refused(*base, model, "--out", "file") and (here / "file").read_text() == "kept"
+    assert "cannot be made" in refused(*base, model, "--out", "file/below")
     assert "--samples missing.npz: no such file" in refused(*base, "--samples", "missing.npz")
     whole = samples.read_bytes()
     (here / "cut.npz").write_bytes(whole[: len(whole) // 2])
     assert "--samples cut.npz: not an npz" in refused(*base, "--samples", "cut.npz")
     np.savez(here / "float.npz", np.zeros((2, 16, 16, 3)))
     assert "arr_0 must be uint8" in refused(*base, "--samples", "float.npz")
-    assert "nothing-here" in refused("evaluate", "--data", stripe_folder, "--features", "nothing-here", "--samples", samples)
+    ask = ("evaluate", "--data", stripe_folder, "--features", "nothing-here", "--samples", samples)
+    assert "--features 'nothing-here': no such folder" in refused(*ask)
 
 
 # the process

@@ -11,7 +11,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "tensors", "rng", "networks", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective",
     "guidance", "ode", "grids", "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints",
-    "pictures", "generation", "training", "commands", "comparison", "agreement", "gallery", "cli", "__main__",
+    "pictures", "generation", "training", "commands", "facts",
+    "comparison", "agreement", "gallery", "cli", "__main__",
 ]
 # fmt: on
 ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it stands on none of the rooms

@@ -17,6 +17,7 @@ from torch import Tensor
 from latentdiff.errors import UserError
 
 Identity = dict[str, Any]
+MANIFEST = "manifest.json"
 _SPOKEN = {"autoencoder": "autoencoder weights", "count": "number of images", "shard_size": "shard size"}
 
 
@@ -73,7 +74,7 @@ def shard_problem(folder: Path, made_of: Identity, number: int) -> str | None:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished cache; None where there is none. UserError where it is not a manifest."""
-    path = folder / "manifest.json"
+    path = folder / MANIFEST
     if not path.is_file():
         return None
     try:
@@ -89,7 +90,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     temporary = folder / f"manifest.{uuid4().hex}.tmp"
     temporary.write_text(json.dumps(manifest, indent=1))
-    _replace(temporary, folder / "manifest.json")
+    _replace(temporary, folder / MANIFEST)
 
 
 def refuse_difference(where: Path, found: Identity, wanted: Identity) -> None:
