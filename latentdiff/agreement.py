@@ -30,16 +30,18 @@ def agreement(
 ) -> dict[str, Any]:
     """Mean squared errors of each model's x0 estimate of held-out latents, and its distance from the first model's.
 
-    models: checkpoints over the same autoencoder.  Latents are the posterior means of `num_images` test images, normalised
-    to unit variance; classes are given; the noise is the same for all.  Both numbers are means over latent dimensions and
-    images, beside the standard error over images; null where a log-SNR is beyond a process's usable interval.
-    UserError where the models' autoencoders or classes are not the same.
+    models: one or more checkpoints over the same autoencoder.  Latents are the posterior means of `num_images` test
+    images, normalised to unit variance; classes are given; the noise is the same for all.  Both numbers are means over
+    latent dimensions and images, [mean, standard error over images]; None where a log-SNR is beyond a process's interval.
+    Returns {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}, errors and distances one for each log-SNR.
+    UserError where the models' autoencoders, preprocessing or classes are not the same, for data of other classes, and
+    for numbers out of range.
     """
     from latentdiff.data.order import permutation
     from latentdiff.rng import derive_seed, generators, randn
 
     if num_images < 2 or batch_size < 1 or not all(map(math.isfinite, log_snrs)):
-        raise UserError("agreement: --num-images must be at least 2, --batch-size at least 1, every --log-snr finite")
+        raise UserError("agreement: --num-images must be at least 2, --batch-size at least 1, every one of --log-snrs finite")
     loaded, codec, test = _load(models, data)
     if num_images > len(test):
         raise UserError(f"--num-images {num_images}: --data {data} has {len(test)} test images")
@@ -89,15 +91,21 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     from latentdiff.denoiser import Denoiser
     from latentdiff.evaluation.report import reference_sets
 
-    loaded, codec = [], None
+    loaded: list[tuple[Any, Any]] = []
+    first: dict[str, Any] = {}
     for name in models:
         pipeline = load(resolve_model(name))
-        own = LatentCodec(pipeline.vae)
-        codec = codec or own
-        if own.fingerprint() != codec.fingerprint():
-            raise UserError(f"{name}: on another autoencoder than {models[0]}, so their latents cannot be compared")
+        codec = LatentCodec(pipeline.vae)
+        told = {
+            "autoencoder": codec.fingerprint(), "preprocessing and held-out share": data_rule(resolve_model(name), codec),
+            "number of classes": pipeline.num_classes,
+        }  # fmt: skip
+        first = told if not loaded else first
+        for what in told:
+            if told[what] != first[what]:
+                raise UserError(f"{name}: has another {what} than {models[0]}, so their answers cannot be compared")
         loaded.append((pipeline, Denoiser.from_pipeline(pipeline)))
-    test = reference_sets(data, *data_rule(resolve_model(models[0]), codec))[1]
+    test = reference_sets(data, *first["preprocessing and held-out share"])[1]
     for pipeline, _ in loaded:
         check_classes(pipeline, test, data)
     return loaded, codec, test

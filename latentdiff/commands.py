@@ -191,12 +191,11 @@ def likelihood(
 
 
 def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> None:
-    """UserError where a data set's classes are not the model's, as far as the model names its own."""
-    if pipeline.class_names and pipeline.class_names != list(images.class_names):
-        raise UserError(
-            f"--data {data}: its classes ({', '.join(images.class_names) or 'none'}) are not the model's "
-            f"({', '.join(pipeline.class_names)}){advice}"
-        )
+    """UserError where a data set's classes are not those of a model that has some, or its images have no labels."""
+    theirs, names, count = list(images.class_names), pipeline.class_names, pipeline.num_classes
+    if count and (images.labels is None or len(theirs) != count or (names and names != theirs)):
+        said = ", ".join(theirs) if images.labels is not None else "its images have none"
+        raise UserError(f"--data {data}: its classes ({said}) are not the model's ({', '.join(names) or count}){advice}")
 
 
 def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:

@@ -44,6 +44,7 @@ def compare(
 ) -> dict[str, Any]:
     """Fréchet distance, label accuracy, network evaluations and seconds per image of every sampler at every length.
 
+    guidance_interval: (low, high) in t, guided only there; None: everywhere.
     samplers: names of `latentdiff.samplers`, or "scheduler" for the checkpoint's own. num_images: class-balanced, the same
     seeds in every cell. Writes <out>/comparison.json after each cell and comparison.md beside it; a cell that is there
     with the same protocol is not made again, so an interrupted comparison goes on. Seconds include decoding.
@@ -64,6 +65,8 @@ def compare(
     if min(steps) < 1 or num_images < 2 or batch_size < 1:
         raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
     check_out_folder(out)
+    if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
+        raise UserError(f"--guidance-interval {guidance_interval[0]:g} {guidance_interval[1]:g}: must be 0 <= LOW <= HIGH <= 1")
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -18,14 +18,14 @@ def info(what: str) -> dict[str, Any]:
 
         return {"config": str(path), **load_config(resolve_config(path)).model_dump(mode="json")}
     from latentdiff.checkpoints import INDEX, resolve_model
-    from latentdiff.data.shards import MANIFEST
+    from latentdiff.data.shards import shard_path
 
     if what == "fashion-mnist":
         return _data_info(what)
     folder = path if path.is_dir() else resolve_model(what)
     if (folder / INDEX).is_file():
         return _model_info(folder)
-    if (folder / MANIFEST).is_file():
+    if shard_path(folder, 0).is_file():
         return _cache_info(folder)
     if (folder / "model.safetensors").is_file():
         from latentdiff.evaluation.features import load_features

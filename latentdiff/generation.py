@@ -158,6 +158,8 @@ def check_out(out: str | Path, total: int) -> Path:
         raise UserError(f"--out {out}: must end in .png (a grid) or .npz, or name a folder")
     if path.suffix and path.is_dir() or not path.suffix and path.is_file():
         raise UserError(f"--out {out}: is {'a folder' if path.is_dir() else 'a file'} already")
+    if not path.suffix:
+        check_out_folder(path)
     if path.suffix and not path.absolute().parent.is_dir():
         raise UserError(f"--out {out}: the folder {path.parent} does not exist")
     if path.suffix and not os.access(path.absolute().parent, os.W_OK):
@@ -170,7 +172,9 @@ def check_out(out: str | Path, total: int) -> Path:
 def check_out_folder(out: str | Path) -> Path:
     """The folder of that name if files can be written there, now or once it is made. UserError otherwise."""
     path = Path(out)
-    if path.exists() and not path.is_dir():
+    if not str(out):
+        raise UserError("--out '': give a folder's name")
+    if (path.exists() or path.is_symlink()) and not path.is_dir():
         raise UserError(f"--out {out}: is a file; name a folder")
     above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not above.is_dir():

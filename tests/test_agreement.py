@@ -8,7 +8,7 @@ import torch
 from exact import Mixture, exact, mixture
 
 from latentdiff.agreement import agreement, estimate, markdown
-from latentdiff.checkpoints import load
+from latentdiff.checkpoints import META, load
 from latentdiff.schedules import make_schedule
 
 PROCESSES = ("vp", "subvp", "ve", "cosine", "flow", "edm")
@@ -53,5 +53,11 @@ def test_the_command_measures_models_on_one_autoencoder(run, refused, model, her
     assert json.loads(json.dumps(first)) == first and "images 8" in markdown(first)
     pipeline.vae.decoder.conv_out.weight.data.mul_(0.5)
     pipeline.vae.save_pretrained(other / "vae")
-    assert "on another autoencoder" in refused(*ask)
+    assert "has another autoencoder than" in refused(*ask)
     assert "--num-images 999" in refused("agreement", model, "--data", stripe_folder, "--num-images", 999)
+    shutil.rmtree(other / "vae")
+    shutil.copytree(model / "vae", other / "vae")
+    meta = json.loads((other / META).read_text())
+    meta["config"]["data"]["held_out"] = 0.5
+    (other / META).write_text(json.dumps(meta))
+    assert "has another preprocessing and held-out share than" in refused(*ask)

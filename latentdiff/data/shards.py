@@ -17,7 +17,6 @@ from torch import Tensor
 from latentdiff.errors import UserError
 
 Identity = dict[str, Any]
-MANIFEST = "manifest.json"
 _SPOKEN = {"autoencoder": "autoencoder weights", "count": "number of images", "shard_size": "shard size"}
 
 
@@ -74,7 +73,7 @@ def shard_problem(folder: Path, made_of: Identity, number: int) -> str | None:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a finished cache; None where there is none. UserError where it is not a manifest."""
-    path = folder / MANIFEST
+    path = folder / "manifest.json"
     if not path.is_file():
         return None
     try:
@@ -90,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     temporary = folder / f"manifest.{uuid4().hex}.tmp"
     temporary.write_text(json.dumps(manifest, indent=1))
-    _replace(temporary, folder / MANIFEST)
+    _replace(temporary, folder / "manifest.json")
 
 
 def refuse_difference(where: Path, found: Identity, wanted: Identity) -> None:
