@@ -40,6 +40,7 @@ def publish(
     prediction: str | None = None,
     schedule: Mapping[str, Any] | None = None,
     default_guidance_scale: float = 1.0,
+    default_guidance_interval: tuple[float, float] | None = None,
     default_num_inference_steps: int = 20,
     default_sampler: str | None = None,
     dtype: torch.dtype = torch.float16,
@@ -53,8 +54,8 @@ def publish(
         unet, vae: diffusers models; copied, never changed. `unet` holds the weights to ship (usually the EMA).
         scheduler: a diffusers scheduler, or None with `default_sampler`, a latentdiff sampler, in its place.
         meta: JSON values for latentdiff.json: config, data fingerprint, steps, EMA, latent statistics, metrics ...
-        class_names, null_class, image_size, prediction, schedule, default_guidance_scale, default_num_inference_steps,
-            default_sampler: what the pipeline keeps in model_index.json; see `LatentDiffusionPipeline`.
+        class_names, null_class, image_size, prediction, schedule, default_guidance_scale, default_guidance_interval,
+            default_num_inference_steps, default_sampler: kept in model_index.json; see `LatentDiffusionPipeline`.
         dtype: of the weights on disk.
         card: text of README.md; None writes a short one.
         files: more files by name (bytes, or a path to copy): pictures for the card.
@@ -91,6 +92,7 @@ def publish(
         prediction=prediction,
         schedule=dict(schedule) if schedule is not None else None,
         default_guidance_scale=default_guidance_scale,
+        default_guidance_interval=default_guidance_interval,
         default_num_inference_steps=default_num_inference_steps,
         default_sampler=default_sampler,
     )

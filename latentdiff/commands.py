@@ -229,13 +229,13 @@ def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, *
 def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
     """The protocol line of generated samples, the checkpoint's defaults filled in."""
     config = pipeline.config
-    steps, guidance = call.get("num_inference_steps"), call.get("guidance_scale")
+    steps, guidance, interval = (call.get(key) for key in ("num_inference_steps", "guidance_scale", "guidance_interval"))
     return {
         "model": model,
         "sampler": call.get("sampler") or default_sampler(pipeline),
         "steps": steps if steps is not None else config.default_num_inference_steps,
         "guidance": guidance if guidance is not None else config.default_guidance_scale,
-        "guidance_interval": call.get("guidance_interval"),
+        "guidance_interval": interval if interval is not None else config.default_guidance_interval,
         "seed": seed,
     }
 

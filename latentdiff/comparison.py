@@ -44,7 +44,7 @@ def compare(
 ) -> dict[str, Any]:
     """Fréchet distance, label accuracy, network evaluations and seconds per image of every sampler at every length.
 
-    guidance_interval: (low, high) in t, guided only there; None: everywhere.
+    guidance, guidance_interval: as in the pipeline's call; None: the checkpoint's.
     samplers: names of `latentdiff.samplers`, or "scheduler" for the checkpoint's own. num_images: class-balanced, the same
     seeds in every cell. Writes <out>/comparison.json after each cell and comparison.md beside it; a cell that is there
     with the same protocol is not made again, so an interrupted comparison goes on. Seconds include decoding.
@@ -77,10 +77,11 @@ def compare(
     net = load_features(resolve_model(features, "--features", "model.safetensors"))
     train, test = reference_sets(data, *data_rule(folder, LatentCodec(pipeline.vae)))
     labels = None if rows == [None] else np.repeat(rows, num_images // len(rows))
+    interval = pipeline.config.default_guidance_interval if guidance_interval is None else guidance_interval
     protocol = {
         "model": str(model), "data": data, "images": num_images, "seed": seed, "precision": precision,
         "guidance": pipeline.config.default_guidance_scale if guidance is None else guidance,
-        "guidance_interval": None if guidance_interval is None else list(guidance_interval), "features": net.name,
+        "guidance_interval": None if interval is None else list(interval), "features": net.name,
         "reference": train.fingerprint(),
     }  # fmt: skip
     table = _open(Path(out), protocol)

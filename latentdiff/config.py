@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
 from latentdiff.errors import UserError
 
@@ -138,7 +138,15 @@ class SampleConfig(Section):
     sampler: str | None = None  # of latentdiff, where there is no scheduler; null: dpmpp_2m
     steps: int = Field(20, gt=0)
     guidance: float = Field(1.5, ge=0)
+    guidance_interval: tuple[float, float] | None = None  # in t, 0 is data and 1 noise: guided only there
     per_class: int = Field(4, gt=0)
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float] | None) -> tuple[float, float] | None:
+        if value is not None and not 0 <= value[0] <= value[1] <= 1:
+            raise ValueError("must be [low, high] with 0 <= low <= high <= 1")
+        return value
 
 
 class DiffusionConfig(Section):

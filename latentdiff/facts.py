@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
+DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")
+
 
 def info(what: str) -> dict[str, Any]:
     """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a latent cache, a config or a data set."""
@@ -111,5 +113,5 @@ def _model_info(folder: Path) -> dict[str, Any]:
         "scheduler": default_sampler(pipeline),
         "steps_trained": meta.get("steps"),
         "latents": meta.get("latents"),
-        "defaults": {k: pipeline.config[k] for k in ("default_num_inference_steps", "default_guidance_scale")},
+        "defaults": {k: pipeline.config[k] for k in DEFAULTS},
     }

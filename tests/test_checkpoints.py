@@ -24,6 +24,7 @@ def publish(folder, **changes):
     arguments = dict(
         unet=tiny_unet(), vae=tiny_vae(), scheduler=DDIMScheduler(), meta={"steps": 7, "metrics": {"psnr_db": 27.5}},
         class_names=NAMES, null_class=3, image_size=(6, 5), default_guidance_scale=1.5,
+        default_guidance_interval=(0.0, 1.0),
     )  # fmt: skip
     return checkpoints.publish(folder, **{**arguments, **changes})
 
@@ -49,6 +50,7 @@ def test_what_is_published_is_what_is_loaded(published):
     pipe = checkpoints.load(published)
     assert pipe.class_names == NAMES
     assert pipe.config.null_class == 3 and list(pipe.config.image_size) == [6, 5]
+    assert list(pipe.config.default_guidance_interval) == [0.0, 1.0]
     assert pipe.config.default_guidance_scale == 1.5 and pipe.config.default_num_inference_steps == 20
     assert pipe.unet.dtype == torch.float32 and not pipe.unet.training and not pipe.vae.training
     torch.manual_seed(0)

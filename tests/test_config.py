@@ -48,6 +48,7 @@ def test_an_unknown_key_names_the_nearest(changes, said):
         ({"data__size": [16, 0]}, ("data.size.1: ", "greater than 0")),
         ({"optimizer__betas": [0.9, 1.0]}, ("optimizer.betas.1: ", "less than 1")),
         ({"optimizer__eps": 0}, ("optimizer.eps: ", "greater than 0")),
+        ({"sample__guidance_interval": [0.8, 0.2]}, ("sample.guidance_interval: ", "low <= high", "[0.8, 0.2]")),
         ({"ema__decay": 1.0}, ("ema.decay: ", "less than 1")),
         ({"data": None}, ("data: ",)),
         ({"stage": "difusion"}, ("stage: 'difusion' is not one of autoencoder, diffusion, features",)),

@@ -120,6 +120,19 @@ def test_the_guidance_interval_is_in_t(scheduler, times):
         assert any(guided)
 
 
+@pytest.mark.parametrize("sampler", [None, "ddim"])
+def test_the_checkpoints_interval_holds_until_the_call_says_otherwise(sampler):
+    pipe = point_pipe(DDIMScheduler(timestep_spacing="leading"), default_guidance_interval=(0.3, 0.8))
+    call = dict(class_labels=[1], guidance_scale=2.0, num_inference_steps=4, sampler=sampler)
+
+    def guided(**more):
+        pipe.unet.calls.clear()
+        latents_of(pipe, **call, **more)
+        return sum(len(labels) == 2 for _, labels in pipe.unet.calls)
+
+    assert 0 < guided() == guided(guidance_interval=(0.3, 0.8)) < guided(guidance_interval=(0.0, 1.0)) == 4
+
+
 def test_the_checkpoints_defaults_hold_until_the_call_says_otherwise():
     pipe = point_pipe(default_guidance_scale=3.0, default_num_inference_steps=6)
     torch.testing.assert_close(latents_of(pipe, class_labels=[1]), expected([1], 3.0), atol=1e-4, rtol=0)

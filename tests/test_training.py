@@ -176,8 +176,10 @@ def test_stage_2_publishes_the_average_with_its_classes(diffusion_run, autoencod
 
 
 def test_without_dropout_there_is_no_null_class(tmp_path, stripe_folder, autoencoder_run):
-    model = train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, condition__dropout=0.0, train__steps=1))
+    changes = dict(condition__dropout=0.0, train__steps=1, sample__guidance_interval=[0.2, 0.9])
+    model = train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, **changes))
     pipeline = checkpoints.load(model)
+    assert list(pipeline.config.default_guidance_interval) == [0.2, 0.9]
     assert pipeline.config.null_class is None and pipeline.unet.config.num_class_embeds == 3
     assert pipeline.config.default_guidance_scale == 1.0
     with pytest.raises(ValueError, match="without class dropout"):

@@ -303,6 +303,7 @@ def _picture(config: DiffusionConfig, parts: Parts, path: Path) -> None:
     scale = config.sample.guidance if pipeline.config.null_class is not None else None
     images = pipeline(
         class_labels=classes, num_images_per_label=config.sample.per_class, guidance_scale=scale,
+        guidance_interval=config.sample.guidance_interval,
         num_inference_steps=config.sample.steps,
         generator=generators(config.seed, range(len(classes) * config.sample.per_class)), output_type="pt",
     ).images  # fmt: skip
@@ -326,7 +327,7 @@ def _publish(config: DiffusionConfig, parts: Parts, output: Path) -> None:
     guidance = config.sample.guidance if pieces["null_class"] is not None else 1.0
     checkpoints.publish(
         output / "model", **pieces, meta=meta, default_guidance_scale=guidance,
-        default_num_inference_steps=config.sample.steps,
+        default_guidance_interval=config.sample.guidance_interval, default_num_inference_steps=config.sample.steps,
     )  # fmt: skip
 
 

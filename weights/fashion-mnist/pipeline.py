@@ -1,8 +1,7 @@
 """Images from a latent diffusion checkpoint: class labels (or nothing) in, pictures out.
 
-This one file is the whole pipeline. It needs torch, numpy, PIL and diffusers; latentdiff itself is imported only in the
-call that asks for one of its samplers. The same file is saved into every checkpoint as pipeline.py, so that plain
-diffusers opens the folder: `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`.
+This one file, saved into every checkpoint as pipeline.py, is the whole pipeline, so that plain diffusers opens the folder:
+`DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. latentdiff is needed only to run one of its samplers.
 """
 
 import importlib
@@ -42,7 +41,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         image_size: (H, W) of the real content; decoded images are larger where training padded them.
         prediction, schedule: what latentdiff's own samplers take the network for: "epsilon", "sample", "v_prediction",
             "score", "flow" or "edm", and {"name": ..., parameters} for `make_schedule`. None: read from the scheduler.
-        default_guidance_scale, default_num_inference_steps: what a call uses when it does not say.
+        default_guidance_scale, default_guidance_interval, default_num_inference_steps: used by a call that does not say.
         default_sampler: the latentdiff sampler that runs where `scheduler` is None.
     """
 
@@ -60,6 +59,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         prediction: str | None = None,
         schedule: dict | None = None,
         default_guidance_scale: float = 1.0,
+        default_guidance_interval: list | tuple | None = None,
         default_num_inference_steps: int = 20,
         default_sampler: str | None = None,
     ):
@@ -74,6 +74,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             prediction=prediction,
             schedule=schedule,
             default_guidance_scale=default_guidance_scale,
+            default_guidance_interval=default_guidance_interval,
             default_num_inference_steps=default_num_inference_steps,
             default_sampler=default_sampler,
         )
@@ -148,7 +149,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class".
             num_images_per_label: images for each entry of `class_labels`, side by side in the result.
             guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
-            guidance_interval: (low, high) in t, 0 = data and 1 = noise; outside it guidance is off (2404.07724).
+            guidance_interval: (low, high) in t, 0 = data and 1 = noise; guided only there (2404.07724). None: the default.
             num_inference_steps: steps of the scheduler or sampler. None: the checkpoint's default.
             generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
             latents: starting noise [B, c, h, w] of unit variance instead of drawn noise.
@@ -170,14 +171,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
         if steps < 1:
             raise PipelineInputError(f"num_inference_steps {steps}: must be at least 1")
-        interval = (0.0, 1.0) if guidance_interval is None else guidance_interval
-        if len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1:
-            raise PipelineInputError(f"guidance_interval {guidance_interval}: must be (low, high), 0 <= low <= high <= 1 in t")
+        interval = self.config.default_guidance_interval if guidance_interval is None else guidance_interval
+        if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
+            raise PipelineInputError(f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
         count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
         scale = self._guidance(guidance_scale, labels)
         noise = self._noise(count, generator, latents)  # [B, c, h, w]
         run = partial(self._run_sampler, sampler, sampler_options or {}, guidance) if sampler else self._run_scheduler
-        latents = run(noise, labels, scale, guidance_interval, steps, generator, callback_on_step_end)
+        latents = run(noise, labels, scale, interval, steps, generator, callback_on_step_end)
         images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -310,8 +311,7 @@ def fed_times(scheduler: Any) -> torch.Tensor:
     """What the network is told at each timestep: N sigma on flow sigmas, for which diffusers cuts N sigma to an integer."""
     if not scheduler.config.get("use_flow_sigmas", False):
         return scheduler.timesteps
-    exact = scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps
-    return exact.to(scheduler.timesteps.device)
+    return (scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps).to(scheduler.timesteps.device)
 
 
 def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch.Tensor) -> bool:
