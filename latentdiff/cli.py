@@ -67,7 +67,7 @@ def _add_generate(commands) -> None:
     add.add_argument("--all-classes", action="store_true", help="every class of the model")
     add.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=f"a checkpoint folder (default {DEFAULT_MODEL})")
     add.add_argument("--num-images", type=int, default=8, metavar="N", help="images of each class (default 8)")
-    add.add_argument("--steps", type=int, metavar="S", help="steps of the sampler (default: the checkpoint's)")
+    add.add_argument("--steps", type=int, metavar="S", help="of the sampler (default: the checkpoint's; more for some)")
     add.add_argument("--sampler", metavar="NAME", help="one of latentdiff's samplers instead of the checkpoint's scheduler")
     add.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale, 1 is off")
     _add_cost(add)

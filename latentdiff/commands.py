@@ -228,12 +228,14 @@ def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, *
 
 def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
     """The protocol line of generated samples, the checkpoint's defaults filled in."""
-    config = pipeline.config
+    from latentdiff.samplers import default_steps
+
+    config, sampler = pipeline.config, call.get("sampler") or default_sampler(pipeline)
     steps, guidance, interval = (call.get(key) for key in ("num_inference_steps", "guidance_scale", "guidance_interval"))
     return {
         "model": model,
-        "sampler": call.get("sampler") or default_sampler(pipeline),
-        "steps": steps if steps is not None else config.default_num_inference_steps,
+        "sampler": sampler,
+        "steps": steps if steps is not None else default_steps(sampler, config.default_num_inference_steps),
         "guidance": guidance if guidance is not None else config.default_guidance_scale,
         "guidance_interval": interval if interval is not None else config.default_guidance_interval,
         "seed": seed,

@@ -158,6 +158,16 @@ def test_any_sampler_ends_on_the_guided_point(sampler, scheduler):
     torch.testing.assert_close(guided, expected([0, 1, 3], 2.5), atol=2e-3, rtol=0)
 
 
+def test_a_sampler_that_wants_more_steps_than_the_default_takes_them_unless_told():
+    pipe = point_pipe(default_num_inference_steps=6)
+    for sampler, evaluations in (("euler", 6), ("euler_maruyama", 50), ("reverse_diffusion", 100)):
+        assert samplers.default_steps(sampler, 6) == evaluations and samplers.default_steps(sampler, 200) == 200
+        for asked, done in ((None, evaluations), (4, 4)):
+            pipe.unet.calls.clear()
+            latents_of(pipe, class_labels=[1], sampler=sampler, num_inference_steps=asked)
+            assert len(pipe.unet.calls) == done
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_our_ddim_is_the_schedulers_ddim(prediction):
     pipe = random_pipe(DDIMScheduler(prediction_type=prediction, timestep_spacing="leading", **EXACT))

@@ -25,6 +25,7 @@ __all__ = [
     "ancestral",
     "annealed_langevin",
     "ddim",
+    "default_steps",
     "dopri5",
     "dpmpp_2m",
     "dpmpp_2m_sde",
@@ -56,12 +57,19 @@ _SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "dpmpp_3m": dpmpp_3m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
 }
+# Stochastic discretisations of first order leave noise in the image where a multistep ODE solver is done
+_FEWEST_STEPS: Mapping[str, int] = {"euler_maruyama": 50, "reverse_diffusion": 100, "predictor_corrector": 50}
 _COMMON = ("denoiser", "x", "grid", "generator", "callback")
 
 
 def names() -> list[str]:
     """The samplers there are."""
     return list(_SAMPLERS)
+
+
+def default_steps(sampler: str, stated: int) -> int:
+    """How many steps a call takes that names none, for a checkpoint whose own default is `stated`: more where need be."""
+    return max(stated, _FEWEST_STEPS.get(sampler, 1))
 
 
 @torch.no_grad()

@@ -117,8 +117,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         raise PipelineInputError(f"unknown class {label!r}; {self._listed_classes()}")
 
     def _listed_classes(self) -> str:
-        count = self.num_classes
-        if count == 0:
+        if (count := self.num_classes) == 0:
             return "this checkpoint is unconditional and takes no class labels"
         names = self.class_names or [""] * count
         listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:_LISTED_CLASSES]))
@@ -150,7 +149,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             num_images_per_label: images for each entry of `class_labels`, side by side in the result.
             guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
             guidance_interval: (low, high) in t, 0 = data and 1 = noise; guided only there (2404.07724). None: the default.
-            num_inference_steps: steps of the scheduler or sampler. None: the checkpoint's default.
+            num_inference_steps: of the scheduler or sampler. None: the checkpoint's; some SDE samplers then take more.
             generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
             latents: starting noise [B, c, h, w] of unit variance instead of drawn noise.
             sampler, sampler_options: one of `latentdiff.samplers.names()` instead of the diffusers scheduler; its keywords.
@@ -177,7 +176,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
         scale = self._guidance(guidance_scale, labels)
         noise = self._noise(count, generator, latents)  # [B, c, h, w]
-        run = partial(self._run_sampler, sampler, sampler_options or {}, guidance) if sampler else self._run_scheduler
+        asked = (sampler, num_inference_steps, sampler_options or {}, guidance)
+        run = partial(self._run_sampler, *asked) if sampler else self._run_scheduler
         latents = run(noise, labels, scale, interval, steps, generator, callback_on_step_end)
         images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
@@ -256,7 +256,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 bar.update()
         return x
 
-    def _run_sampler(self, name, options, guide, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
+    def _run_sampler(self, name, asked, options, guide, noise, labels, scale, interval, steps, generator, callback):
         """The same with one of latentdiff's samplers."""
         # Not an import statement: diffusers scans this file for those and would warn about a package it can do without
         try:
@@ -265,10 +265,10 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             )
         except ImportError as error:
             raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
+        steps = samplers.default_steps(name, steps) if asked is None else steps
         conditional = {} if labels is None else {"class_labels": labels}
         null = {} if scale == 1.0 else {"class_labels": torch.full_like(labels, self.config.null_class)}
-        denoiser = denoisers.Denoiser.from_pipeline(self)
-        denoiser = guidances.ClassifierFree(denoiser, conditional, null, scale, interval=interval)
+        denoiser = guidances.ClassifierFree(denoisers.Denoiser.from_pipeline(self), conditional, null, scale, interval=interval)
         denoiser = denoiser if guide is None else guide(denoiser)
         with self.progress_bar(total=steps) as bar:
 
