@@ -81,7 +81,7 @@ def _add_generate(commands) -> None:
 
 
 def _add_cost(add) -> None:
-    interval = "guide only at t in this interval, 0 is data and 1 noise"
+    interval = "guide only at t in this interval, 0 is data and 1 noise; 0 1 is everywhere (default: the checkpoint's)"
     add.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
     add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
 

@@ -230,12 +230,15 @@ def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) 
     """The protocol line of generated samples, the checkpoint's defaults filled in."""
     from latentdiff.samplers import default_steps
 
-    config, sampler = pipeline.config, call.get("sampler") or default_sampler(pipeline)
+    config, sampler = pipeline.config, call.get("sampler")
     steps, guidance, interval = (call.get(key) for key in ("num_inference_steps", "guidance_scale", "guidance_interval"))
+    if steps is None:
+        own = sampler in (None, config.default_sampler)
+        steps = config.default_num_inference_steps if own else default_steps(sampler, config.default_num_inference_steps)
     return {
         "model": model,
-        "sampler": sampler,
-        "steps": steps if steps is not None else default_steps(sampler, config.default_num_inference_steps),
+        "sampler": sampler or default_sampler(pipeline),
+        "steps": steps,
         "guidance": guidance if guidance is not None else config.default_guidance_scale,
         "guidance_interval": interval if interval is not None else config.default_guidance_interval,
         "seed": seed,

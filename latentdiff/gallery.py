@@ -73,12 +73,12 @@ class Stage:
         self.denoiser = Denoiser.from_pipeline(pipeline)
         self.noise = randn((len(self.labels), *pipeline.latent_shape), generators(seed, self.labels.tolist()))  # [K, c, h, w]
 
-    def guided(self, scale: float, labels: Tensor | None = None) -> Any:
-        """The denoiser of each class at a classifier-free scale; labels [K] in the place of the classes."""
+    def guided(self, scale: float, labels: Tensor | None = None, interval: Sequence[float] | None = None) -> Any:
+        """The denoiser of each class at a classifier-free scale, within an interval of t; labels [K] for the classes'."""
         from latentdiff.guidance import ClassifierFree
 
         conditional = {"class_labels": self.labels if labels is None else labels}
-        return ClassifierFree(self.denoiser, conditional, {"class_labels": self.null}, scale)
+        return ClassifierFree(self.denoiser, conditional, {"class_labels": self.null}, scale, interval=interval)
 
     def draw(self, denoiser: Any, noise: Tensor | None = None, callback: Any = None) -> Tensor:
         """One image a class from the same noise: [K, C, H, W]."""
@@ -108,7 +108,9 @@ class Stage:
 def trajectory(stage: Stage) -> list[Tensor]:
     """Decoded x0 estimates at COLUMNS of the sampler's steps, evenly spread, the last among them: [K, C, H, W] each."""
     seen: list[Tensor] = []
-    stage.draw(stage.guided(stage.pipeline.config.default_guidance_scale), callback=lambda _, __, ___, x0: seen.append(x0))
+    config = stage.pipeline.config
+    denoiser = stage.guided(config.default_guidance_scale, interval=config.default_guidance_interval)
+    stage.draw(denoiser, callback=lambda _, __, ___, x0: seen.append(x0))
     kept = np.linspace(0, len(seen) - 1, min(COLUMNS, len(seen))).round().astype(int)
     return [stage.decode(seen[k]) for k in kept]
 

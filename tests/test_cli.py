@@ -278,6 +278,19 @@ def test_info_says_what_a_thing_is(run, model, autoencoder_run, stripe_folder, t
     assert json.loads(run("info", config))["train"]["steps"] == 6
 
 
+def test_protocols_say_the_checkpoints_interval_and_the_steps_a_sampler_takes(run, model, feature_folder, stripe_folder, here):
+    other = shutil.copytree(model, here / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "default_guidance_interval": [0.2, 0.8]}))
+    assert json.loads(run("info", other))["defaults"]["default_guidance_interval"] == [0.2, 0.8]
+    ask = (other, "--data", stripe_folder, "--features", feature_folder, "--num-images", 3)
+    for more, steps in (((), 2), (("--sampler", "euler_maruyama"), 50), (("--sampler", "euler"), 2), (("--steps", 3), 3)):
+        protocol = json.loads(run("evaluate", *ask, "--cas-seeds", 0, *more))["protocol"]
+        assert protocol["guidance_interval"] == [0.2, 0.8] and protocol["steps"] == steps
+    run("compare", *ask, "--samplers", "euler", "--steps", 2, "--out", "table")
+    assert json.loads((here / "table" / "comparison.json").read_text())["protocol"]["guidance_interval"] == [0.2, 0.8]
+
+
 def test_evaluate_refuses_data_of_other_classes(refused, model, feature_folder, tmp_path):
     data = write_stripes(tmp_path / "data")
     (data / "down").rename(data / "zigzag")

@@ -27,9 +27,11 @@ def test_the_command_writes_labelled_pictures(run, here, model, stripe_folder):
 
 
 def test_a_trajectory_ends_where_the_pipeline_does(stage):
+    stage.pipeline.register_to_config(default_guidance_interval=[0.3, 0.8], default_guidance_scale=3.0)
     columns = trajectory(stage)
     assert len(columns) == 6
-    end = stage.draw(stage.guided(stage.pipeline.config.default_guidance_scale))
+    end = stage.draw(stage.guided(3.0, interval=(0.3, 0.8)))
+    assert float((stage.draw(stage.guided(3.0)) - end).abs().max()) > 1e-3
     torch.testing.assert_close(columns[-1], end, rtol=0, atol=1e-4)
     assert float((columns[0] - end).abs().max()) > 0.05
     latents = torch.stack(list(stage.noise))

@@ -160,6 +160,7 @@ def test_any_sampler_ends_on_the_guided_point(sampler, scheduler):
 
 def test_a_sampler_that_wants_more_steps_than_the_default_takes_them_unless_told():
     pipe = point_pipe(default_num_inference_steps=6)
+    assert samplers.default_steps("predictor_corrector", 6) == 50
     for sampler, evaluations in (("euler", 6), ("euler_maruyama", 50), ("reverse_diffusion", 100)):
         assert samplers.default_steps(sampler, 6) == evaluations and samplers.default_steps(sampler, 200) == 200
         for asked, done in ((None, evaluations), (4, 4)):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EDMEulerScheduler
 from test_pipeline import NAMES, POINTS, latents_of, point_pipe, random_pipe, seeded
 from tiny_models import tiny_unet, tiny_vae
 
@@ -14,7 +14,7 @@ from latentdiff import checkpoints
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.guidance import Autoguidance, Classifier, Reconstruction
-from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, PipelineInputError
+from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, PipelineInputError, within
 
 CALL = dict(class_labels=[0, 1], num_inference_steps=6, sampler="heun")
 
@@ -83,6 +83,13 @@ def bare_pipe(**config):
     pipe = LatentDiffusionPipeline(tiny_unet(), tiny_vae(), None, **{**defaults, **config})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def test_the_default_sampler_takes_the_checkpoints_own_steps():
+    pipe = bare_pipe(default_sampler="euler_maruyama", default_num_inference_steps=4)
+    times = []
+    pipe(class_labels=[0], output_type="latent", callback_on_step_end=lambda _, step, t, kwargs: times.append(t))
+    assert len(times) == 4
 
 
 def test_the_default_sampler_runs_where_there_is_no_scheduler():
@@ -178,3 +185,11 @@ def test_generators_and_shapes_hold_without_a_scheduler():
     together = latents_of(pipe, class_labels=[0, 1], generator=[seeded(0), seeded(1)])
     alone = latents_of(pipe, class_labels=[1], generator=[seeded(1)])
     torch.testing.assert_close(alone[0], together[1], atol=1e-3, rtol=1e-3)  # of values near 100
+
+
+@pytest.mark.parametrize("sigma_max", [10.0, 60.0, 80.0])
+def test_everywhere_is_every_step_of_edm_too(sigma_max):
+    scheduler = EDMEulerScheduler(sigma_max=sigma_max)
+    scheduler.set_timesteps(7)
+    assert all(within((0.0, 1.0), scheduler, timestep) for timestep in scheduler.timesteps)
+    assert not within((0.0, 0.9), scheduler, scheduler.timesteps[0])

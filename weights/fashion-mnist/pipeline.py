@@ -148,7 +148,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class".
             num_images_per_label: images for each entry of `class_labels`, side by side in the result.
             guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
-            guidance_interval: (low, high) in t, 0 = data and 1 = noise; guided only there (2404.07724). None: the default.
+            guidance_interval: (low, high) in t of 0 = data to 1 = noise; guided there (2404.07724). None: the default.
             num_inference_steps: of the scheduler or sampler. None: the checkpoint's; some SDE samplers then take more.
             generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
             latents: starting noise [B, c, h, w] of unit variance instead of drawn noise.
@@ -265,7 +265,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             )
         except ImportError as error:
             raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
-        steps = samplers.default_steps(name, steps) if asked is None else steps
+        steps = samplers.default_steps(name, steps) if asked is None and name != self.config.default_sampler else steps
         conditional = {} if labels is None else {"class_labels": labels}
         null = {} if scale == 1.0 else {"class_labels": torch.full_like(labels, self.config.null_class)}
         denoiser = guidances.ClassifierFree(denoisers.Denoiser.from_pipeline(self), conditional, null, scale, interval=interval)
@@ -322,7 +322,7 @@ def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch
     flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
     t = (float(timestep) + (0 if flow else 1)) / config.num_train_timesteps
     if "sigma_data" in config:
-        t = math.exp(4 * float(timestep)) / config.sigma_max
+        t = min(1.0, math.exp(4 * float(timestep)) / config.sigma_max)  # rounding may take the first beyond 1
     return interval[0] <= t <= interval[1]
 
 
