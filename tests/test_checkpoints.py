@@ -109,6 +109,7 @@ except ValueError as error:
 def test_stock_diffusers_gives_the_same_pixels(published, tmp_path):
     # -P and the scratch directory keep the repository off the path; the blocker is for an installed latentdiff
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums are split by threads
     result = subprocess.run(
         [sys.executable, "-c", STOCK, str(published), str(tmp_path / "images.npy")],
         cwd=tmp_path, env={**environment, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
