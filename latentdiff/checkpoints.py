@@ -112,8 +112,9 @@ def _check_classes(
     unet: Any, class_names: Sequence[str] | None, null_class: int | None, scale: float, interval: Sequence[float] | None
 ) -> None:
     """UserError where the classes, the null class, the default guidance and the U-Net contradict each other."""
-    if interval is not None and not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
-        raise UserError(f"default_guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
+    from latentdiff.guidance import check_interval
+
+    check_interval(interval, "default_guidance_interval")
     if scale != 1.0 and null_class is None:
         raise UserError(f"default_guidance_scale {scale}: without a null class it can only be 1")
     rows, needed = unet.config.get("num_class_embeds") or 0, len(class_names or ()) + (null_class is not None)

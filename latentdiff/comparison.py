@@ -58,6 +58,7 @@ def compare(
     from latentdiff.evaluation.features import load_features
     from latentdiff.evaluation.report import Yardstick, reference_sets
     from latentdiff.generation import check_out_folder, class_rows, set_precision
+    from latentdiff.guidance import check_interval
 
     for name in samplers:
         if name != SCHEDULER and name not in rooms.names():
@@ -65,8 +66,7 @@ def compare(
     if min(steps) < 1 or num_images < 2 or batch_size < 1:
         raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
     check_out_folder(out)
-    if guidance_interval is not None and not 0 <= guidance_interval[0] <= guidance_interval[1] <= 1:
-        raise UserError(f"--guidance-interval {guidance_interval[0]:g} {guidance_interval[1]:g}: must be 0 <= LOW <= HIGH <= 1")
+    check_interval(guidance_interval, "--guidance-interval")
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)

@@ -171,7 +171,7 @@ def test_weights_that_do_not_fit_the_dtype_are_refused(tmp_path):
 def test_default_guidance_needs_a_null_class(tmp_path):
     with pytest.raises(UserError, match="null class"):
         publish(tmp_path / "model", null_class=None, default_guidance_scale=2.0)
-    with pytest.raises(UserError, match="default_guidance_interval .* low <= high"):
+    with pytest.raises(UserError, match="default_guidance_interval: .* low <= high"):
         publish(tmp_path / "model", default_guidance_interval=(0.9, 0.2))
     assert list(tmp_path.iterdir()) == []
 

@@ -9,7 +9,7 @@ nothing, and cost nothing beyond the denoiser where they are off: at scale 1, at
 from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier_free import ClassifierFree
 from latentdiff.guidance.classifier_net import LatentClassifier, load_classifier
-from latentdiff.guidance.common import check_same_path
+from latentdiff.guidance.common import check_interval, check_same_path
 from latentdiff.guidance.gradient import Classifier, Reconstruction
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "ClassifierFree",
     "LatentClassifier",
     "Reconstruction",
+    "check_interval",
     "check_same_path",
     "load_classifier",
 ]

@@ -1,6 +1,6 @@
 """What every guidance does: which samples it touches, and how its x0 and eps take the place of the denoiser's."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,10 +13,15 @@ from latentdiff.tensors import flat_std, widen
 Interval = tuple[float, float] | None
 
 
+def check_interval(interval: Sequence[float] | None, name: str) -> None:
+    """UserError, which begins with `name`, unless interval is (low, high) in t, 0 <= low <= high <= 1, or None."""
+    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
+        raise UserError(f"{name}: {interval} is not (low, high) in t with 0 <= low <= high <= 1, 0 data and 1 noise")
+
+
 def check_options(interval: Interval, rescale: float) -> None:
     """UserError unless interval is (low, high) in t, 0 <= low <= high <= 1, or None, and rescale is in [0, 1]."""
-    if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
-        raise UserError(f"guidance interval: {interval} is not (low, high) in t with 0 <= low <= high <= 1, 0 data and 1 noise")
+    check_interval(interval, "guidance interval")
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale: {rescale} is not in [0, 1]")
 
