@@ -124,7 +124,7 @@ def evaluate(
         train, test = reports.reference_sets(data, rule, held_out)
         check_classes(pipeline, train, data)
         images, labels = _balanced(pipeline, num_images, **call)
-        protocol = {**_stated(pipeline, str(model), **call), "precision": precision}
+        protocol = {**stated(pipeline, str(model), **call), "precision": precision}
     report = reports.evaluate_samples(
         images, labels, train, test, net, protocol=protocol, codec=codec,
         train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds),
@@ -212,9 +212,9 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
 def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[np.ndarray, np.ndarray | None]:
     from tqdm import tqdm
 
-    from latentdiff.generation import class_rows, generate_batches
+    from latentdiff.generation import subjects, generate_batches
 
-    rows = class_rows(pipeline, [], all_classes=pipeline.num_classes > 0)
+    rows = subjects(pipeline, [], all_classes=pipeline.num_classes > 0)
     if num_images % len(rows):
         raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
     images, labels = [], []
@@ -226,7 +226,7 @@ def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, *
     return np.concatenate(images), None if rows == [None] else np.array(labels)
 
 
-def _stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
+def stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
     """The protocol line of generated samples, the checkpoint's defaults filled in."""
     from latentdiff.samplers import default_steps
 

@@ -1,11 +1,21 @@
-"""Class labels as the U-Net receives them, and their per-sample dropout for classifier-free guidance (2207.12598)."""
+"""Class labels and text as the U-Net receives them, and per-sample dropout for classifier-free guidance (2207.12598)."""
 
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from latentdiff.errors import UserError
 from latentdiff.rng import rand
+
+OWN_LENGTH = 32  # tokens of a prompt, for an encoder of one's own
+LONGEST = 128  # tokens taken from a pretrained encoder whose tokenizer states no length of its own
+NULL_PROMPT = ""  # what a dropped prompt becomes
 
 
 def drop(
@@ -79,3 +89,114 @@ class ClassCondition:
         if self.null_class is None:
             raise UserError("class dropout is 0, so the model has no null class and no unconditional prediction")
         return {"class_labels": torch.full((batch,), self.null_class, dtype=torch.long, device=device)}
+
+
+class Prompts:
+    """A tokenizer with the text encoder that reads its tokens: prompts to states, as training and the pipeline do alike.
+
+    Every prompt is padded or cut to `length` tokens. The encoder is told which are padding where its config says
+    use_attention_mask, as diffusers' pipelines do; the U-Net attends to all `length` states, as theirs do.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: torch.nn.Module):
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.length: int = tokenizer.model_max_length
+        self.width: int = encoder.config.hidden_size
+
+    def tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """input_ids [B, length], with attention_mask [B, length] where the encoder takes one."""
+        out = self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        )
+        names = ["input_ids", "attention_mask"] if uses_mask(self.encoder) else ["input_ids"]
+        return {name: out[name] for name in names}
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str]) -> torch.Tensor:
+        """The encoder's last states [B, length, width], float32."""
+        device = next(self.encoder.parameters()).device
+        return self.encoder(**{k: v.to(device) for k, v in self.tokens(prompts).items()})[0].float()
+
+
+class PromptedUNet(torch.nn.Module):
+    """A U-Net with the text encoder that is trained with it: one network, so that DDP and EMA cover both."""
+
+    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **conditioning: Any,
+    ) -> Any:
+        """sample [B, c, h, w], input_ids [B, L]: the U-Net's output, cross-attending to the encoder's states."""
+        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # [B, L, d]
+        return self.unet(sample, timestep, encoder_hidden_states=states, **conditioning)
+
+
+def uses_mask(encoder: torch.nn.Module) -> bool:
+    """Whether an encoder is told which tokens are padding: by diffusers' convention, its config's use_attention_mask."""
+    return bool(getattr(encoder.config, "use_attention_mask", False))
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int | None = None) -> Any:
+    """A CLIP tokenizer (lower-casing byte-pair encoding, 1508.07909) of at most `vocabulary` tokens, learnt on captions.
+
+    The numbers of its tokens differ from call to call (the trainer walks a hash table), so learn once, and keep it.
+    """
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    blank = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[], model_max_length=length or OWN_LENGTH)
+    return blank.train_new_from_iterator([sorted(set(captions))], vocab_size=vocabulary)
+
+
+def build_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> torch.nn.Module:
+    """A fresh CLIPTextModel over a tokenizer's tokens: what a stock Stable Diffusion pipeline expects to find."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if width % heads:
+        raise UserError(f"condition.text.width: {width} is not a multiple of condition.text.heads {heads}")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, projection_dim=width,
+        num_hidden_layers=layers, num_attention_heads=heads, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return CLIPTextModel(config)
+
+
+def load_prompts(where: str, length: int | None = None) -> Prompts:
+    """A pretrained text encoder, frozen, with its tokenizer.
+
+    where: a folder with both, a pipeline's folder (its text_encoder/ and tokenizer/), or a Hub name. CLIP text models,
+    T5 encoders, BERT and its like. length: tokens of a prompt; None: the tokenizer's own. UserError where there is no
+    such encoder.
+    """
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # it reports the unused half of a CLIP, which is as it should be
+    folder = Path(where)
+    piped = (folder / "text_encoder" / "config.json").is_file()
+    places = (folder / "text_encoder", folder / "tokenizer") if piped else (where, where)
+    if not piped and not (folder / "config.json").is_file() and (folder.exists() or where.startswith((".", "/"))):
+        raise UserError(f"condition.text.encoder {where}: needs config.json there, or text_encoder/ and tokenizer/")
+    try:
+        kind = transformers.AutoConfig.from_pretrained(places[0]).model_type
+        name = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}.get(kind, "AutoModel")
+        tokenizer = transformers.AutoTokenizer.from_pretrained(places[1])
+        encoder = getattr(transformers, name).from_pretrained(places[0], use_safetensors=True, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"condition.text.encoder {where}: no transformers text encoder in safetensors ({reason})") from None
+    own = tokenizer.model_max_length if tokenizer.model_max_length <= LONGEST else LONGEST
+    longest = getattr(encoder.config, "max_position_embeddings", None)
+    if length is not None and longest is not None and length > longest:
+        raise UserError(f"condition.text.max_length: {length}, but {where} reads at most {longest} tokens")
+    tokenizer.model_max_length = length or own
+    if not hasattr(encoder.config, "use_attention_mask"):
+        encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
+    return Prompts(tokenizer, encoder.eval().requires_grad_(False))

@@ -20,34 +20,46 @@ from latentdiff.rng import derive_seed
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
-# guide(rows of a batch) -> guidance(denoiser) -> denoiser
-Guide = Callable[[list[int | None]], Callable[[Any], Any]]
+Subject = int | str | None  # what an image is to show: a class's embedding row, a prompt, or nothing in particular
+# guide(subjects of a batch) -> guidance(denoiser) -> denoiser
+Guide = Callable[[list[Subject]], Callable[[Any], Any]]
 
 GRID_COLUMNS = 16
 GRID_IMAGES = 1024  # a PNG grid of more is not for people
+NAME_LENGTH = 80  # of a prompt in a file's name
 
 
-def class_rows(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[int | None]:
-    """Embedding rows of the classes asked for; [None] for an unconditional model. UserError listing the classes."""
+def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:
+    """What WHAT asks for: prompts of a model that reads text (but for its class names), else embedding rows of classes.
+
+    [None] for an unconditional model. UserError listing the classes, or saying that a prompt is needed.
+    """
     if all_classes and what:
         raise UserError(f"--all-classes: stands for every class, so leave out {what[0]!r}")
     if all_classes and not pipeline.num_classes:
-        raise UserError("--all-classes: this model is unconditional and has no classes")
+        raise UserError("--all-classes: this model is not told classes" + _what_it_takes(pipeline))
     if all_classes:
         return list(range(pipeline.num_classes))
     if not what:
-        if pipeline.num_classes:
-            raise UserError(f"WHAT: name classes or give --all-classes; {pipeline._listed_classes()}")
+        if pipeline.num_classes or pipeline.text_encoder is not None:
+            raise UserError("WHAT: name what to draw" + _what_it_takes(pipeline))
         return [None]
     try:
-        return [pipeline.class_index(label) for label in what]
+        texted = pipeline.text_encoder is not None
+        return [label if texted and label not in pipeline.class_names else pipeline.class_index(label) for label in what]
     except ValueError as error:
         raise UserError(f"WHAT: {error}") from None
 
 
-def image_generators(seed: int, row: int | None, start: int, count: int) -> list[torch.Generator]:
-    """Generators of images start ... start + count - 1 of a class: functions of (seed, class, number) alone."""
-    label = -1 if row is None else row
+def _what_it_takes(pipeline: LatentDiffusionPipeline) -> str:
+    prompts = "" if pipeline.text_encoder is None else ', as prompts such as "a red apple"'
+    classes = f"; {pipeline._listed_classes()}, or give --all-classes" if pipeline.num_classes else ""
+    return prompts + classes or "; it is unconditional"
+
+
+def image_generators(seed: int, subject: Subject, start: int, count: int) -> list[torch.Generator]:
+    """Generators of images start ... start + count - 1 of a subject: functions of (seed, subject, number) alone."""
+    label = -1 if subject is None else subject
     return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
 
 
@@ -105,8 +117,8 @@ def classifier_guide(pipeline: LatentDiffusionPipeline, folder: Path, strength: 
         raise UserError(f"{folder / 'classifier'}: takes (channels, classes) {theirs}, and this model has {ours}")
     check_same_path(Denoiser.from_pipeline(pipeline).schedule, classifier.schedule, "the classifier")
 
-    def guide(rows: list[int | None]) -> Callable[[Any], Any]:
-        wanted = [row for row in rows if row is not None]
+    def guide(rows: list[Subject]) -> Callable[[Any], Any]:
+        wanted = [row for row in rows if isinstance(row, int)]
         if len(wanted) != len(rows):
             raise UserError("--classifier-strength: every image needs a class to be guided to")
         log_prob = partial(classifier, labels=torch.tensor(wanted, device=pipeline.device))
@@ -118,17 +130,17 @@ def classifier_guide(pipeline: LatentDiffusionPipeline, folder: Path, strength: 
 @torch.no_grad()
 def generate_batches(
     pipeline: LatentDiffusionPipeline,
-    rows: list[int | None],
+    rows: list[Subject],
     num_images: int,
     seed: int = 0,
     batch_size: int = 128,
     guide: Guide | None = None,
     **call: Any,
-) -> Iterator[tuple[np.ndarray, list[int | None]]]:
+) -> Iterator[tuple[np.ndarray, list[Subject]]]:
     """Yield (uint8 [B, H, W, C], rows [B]): `num_images` for each row, in order; `call` goes to the pipeline.
 
-    guide: guide(rows [B]) is the pipeline's guidance for a batch.
-    An image depends on the checkpoint, the call, the seed, its class and its number within the class, not on
+    rows: classes, prompts or None, as `subjects` gives them.  guide: guide(rows [B]) is the pipeline's guidance for a
+    batch. An image depends on the checkpoint, the call, the seed, its subject and its number within that, not on
     batch_size. UserError for what the pipeline refuses.
     """
     wanted = [(row, k) for row in rows for k in range(num_images)]
@@ -139,7 +151,10 @@ def generate_batches(
         if guide is not None:
             call["guidance"] = guide(labels)
         try:
-            out = pipeline(class_labels=labels, generator=generators, output_type="np", **call).images  # [B, H, W, C]
+            told = {"class_labels": [None if isinstance(row, str) else row for row in labels]}
+            if any(isinstance(row, str) for row in labels):
+                told["prompt"] = [row if isinstance(row, str) else None for row in labels]
+            out = pipeline(**told, generator=generators, output_type="np", **call).images  # [B, H, W, C]
         except UserError:
             raise
         except ValueError as error:
@@ -195,13 +210,16 @@ def generate(
     classifier_strength: float = 0.0,
     sampler_options: list[str] | None = None,
     precision: str = "float32",
+    negative: str | None = None,
     seed: int = 0,
     out: str | Path = "samples.png",
     all_classes: bool = False,
     batch_size: int = 128,
     progress: bool = True,
 ) -> Path:
-    """Generate `num_images` of each class in `what` and write them; returns the path written.
+    """Generate `num_images` of each class or prompt in `what` and write them; returns the path written.
+
+    negative: a prompt to guide away from, for a model that reads text.
 
     out: .png, a labelled grid; .npz, arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N]; else a folder with a PNG an image.
     classifier_strength: of classifier guidance, on top of classifier-free, by the classifier in the model's folder; 0 is
@@ -228,14 +246,14 @@ def generate(
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
-    rows = class_rows(pipeline, list(what or []), all_classes)
+    rows = subjects(pipeline, list(what or []), all_classes)
     check_out(out, len(rows) * num_images)
     call = {
         "num_inference_steps": steps, "sampler": sampler, "sampler_options": options, "guidance_scale": guidance,
-        "guidance_interval": guidance_interval,
+        "guidance_interval": guidance_interval, "negative_prompt": negative,
     }  # fmt: skip
     images: list[np.ndarray] = []
-    labels: list[int | None] = []
+    labels: list[Subject] = []
     with tqdm(total=len(rows) * num_images, unit="image", disable=not progress, delay=0.5) as bar:
         for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, guide, **call):
             images.extend(batch)
@@ -245,36 +263,36 @@ def generate(
     return path
 
 
-def _write(path: Path, images: np.ndarray, labels: list[int | None], pipeline: LatentDiffusionPipeline) -> None:
-    names = pipeline.class_names or [str(k) for k in range(pipeline.num_classes)]
+def _write(path: Path, images: np.ndarray, labels: list[Subject], pipeline: LatentDiffusionPipeline) -> None:
+    classes = pipeline.class_names or [str(k) for k in range(pipeline.num_classes)]
+    names = ["" if row is None else row if isinstance(row, str) else (*classes, "no class")[row] for row in labels]
     if path.suffix == ".npz":
-        save_npz(path, images, np.array([-1 if row is None else row for row in labels]))
+        save_npz(path, images, np.array([row if isinstance(row, int) else -1 for row in labels]))
     elif path.suffix == ".png":
         from latentdiff.pictures import labelled_grid, save_png
 
-        grid, captions = _grid_rows(images, labels, names)
+        grid, captions = _grid_rows(images, names)
         save_png(labelled_grid(grid, captions), path)
     else:
         from PIL import Image
 
         path.mkdir(parents=True, exist_ok=True)
-        for k, (image, row) in enumerate(zip(images, labels, strict=True)):
-            name = "image" if row is None else re.sub(r"[^\w-]+", "_", names[row])
+        for k, (image, text) in enumerate(zip(images, names, strict=True)):
+            name = re.sub(r"[^\w-]+", "_", text)[:NAME_LENGTH] or "image"
             Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{k:05d}-{name}.png")
 
 
-def _grid_rows(images: np.ndarray, labels: list[int | None], names: list[str]) -> tuple[list[list[np.ndarray]], list[str]]:
-    """Rows of at most GRID_COLUMNS images of one class, the class named at the first of its rows."""
+def _grid_rows(images: np.ndarray, names: list[str]) -> tuple[list[list[np.ndarray]], list[str]]:
+    """Rows of at most GRID_COLUMNS images of one subject, named at the first of its rows."""
     grid: list[list[np.ndarray]] = []
     captions: list[str] = []
     start = 0
-    while start < len(labels):
+    while start < len(names):
         stop = start
-        while stop < len(labels) and stop - start < GRID_COLUMNS and labels[stop] == labels[start]:
+        while stop < len(names) and stop - start < GRID_COLUMNS and names[stop] == names[start]:
             stop += 1
-        continues = start > 0 and labels[start - 1] == labels[start]
-        row = labels[start]
-        captions.append("" if continues or row is None else names[row])
+        continues = start > 0 and names[start - 1] == names[start]
+        captions.append("" if continues else names[start])
         grid.append(list(images[start:stop]))
         start = stop
     return grid, captions

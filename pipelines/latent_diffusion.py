@@ -1,4 +1,4 @@
-"""Images from a latent diffusion checkpoint: class labels (or nothing) in, pictures out.
+"""Images from a latent diffusion checkpoint: text, class labels, both or nothing in, pictures out.
 
 This one file, saved into every checkpoint as pipeline.py, is the whole pipeline, so that plain diffusers opens the folder:
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. latentdiff is needed only to run one of its samplers.
@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.utils.torch_utils import randn_tensor
 
 # Read now and not when saving: diffusers runs this file from a cache where the next checkpoint's file replaces it.
@@ -29,15 +30,20 @@ class PipelineInputError(ValueError):
     """A call the checkpoint cannot answer; one line that says what would be valid."""
 
 
-class LatentDiffusionPipeline(DiffusionPipeline):
-    """Latent diffusion, class-conditional or unconditional, for square or oblong, grey or colour images.
+class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
+    """Latent diffusion on text, classes, both or nothing, for square or oblong, grey or colour images.
+
+    A folder in Stable Diffusion's layout opens as one, too.
 
     Args:
         unet: `UNet2DModel` or `UNet2DConditionModel` over latents [B, c, h, w]; `config.sample_size` gives h and w.
         vae: any diffusers autoencoder with `decode(z).sample`; its config holds the latent normaliser.
         scheduler: any diffusers scheduler with `set_timesteps` and `step`; None for a noise schedule that diffusers lacks.
+        text_encoder, tokenizer: of transformers, where the U-Net attends to text: it is given the encoder's last states of
+            `tokenizer.model_max_length` tokens. The encoder is told of padding where its config says use_attention_mask.
         class_names: names in the order of their index (a list, or a dict from "index" to name), or None.
         null_class: index of the "no class" embedding, or None where training never dropped the class.
+        null_prompt: the text that stands for "no text", or None where training never dropped the text.
         image_size: (H, W) of the real content; decoded images are larger where training padded them.
         prediction, schedule: what latentdiff's own samplers take the network for: "epsilon", "sample", "v_prediction",
             "score", "flow" or "edm", and {"name": ..., parameters} for `make_schedule`. None: read from the scheduler.
@@ -45,8 +51,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         default_sampler: the latentdiff sampler that runs where `scheduler` is None.
     """
 
-    model_cpu_offload_seq = "unet->vae"
-    _optional_components = ["scheduler"]
+    model_cpu_offload_seq = "text_encoder->unet->vae"
+    _optional_components = ["scheduler", "text_encoder", "tokenizer"]
 
     def __init__(
         self,
@@ -62,22 +68,20 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         default_guidance_interval: list | tuple | None = None,
         default_num_inference_steps: int = 20,
         default_sampler: str | None = None,
+        text_encoder: torch.nn.Module | None = None,
+        tokenizer: Any = None,
+        null_prompt: str | None = "",
     ):
         super().__init__()
-        self.register_modules(unet=unet, vae=vae, scheduler=scheduler)
+        self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
         if isinstance(class_names, (list, tuple)):  # a list of strings would look like a (library, class) pair
             class_names = {str(i): str(name) for i, name in enumerate(class_names)}
         self.register_to_config(
-            class_names=class_names,
-            null_class=null_class,
-            image_size=list(image_size) if image_size is not None else None,
-            prediction=prediction,
-            schedule=schedule,
-            default_guidance_scale=default_guidance_scale,
-            default_guidance_interval=default_guidance_interval,
-            default_num_inference_steps=default_num_inference_steps,
+            class_names=class_names, null_class=null_class, null_prompt=null_prompt, prediction=prediction, schedule=schedule,
+            image_size=list(image_size) if image_size is not None else None, default_guidance_scale=default_guidance_scale,
+            default_guidance_interval=default_guidance_interval, default_num_inference_steps=default_num_inference_steps,
             default_sampler=default_sampler,
-        )
+        )  # fmt: skip
 
     @property
     def class_names(self) -> list[str]:
@@ -118,7 +122,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
 
     def _listed_classes(self) -> str:
         if (count := self.num_classes) == 0:
-            return "this checkpoint is unconditional and takes no class labels"
+            kind = "is unconditional" if self.text_encoder is None else "is told by text (prompt=)"
+            return f"this checkpoint {kind} and takes no class labels"
         names = self.class_names or [""] * count
         listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:_LISTED_CLASSES]))
         return f"the classes are: {listed}" + (f", ... ({count} in all)" if count > _LISTED_CLASSES else "")
@@ -128,6 +133,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         self,
         prompt: str | list[str] | None = None,
         class_labels: str | int | list | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_class_labels: str | int | list | None = None,
         num_images_per_label: int = 1,
         guidance_scale: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
@@ -144,9 +151,11 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         """Draw images.
 
         Args:
-            prompt: kept for checkpoints with a text encoder; this kind has none and refuses it.
-            class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class".
-            num_images_per_label: images for each entry of `class_labels`, side by side in the result.
+            prompt: a text or a list of them, for a checkpoint with a text encoder; None is "no text".
+            class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class". With a
+                list of prompts, one for all of them or as many.
+            negative_prompt, negative_class_labels: what to guide away from, in place of "no text" and "no class".
+            num_images_per_label: images for each entry of `class_labels` or `prompt`, side by side in the result.
             guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
             guidance_interval: (low, high) in t of 0 = data to 1 = noise; guided there (2404.07724). None: the default.
             num_inference_steps: of the scheduler or sampler. None: the checkpoint's; some SDE samplers then take more.
@@ -159,8 +168,6 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             return_dict: False gives a plain tuple.
         Raises PipelineInputError for what this checkpoint cannot do, naming what it can.
         """
-        if prompt is not None:
-            raise PipelineInputError("this checkpoint has no text encoder: pass class_labels=, not prompt=")
         if output_type not in ("pil", "np", "pt", "latent"):
             raise PipelineInputError(f"output_type {output_type!r}: must be one of pil, np, pt, latent")
         if self.scheduler is None and (sampler := sampler or self.config.default_sampler) is None:
@@ -173,47 +180,88 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         interval = self.config.default_guidance_interval if guidance_interval is None else guidance_interval
         if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
             raise PipelineInputError(f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
-        count, labels = self._labels(class_labels, num_images_per_label)  # labels: [B], None for an unconditional net
-        scale = self._guidance(guidance_scale, labels)
-        noise = self._noise(count, generator, latents)  # [B, c, h, w]
+        prompts, labels = self._wanted(prompt, class_labels, num_images_per_label)  # B of each
+        negative = self._negative(negative_prompt, negative_class_labels, len(prompts))
+        scale = self._guidance(guidance_scale, prompts, labels, negative)
+        told = self._conditioning(prompts, labels), self._conditioning(*negative) if scale != 1.0 else {}
+        noise = self._noise(len(prompts), generator, latents)  # [B, c, h, w]
         asked = (sampler, num_inference_steps, sampler_options or {}, guidance)
         run = partial(self._run_sampler, *asked) if sampler else self._run_scheduler
-        latents = run(noise, labels, scale, interval, steps, generator, callback_on_step_end)
+        latents = run(noise, told, scale, interval, steps, generator, callback_on_step_end)
         images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _labels(self, class_labels: Any, per_label: int) -> tuple[int, torch.Tensor | None]:
-        """How many images, and their embedding rows [B] (None where the network takes no labels)."""
+    def _wanted(self, prompt: Any, class_labels: Any, per_label: int) -> tuple[list[str | None], list[int | None]]:
+        """The text (None: no text) and the embedding row (None: the network takes none) of each of B images."""
         if per_label < 1:
             raise PipelineInputError(f"num_images_per_label {per_label}: must be at least 1")
+        texts, rows = self._texts(prompt, "prompt"), self._rows(class_labels, "class_labels")
+        if min(len(texts), len(rows)) not in (1, max(len(texts), len(rows))):
+            raise PipelineInputError(f"{len(texts)} prompts and {len(rows)} class_labels: give as many, or one of either")
+        count = max(len(texts), len(rows)) * per_label
+        return spread(texts, count), spread(rows, count)
+
+    def _negative(self, prompt: Any, class_labels: Any, count: int) -> tuple[list[str | None], list[int | None]]:
+        """The same of what is guided away from: "nothing" unless it is named."""
+        null = self.config.null_class if self.num_classes else None
+        texts = self._texts(prompt, "negative_prompt")
+        rows = [null] if class_labels is None else self._rows(class_labels, "negative_class_labels")
+        for name, entries in (("negative_prompt", texts), ("negative_class_labels", rows)):
+            if count % len(entries):
+                raise PipelineInputError(f"{name}: {len(entries)} entries for {count} images; give one, or one per image")
+        return spread(texts, count), spread(rows, count)
+
+    def _texts(self, prompt: Any, name: str) -> list[str | None]:
+        texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
+        if not texts or not all(isinstance(text, (str, type(None))) for text in texts):
+            raise PipelineInputError(f"{name} {prompt!r}: must be a text, or a list of texts that is not empty")
+        if self.text_encoder is None and any(text is not None for text in texts):
+            raise PipelineInputError(f"{name}: this checkpoint has no text encoder; {self._listed_classes()}")
+        return texts
+
+    def _rows(self, class_labels: Any, name: str) -> list[int | None]:
         if hasattr(class_labels, "tolist"):  # a tensor or an array
             class_labels = class_labels.tolist()
-        wanted = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if not wanted:
-            raise PipelineInputError(f"class_labels is empty; {self._listed_classes()}")
-        count = len(wanted) * per_label
-        if self.num_classes == 0 and all(label is None for label in wanted):
-            return count, None
-        rows = [self.class_index(label) for label in wanted for _ in range(per_label)]
-        return count, torch.tensor(rows, device=self._execution_device)
+        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
+        if not labels:
+            raise PipelineInputError(f"{name} is empty; {self._listed_classes()}")
+        unlabelled = self.num_classes == 0 and all(label is None for label in labels)
+        return [None if unlabelled else self.class_index(label) for label in labels]
 
-    def _guidance(self, asked: float | None, labels: torch.Tensor | None) -> float:
+    def _guidance(self, asked: float | None, prompts: list, labels: list, negative: tuple[list, list]) -> float:
         """The scale to use; refuses guidance that could do nothing or that the network never learnt."""
-        null = self.config.null_class
-        conditional = labels is not None and bool((labels != (-1 if null is None else null)).any())
-        default = self.config.default_guidance_scale if conditional else 1.0
-        scale = float(default if asked is None else asked)
+        config = self.config
+        classed, classed_away = (any(row not in (None, config.null_class) for row in rows) for rows in (labels, negative[1]))
+        texted, texted_away = (any(texts) for texts in (prompts, negative[0]))
+        something = classed or classed_away or texted or texted_away
+        scale = float((config.default_guidance_scale if something else 1.0) if asked is None else asked)
         if not 0 <= scale < math.inf:
             raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
-        if scale != 1.0 and not conditional:
-            raise PipelineInputError(f"guidance_scale {scale:g}: no image has a class, so there is nothing to guide to")
-        if scale != 1.0 and null is None:
-            raise PipelineInputError(
-                f"guidance_scale {scale:g}: this checkpoint was trained without class dropout, so it has no "
-                "unconditional prediction to guide away from; the only valid value is 1"
-            )
+        if scale != 1.0 and not something:
+            raise PipelineInputError(f"guidance_scale {scale:g}: there is no class or prompt to guide to")
+        missing = [("class", classed, config.null_class, negative[1]), ("text", texted, config.null_prompt, negative[0])]
+        for kind, used, null, away in missing:
+            if scale != 1.0 and used and null is None and None in away:
+                raise PipelineInputError(
+                    f"guidance_scale {scale:g}: this checkpoint was trained without {kind} dropout, so it has no "
+                    "unconditional prediction to guide away from; the only valid value is 1"
+                )
         return scale
+
+    def _conditioning(self, prompts: list[str | None], labels: list[int | None]) -> dict[str, torch.Tensor]:
+        """What the U-Net is given for B images: class_labels [B], encoder_hidden_states [B, L, d], or neither."""
+        told, device = {}, self._execution_device
+        if labels[0] is not None:
+            told["class_labels"] = torch.tensor(labels, device=device)
+        if self.text_encoder is not None:
+            texts = [self.config.null_prompt or "" if text is None else text for text in prompts]
+            length = self.tokenizer.model_max_length
+            tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            masked = getattr(self.text_encoder.config, "use_attention_mask", False)
+            mask = tokens.attention_mask.to(device) if masked else None
+            told["encoder_hidden_states"] = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+        return told
 
     def _noise(self, count: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
         """Unit-variance float32 noise [B, c, h, w], given or drawn."""
@@ -226,16 +274,17 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             raise PipelineInputError(f"latents of shape {list(latents.shape)}: this call needs {list(shape)}")
         return latents.to(self._execution_device, torch.float32)
 
-    def _network(self, x: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
+    def _network(self, x: torch.Tensor, timestep: torch.Tensor, told: dict[str, torch.Tensor]) -> torch.Tensor:
         """The U-Net in its own dtype, everything around it in float32."""
-        conditioning = {} if labels is None else {"class_labels": labels}
+        conditioning = {k: v.to(self.unet.dtype) if v.is_floating_point() else v for k, v in told.items()}
         if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
-            conditioning["encoder_hidden_states"] = None
+            conditioning.setdefault("encoder_hidden_states", None)
         return self.unet(x.to(self.unet.dtype), timestep, **conditioning).sample.float()
 
-    def _run_scheduler(self, noise, labels, scale, interval, steps, generator, callback) -> torch.Tensor:
+    def _run_scheduler(self, noise, told, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The reverse process of the diffusers scheduler: unit-variance noise to normalised latents [B, c, h, w]."""
-        scheduler = self.scheduler
+        scheduler, (conditional, negative) = self.scheduler, told
+        both = {name: torch.cat([value, negative[name]]) for name, value in conditional.items()} if scale != 1.0 else {}
         scheduler.set_timesteps(steps, device=noise.device)
         keywords = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
@@ -243,20 +292,18 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             for i, (timestep, fed) in enumerate(zip(scheduler.timesteps, fed_times(scheduler), strict=True)):
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
                 if scale != 1.0 and within(interval, scheduler, fed):
-                    null = torch.full_like(labels, self.config.null_class)
-                    both = self._network(torch.cat([scaled, scaled]), fed, torch.cat([labels, null]))
-                    conditional, unconditional = both.chunk(2)  # each [B, c, h, w]
+                    towards, away = self._network(torch.cat([scaled, scaled]), fed, both).chunk(2)  # each [B, c, h, w]
                     # The weights sum to one, so this is the same in every parameterization of the network.
-                    output = unconditional + scale * (conditional - unconditional)
+                    output = away + scale * (towards - away)
                 else:
-                    output = self._network(scaled, fed, labels)
+                    output = self._network(scaled, fed, conditional)
                 x = scheduler.step(output, timestep, x, **keywords, return_dict=False)[0]
                 if callback is not None:
                     x = (callback(self, i, timestep, {"latents": x}) or {}).get("latents", x)
                 bar.update()
         return x
 
-    def _run_sampler(self, name, asked, options, guide, noise, labels, scale, interval, steps, generator, callback):
+    def _run_sampler(self, name, asked, options, guide, noise, told, scale, interval, steps, generator, callback):
         """The same with one of latentdiff's samplers."""
         # Not an import statement: diffusers scans this file for those and would warn about a package it can do without
         try:
@@ -266,9 +313,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         except ImportError as error:
             raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
         steps = samplers.default_steps(name, steps) if asked is None and name != self.config.default_sampler else steps
-        conditional = {} if labels is None else {"class_labels": labels}
-        null = {} if scale == 1.0 else {"class_labels": torch.full_like(labels, self.config.null_class)}
-        denoiser = guidances.ClassifierFree(denoisers.Denoiser.from_pipeline(self), conditional, null, scale, interval=interval)
+        told = [{k: v.to(self.unet.dtype) if v.is_floating_point() else v for k, v in keywords.items()} for keywords in told]
+        denoiser = guidances.ClassifierFree(denoisers.Denoiser.from_pipeline(self), *told, scale, interval=interval)
         denoiser = denoiser if guide is None else guide(denoiser)
         with self.progress_bar(total=steps) as bar:
 
@@ -288,10 +334,25 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         return (images[..., top : top + height, left : left + width] / 2 + 0.5).clamp(0, 1)
 
     def to_json_string(self) -> str:
-        """model_index.json, naming this class as [file, class] so that diffusers takes it from the folder."""
+        """model_index.json, naming this class as [file, class] so that diffusers takes it from the folder.
+
+        One that diffusers' own StableDiffusionPipeline runs alike is named so: it then opens without this file's code.
+        """
         index = json.loads(super().to_json_string())
         index["_class_name"] = [_SAVED_AS, type(self).__name__]
+        if self._is_stable_diffusion():
+            index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
+            index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def _is_stable_diffusion(self) -> bool:
+        """Whether text alone drives it, and the stock pipeline's one scaling_factor and uncut pictures are right for it."""
+        config = self.vae.config
+        factor = 2 ** (len(config.get("block_out_channels") or [0]) - 1)
+        whole = self.config.image_size in (None, [side * factor for side in self.latent_shape[1:]])
+        centred = not any([config.get("shift_factor") or 0, *(config.get("latents_mean") or [])])
+        centred = centred and all(value == 1 for value in config.get("latents_std") or [])
+        return self.text_encoder is not None and self.scheduler is not None and self.num_classes == 0 and whole and centred
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json and, beside it, this file as pipeline.py."""
@@ -302,9 +363,14 @@ class LatentDiffusionPipeline(DiffusionPipeline):
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         # Whoever calls from_pretrained on this class has the code already: none from the folder is run.
         config = json.loads(Path(json_file).read_text(encoding="utf-8"))
-        if isinstance(config.get("_class_name"), list):
+        if "_class_name" in config:
             config["_class_name"] = cls.__name__
         return config
+
+
+def spread(entries: list, count: int) -> list:
+    """`count` entries from a divisor of as many, each repeated side by side."""
+    return [entry for entry in entries for _ in range(count // len(entries))]
 
 
 def fed_times(scheduler: Any) -> torch.Tensor:

@@ -74,7 +74,7 @@ def test_metadata_gives_labels_and_captions(tmp_path, kind):
             writer.writerows(rows)
     source = open_source(str(tmp_path))
     assert source.class_names == ["x", "y"] and source.labels.tolist() == [0, 1, 0]
-    assert source.captions == ["picture 0", "picture 1", "picture 2"]
+    assert source.captions == [("picture 0",), ("picture 1",), ("picture 2",)]
 
 
 @pytest.mark.parametrize(

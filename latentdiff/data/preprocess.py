@@ -1,7 +1,7 @@
 """From images of any size to the tensors an autoencoder takes, by stated rules: nothing happens silently."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -195,6 +195,21 @@ class ImageDataset:
             except UnreadableImage:
                 continue
         raise UserError(f"data '{self.source.name}': none of the {len(self)} images in use can be read")
+
+    def captions(self, unreadable: Collection[str] = ()) -> list[tuple[str, ...]] | None:
+        """The captions of every image as `batch` reads it: of its substitute where its file is among the unreadable."""
+        texts = self.source.captions
+        if texts is None:
+            return None
+        rows = self.indices.tolist()
+        files = getattr(self.source, "files", [""] * len(self.source))
+        read = [files[j] not in unreadable for j in rows]
+        n, shown = len(rows), []
+        for i in range(n):
+            while not read[i % n]:
+                i += 1
+            shown.append(texts[rows[i % n]])
+        return shown
 
     def fingerprint(self) -> str:
         """Hex sha256 of the source's content and of which of its images are used."""

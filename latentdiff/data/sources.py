@@ -43,8 +43,8 @@ class ImageSource:
     """N images with optional labels and captions.
 
     Attributes: name (as the user wrote it), channels (1 or 3: what `read` returns), class_names (empty when
-    unlabelled), labels (int64 [N] or None), captions (N strings or None), sizes (int64 [N, 2], height and width as
-    `read` returns them), bad ({file name: reason} of what was skipped).
+    unlabelled), labels (int64 [N] or None), captions (N tuples of one caption or more, or None), sizes (int64 [N, 2],
+    height and width as `read` returns them), bad ({file name: reason} of what was skipped).
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class ImageSource:
         channels: int,
         class_names: list[str],
         labels: torch.Tensor | None,
-        captions: list[str] | None,
+        captions: list[tuple[str, ...]] | None,
         sizes: np.ndarray,
     ):
         self.name, self.channels, self.class_names = name, channels, class_names
@@ -101,7 +101,7 @@ class FolderSource(ImageSource):
         files: list[str],
         labels: list[int] | None,
         class_names: list[str],
-        captions: list[str] | None,
+        captions: list[tuple[str, ...]] | None,
         channels: int | None,
         max_bad_share: float,
     ):
@@ -160,7 +160,8 @@ def open_source(data: str, split: str = "train", channels: int | None = None, ma
     """Opens the data set that one string names.
 
     data: "fashion-mnist", or a folder. A folder's classes are its sub-folders; or it has metadata.jsonl/.csv with the
-    columns file_name and label or text; or it holds images only, which are then unlabelled. With train/ and test/
+    columns file_name and label or text (or both; in .jsonl text may be a list of captions of one image); or it holds
+    images only, which are then unlabelled. With train/ and test/
     inside it has two splits, each in one of these forms, and the classes are those of train/.
     channels: 1, 3 or None (1 when every image is grey, else 3). Transparency is laid on white; EXIF rotation is
     applied.
@@ -214,8 +215,8 @@ def _split_root(folder: Path, split: str) -> Path:
     return folder / split if len(splits(str(folder))) == 2 else folder
 
 
-def _listing(root: Path) -> tuple[list[str], list[str] | None, list[str] | None]:
-    """(files relative to root, class name of each | None, caption of each | None), sorted by file name."""
+def _listing(root: Path) -> tuple[list[str], list[str] | None, list[tuple[str, ...]] | None]:
+    """(files relative to root, class name of each | None, captions of each | None), sorted by file name."""
     for name in ("metadata.jsonl", "metadata.csv"):
         if (root / name).is_file():
             return _read_metadata(root / name)
@@ -243,22 +244,33 @@ def _images_below(folder: Path) -> list[str]:
     return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if _is_image(p)]
 
 
-def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[str] | None]:
-    rows = []
+def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[tuple[str, ...]] | None]:
+    rows: list[tuple[str, str | None, tuple[str, ...] | None, int]] = []
     for number, row in _metadata_rows(path):
         if not isinstance(row, dict) or not row.get("file_name"):
             raise UserError(f"{path} line {number}: needs file_name, and label or text")
-        rows.append((str(row["file_name"]), row.get("label"), row.get("text"), number))
+        label = None if row.get("label") in (None, "") else str(row["label"])
+        rows.append((str(row["file_name"]), label, _captions(row.get("text"), path, number), number))
     if not rows:
         raise UserError(f"{path} has no rows: each needs file_name, and label or text")
     rows.sort(key=lambda row: row[0])
-    columns: list[list[str] | None] = []
     for place, column in ((1, "label"), (2, "text")):
-        missing = [row[3] for row in rows if row[place] in (None, "")]
+        missing = [row[3] for row in rows if row[place] is None]
         if missing and len(missing) < len(rows):
             raise UserError(f"{path} line {min(missing)}: has no {column} although other lines do")
-        columns.append(None if missing else [str(row[place]) for row in rows])
-    return [row[0] for row in rows], columns[0], columns[1]
+    labels = [row[1] for row in rows if row[1] is not None]
+    captions = [row[2] for row in rows if row[2] is not None]
+    return [row[0] for row in rows], labels or None, captions or None
+
+
+def _captions(text: object, path: Path, number: int) -> tuple[str, ...] | None:
+    """The captions of one row: a string, or a list of them."""
+    if text is None or text == "" or text == []:
+        return None
+    captions = tuple(text) if isinstance(text, list) else (str(text),)
+    if not all(isinstance(caption, str) and caption for caption in captions):
+        raise UserError(f"{path} line {number}: text must be a caption, or a list of captions that are not empty")
+    return captions
 
 
 def _metadata_rows(path: Path) -> Iterable[tuple[int, object]]:

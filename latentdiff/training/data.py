@@ -50,6 +50,12 @@ class Images:
         n = len(self.held_out)
         return self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
 
+    def held_out_captions(self, count: int) -> list[str] | None:
+        """The first caption of each image of `held_out_batch`; None where the data have none."""
+        texts = self.held_out.captions()
+        n = len(self.held_out)
+        return None if texts is None else [texts[i][0] for i in torch.linspace(0, n - 1, min(count, n)).long().tolist()]
+
 
 def sweep(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
     """All images of a dataset once, in order, as [B, C, H, W]."""

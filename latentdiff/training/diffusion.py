@@ -14,37 +14,39 @@ from torch import Tensor, nn
 
 from latentdiff import checkpoints, samplers
 from latentdiff.autoencoders.build import checked_arguments, diffusers_class
-from latentdiff.conditioning import ClassCondition
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.order import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, diffusion_loss
-from latentdiff.rng import derive_seed, rand, randn
+from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import run, state
+from latentdiff.training import conditions, run, state
 from latentdiff.training.ema import Ema
 from latentdiff.training.latents import Latents, prepare_latents, progress_bar
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
-DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")  # of the U-Net: never typed twice
+# Of the U-Net: never typed twice
+DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
+PROMPTS = 8  # that a picture shows while training, where the config names none
 BUCKETS = 4  # of the training time interval, for the loss by noise level
 
 
 @dataclass
 class Parts:
-    """Everything a step touches. `network` is what accelerate wrapped, `unet` the bare module, `average` its EMA copy.
+    """Everything a step touches. `network` is what accelerate wrapped, `bare` the module in it (the U-Net, with its text
+    encoder where that is trained too), `average` its EMA copy.
 
     balance(loss [B], t [B]) -> [B] is what is minimised: the loss as it is, or weighed by `uncertainty`, which it wraps.
     """
 
     latents: Latents
-    condition: ClassCondition | None
+    conditions: conditions.Conditions
     schedule: NoiseSchedule
     levels: NoiseLevels
     network: nn.Module
-    unet: nn.Module
+    bare: nn.Module
     average: nn.Module
     optimizer: Any
     ema: Ema
@@ -66,8 +68,9 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     announce = run.announcement(accelerator, config.train)
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
         latents = prepare_latents(config, accelerator, progress)
-    torch.manual_seed(derive_seed(config.seed, "initialise"))
-    parts = _parts(config, latents, accelerator)
+        torch.manual_seed(derive_seed(config.seed, "initialise"))
+        told = conditions.prepare_conditions(config, latents, accelerator, progress, resume)
+    parts = _parts(config, latents, told, accelerator)
     start = _resume(output, parts) if resume else 0
     announce()
     if accelerator.is_main_process:
@@ -89,6 +92,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
 def _check(config: DiffusionConfig) -> None:
     """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
     _noise(config)
+    conditions.guidance(config)
     _unet_arguments(config)
 
 
@@ -119,11 +123,14 @@ def _scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any:
 def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
     """The U-Net's class and its arguments as the config gives them, checked."""
     cls = diffusers_class(config.model.type or "", UNETS, "model.type")
-    for key in DERIVED:
+    text = conditions.takes(config.condition, "text")
+    for key in (*DERIVED, *(["cross_attention_dim"] if text else [])):
         if key in config.model.config:
             raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
     arguments = dict(checked_arguments(cls, config.model.config, "model.config"))
-    if cls.__name__ == "UNet2DConditionModel":  # classes come in with the time embedding: nothing to cross-attend to
+    if text and cls.__name__ != "UNet2DConditionModel":
+        raise UserError(f"model.type: {cls.__name__} cannot attend to text; set model.type=UNet2DConditionModel")
+    if cls.__name__ == "UNet2DConditionModel" and not text:  # classes come in with the time embedding
         arguments.setdefault("mid_block_type", "UNetMidBlock2D")
         blocks = [*arguments.get("down_block_types", ["CrossAttn"]), arguments["mid_block_type"] or ""]
         blocks += arguments.get("up_block_types", ["CrossAttn"])
@@ -132,7 +139,9 @@ def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
     return cls, arguments
 
 
-def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None) -> nn.Module:
+def build_unet(
+    config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None, text_width: int | None = None
+) -> nn.Module:
     """A fresh diffusers U-Net over latents [B, c, h, w]; channels, size and classes come from the data, never the config."""
     cls, arguments = _unet_arguments(config)
     c, h, w = latent_shape
@@ -143,33 +152,32 @@ def build_unet(config: DiffusionConfig, latent_shape: tuple[int, int, int], num_
             f"{h}x{w}; use fewer levels or raise data.multiple_of with fit=pad"
         )
     arguments |= {"in_channels": c, "out_channels": c, "sample_size": [h, w], "num_class_embeds": num_class_embeds}
+    if text_width is not None:
+        arguments["cross_attention_dim"] = text_width
     try:
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
 
 
-def _parts(config: DiffusionConfig, latents: Latents, accelerator) -> Parts:
-    condition = None
-    if config.condition.type == "class":
-        if latents.cache.labels is None:
-            raise UserError(f"data.source {config.data.source}: has no classes; set condition.type=none or add class folders")
-        condition = ClassCondition(len(latents.images.class_names), config.condition.dropout)
+def _parts(config: DiffusionConfig, latents: Latents, told: conditions.Conditions, accelerator) -> Parts:
     schedule, levels = _noise(config)
-    unet = build_unet(config, latents.cache.latent_shape, condition.num_embeddings if condition else None)
-    average = copy.deepcopy(unet).to(accelerator.device).eval().requires_grad_(False)
+    rows = told.classes.num_embeddings if told.classes else None
+    unet = build_unet(config, latents.cache.latent_shape, rows, told.text.prompts.width if told.text else None)
+    bare = conditions.network_of(unet, told)
+    average = copy.deepcopy(bare).to(accelerator.device).eval().requires_grad_(False)
     uncertainty = Uncertainty(schedule) if config.weighting == "uncertainty" else None
     if uncertainty is None:
-        optimizer = run.make_optimizer(unet.parameters(), config.optimizer)
-        network, optimizer = accelerator.prepare(unet, optimizer)
+        optimizer = run.make_optimizer(bare.parameters(), config.optimizer)
+        network, optimizer = accelerator.prepare(bare, optimizer)
         balance = _unchanged
     else:
-        groups = [{"params": unet.parameters()}, {"params": uncertainty.parameters(), "weight_decay": 0.0}]
+        groups = [{"params": bare.parameters()}, {"params": uncertainty.parameters(), "weight_decay": 0.0}]
         optimizer = run.make_optimizer(groups, config.optimizer)
-        network, balance, optimizer = accelerator.prepare(unet, uncertainty, optimizer)
+        network, balance, optimizer = accelerator.prepare(bare, uncertainty, optimizer)
     denoiser = Denoiser(unet_model(network, schedule), schedule, config.prediction)
-    ema = Ema(unet, config.ema.decay, config.ema.power)
-    return Parts(latents, condition, schedule, levels, network, unet, average, optimizer, ema, denoiser, uncertainty, balance)
+    ema = Ema(bare, config.ema.decay, config.ema.power)
+    return Parts(latents, told, schedule, levels, network, bare, average, optimizer, ema, denoiser, uncertainty, balance)
 
 
 def _unchanged(loss: Tensor, t: Tensor) -> Tensor:
@@ -193,7 +201,7 @@ def _loop(config: DiffusionConfig, parts: Parts, accelerator, journal: run.Journ
                 journal.log(step + 1, _validate(config, parts, accelerator, validation))
                 _picture(config, parts, output / "pictures" / f"step-{step + 1:06d}.png")
             if clock.due() or step + 1 == steps:
-                tensors = {"model": parts.unet.state_dict(), "ema": parts.ema.state()}
+                tensors = {"model": parts.bare.state_dict(), "ema": parts.ema.state()}
                 tensors["optimizer"] = state.optimizer_tensors(parts.optimizer)
                 if parts.uncertainty is not None:
                     tensors["uncertainty"] = parts.uncertainty.state_dict()
@@ -213,16 +221,11 @@ def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict
     shape = (batch, *parts.latents.cache.latent_shape)
     posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]
     t = parts.levels.sample(batch, generator)[mine]
-    chance = rand((batch,), generator)[mine]
+    draws = {name: values[mine] for name, values in parts.conditions.draw(batch, generator).items()}
     indices = stream(len(parts.latents.cache), config.seed, step * batch, batch)[mine]
     flips = coin_flips(config.seed, step * batch, batch)[mine] if config.data.flips else False
     x0 = parts.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
-    conditioning = {}
-    if parts.condition is not None:
-        labels = parts.latents.cache.labels[indices]
-        if parts.condition.null_class is not None:
-            labels = torch.where(chance < parts.condition.dropout, parts.condition.null_class, labels)
-        conditioning = parts.condition(labels, device)
+    conditioning = parts.conditions(indices, draws, device)
     torch.manual_seed(derive_seed(config.seed, "dropout", step, accelerator.process_index))
     loss = diffusion_loss(
         parts.denoiser, x0.to(device), t.to(device), noise.to(device), config.weighting, config.min_snr_gamma, **conditioning
@@ -230,10 +233,10 @@ def _step(config: DiffusionConfig, parts: Parts, accelerator, step: int) -> dict
     loss = loss * parts.levels.correction(t).to(loss)
     total = parts.balance(loss, t.to(device)).mean()
     accelerator.backward(total)
-    norm = run.gradient_norm(parts.unet, config.optimizer.clip)
+    norm = run.gradient_norm(parts.bare, config.optimizer.clip)
     parts.optimizer.step()
     parts.optimizer.zero_grad(set_to_none=True)
-    parts.ema.update(parts.unet)
+    parts.ema.update(parts.bare)
     return {"loss": total, "gradient_norm": torch.tensor(norm), **_by_noise_level(parts.schedule, t, loss)}
 
 
@@ -252,38 +255,35 @@ def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
     x0 = torch.cat([codec.normalise(codec.moments(chunk)[0]).cpu() for chunk in images.split(128)])
     generator = torch.Generator().manual_seed(derive_seed("validation"))
     t = parts.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
-    values = {"x0": x0, "noise": randn(x0.shape, generator), "t": t}
-    return values if labels is None else {**values, "labels": labels}
+    texts = parts.latents.images.held_out_captions(config.validation_images)
+    return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **parts.conditions.of(labels, texts, "cpu")}
 
 
 @torch.no_grad()
 def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str, Tensor]) -> dict[str, float]:
     """Validation loss of the raw and of the averaged weights."""
     parts.ema.copy_to(parts.average)
-    parts.unet.eval()
+    parts.bare.eval()
     values = {}
-    for name, network in (("raw", parts.unet), ("ema", parts.average)):
+    for name, network in (("raw", parts.bare), ("ema", parts.average)):
         denoiser = Denoiser(unet_model(network, parts.schedule), parts.schedule, config.prediction)
         losses = []
         for rows in torch.arange(len(held["x0"])).split(128):
             batch = {key: value[rows].to(accelerator.device) for key, value in held.items()}
-            conditioning = parts.condition(held["labels"][rows], accelerator.device) if parts.condition else {}
             with accelerator.autocast():
-                losses.append(diffusion_loss(denoiser, batch["x0"], batch["t"], batch["noise"], **conditioning))
+                losses.append(diffusion_loss(denoiser, batch.pop("x0"), batch.pop("t"), batch.pop("noise"), **batch))
         values[f"validation/loss_{name}"] = float(torch.cat(losses).mean())
-    parts.unet.train()
+    parts.bare.train()
     return values
 
 
 def _pipeline_parts(config: DiffusionConfig, parts: Parts) -> dict[str, Any]:
-    condition, scheduler = parts.condition, _scheduler(config, parts.schedule)
+    scheduler = _scheduler(config, parts.schedule)
     return {
-        "unet": parts.average,
+        **conditions.pipeline_pieces(parts.average, parts.conditions, parts.latents.images.class_names),
         "vae": parts.latents.codec.vae,
         "scheduler": scheduler,
         "default_sampler": (config.sample.sampler or "dpmpp_2m") if scheduler is None else None,
-        "class_names": parts.latents.images.class_names if condition else None,
-        "null_class": condition.null_class if condition else None,
         "image_size": parts.latents.images.preprocess.content[2:],
         "prediction": config.prediction,
         "schedule": {"name": config.schedule.name, **config.schedule.params},
@@ -299,10 +299,14 @@ def _picture(config: DiffusionConfig, parts: Parts, path: Path) -> None:
 
     pipeline = LatentDiffusionPipeline(**_pipeline_parts(config, parts))
     pipeline.set_progress_bar_config(disable=True)
-    classes = list(range(min(10, pipeline.num_classes))) or [None] * 4
-    scale = config.sample.guidance if pipeline.config.null_class is not None else None
+    classes = list(range(min(10, pipeline.num_classes))) or [None] * PROMPTS
+    prompts = None
+    if parts.conditions.text:
+        prompts = config.sample.prompts or parts.conditions.text.captions.spread(len(classes))
+        classes = [classes[k % len(classes)] for k in range(len(prompts))]
     images = pipeline(
-        class_labels=classes, num_images_per_label=config.sample.per_class, guidance_scale=scale,
+        prompt=prompts, class_labels=classes, num_images_per_label=config.sample.per_class,
+        guidance_scale=conditions.guidance(config),
         guidance_interval=config.sample.guidance_interval,
         num_inference_steps=config.sample.steps,
         generator=generators(config.seed, range(len(classes) * config.sample.per_class)), output_type="pt",
@@ -324,16 +328,15 @@ def _publish(config: DiffusionConfig, parts: Parts, output: Path) -> None:
                     "posterior_share": statistics.posterior_share.tolist()},
     }  # fmt: skip
     pieces = _pipeline_parts(config, parts)
-    guidance = config.sample.guidance if pieces["null_class"] is not None else 1.0
     checkpoints.publish(
-        output / "model", **pieces, meta=meta, default_guidance_scale=guidance,
+        output / "model", **pieces, meta=meta, default_guidance_scale=conditions.guidance(config),
         default_guidance_interval=config.sample.guidance_interval, default_num_inference_steps=config.sample.steps,
     )  # fmt: skip
 
 
 def _resume(output: Path, parts: Parts) -> int:
     tensors, meta = state.load_state(output)
-    state.load_into(parts.unet, tensors["model"], str(output))
+    state.load_into(parts.bare, tensors["model"], str(output))
     parts.ema.restore(tensors["ema"], meta["ema_updates"])
     if parts.uncertainty is not None:
         state.load_into(parts.uncertainty, tensors["uncertainty"], str(output))

@@ -1,0 +1,120 @@
+"""Captions of a data set: which an image has, which one a training step draws, and their encoded states on disk.
+
+A frozen text encoder gives the same states whenever it is asked, so each distinct caption is encoded once. Shards are
+written whole or not at all and say what they were made of; ones of another encoder or other captions are refused.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from latentdiff.conditioning import NULL_PROMPT, Prompts, uses_mask
+from latentdiff.data.shards import (
+    Identity,
+    refuse_difference,
+    shard_count,
+    shard_path,
+    shard_rows,
+    stored_identity,
+    write_shard,
+)
+
+FORMAT = 1
+SHARD_SIZE = 4096
+
+
+class Captions:
+    """The captions of N images as rows of a table of distinct ones, of which row 0 is the empty prompt.
+
+    Attributes: distinct (the table, strings), starts and counts (int64 [N]: where in `rows` an image's captions are).
+    """
+
+    def __init__(self, captions: Sequence[Sequence[str]]):
+        self.distinct = [NULL_PROMPT, *sorted({text for texts in captions for text in texts} - {NULL_PROMPT})]
+        place = {text: row for row, text in enumerate(self.distinct)}
+        self.rows = torch.tensor([place[text] for texts in captions for text in texts], dtype=torch.int64)
+        self.counts = torch.tensor([len(texts) for texts in captions], dtype=torch.int64)
+        self.starts = self.counts.cumsum(0) - self.counts
+
+    def draw(self, indices: Tensor, choice: Tensor, dropped: Tensor) -> Tensor:
+        """Rows of the table [B]: for each image the caption that `choice` [B] in [0, 1) picks, row 0 where dropped."""
+        counts = self.counts[indices]
+        picked = self.rows[self.starts[indices] + (choice.double() * counts).long().clamp(max=counts - 1)]
+        return torch.where(dropped, 0, picked)
+
+    def spread(self, count: int) -> list[str]:
+        """The first caption of `count` images spread evenly over the data: always the same ones."""
+        images = torch.linspace(0, len(self.counts) - 1, min(count, len(self.counts))).long()
+        return [self.distinct[row] for row in self.rows[self.starts[images]].tolist()]
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(json.dumps(self.distinct).encode()).hexdigest()
+
+
+class CaptionStates:
+    """Encoded captions, float16 [U, L, d] on disk, read through memory maps."""
+
+    def __init__(self, folder: Path, made_of: Identity):
+        self._size = int(made_of["shard_size"])
+        self._shards = [safe_open(shard_path(folder, k), "pt") for k in range(shard_count(made_of))]
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """States of the captions in these rows [B] of the table: float32 [B, L, d]."""
+        order = rows.tolist()
+        return torch.stack([self._shards[row // self._size].get_tensor("states")[row % self._size] for row in order]).float()
+
+
+def build_states(
+    prompts: Prompts,
+    captions: Captions,
+    folder: str | Path,
+    batch: int = 128,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    wait: Callable[[], None] = lambda: None,
+) -> CaptionStates:
+    """Encode every distinct caption into `folder`, going on from the shards that are there, and open the result.
+
+    Processes 0..world-1 make shards rank, rank + world, ... each; wait() returns once all have. UserError where the
+    folder has states of another encoder, length or captions.
+    """
+    folder = Path(folder)
+    made_of: Identity = {
+        "format": FORMAT, "text encoder": encoder_fingerprint(prompts), "length": prompts.length,
+        "captions": captions.fingerprint(), "count": len(captions.distinct), "shard_size": SHARD_SIZE,
+    }  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    mine = range(rank, shard_count(made_of), world)
+    total, done = sum(len(shard_rows(made_of, number)) for number in mine), 0
+    for number in mine:
+        path, rows = shard_path(folder, number), shard_rows(made_of, number)
+        stored = stored_identity(path)
+        if stored is not None:
+            refuse_difference(path, stored, made_of)
+        else:
+            pieces = []
+            for start in range(rows.start, rows.stop, batch):
+                stop = min(start + batch, rows.stop)
+                pieces.append(prompts.states(captions.distinct[start:stop]).to("cpu", torch.float16))
+                if progress:
+                    progress(done + stop - rows.start, total)
+            write_shard(path, {"states": torch.cat(pieces)}, made_of)
+        done += len(rows)
+    wait()
+    return CaptionStates(folder, made_of)
+
+
+def encoder_fingerprint(prompts: Prompts) -> str:
+    """sha256 over the encoder's weights, the tokenizer and whether padding is masked: what states depend on."""
+    digest = hashlib.sha256(str(uses_mask(prompts.encoder)).encode())
+    digest.update(json.dumps(sorted(prompts.tokenizer.get_vocab().items())).encode())
+    for name, tensor in sorted(prompts.encoder.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,184 @@
+"""What stage 2 tells the U-Net of each image: class, caption or both, each dropped on its own, drawn per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.conditioning import (
+    NULL_PROMPT,
+    ClassCondition,
+    PromptedUNet,
+    Prompts,
+    build_text_encoder,
+    load_prompts,
+    train_tokenizer,
+)
+from latentdiff.config import ConditionConfig, DiffusionConfig
+from latentdiff.data.captions import Captions, CaptionStates, build_states
+from latentdiff.errors import UserError
+from latentdiff.rng import rand
+from latentdiff.training.latents import Latents
+
+
+def takes(condition: ConditionConfig, kind: str) -> bool:
+    """Whether "class" or "text" is among what the config conditions on."""
+    return kind in condition.type.split("+")
+
+
+def guidance(config: DiffusionConfig) -> float:
+    """The scale that pictures and the published pipeline use; UserError where it asks for what training leaves out."""
+    condition, asked = config.condition, config.sample.guidance
+    kept = [("dropout", "class", condition.dropout), ("text.dropout", "text", condition.text.dropout)]
+    never = [key for key, kind, share in kept if takes(condition, kind) and share == 0]
+    if condition.type == "none" or never:
+        if asked not in (None, 1.0):
+            why = f"condition.{never[0]} is 0" if never else "condition.type is none"
+            raise UserError(
+                f"sample.guidance: {asked:g} needs an unconditional prediction, and {why}, so the model never learns one; "
+                f"{'set it to 0.1' if never else 'train on a condition'}, or sample.guidance to 1"
+            )
+        return 1.0
+    return 1.5 if asked is None else asked
+
+
+@dataclass
+class TextCondition:
+    """Captions as the network takes them: tokens for an encoder trained with it, states of a frozen one.
+
+    table: input_ids [U, L] (and attention_mask), or the cached states, of the U distinct captions.
+    """
+
+    captions: Captions
+    dropout: float
+    prompts: Prompts
+    table: dict[str, Tensor] | CaptionStates
+
+    def rows(self, rows: Tensor) -> dict[str, Tensor]:
+        if isinstance(self.table, dict):
+            return {name: values[rows] for name, values in self.table.items()}
+        return {"encoder_hidden_states": self.table[rows]}
+
+    def of(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """The same for any texts [B]."""
+        if isinstance(self.table, dict):
+            return self.prompts.tokens(texts)
+        return {"encoder_hidden_states": self.prompts.states(texts).cpu()}
+
+
+@dataclass
+class Conditions:
+    """All that a run conditions on. labels: int64 [N] of the training images, where classes count."""
+
+    classes: ClassCondition | None
+    labels: Tensor | None
+    text: TextCondition | None
+
+    def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """What is random about the conditions of a global batch: uniform numbers [batch] by name."""
+        names = ["class", *(["caption", "text"] if self.text else [])]
+        return {name: rand((batch,), generator) for name in names}
+
+    def __call__(self, indices: Tensor, draws: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
+        """Keywords of the network for training images [B], each condition dropped where its number says so."""
+        conditioning: dict[str, Tensor] = {}
+        if self.classes is not None and self.labels is not None:
+            labels = self.labels[indices]
+            if self.classes.null_class is not None:
+                labels = torch.where(draws["class"] < self.classes.dropout, self.classes.null_class, labels)
+            conditioning |= self.classes(labels, device)
+        if self.text is not None:
+            rows = self.text.captions.draw(indices, draws["caption"], draws["text"] < self.text.dropout)
+            conditioning |= {name: value.to(device) for name, value in self.text.rows(rows).items()}
+        return conditioning
+
+    def of(self, labels: Tensor | None, texts: Sequence[str] | None, device: Any) -> dict[str, Tensor]:
+        """Keywords for given labels [B] and texts [B], nothing dropped."""
+        conditioning: dict[str, Tensor] = {}
+        if self.classes is not None and labels is not None:
+            conditioning |= self.classes(labels, device)
+        if self.text is not None and texts is not None:
+            conditioning |= {name: value.to(device) for name, value in self.text.of(texts).items()}
+        return conditioning
+
+
+def prepare_conditions(
+    config: DiffusionConfig,
+    latents: Latents,
+    accelerator,
+    progress: Callable[[int, int], None] | None = None,
+    resume: bool = False,
+) -> Conditions:
+    """The conditions of a config over its cached latents; a frozen encoder's states are built or opened on disk.
+
+    The tokenizer of an encoder of one's own is learnt by one process into <output>/tokenizer, and read by all, and by
+    a resumed run.
+    """
+    condition, classes, text = config.condition, None, None
+    if takes(condition, "class"):
+        if latents.cache.labels is None:
+            raise UserError(
+                f"data.source {config.data.source}: has no classes; set condition.type=none (or text), or add class folders"
+            )
+        classes = ClassCondition(len(latents.images.class_names), condition.dropout)
+    if takes(condition, "text"):
+        found = latents.images.train.captions(latents.cache.manifest["unreadable"])
+        if found is None:
+            raise UserError(
+                f"data.source {config.data.source}: has no captions; add a metadata.jsonl with file_name and text, or set "
+                "condition.type=class or none"
+            )
+        text = _text(config, Captions(found), accelerator, progress, resume)
+    return Conditions(classes, latents.cache.labels, text)
+
+
+def _text(config: DiffusionConfig, captions: Captions, accelerator, progress, resume: bool) -> TextCondition:
+    wanted = config.condition.text
+    if wanted.encoder is None:
+        tokenizer = _own_tokenizer(config, captions, accelerator, resume)
+        prompts = Prompts(tokenizer, build_text_encoder(tokenizer, wanted.width, wanted.layers, wanted.heads))
+        return TextCondition(captions, wanted.dropout, prompts, prompts.tokens(captions.distinct))
+    prompts = load_prompts(wanted.encoder, wanted.max_length)
+    prompts.encoder.to(accelerator.device)
+    folder = Path(wanted.folder or Path(config.output) / "captions")
+    states = build_states(
+        prompts, captions, folder, progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
+        wait=accelerator.wait_for_everyone,
+    )  # fmt: skip
+    return TextCondition(captions, wanted.dropout, prompts, states)
+
+
+def _own_tokenizer(config: DiffusionConfig, captions: Captions, accelerator, resume: bool) -> Any:
+    from transformers import CLIPTokenizer
+
+    folder, wanted = Path(config.output) / "tokenizer", config.condition.text
+    if accelerator.is_main_process and not resume:
+        train_tokenizer(captions.distinct, wanted.vocabulary, wanted.max_length).save_pretrained(folder)
+    accelerator.wait_for_everyone()
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: the run's tokenizer is missing, and without it its captions cannot be read again")
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def network_of(unet: nn.Module, conditions: Conditions) -> nn.Module:
+    """What is trained: the U-Net, with the text encoder where that is trained too."""
+    text = conditions.text
+    return PromptedUNet(unet, text.prompts.encoder) if text and isinstance(text.table, dict) else unet
+
+
+def pipeline_pieces(network: nn.Module, conditions: Conditions, class_names: list[str]) -> dict[str, Any]:
+    """U-Net, text encoder, tokenizer, class names and what stands for "nothing", as the pipeline takes them."""
+    joint, text, classes = isinstance(network, PromptedUNet), conditions.text, conditions.classes
+    return {
+        "unet": network.unet if joint else network,
+        "text_encoder": network.text_encoder if joint else text and text.prompts.encoder,
+        "tokenizer": text and text.prompts.tokenizer,
+        "class_names": class_names if classes else None,
+        "null_class": classes.null_class if classes else None,
+        "null_prompt": NULL_PROMPT if text and text.dropout > 0 else None,
+    }

@@ -1,0 +1,216 @@
+"""Captions: which one a step draws, what the encoder is told, states on disk, training on text, and prompts at sampling."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import autoencoder_config, write_stripes
+from tiny_text import ENCODER, text_tree, write_bert, write_captioned
+
+from latentdiff import checkpoints
+from latentdiff.conditioning import PromptedUNet, Prompts, build_text_encoder, load_prompts, train_tokenizer
+from latentdiff.config import parse_config
+from latentdiff.data.captions import Captions, build_states
+from latentdiff.data.preprocess import ImageDataset, Preprocess
+from latentdiff.data.sources import open_source
+from latentdiff.errors import UserError
+from latentdiff.rng import generators
+from latentdiff.training import train
+
+WORDS = "horizontal vertical diagonal blank stripes a picture of"
+TEXTS = ["a red apple", "a green apple", "grinning face", "blue heart"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """(data, autoencoder folder, root) shared by the trainings below."""
+    root = tmp_path_factory.mktemp("text")
+    data = write_captioned(root / "data")
+    return data, train(autoencoder_config(data, root / "autoencoder")), root
+
+
+@pytest.fixture(scope="module")
+def model(runs):
+    """A published text model: two samplers' worth of steps, its own encoder trained with it."""
+    data, autoencoder, root = runs
+    return train(parse_config(text_tree(data, root / "joint", autoencoder)))
+
+
+def own_prompts(length: int = 12) -> Prompts:
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS, 400, length)
+    return Prompts(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())
+
+
+def test_a_list_of_captions_is_read_and_an_empty_one_among_them_refused(tmp_path):
+    data = write_captioned(tmp_path / "data")
+    captions = open_source(str(data)).captions
+    assert len(captions) == 48 and {len(texts) for texts in captions} == {3} and captions[0][2] == "stripes"
+    lines = (data / "metadata.jsonl").read_text().splitlines()
+    (data / "metadata.jsonl").write_text("\n".join([*lines[:-1], json.dumps({**json.loads(lines[-1]), "text": ["x", ""]})]))
+    with pytest.raises(UserError, match=r"metadata.jsonl line 48: text must be a caption, or a list"):
+        open_source(str(data))
+
+
+def test_a_draw_takes_every_caption_of_an_image_alike_and_none_of_another():
+    captions = Captions([("x", "y", "z"), ("only",)])
+    assert captions.distinct[0] == "" and sorted(captions.distinct[1:]) == ["only", "x", "y", "z"]
+    choice = (torch.arange(3000) + 0.5) / 3000
+    rows = captions.draw(torch.zeros(3000, dtype=torch.int64), choice, torch.zeros(3000, dtype=torch.bool))
+    assert Counter(captions.distinct[row] for row in rows.tolist()) == {"x": 1000, "y": 1000, "z": 1000}
+    two = captions.draw(torch.tensor([1, 0, 1]), torch.tensor([0.999999, 0.0, 0.5]), torch.tensor([False, True, False]))
+    assert [captions.distinct[row] for row in two.tolist()] == ["only", "", "only"]
+
+
+def test_captions_follow_the_substitute_of_an_unreadable_image(tmp_path):
+    data = write_captioned(tmp_path / "data", 6)
+    source = open_source(str(data))
+    dataset = ImageDataset(source, Preprocess(), torch.arange(6))
+    bad = {source.files[2], source.files[3], source.files[5]}
+    texts = [captions[0] for captions in source.captions]
+    assert [c[0] for c in dataset.captions()] == texts
+    assert [c[0] for c in dataset.captions(bad)] == [texts[i] for i in (0, 1, 4, 4, 4, 0)]
+
+
+def test_the_tokenizer_lowers_case_keeps_its_length_and_reads_any_text():
+    tokenizer = train_tokenizer(TEXTS, 400, 12)
+    assert tokenizer.model_max_length == 12 and len(tokenizer) <= 400
+    assert tokenizer("A Red apple")["input_ids"] == tokenizer("a red apple")["input_ids"]
+    assert tokenizer.decode(tokenizer("red grape")["input_ids"], skip_special_tokens=True).strip() == "red grape"
+
+
+def test_states_of_a_prompt_do_not_depend_on_its_neighbours_nor_its_padding(tmp_path):
+    own, bert = own_prompts(), load_prompts(str(write_bert(tmp_path / "bert", WORDS)))
+    for prompts, texts in ((own, TEXTS), (bert, ["horizontal stripes", "a picture of blank stripes", "blank"])):
+        alone = torch.cat([prompts.states([text]) for text in texts])
+        torch.testing.assert_close(prompts.states(texts), alone, atol=1e-5, rtol=0)
+    words = len(bert.tokenizer("horizontal stripes")["input_ids"])
+    unpadded = bert.encoder(**bert.tokenizer("horizontal stripes", return_tensors="pt"))[0]
+    torch.testing.assert_close(bert.states(["horizontal stripes"])[:, :words], unpadded, atol=1e-5, rtol=0)
+    bert.encoder.config.use_attention_mask = False  # the check can fail: unmasked, padding disturbs what is attended to
+    assert (bert.states(["horizontal stripes"])[:, :words] - unpadded).abs().max() > 1e-3
+
+
+def test_cached_states_are_the_encoders_and_those_of_another_are_refused(tmp_path):
+    prompts, captions = own_prompts(), Captions([tuple(TEXTS), ("extra",)])
+    seen: list[tuple[int, int]] = []
+    states = build_states(prompts, captions, tmp_path / "c", batch=2, progress=lambda *done: seen.append(done))
+    assert seen[-1] == (6, 6)
+    rows = torch.tensor([3, 0, 3])
+    expected = prompts.states([captions.distinct[row] for row in rows.tolist()])
+    torch.testing.assert_close(states[rows], expected, atol=2e-3, rtol=1e-3)  # kept in float16
+    build_states(prompts, captions, tmp_path / "c", progress=lambda *done: pytest.fail("encoded again"))
+    with torch.no_grad():
+        next(prompts.encoder.parameters()).add_(1.0)
+    with pytest.raises(UserError, match="other text encoder"):
+        build_states(prompts, captions, tmp_path / "c")
+    with pytest.raises(UserError, match="other captions"):
+        build_states(own_prompts(), Captions([tuple(TEXTS), ("another",)]), tmp_path / "c")
+
+
+def test_the_gradient_reaches_the_encoder_that_is_trained(runs):
+    from latentdiff.training.diffusion import build_unet
+
+    data, autoencoder, root = runs
+    prompts = own_prompts()
+    unet = build_unet(parse_config(text_tree(data, root / "x", autoencoder)), (2, 8, 8), None, 16)
+    network = PromptedUNet(unet, prompts.encoder.train())
+    out = network(torch.randn(2, 2, 8, 8), torch.tensor([1.0, 500.0]), **prompts.tokens(TEXTS[:2]))
+    out.sample.square().mean().backward()
+    embedding = prompts.encoder.get_input_embeddings().weight.grad
+    used = prompts.tokens(TEXTS[:2])["input_ids"].unique()
+    assert (embedding[used].abs().sum(1) > 0).all() and embedding.abs().sum() == embedding[used].abs().sum()
+
+
+@pytest.mark.parametrize("kind", ["text", "class+text"])
+def test_a_frozen_encoder_stays_as_it_was_and_both_conditions_count(runs, tmp_path, kind):
+    data, autoencoder, _ = runs
+    bert = write_bert(tmp_path / "bert", WORDS)
+    changes = {"condition__type": kind, "condition__text": {"encoder": str(bert)}}
+    folder = train(parse_config(text_tree(data, tmp_path / "run", autoencoder, **changes)))
+    half = load_file(folder / "text_encoder" / "model.safetensors")
+    before = load_file(bert / "model.safetensors")
+    assert half.keys() == before.keys() and all(torch.equal(half[k], before[k].half()) for k in half)
+    pipeline = checkpoints.load(folder)
+    assert pipeline.num_classes == (3 if kind == "class+text" else 0)
+    call = dict(guidance_scale=3.0, num_inference_steps=2, output_type="np")
+
+    def draw(**told):
+        return pipeline(**told, **call, generator=generators(0, range(1))).images
+
+    plain = draw(prompt="horizontal stripes")
+    assert np.abs(plain - draw(prompt="vertical stripes")).max() > 1e-4
+    assert np.abs(plain - draw(prompt="horizontal stripes", negative_prompt="a picture of blank")).max() > 1e-4
+    if kind == "class+text":
+        assert np.abs(plain - draw(prompt="horizontal stripes", class_labels=1)).max() > 1e-4
+        one = draw(class_labels=[1], negative_class_labels=2)
+        assert np.abs(one - draw(class_labels=[1])).max() > 1e-4
+
+
+def test_an_image_of_a_prompt_is_the_same_alone_and_in_a_batch(model):
+    pipeline = checkpoints.load(model)
+    texts = ["horizontal stripes", "stripes", "a picture of vertical"]
+    call = dict(guidance_scale=2.0, num_inference_steps=3, output_type="np")
+    batch = pipeline(prompt=texts, generator=generators(0, range(3)), **call).images
+    for k, text in enumerate(texts):
+        alone = pipeline(prompt=text, generator=[generators(0, range(3))[k]], **call).images
+        np.testing.assert_allclose(alone[0], batch[k], atol=1e-5)
+
+
+def test_no_prompt_is_the_empty_prompt_and_guidance_needs_one(model):
+    pipeline = checkpoints.load(model)
+    call = dict(num_inference_steps=2, output_type="np")
+    none, empty = (pipeline(prompt=p, generator=generators(0, range(1)), **call).images for p in (None, ""))
+    np.testing.assert_array_equal(none, empty)
+    with pytest.raises(ValueError, match="guidance_scale 3: there is no class or prompt"):
+        pipeline(guidance_scale=3.0)
+    with pytest.raises(ValueError, match="prompt 5: must be a text"):
+        pipeline(prompt=5)
+    with pytest.raises(ValueError, match="2 prompts and 3 class_labels"):
+        pipeline(prompt=["a", "b"], class_labels=[None] * 3)
+    with pytest.raises(ValueError, match="negative_prompt: 2 entries for 3 images"):
+        pipeline(prompt=["a"] * 3, negative_prompt=["b", "c"])
+    with pytest.raises(ValueError, match="takes no class labels"):
+        pipeline(class_labels="Bag")
+
+
+def test_a_resumed_text_run_is_the_unbroken_one(runs, tmp_path, monkeypatch):
+    data, autoencoder, _ = runs
+    learnt = train_tokenizer(["horizontal vertical diagonal stripes", "a picture of"], 400, 12)
+    calls: list[int] = []
+    # Learnt anew it would number its tokens otherwise; a resumed run must read the one it began with
+    monkeypatch.setattr("latentdiff.training.conditions.train_tokenizer", lambda *_: calls.append(1) or learnt)
+    whole = train(parse_config(text_tree(data, tmp_path / "whole", autoencoder)))
+    train(parse_config(text_tree(data, tmp_path / "two", autoencoder, train__steps=3)))
+    two = train(parse_config(text_tree(data, tmp_path / "two", autoencoder)), resume=True)
+    for part in ("unet/diffusion_pytorch_model", "text_encoder/model"):
+        a, b = (load_file(folder / f"{part}.safetensors") for folder in (whole, two))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__type": "UNet2DModel"}, "model.type: UNet2DModel cannot attend to text"),
+        ({"model__config": {"cross_attention_dim": 8}}, "model.config.cross_attention_dim: leave it out"),
+        ({"condition__text": {**ENCODER, "dropout": 0.0}, "sample__guidance": 3.0}, "guidance: 3 needs .*text.dropout"),
+        ({"condition__text": {**ENCODER, "heads": 3}}, "condition.text.width: 16 is not a multiple"),
+        ({"condition__text": {"encoder": "/nowhere/bert"}}, "condition.text.encoder /nowhere/bert: needs config.json"),
+        ({"condition": {"type": "none"}, "sample__guidance": 2.0}, "sample.guidance: 2 needs.*condition.type is none"),
+    ],
+)
+def test_a_config_that_cannot_work_is_refused(runs, tmp_path, changes, said):
+    data, autoencoder, _ = runs
+    with pytest.raises(UserError, match=said):
+        train(parse_config(text_tree(data, tmp_path / "run", autoencoder, **changes)))
+    assert not (tmp_path / "run" / "state").exists()
+
+
+def test_data_without_captions_is_refused(runs, tmp_path):
+    data = write_stripes(tmp_path / "plain")
+    with pytest.raises(UserError, match="has no captions; add a metadata.jsonl"):
+        train(parse_config(text_tree(data, tmp_path / "run", runs[1])))
