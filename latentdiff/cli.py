@@ -47,8 +47,9 @@ def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _quiet_libraries() -> None:
-    """Keep diffusers' own bars and advice off stderr, which is ours for progress and the one line of an error."""
+    """Keep the libraries' own bars and advice off stderr, which is ours for progress and the one line of an error."""
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
@@ -58,15 +59,19 @@ def _parser() -> Parser:
     _add_generate(commands)
     _add_train(commands)
     _add_others(commands)
+    _add_judge(commands)
+    _add_prepare(commands)
+    _add_import(commands)
     return parser
 
 
 def _add_generate(commands) -> None:
     add = commands.add_parser("generate", help="make images from a checkpoint", description=generate_command.__doc__)
-    add.add_argument("what", nargs="*", metavar="WHAT", help="class names or numbers")
+    add.add_argument("what", nargs="*", metavar="WHAT", help="class names or numbers, or prompts")
     add.add_argument("--all-classes", action="store_true", help="every class of the model")
+    add.add_argument("--negative", metavar="TEXT", help="a prompt to guide away from")
     add.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=f"a checkpoint folder (default {DEFAULT_MODEL})")
-    add.add_argument("--num-images", type=int, default=8, metavar="N", help="images of each class (default 8)")
+    add.add_argument("--num-images", type=int, default=8, metavar="N", help="images of each (default 8)")
     add.add_argument("--steps", type=int, metavar="S", help="of the sampler (default: the checkpoint's; more for some)")
     add.add_argument("--sampler", metavar="NAME", help="one of latentdiff's samplers instead of the checkpoint's scheduler")
     add.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale, 1 is off")
@@ -87,7 +92,7 @@ def _add_cost(add) -> None:
 
 
 def generate_command(arguments) -> None:
-    """Make N images of each class named and write them to a labelled grid, an npz file or a folder."""
+    """Make N images of each class or prompt named and write them to a labelled grid, an npz file or a folder."""
     from latentdiff.generation import generate
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run")}
@@ -190,6 +195,42 @@ def _add_others(commands) -> None:
     add.set_defaults(run=info_command)
 
 
+def _add_judge(commands) -> None:
+    add = commands.add_parser("judge", help="does a model draw what prompts say", description=judge_command.__doc__)
+    add.add_argument("model", metavar="MODEL", help="a checkpoint that reads text")
+    add.add_argument("--data", required=True, metavar="DIR", help="pictures with styles and identities (prepare emoji)")
+    add.add_argument("--judge", required=True, metavar="FOLDER", help="what training a config with stage: judge made")
+    add.add_argument("--num-prompts", type=int, default=200, metavar="N", help="seen pairs (default 200), and all held-out")
+    add.add_argument("--steps", type=int, metavar="S")
+    add.add_argument("--sampler", metavar="NAME")
+    add.add_argument("--guidance", type=float, metavar="G")
+    _add_cost(add)
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=64, metavar="B")
+    add.add_argument("--out", metavar="DIR", help="also write judge.json, judge.md and grid.png there")
+    add.set_defaults(run=judge_command)
+
+
+def _add_prepare(commands) -> None:
+    add = commands.add_parser("prepare", help="make a data set out of public files", description=prepare_command.__doc__)
+    add.add_argument("name", choices=["emoji"], metavar="NAME", help="emoji: pictures in two styles, with captions")
+    add.add_argument("--out", required=True, metavar="DIR", help="a new or empty folder")
+    add.add_argument("--tarballs", nargs="+", metavar="FILE", help="the npm packages' .tgz files, instead of fetching them")
+    add.add_argument("--seed", type=int, default=0, metavar="K", help="of the held-out pairs and the captions (default 0)")
+    share = "of the pairs of style and emoji, for test/ (default 0.05)"
+    add.add_argument("--held-out", type=float, default=0.05, metavar="SHARE", help=share)
+    add.set_defaults(run=prepare_command)
+
+
+def _add_import(commands) -> None:
+    add = commands.add_parser("import", help="a checkpoint of an original single file", description=import_command.__doc__)
+    add.add_argument("file", metavar="FILE", help="a .safetensors file of the original latent or Stable Diffusion code")
+    config = "a folder in Stable Diffusion's layout, or a Hub name: its configs, scheduler and tokenizer, not its weights"
+    add.add_argument("--config", required=True, metavar="FOLDER_OR_NAME", help=config)
+    add.add_argument("--out", required=True, metavar="DIR", help="a new folder")
+    add.set_defaults(run=import_command)
+
+
 def encode_command(arguments) -> None:
     from latentdiff.commands import encode
 
@@ -238,6 +279,29 @@ def likelihood_command(arguments) -> None:
     from latentdiff.commands import dump, likelihood
 
     print(dump(likelihood(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})))
+
+
+def judge_command(arguments) -> None:
+    """Draw each pair of style and identity from its prompt and find the nearest real pictures, as a trained judge sees."""
+    from latentdiff.commands import dump
+    from latentdiff.judging import judge
+
+    print(dump(judge(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})))
+
+
+def prepare_command(arguments) -> None:
+    """Write a data set's pictures and captions to a folder with train/ and test/ splits."""
+    from latentdiff.commands import dump
+    from latentdiff.data.emoji import prepare_emoji
+
+    print(dump(prepare_emoji(arguments.out, arguments.tarballs, arguments.seed, arguments.held_out)))
+
+
+def import_command(arguments) -> None:
+    """Make a checkpoint of one .safetensors file in the original Stable Diffusion layout, by diffusers' own converter."""
+    from latentdiff.imports import import_checkpoint
+
+    print(import_checkpoint(arguments.file, arguments.config, arguments.out))
 
 
 def info_command(arguments) -> None:

@@ -148,7 +148,7 @@ def likelihood(
     """A bound on the bits per dimension of a data set's pixels, through both stages: total, terms, errors, protocol.
 
     The terms, and what in them is exact: `latentdiff.evaluation.bits`. Images are held against the model under their own
-    class, or under the null class if unconditional. split: test (or what training held out), or train.
+    class, or under the null class if unconditional; of a model that reads text, under the empty prompt. split: test (or what training held out), or train.
     rtol: of the probability-flow ODE, relative and absolute.
     """
     from tqdm import tqdm
@@ -177,10 +177,8 @@ def likelihood(
     denoiser = Denoiser.from_pipeline(pipeline)
 
     def denoiser_for(labels: torch.Tensor | None, count: int) -> Any:
-        if pipeline.num_classes == 0:
-            return denoiser
-        rows = labels if conditional else torch.full((count,), null)
-        return ClassifierFree(denoiser, {"class_labels": rows}, {}, 1.0)
+        rows = labels.tolist() if conditional and labels is not None else [null] * count
+        return ClassifierFree(denoiser, pipeline.conditioning([None] * count, rows), {}, 1.0)
 
     with tqdm(total=num_images, unit="image", desc="likelihood", delay=0.5) as bar:
         report = pixel_bits(
@@ -200,10 +198,13 @@ def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> No
 
 def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
     """The preprocessing and the held-out share that a checkpoint was trained with, from its latentdiff.json."""
-    from latentdiff.checkpoints import read_meta
+    from latentdiff.checkpoints import META, read_meta
     from latentdiff.data.preprocess import Preprocess
 
-    data = read_meta(folder)["config"]["data"]
+    meta = read_meta(folder) if (folder / META).is_file() else {}
+    if "config" not in meta:
+        raise UserError(f"{folder}: was not trained here, so nothing says how images are prepared for it")
+    data = meta["config"]["data"]
     size = None if data["size"] is None else tuple(data["size"])
     rule = Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
     return rule, data["held_out"]
@@ -212,9 +213,9 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
 def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[np.ndarray, np.ndarray | None]:
     from tqdm import tqdm
 
-    from latentdiff.generation import subjects, generate_batches
+    from latentdiff.generation import every_class, generate_batches
 
-    rows = subjects(pipeline, [], all_classes=pipeline.num_classes > 0)
+    rows = every_class(pipeline)
     if num_images % len(rows):
         raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
     images, labels = [], []

@@ -57,7 +57,7 @@ def compare(
     from latentdiff.commands import data_rule
     from latentdiff.evaluation.features import load_features
     from latentdiff.evaluation.report import Yardstick, reference_sets
-    from latentdiff.generation import check_out_folder, subjects, set_precision
+    from latentdiff.generation import check_out_folder, every_class, set_precision
     from latentdiff.guidance import check_interval
 
     for name in samplers:
@@ -71,7 +71,7 @@ def compare(
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
     set_precision(pipeline, precision)
-    rows = subjects(pipeline, [], all_classes=pipeline.num_classes > 0)
+    rows = every_class(pipeline)
     if num_images % len(rows):
         raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
     net = load_features(resolve_model(features, "--features", "model.safetensors"))

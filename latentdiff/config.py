@@ -35,11 +35,11 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """A diffusers class and its constructor arguments, or a folder (or Hub name) to load it from."""
+    """A diffusers class and its constructor arguments, or where a trained one is, from which training goes on."""
 
     type: str | None = None
     config: dict[str, Any] = {}
-    pretrained: str | None = None
+    pretrained: str | None = None  # stage 1: a folder or Hub name; stage 2: a pipeline's folder (its unet/), or a U-Net's
 
 
 class OptimizerConfig(Section):
@@ -124,9 +124,25 @@ class NamedConfig(Section):
         return {"name": value} if isinstance(value, str) else value
 
 
+class TextConfig(Section):
+    """What reads the captions: a pretrained encoder, frozen, or a small transformer trained together with the U-Net."""
+
+    encoder: str | None = None  # a folder or Hub name of a transformers text encoder; None: one of our own
+    dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose caption is replaced by the empty one
+    max_length: int | None = Field(None, gt=2, le=512)  # tokens of a prompt; None: the encoder's own, 32 for ours
+    folder: str | None = None  # of the cached states of a pretrained encoder; None: captions/ in the output folder
+    vocabulary: int = Field(4096, gt=300)  # of our own: most tokens of the byte-pair encoding learnt on the captions
+    width: int = Field(256, gt=0)
+    layers: int = Field(4, gt=0)
+    heads: int = Field(4, gt=0)
+
+
 class ConditionConfig(Section):
-    type: Literal["class", "none"] = "class"
-    dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose condition is replaced by the null class
+    """What the U-Net is told of an image. With class+text each is dropped on its own."""
+
+    type: Literal["class", "text", "class+text", "none"] = "class"
+    dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose class is replaced by the null class
+    text: TextConfig = TextConfig()
 
 
 class SampleConfig(Section):
@@ -137,9 +153,10 @@ class SampleConfig(Section):
     scheduler_config: dict[str, Any] = {}
     sampler: str | None = None  # of latentdiff, where there is no scheduler; null: dpmpp_2m
     steps: int = Field(20, gt=0)
-    guidance: float = Field(1.5, ge=0)
+    guidance: float | None = Field(None, ge=0)  # None: 1.5 where training drops the condition, else 1, which is off
     guidance_interval: tuple[float, float] | None = None  # in t, 0 is data and 1 noise: guided only there
-    per_class: int = Field(4, gt=0)
+    per_class: int = Field(4, gt=0)  # pictures of each class or prompt
+    prompts: list[str] = []  # drawn while training on text; none: some of the data's own captions
 
     @field_validator("guidance_interval")
     @classmethod
@@ -204,13 +221,31 @@ class ClassifierConfig(Section):
     validation_images: int = Field(2048, gt=0)
 
 
-Config = AutoencoderConfig | DiffusionConfig | FeaturesConfig | ClassifierConfig
+class PairsConfig(Section):
+    source: str  # a folder whose pictures have a style and an identity, such as `latentdiff prepare emoji` makes
+
+
+class JudgeConfig(Section):
+    """A small network that finds the nearest real pictures, to judge text-to-image models by retrieval."""
+
+    stage: Literal["judge"]
+    output: str
+    seed: int = 0
+    data: PairsConfig
+    model: dict[str, Any] = {}
+    lr: float = Field(4e-3, gt=0, allow_inf_nan=False)
+    strength: float = Field(1.0, gt=0, le=1)  # of the augmentation
+    train: TrainConfig
+
+
+Config = AutoencoderConfig | DiffusionConfig | FeaturesConfig | ClassifierConfig | JudgeConfig
 AnyConfig = Annotated[Config, Field(discriminator="stage")]
 STAGES: dict[str, type[Section]] = {
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
     "features": FeaturesConfig,
     "classifier": ClassifierConfig,
+    "judge": JudgeConfig,
 }
 
 

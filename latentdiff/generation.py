@@ -51,6 +51,13 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
         raise UserError(f"WHAT: {error}") from None
 
 
+def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:
+    """What class-balanced samples are of: each class, or [None] of an unconditional model. UserError for text alone."""
+    if pipeline.text_encoder is not None and not pipeline.num_classes:
+        raise UserError("MODEL: it is told what to draw by text and has no classes; measure it with latentdiff judge")
+    return list(range(pipeline.num_classes)) or [None]
+
+
 def _what_it_takes(pipeline: LatentDiffusionPipeline) -> str:
     prompts = "" if pipeline.text_encoder is None else ', as prompts such as "a red apple"'
     classes = f"; {pipeline._listed_classes()}, or give --all-classes" if pipeline.num_classes else ""

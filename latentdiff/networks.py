@@ -1,5 +1,6 @@
 """A small network of our own on disk: a folder with config.json and model.safetensors."""
 
+import hashlib
 import json
 import os
 import tempfile
@@ -29,6 +30,15 @@ def save_network(network: nn.Module, config: Mapping[str, Any], folder: str | Pa
         Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for file in (WEIGHTS_FILE, CONFIG_FILE):
             os.replace(os.path.join(scratch, file), folder / file)
+
+
+def fingerprint(network: nn.Module, structure: tuple[Any, ...]) -> str:
+    """Hex sha256 over structure and weights (float32): equal for equal functions, whatever they are called."""
+    digest = hashlib.sha256(repr(structure).encode())
+    for key, value in sorted(network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_network(

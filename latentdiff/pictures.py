@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -11,6 +12,7 @@ from torch import Tensor
 from latentdiff.data.preprocess import to_uint8
 
 GAP = 2  # pixels between tiles
+CAPTION_LINE = 12
 
 
 def save_rows(rows: list[Tensor], path: Path, scale: int = 2) -> None:
@@ -30,6 +32,39 @@ def labelled_grid(rows: list[list[np.ndarray]], names: list[str], scale: int = 2
     for k, name in enumerate(names):
         draw.text((6, k * height + height // 2), name, fill="black", font=font, anchor="lm")
     return canvas
+
+
+def captioned_grid(rows: list[list[np.ndarray]], captions: list[list[str]], names: list[str], scale: int = 2) -> Image.Image:
+    """A grid with a caption of two lines at most under each image and a name at the left of each row ("": none).
+
+    Images are uint8 [H, W, C] of one size.
+    """
+    big, small = ImageFont.load_default(size=14), ImageFont.load_default(size=10)
+    height, width = (side * scale for side in rows[0][0].shape[:2])
+    margin = 12 + max(int(big.getlength(name)) for name in names)
+    step, line = height + 2 * CAPTION_LINE + 4 * GAP, width + 3 * GAP
+    canvas = Image.new("RGB", (margin + max(map(len, rows)) * line, len(rows) * step), "white")
+    draw = ImageDraw.Draw(canvas)
+    for r, (row, texts, name) in enumerate(zip(rows, captions, names, strict=True)):
+        draw.text((6, r * step + height // 2), name, fill="black", font=big, anchor="lm")
+        for k, (image, text) in enumerate(zip(row, texts, strict=True)):
+            left = margin + k * line
+            canvas.paste(tile([[image]], scale).convert("RGB").crop((0, 0, width, height)), (left, r * step))
+            for n, words in enumerate(_wrapped(text, small, width)[:2]):
+                place = (left + width // 2, r * step + height + GAP + n * CAPTION_LINE)
+                draw.text(place, words, fill="black", font=small, anchor="ma")
+    return canvas
+
+
+def _wrapped(text: str, font: Any, width: int) -> list[str]:
+    """text in lines of at most `width` pixels, a longer word on a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines.append(word)
+    return lines
 
 
 def save_png(image: Image.Image, path: Path) -> None:

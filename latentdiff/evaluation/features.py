@@ -5,7 +5,6 @@ classifier behind label accuracy and the classification accuracy score. A number
 network's name; it is never a plain "FID", which means Inception.
 """
 
-import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 from latentdiff.errors import UserError
-from latentdiff.networks import load_network, save_network
+from latentdiff.networks import fingerprint, load_network, save_network
 
 MIN_SIDE = 16
 
@@ -120,11 +119,7 @@ class FeatureNet(nn.Module):
 
     def fingerprint(self) -> str:
         """Hex sha256 over structure and weights: equal for equal functions, whatever the name says."""
-        digest = hashlib.sha256(repr((self.channels, self.classes, self.widths)).encode())
-        for key, value in sorted(self.state_dict().items()):
-            digest.update(key.encode())
-            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return fingerprint(self, (self.channels, self.classes, self.widths))
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors (float32) into folder; each file appears whole or not at all.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig
+from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig, JudgeConfig
 
 
 def train(config: Config, resume: bool = False) -> Path:
@@ -21,6 +21,10 @@ def train(config: Config, resume: bool = False) -> Path:
         from latentdiff.training.classifier import train_latent_classifier
 
         return train_latent_classifier(config, resume)
+    if isinstance(config, JudgeConfig):
+        from latentdiff.training.judge import train_judge
+
+        return train_judge(config, resume)
     from latentdiff.training.features import train_feature_network
 
     return train_feature_network(config, resume)

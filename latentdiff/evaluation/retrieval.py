@@ -1,0 +1,121 @@
+"""Generated pictures judged by retrieval: which real picture is nearest, beside a ceiling, chance and memorisation.
+
+Two groups of pairs (style, identity): seen, whose pictures models are trained on, and held-out, whose pictures they are
+not. A ceiling is what real pictures of the same pairs score with small faults put into them; chance is what the
+generated ones score against each other's pairs.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.data.order import permutation
+from latentdiff.evaluation.augmentation import augment
+from latentdiff.evaluation.judge import Gallery, look
+from latentdiff.rng import derive_seed
+
+MILD = 0.5  # strength of the augmentation of the ceiling's real pictures
+SEEN, HELD_OUT = "seen", "held-out"
+GENERATED, AUGMENTED, RECONSTRUCTED, SHUFFLED = "generated", "augmented real", "reconstructed real", "shuffled prompts"
+BATCH = 256
+
+
+def chosen_rows(gallery: Gallery, num_seen: int) -> dict[str, Tensor]:
+    """Rows of the pairs to be drawn: num_seen of the seen ones (or all), evenly spread, and every held-out one."""
+    seen, held_out = ((gallery.pairs.held_out == part).nonzero().flatten() for part in (False, True))
+    spread = torch.linspace(0, len(seen) - 1, min(num_seen, len(seen))).round().long()
+    return {SEEN: seen[spread], HELD_OUT: held_out}
+
+
+def judge_pictures(
+    gallery: Gallery,
+    drawn: Mapping[str, tuple[Tensor, Tensor]],
+    seed: int = 0,
+    reconstruct: Callable[[Tensor], Tensor] | None = None,
+) -> dict[str, Any]:
+    """The scores of generated pictures, and how near they are to pictures that models are trained on.
+
+    drawn: {group: (images [Q, 3, H, W] in [-1, 1], rows [Q] of the pairs wanted)}. seed: of the ceiling's augmentation
+    and of the shuffle. reconstruct: the model's first stage, images to images; real pictures through it are a second
+    ceiling.
+    Returns {"scores": {group: {what: `scores`}}, "nearest_training_picture": {what: `nearest`}}.
+    """
+    table: dict[str, Any] = {"scores": {}, "nearest_training_picture": {}}
+    for group, (images, rows) in drawn.items():
+        shuffled = _cycle(rows, seed)
+        table["scores"][group] = {
+            GENERATED: scores(gallery, images, rows),
+            AUGMENTED: augmented_scores(gallery, rows, seed),
+            SHUFFLED: scores(gallery, images, shuffled),
+        }
+        if reconstruct is not None:
+            real = torch.cat([reconstruct(gallery.pairs.images(part)).clamp(-1, 1) for part in rows.split(BATCH)])
+            table["scores"][group][RECONSTRUCTED] = scores(gallery, real, rows)
+        table["nearest_training_picture"][f"{GENERATED}, {group}"] = nearest(gallery, images)
+    real = gallery.pairs.images(gallery.pairs.held_out.nonzero().flatten())
+    table["nearest_training_picture"][f"real, {HELD_OUT}"] = nearest(gallery, real)
+    return table
+
+
+def scores(gallery: Gallery, images: Tensor, rows: Tensor) -> dict[str, Any]:
+    """Shares of images [Q, 3, H, W] in [-1, 1] that show the pairs in `rows` [Q] of the data set.
+
+    top1, top5: the wanted identity, in any style, is the nearest, or among the five nearest. style: the style head says
+    the wanted one.
+    """
+    embeddings, told = look(gallery.net, images)
+    ranks = gallery.ranks(embeddings, gallery.pairs.identities[rows])
+    hits = {"top1": ranks < 1, "top5": ranks < 5, "style": told == gallery.pairs.styles[rows]}
+    return {"pictures": len(ranks)} | {name: hit.double().mean().item() for name, hit in hits.items()}
+
+
+def augmented_scores(gallery: Gallery, rows: Tensor, seed: int, strength: float = MILD) -> dict[str, Any]:
+    """`scores` of the real pictures of these rows, augmented: what a perfect model with small faults would get."""
+    generator = torch.Generator().manual_seed(derive_seed(seed, "ceiling"))
+    images = torch.cat([augment(gallery.pairs.images(part), generator, strength) for part in rows.split(BATCH)])
+    return scores(gallery, images, rows)
+
+
+def nearest(gallery: Gallery, images: Tensor) -> dict[str, Any]:
+    """Medians over images [Q, 3, H, W] in [-1, 1] of the distance to the nearest picture of train/.
+
+    pixels: root mean square over pixels whose range is 1. embedding: between the judge's unit vectors, 0 to 2.
+    """
+    train = (~gallery.pairs.held_out).nonzero().flatten()
+    embeddings, _ = look(gallery.net, images)
+    cosine = (embeddings @ gallery.embeddings[train].T).amax(dim=1)
+    flat, real = images.flatten(1), gallery.pairs.images(train).flatten(1)  # [Q, d], [T, d]
+    found = (real.square().sum(dim=1) - 2 * flat @ real.T).argmin(dim=1)  # [Q]; all of |q - r|^2 that depends on r
+    pixels = (flat - real[found]).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
+    return {
+        "pictures": len(images),
+        "pixels": pixels.median().item(),
+        "embedding": (2 - 2 * cosine).clamp(min=0).sqrt().median().item(),
+    }
+
+
+def markdown(table: Mapping[str, Any]) -> str:
+    """The scores and distances of `judge_pictures` as tables, with table["protocol"] below."""
+    lines = ["| pictures | pairs | number | identity, top 1 | identity, top 5 | style |", "|---|---|---|---|---|---|"]
+    groups = table["scores"]
+    for what in (GENERATED, AUGMENTED, RECONSTRUCTED, SHUFFLED):
+        for group, entries in groups.items():
+            if what in entries:
+                score = entries[what]
+                shares = " | ".join(f"{100 * score[key]:.1f} %" for key in ("top1", "top5", "style"))
+                lines.append(f"| {what} | {group} | {score['pictures']} | {shares} |")
+    lines += ["", "| median distance to the nearest training picture | pixels | embedding |", "|---|---|---|"]
+    for what, entry in table["nearest_training_picture"].items():
+        lines.append(f"| {what} | {entry['pixels']:.3f} | {entry['embedding']:.3f} |")
+    stated = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in table["protocol"].items())
+    return "\n".join([*lines, "", stated]) + "\n"
+
+
+def _cycle(rows: Tensor, seed: int) -> Tensor:
+    """rows [Q] in another order in which none stays where it was."""
+    order = permutation(len(rows), seed, "shuffled prompts")
+    shuffled = torch.empty_like(rows)
+    shuffled[order] = rows[order.roll(1)]
+    return shuffled

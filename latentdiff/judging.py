@@ -1,0 +1,164 @@
+"""`latentdiff judge`: does a text-to-image model draw what its prompts say, as a judge trained on real pictures sees it?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.data.pairs import Pairs
+    from latentdiff.evaluation.judge import Gallery
+
+GRID_COLUMNS, GRID_ROWS = 6, 2  # of each kind of prompt
+PROMPT_FORM = "<style> style, <name>"
+FREE_PROMPTS = (
+    "a red apple", "a green apple", "grinning face", "blue heart", "yellow star", "red car",
+    "dog", "smiling cat", "pizza", "rocket", "twemoji style, dog", "noto style, rocket",
+)  # fmt: skip
+
+
+def judge(
+    model: str | Path,
+    data: str | Path,
+    judge: str | Path,
+    num_prompts: int = 200,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    precision: str = "float32",
+    seed: int = 0,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+) -> dict[str, Any]:
+    """Scores, ceiling, chance and memorisation of a model's pictures of num_prompts seen pairs and all held-out ones.
+
+    One picture a pair, from the prompt "<style> style, <name>"; with `out` its files judge.json, judge.md and grid.png
+    are written, the last with pictures of free prompts too, uncurated. What the numbers are: `evaluation.retrieval`.
+    steps, sampler, guidance, guidance_interval: None are the checkpoint's.
+
+    UserError for a model that reads no text, data without styles and identities, or a judge of other identities.
+    """
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.commands import stated
+    from latentdiff.data.pairs import read_pairs
+    from latentdiff.evaluation.judge import load_judge, open_gallery
+    from latentdiff.evaluation.retrieval import MILD, chosen_rows
+    from latentdiff.generation import check_out_folder, set_precision
+    from latentdiff.guidance import check_interval
+
+    if num_prompts < 2 or batch_size < 1 or (steps is not None and steps < 1):
+        raise UserError("judge: --num-prompts must be at least 2, --batch-size and --steps at least 1")
+    _check_sampler(sampler)
+    check_interval(guidance_interval, "--guidance-interval")
+    if out is not None:
+        check_out_folder(out)
+    net = load_judge(resolve_model(judge, "--judge", "model.safetensors"))
+    pipeline = load(resolve_model(model))
+    if pipeline.text_encoder is None:
+        raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
+    gallery = open_gallery(net, read_pairs(data))
+    codec = LatentCodec(pipeline.vae)
+    _check_pictures(pipeline, codec, gallery.pairs)
+    rows = chosen_rows(gallery, num_prompts)
+    pipeline.set_progress_bar_config(disable=True)
+    set_precision(pipeline, precision)
+    call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
+    call["guidance_interval"] = guidance_interval
+    made = draw(pipeline, _prompts(gallery.pairs, rows, free=out is not None), seed, batch_size, **call)
+    protocol = stated(pipeline, str(model), seed=seed, **call)
+    protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
+    protocol |= {"strength_of_augmentation": MILD}
+    whole = all(side % codec.factor == 0 for side in gallery.pairs.pictures.shape[1:3])  # else training padded them
+    table = {"protocol": protocol, **measure(gallery, made, rows, seed, codec.reconstruct if whole else None)}
+    if out is not None:
+        _write(Path(out), table, made, _prompts(gallery.pairs, rows, free=True))
+    return table
+
+
+def draw(
+    pipeline: Any, prompts: Mapping[str, list[str]], seed: int, batch_size: int, **call: Any
+) -> dict[str, np.ndarray]:
+    """One picture of each prompt, uint8 [Q, H, W, C] a kind of prompts: functions of seed and prompt alone."""
+    from tqdm import tqdm
+
+    from latentdiff.generation import generate_batches
+
+    made = {}
+    with tqdm(total=sum(map(len, prompts.values())), unit="image", desc="drawing", delay=0.5) as bar:
+        for kind, texts in prompts.items():
+            batches = []
+            for images, _ in generate_batches(pipeline, texts, 1, seed, batch_size, **call):
+                batches.append(images)
+                bar.update(len(images))
+            made[kind] = np.concatenate(batches)
+    return made
+
+
+def measure(
+    gallery: Gallery, made: Mapping[str, np.ndarray], rows: Mapping[str, Tensor], seed: int = 0, reconstruct: Any = None
+) -> dict[str, Any]:
+    """`judge_pictures` of pictures made for these rows, uint8 [Q, H, W, 3] each."""
+    from latentdiff.data.pairs import to_images
+    from latentdiff.evaluation.retrieval import judge_pictures
+
+    return judge_pictures(gallery, {kind: (to_images(made[kind]), rows[kind]) for kind in rows}, seed, reconstruct)
+
+
+def _check_sampler(name: str | None) -> None:
+    from latentdiff import samplers
+
+    if name is not None and name not in samplers.names():
+        raise UserError(f"--sampler {name}: unknown; valid: {', '.join(samplers.names())}")
+
+
+def _check_pictures(pipeline: Any, codec: LatentCodec, pairs: Pairs) -> None:
+    """UserError where the model's pictures are not of the data's size and channels."""
+    height, width = pipeline.config.image_size or [side * codec.factor for side in pipeline.latent_shape[1:]]
+    theirs, ours = (height, width, codec.image_channels), pairs.pictures.shape[1:]
+    if theirs != ours:
+        said = ["x".join(map(str, shape)) for shape in (theirs, ours)]
+        raise UserError(f"judge: the model's pictures are {said[0]}, those of --data {pairs.name} are {said[1]}")
+
+
+def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, list[str]]:
+    """{kind: prompts}: those of the pairs, and the free ones."""
+    prompts: dict[str, list[str]] = {}
+    for kind, chosen in rows.items():
+        texts = [pairs.prompts[row] for row in chosen.tolist()]
+        if None in texts:
+            identity = pairs.identity_names[int(pairs.identities[chosen[texts.index(None)]])]
+            raise UserError(f"--data {pairs.name}: {identity} has no caption of the form '{PROMPT_FORM}'")
+        prompts[kind] = [text for text in texts if text is not None]
+    return prompts | ({"free": list(FREE_PROMPTS)} if free else {})
+
+
+def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
+    from latentdiff.evaluation.retrieval import markdown
+    from latentdiff.pictures import captioned_grid, save_png
+
+    rows, captions, names = [], [], []
+    for kind, images in made.items():
+        count = min(len(images), GRID_COLUMNS * GRID_ROWS)
+        shown = np.linspace(0, len(images) - 1, count).round().astype(int)
+        for start in range(0, count, GRID_COLUMNS):
+            part = shown[start : start + GRID_COLUMNS]
+            rows.append([images[k] for k in part])
+            captions.append([prompts[kind][k] for k in part])
+            names.append(kind if start == 0 else "")
+    save_png(captioned_grid(rows, captions, names), out / "grid.png")
+    texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": markdown(table)}
+    for name, text in texts.items():
+        temporary = out / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(out / name)
