@@ -1,5 +1,6 @@
 """From a folder of photographs to a grid with the shipped configs, and both stages trained by two processes."""
 
+import json
 import os
 import re
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tiny_runs import autoencoder_tree, diffusion_tree, write_yaml
@@ -59,6 +61,38 @@ def test_a_folder_of_photographs_goes_through_four_commands_to_a_grid(tmp_path, 
     with np.load("grid.npz") as file:
         assert file["arr_0"].shape == (6, 32, 32, 3) and file["arr_1"].tolist() == [1, 1, 2, 2, 0, 0]
         assert file["arr_0"].std() > 5
+
+
+def test_three_captioned_images_go_through_four_commands_to_a_prompted_picture(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine").mkdir()
+    sizes, rows = {"a red square": (33, 47), "a blue square": (64, 40), "a green square": (51, 90)}, []
+    for colour, (text, size) in zip([(220, 30, 30), (30, 60, 220), (30, 180, 60)], sizes.items(), strict=True):
+        name = f"{text.split()[1]}.png"
+        Image.new("RGB", size, colour).save(Path("mine") / name)
+        rows.append(json.dumps({"file_name": name, "text": text}))
+    Path("mine/metadata.jsonl").write_text("\n".join(rows) + "\n")
+    both = ["data.source=mine", "data.size=[32, 32]", "train.threads=1", "ema.decay=0.9", "data.workers=0"]
+    stage1 = ["output=run/autoencoder", "train.steps=8", "train.batch_size=4", "loss.adversarial=0", "optimizer.warmup_steps=2",
+              "model.config.block_out_channels=[8, 16]", "model.config.norm_num_groups=4", "optimizer.lr=3e-3"]  # fmt: skip
+    stage2 = ["output=run/diffusion", "autoencoder=run/autoencoder", "train.steps=8", "train.batch_size=4",
+              "optimizer.warmup_steps=2", "model.config.block_out_channels=[16, 16]", "model.config.norm_num_groups=4",
+              "condition.text.width=16", "condition.text.layers=1", "condition.text.heads=2",
+              "model.config.addition_embed_type_num_heads=4"]  # fmt: skip
+    main(["train", str(CONFIGS / "autoencoder.yaml"), *both, *stage1])
+    main(["encode", str(CONFIGS / "text.yaml"), *both, *stage2])
+    main(["train", str(CONFIGS / "text.yaml"), *both, *stage2])
+    model = ["--model", "run/diffusion/model", "--steps", "3", "--num-images", "2"]
+    main(["generate", "a red square", "a blue square", *model, "--out", "grid.npz"])
+    main(["generate", "a red square", "a blue square", *model, "--negative", "a green square", "--out", "away.npz"])
+    assert capsys.readouterr().out.split()[-3:] == ["run/diffusion/model", "grid.npz", "away.npz"]
+    with np.load("grid.npz") as file, np.load("away.npz") as away:
+        assert file["arr_0"].shape == (4, 32, 32, 3) and file["arr_1"].tolist() == [-1] * 4
+        assert file["arr_0"].std() > 1 and (file["arr_0"] != away["arr_0"]).any()
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--all-classes", "--model", "run/diffusion/model"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "not told classes, as prompts such as" in said
 
 
 def launch(config: Path, log: Path) -> subprocess.Popen:
