@@ -15,17 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 
 from latentdiff.errors import UserError
+from latentdiff.folders import TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
 META = "latentdiff.json"
 INDEX = "model_index.json"
-WEIGHTS = "diffusion_pytorch_model.safetensors"
 FORMAT = 1
+STABLE_DIFFUSION = "StableDiffusionPipeline"
+KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION)
 
 
 def publish(
@@ -36,16 +38,13 @@ def publish(
     meta: Mapping[str, Any],
     class_names: Sequence[str] | None = None,
     null_class: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    prediction: str | None = None,
-    schedule: Mapping[str, Any] | None = None,
-    default_guidance_scale: float = 1.0,
-    default_guidance_interval: tuple[float, float] | None = None,
-    default_num_inference_steps: int = 20,
-    default_sampler: str | None = None,
+    text_encoder: torch.nn.Module | None = None,
+    tokenizer: Any = None,
+    null_prompt: str | None = None,
     dtype: torch.dtype = torch.float16,
     card: str | None = None,
     files: Mapping[str, bytes | Path] | None = None,
+    **index: Any,
 ) -> Path:
     """Write a checkpoint whole or not at all, replacing one that is there.
 
@@ -54,11 +53,13 @@ def publish(
         unet, vae: diffusers models; copied, never changed. `unet` holds the weights to ship (usually the EMA).
         scheduler: a diffusers scheduler, or None with `default_sampler`, a latentdiff sampler, in its place.
         meta: JSON values for latentdiff.json: config, data fingerprint, steps, EMA, latent statistics, metrics ...
-        class_names, null_class, image_size, prediction, schedule, default_guidance_scale, default_guidance_interval,
-            default_num_inference_steps, default_sampler: kept in model_index.json; see `LatentDiffusionPipeline`.
+        text_encoder, tokenizer: of transformers, for a U-Net that attends to text; copied like the others.
         dtype: of the weights on disk.
         card: text of README.md; None writes a short one.
         files: more files by name (bytes, or a path to copy): pictures for the card.
+        class_names, null_class, null_prompt, index: image_size, prediction, schedule, default_guidance_scale,
+            default_guidance_interval, default_num_inference_steps and default_sampler of `LatentDiffusionPipeline`, kept
+            in model_index.json.
 
     Returns:
         The folder.
@@ -70,36 +71,35 @@ def publish(
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     folder = Path(folder)
-    _check_sampling(scheduler, default_sampler, prediction, schedule)
-    _check_classes(unet, class_names, null_class, default_guidance_scale, default_guidance_interval)
+    _check_sampling(scheduler, index.get("default_sampler"), index.get("prediction"), index.get("schedule"))
+    if (text_encoder is None) != (tokenizer is None):
+        raise UserError("text_encoder and tokenizer: a checkpoint has both or neither")
+    _check_classes(unet, class_names, null_class, index, text_encoder is not None and null_prompt is not None)
+    names, size = list(class_names) if class_names is not None else None, index.get("image_size")
     record = {
-        "format": FORMAT,
-        **meta,
-        "class_names": list(class_names) if class_names is not None else None,
-        "null_class": null_class,
-        "image_size": list(image_size) if image_size is not None else None,
-        "weights_dtype": str(dtype).removeprefix("torch."),
+        "format": FORMAT, **meta, "class_names": names, "null_class": null_class, "null_prompt": null_prompt,
+        "image_size": list(size) if size is not None else None, "weights_dtype": str(dtype).removeprefix("torch."),
         "versions": library_versions(),
-    }
+    }  # fmt: skip
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"  # fails before anything is written
     pipeline = LatentDiffusionPipeline(
         unet=in_dtype(unet, dtype, "unet"),
         vae=in_dtype(vae, dtype, "vae"),
         scheduler=scheduler,
-        class_names=list(class_names) if class_names is not None else None,
+        class_names=names,
+        text_encoder=None if text_encoder is None else in_dtype(text_encoder, dtype, "text_encoder"),
+        tokenizer=tokenizer,
         null_class=null_class,
-        image_size=image_size,
-        prediction=prediction,
-        schedule=dict(schedule) if schedule is not None else None,
-        default_guidance_scale=default_guidance_scale,
-        default_guidance_interval=default_guidance_interval,
-        default_num_inference_steps=default_num_inference_steps,
-        default_sampler=default_sampler,
+        null_prompt=null_prompt,
+        **index,
     )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
         new = Path(temporary) / "new"
-        pipeline.save_pretrained(new)
+        with quiet():
+            pipeline.save_pretrained(new)
+        if type(text_encoder).__name__ == "CLIPTextModel":
+            prefix_names(new / "text_encoder" / TEXT_WEIGHTS, "text_model.")
         (new / META).write_text(text, encoding="utf-8")
         (new / "README.md").write_text(card if card is not None else short_card(record), encoding="utf-8")
         for name, content in (files or {}).items():
@@ -109,14 +109,15 @@ def publish(
 
 
 def _check_classes(
-    unet: Any, class_names: Sequence[str] | None, null_class: int | None, scale: float, interval: Sequence[float] | None
+    unet: Any, class_names: Sequence[str] | None, null_class: int | None, index: Mapping[str, Any], text_dropped: bool
 ) -> None:
     """UserError where the classes, the null class, the default guidance and the U-Net contradict each other."""
     from latentdiff.guidance import check_interval
 
-    check_interval(interval, "default_guidance_interval")
-    if scale != 1.0 and null_class is None:
-        raise UserError(f"default_guidance_scale {scale}: without a null class it can only be 1")
+    scale = index.get("default_guidance_scale", 1.0)
+    check_interval(index.get("default_guidance_interval"), "default_guidance_interval")
+    if scale != 1.0 and null_class is None and not text_dropped:
+        raise UserError(f"default_guidance_scale {scale}: without a null class or a null prompt it can only be 1")
     rows, needed = unet.config.get("num_class_embeds") or 0, len(class_names or ()) + (null_class is not None)
     if class_names and (rows != needed or null_class not in (None, len(class_names))):
         raise UserError(
@@ -148,6 +149,16 @@ def replace_folder(new: Path, folder: Path, aside: Path) -> None:
         if aside.exists():
             os.rename(aside, folder)
         raise
+
+
+def prefix_names(file: Path, prefix: str) -> None:
+    """Rename the weights in a safetensors file so that each begins with `prefix`.
+
+    transformers from 5.6 on writes a CLIPTextModel without "text_model." and reads it either way; older ones and other
+    tools know the name with it alone, and would leave every weight at its random initialisation.
+    """
+    weights = load_file(file)
+    save_file({prefix + name.removeprefix(prefix): value for name, value in weights.items()}, file, {"format": "pt"})
 
 
 def in_dtype(model: torch.nn.Module, dtype: torch.dtype, name: str) -> torch.nn.Module:
@@ -183,38 +194,38 @@ def short_card(record: Mapping[str, Any]) -> str:
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> "LatentDiffusionPipeline":
-    """The pipeline of a checkpoint, on the CPU, in evaluation mode.
+    """The pipeline of a checkpoint, or of any folder in Stable Diffusion's layout, on the CPU, in evaluation mode.
 
-    Runs the installed pipeline, never the pipeline.py of the folder.
+    Runs the installed pipeline, never the pipeline.py of the folder. Weights may be of a variant, or in shards.
 
     Raises:
-        UserError: the folder or one of its files is missing, truncated, corrupt, or not of this kind.
+        UserError: the folder or one of its files is missing, truncated, corrupt, pickled, or not of this kind.
     """
-    from diffusers.utils import logging
-
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     folder = Path(folder)
-    weights = check(folder)
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # three small files need no bar on stderr
+    models = {name: load_part(folder / name, kind, dtype) for name, kind in check(folder).items()}
     try:
-        pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: cannot be loaded: {str(error).strip().splitlines()[0]}") from error
-    finally:
-        if bars:
-            logging.enable_progress_bar()
-    for name, keys in weights.items():
-        # diffusers would leave a missing weight at its random initialisation and only log it.
-        missing = sorted(getattr(pipeline, name).state_dict().keys() - keys)
-        if missing:
-            raise UserError(f"{folder / name / WEIGHTS}: {len(missing)} weights missing, the first is {missing[0]}")
+        with quiet():
+            pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **models)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+    if read_json(folder / INDEX)["_class_name"] == STABLE_DIFFUSION:
+        as_stable_diffusion(pipeline.scheduler)
     return pipeline
 
 
-def check(folder: Path) -> dict[str, set[str]]:
-    """Look at every file of a checkpoint without loading it; the names of the weights of each model.
+def as_stable_diffusion(scheduler: Any) -> None:
+    """Correct a scheduler's config as the stock pipeline does when it is made: old folders miss what it takes for granted."""
+    for key, value in {"steps_offset": 1, "clip_sample": False}.items():
+        if key in scheduler.config:
+            scheduler.register_to_config(**{key: value})
+
+
+def check(folder: Path) -> dict[str, type]:
+    """Look at every file of a checkpoint without loading it; the class of each of its models.
+
+    What a folder has besides (safety_checker, feature_extractor, image_encoder) is not looked at, as it is not used.
 
     Raises:
         UserError: naming the file at fault.
@@ -223,39 +234,20 @@ def check(folder: Path) -> dict[str, set[str]]:
         raise UserError(f"{folder}: no such folder; a checkpoint is a folder with {INDEX}")
     index = read_json(folder / INDEX)
     name = index.get("_class_name")
-    if name not in ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"]):
-        raise UserError(f"{folder / INDEX}: _class_name is {name}; expected LatentDiffusionPipeline")
-    if index.get("scheduler") != [None, None]:
+    if name not in KINDS:
+        raise UserError(f"{folder / INDEX}: _class_name is {name}; expected LatentDiffusionPipeline or {STABLE_DIFFUSION}")
+    parts = ["unet", "vae", "scheduler", "text_encoder", "tokenizer"]
+    if name != STABLE_DIFFUSION:  # where each of them is needed
+        parts = parts[:2] + [part for part in parts[2:] if index.get(part, [None, None]) != [None, None]]
+    classes = {part: part_class(index.get(part), f"{folder / INDEX}: {part}") for part in parts}
+    if classes.pop("scheduler", None):
         read_json(folder / "scheduler" / "scheduler_config.json")
-    weights = {}
-    for part in ("unet", "vae"):
+    if classes.pop("tokenizer", None) and not (folder / "tokenizer").is_dir():
+        raise UserError(f"{folder / 'tokenizer'}: missing; the checkpoint is incomplete")
+    for part, kind in classes.items():
         read_json(folder / part / "config.json")
-        weights[part] = weight_names(folder / part / WEIGHTS)
-    return weights
-
-
-def weight_names(file: Path) -> set[str]:
-    """The names of the tensors in a safetensors file; reads only its header, which also gives its right length."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing; the checkpoint is incomplete")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            return set(tensors.keys())
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy or publish it again") from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where it is missing or is not one."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing; the checkpoint is incomplete")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: must hold a JSON object, not a {type(content).__name__}")
-    return content
+        weight_files(folder / part, WEIGHTS if kind.__module__.startswith("diffusers") else TEXT_WEIGHTS)
+    return classes
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:

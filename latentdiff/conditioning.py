@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from latentdiff.errors import UserError
+from latentdiff.folders import load_part, quiet
 from latentdiff.rng import rand
 
 OWN_LENGTH = 32  # tokens of a prompt, for an encoder of one's own
@@ -178,20 +179,17 @@ def load_prompts(where: str, length: int | None = None) -> Prompts:
     """
     import transformers
 
-    transformers.logging.set_verbosity_error()  # it reports the unused half of a CLIP, which is as it should be
-    folder = Path(where)
-    piped = (folder / "text_encoder" / "config.json").is_file()
-    places = (folder / "text_encoder", folder / "tokenizer") if piped else (where, where)
-    if not piped and not (folder / "config.json").is_file() and (folder.exists() or where.startswith((".", "/"))):
-        raise UserError(f"condition.text.encoder {where}: needs config.json there, or text_encoder/ and tokenizer/")
+    config, places = _text_config(where)
+    kinds = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
+    name = kinds.get(config.model_type, "AutoModel")
     try:
-        kind = transformers.AutoConfig.from_pretrained(places[0]).model_type
-        name = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}.get(kind, "AutoModel")
-        tokenizer = transformers.AutoTokenizer.from_pretrained(places[1])
-        encoder = getattr(transformers, name).from_pretrained(places[0], use_safetensors=True, dtype=torch.float32)
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(places[1], trust_remote_code=False)
+        encoder = load_part(places[0], getattr(transformers, name))
+    except UserError as error:
+        raise UserError(f"condition.text.encoder {error}") from None
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"condition.text.encoder {where}: no transformers text encoder in safetensors ({reason})") from None
+        raise UserError(f"condition.text.encoder {where}: no tokenizer of transformers ({_brief(error)})") from None
     own = tokenizer.model_max_length if tokenizer.model_max_length <= LONGEST else LONGEST
     longest = getattr(encoder.config, "max_position_embeddings", None)
     if length is not None and longest is not None and length > longest:
@@ -199,4 +197,28 @@ def load_prompts(where: str, length: int | None = None) -> Prompts:
     tokenizer.model_max_length = length or own
     if not hasattr(encoder.config, "use_attention_mask"):
         encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
-    return Prompts(tokenizer, encoder.eval().requires_grad_(False))
+    return Prompts(tokenizer, encoder.requires_grad_(False))
+
+
+def states_width(where: str) -> int:
+    """The width of a pretrained encoder's states, from its config alone; UserError as `load_prompts`."""
+    return int(_text_config(where)[0].hidden_size)
+
+
+def _text_config(where: str) -> tuple[Any, tuple[str, str]]:
+    """A pretrained encoder's config, and where the encoder and its tokenizer are."""
+    import transformers
+
+    folder = Path(where)
+    piped = (folder / "text_encoder" / "config.json").is_file()
+    places = (str(folder / "text_encoder"), str(folder / "tokenizer")) if piped else (where, where)
+    if not piped and not (folder / "config.json").is_file() and (folder.exists() or where.startswith((".", "/"))):
+        raise UserError(f"condition.text.encoder {where}: needs config.json there, or text_encoder/ and tokenizer/")
+    try:
+        return transformers.AutoConfig.from_pretrained(places[0], trust_remote_code=False), places
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"condition.text.encoder {where}: no encoder of transformers ({_brief(error)})") from None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

@@ -95,23 +95,42 @@ def _data_info(what: str) -> dict[str, Any]:
 
 
 def _model_info(folder: Path) -> dict[str, Any]:
-    from latentdiff.checkpoints import load, read_meta
+    from latentdiff.checkpoints import META, load, read_meta
     from latentdiff.commands import default_sampler
 
-    pipeline, meta = load(folder), read_meta(folder)
-    sizes = {name: sum(p.numel() for p in getattr(pipeline, name).parameters()) for name in ("unet", "vae")}
+    pipeline = load(folder)
+    meta = read_meta(folder) if (folder / META).is_file() else {}
+    models = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
+    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items() if model is not None}
     return {
         "model": str(folder),
+        "made_by": _made_by(meta),
         "parameters": sizes,
         "bytes_on_disk": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "image_size": pipeline.config.image_size,
         "latent_shape": list(pipeline.latent_shape),
+        "text": _text_info(pipeline),
         "classes": pipeline.class_names,
         "null_class": pipeline.config.null_class,
-        "prediction": pipeline.config.prediction,
+        "prediction": pipeline.config.prediction or pipeline.scheduler.config.get("prediction_type"),
         "schedule": pipeline.config.schedule,
         "scheduler": default_sampler(pipeline),
         "steps_trained": meta.get("steps"),
         "latents": meta.get("latents"),
         "defaults": {k: pipeline.config[k] for k in DEFAULTS},
     }
+
+
+def _made_by(meta: dict[str, Any]) -> str:
+    if not meta:
+        return "unknown: the folder has no latentdiff.json"
+    name = f"latentdiff {meta.get('versions', {}).get('latentdiff', '')}".strip()
+    return f"{name}, imported from {meta['imported']['file']}" if "imported" in meta else name
+
+
+def _text_info(pipeline: Any) -> dict[str, Any] | None:
+    if pipeline.text_encoder is None:
+        return None
+    encoder = pipeline.text_encoder
+    length = pipeline.tokenizer.model_max_length
+    return {"encoder": type(encoder).__name__, "tokens": length, "width": encoder.config.hidden_size}

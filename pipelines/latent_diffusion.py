@@ -24,6 +24,9 @@ from diffusers.utils.torch_utils import randn_tensor
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 _SAVED_AS = "pipeline"
 _LISTED_CLASSES = 60
+# Of StableDiffusionPipeline: what its calls do unless told, and entries of its folders that make no picture
+_STOCK_DEFAULTS = {"default_guidance_scale": 7.5, "default_num_inference_steps": 50}
+_STOCK_ONLY = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
 
 class PipelineInputError(ValueError):
@@ -183,7 +186,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         prompts, labels = self._wanted(prompt, class_labels, num_images_per_label)  # B of each
         negative = self._negative(negative_prompt, negative_class_labels, len(prompts))
         scale = self._guidance(guidance_scale, prompts, labels, negative)
-        told = self._conditioning(prompts, labels), self._conditioning(*negative) if scale != 1.0 else {}
+        told = self.conditioning(prompts, labels), self.conditioning(*negative) if scale != 1.0 else {}
         noise = self._noise(len(prompts), generator, latents)  # [B, c, h, w]
         asked = (sampler, num_inference_steps, sampler_options or {}, guidance)
         run = partial(self._run_sampler, *asked) if sampler else self._run_scheduler
@@ -249,7 +252,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 )
         return scale
 
-    def _conditioning(self, prompts: list[str | None], labels: list[int | None]) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def conditioning(self, prompts: list[str | None], labels: list[int | None]) -> dict[str, torch.Tensor]:
         """What the U-Net is given for B images: class_labels [B], encoder_hidden_states [B, L, d], or neither."""
         told, device = {}, self._execution_device
         if labels[0] is not None:
@@ -346,13 +350,17 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
     def _is_stable_diffusion(self) -> bool:
-        """Whether text alone drives it, and the stock pipeline's one scaling_factor and uncut pictures are right for it."""
-        config = self.vae.config
+        """Whether text alone drives it, and stock's one scaling_factor, uncut pictures and use of the scheduler are right."""
+        config, sampling = self.vae.config, getattr(self.scheduler, "config", {})
         factor = 2 ** (len(config.get("block_out_channels") or [0]) - 1)
         whole = self.config.image_size in (None, [side * factor for side in self.latent_shape[1:]])
         centred = not any([config.get("shift_factor") or 0, *(config.get("latents_mean") or [])])
         centred = centred and all(value == 1 for value in config.get("latents_std") or [])
-        return self.text_encoder is not None and self.scheduler is not None and self.num_classes == 0 and whole and centred
+        # Stock corrects steps_offset and clip_sample without being asked, and cannot run a flow
+        alike = sampling.get("timestep_spacing") != "leading" or sampling.get("steps_offset", 1) == 1
+        alike = alike and not any(sampling.get(key) for key in ("use_flow_sigmas", "clip_sample"))
+        alike = alike and hasattr(self.scheduler, "scale_model_input")
+        return self.text_encoder is not None and self.num_classes == 0 and whole and centred and alike
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json and, beside it, this file as pipeline.py."""
@@ -363,6 +371,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
         # Whoever calls from_pretrained on this class has the code already: none from the folder is run.
         config = json.loads(Path(json_file).read_text(encoding="utf-8"))
+        if config.get("_class_name") == "StableDiffusionPipeline":
+            config = {**_STOCK_DEFAULTS, **{k: v for k, v in config.items() if k not in _STOCK_ONLY}}
         if "_class_name" in config:
             config["_class_name"] = cls.__name__
         return config

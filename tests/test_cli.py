@@ -142,9 +142,9 @@ def test_a_truncated_first_stage_is_named(refused, autoencoder_run, stripe_folde
     truncate(tmp_path / "stage1" / WEIGHTS)
     config = write_yaml(tmp_path / "d.yaml", diffusion_tree(stripe_folder, tmp_path / "run", tmp_path / "stage1"))
     for command in (["train", config], ["encode", config], ["info", tmp_path / "stage1"]):
-        assert f"{tmp_path / 'stage1'}: cannot read the weights" in refused(*command)
+        assert f"{tmp_path / 'stage1' / WEIGHTS}: truncated" in refused(*command)
     (tmp_path / "stage1" / WEIGHTS).unlink()
-    assert "no .safetensors file there" in refused("info", tmp_path / "stage1")
+    assert f"{tmp_path / 'stage1' / WEIGHTS}: missing" in refused("info", tmp_path / "stage1")
 
 
 def test_a_truncated_feature_network_is_named(refused, feature_folder, samples, stripe_folder, tmp_path):

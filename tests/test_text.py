@@ -112,7 +112,7 @@ def test_cached_states_are_the_encoders_and_those_of_another_are_refused(tmp_pat
 
 
 def test_the_gradient_reaches_the_encoder_that_is_trained(runs):
-    from latentdiff.training.diffusion import build_unet
+    from latentdiff.training.unets import build_unet
 
     data, autoencoder, root = runs
     prompts = own_prompts()

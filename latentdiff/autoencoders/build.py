@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.folders import load_part, quiet, read_json
 
 TRAINABLE = ("AutoencoderKL", "VQModel")
 LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
@@ -75,34 +76,26 @@ def load_autoencoder(where: str) -> nn.Module:
         raise UserError(
             f"{where}: no autoencoder there; expected a folder with config.json (or autoencoder/ or vae/), or a Hub name"
         )
-    import diffusers
-
-    try:
-        config = diffusers.AutoencoderKL.load_config(where)
-        cls = diffusers_class(config.get("_class_name", "AutoencoderKL"), LOADABLE, where)
-        return _from_pretrained(cls, where)
-    except OSError:
-        raise UserError(f"{where}: neither a folder nor a diffusers autoencoder on the Hub that can be reached") from None
+    for subfolder in ("", "vae"):  # an autoencoder's repository, or a pipeline's
+        with contextlib.suppress(OSError):
+            return _from_hub(where, subfolder)
+    raise UserError(f"{where}: neither a folder nor a diffusers autoencoder on the Hub that can be reached")
 
 
 def _load_folder(folder: Path) -> nn.Module:
-    try:
-        name = json.loads((folder / "config.json").read_text()).get("_class_name", "")
-    except (json.JSONDecodeError, UnicodeDecodeError):
-        raise UserError(f"{folder / 'config.json'}: not valid JSON") from None
-    cls = diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")
-    if not any(folder.glob("*.safetensors")):  # diffusers would log an error of its own before raising one
-        raise UserError(f"{folder}: cannot read the weights: no .safetensors file there")
-    from safetensors import SafetensorError
-
-    try:
-        return _from_pretrained(cls, folder)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise UserError(f"{folder}: cannot read the weights: {' '.join(str(error).split())[:200]}") from None
+    name = read_json(folder / "config.json").get("_class_name", "")
+    return freeze(load_part(folder, diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")))
 
 
-def _from_pretrained(cls: Any, where: str | Path) -> nn.Module:
-    vae, info = cls.from_pretrained(where, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True)
+def _from_hub(where: str, subfolder: str) -> nn.Module:
+    import diffusers
+
+    config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder)
+    cls: Any = diffusers_class(config.get("_class_name", "AutoencoderKL"), LOADABLE, where)
+    with quiet():
+        vae, info = cls.from_pretrained(
+            where, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
+        )
     if info["missing_keys"]:  # diffusers would leave them at their random initialisation and only log it
         missing = sorted(info["missing_keys"])
         raise UserError(f"{where}: cannot read the weights: {len(missing)} are missing, the first is {missing[0]}")

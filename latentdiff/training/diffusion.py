@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff import checkpoints, samplers
-from latentdiff.autoencoders.build import checked_arguments, diffusers_class
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.order import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
@@ -25,10 +24,8 @@ from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditions, run, state
 from latentdiff.training.ema import Ema
 from latentdiff.training.latents import Latents, prepare_latents, progress_bar
+from latentdiff.training.unets import check_unet, make_unet
 
-UNETS = ("UNet2DModel", "UNet2DConditionModel")
-# Of the U-Net: never typed twice
-DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
 PROMPTS = 8  # that a picture shows while training, where the config names none
 BUCKETS = 4  # of the training time interval, for the loss by noise level
 
@@ -93,7 +90,7 @@ def _check(config: DiffusionConfig) -> None:
     """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
     _noise(config)
     conditions.guidance(config)
-    _unet_arguments(config)
+    check_unet(config)
 
 
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
@@ -120,50 +117,10 @@ def _scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any:
     return None
 
 
-def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
-    """The U-Net's class and its arguments as the config gives them, checked."""
-    cls = diffusers_class(config.model.type or "", UNETS, "model.type")
-    text = conditions.takes(config.condition, "text")
-    for key in (*DERIVED, *(["cross_attention_dim"] if text else [])):
-        if key in config.model.config:
-            raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
-    arguments = dict(checked_arguments(cls, config.model.config, "model.config"))
-    if text and cls.__name__ != "UNet2DConditionModel":
-        raise UserError(f"model.type: {cls.__name__} cannot attend to text; set model.type=UNet2DConditionModel")
-    if cls.__name__ == "UNet2DConditionModel" and not text:  # classes come in with the time embedding
-        arguments.setdefault("mid_block_type", "UNetMidBlock2D")
-        blocks = [*arguments.get("down_block_types", ["CrossAttn"]), arguments["mid_block_type"] or ""]
-        blocks += arguments.get("up_block_types", ["CrossAttn"])
-        if any("CrossAttn" in block for block in blocks):
-            raise UserError("model.config: there is no text to cross-attend to; use DownBlock2D or AttnDownBlock2D")
-    return cls, arguments
-
-
-def build_unet(
-    config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None, text_width: int | None = None
-) -> nn.Module:
-    """A fresh diffusers U-Net over latents [B, c, h, w]; channels, size and classes come from the data, never the config."""
-    cls, arguments = _unet_arguments(config)
-    c, h, w = latent_shape
-    halvings = len(arguments.get("block_out_channels", (0,) * 4)) - 1
-    if h % 2**halvings or w % 2**halvings:
-        raise UserError(
-            f"model.config.block_out_channels: {halvings + 1} levels need latents divisible by {2**halvings}, they are "
-            f"{h}x{w}; use fewer levels or raise data.multiple_of with fit=pad"
-        )
-    arguments |= {"in_channels": c, "out_channels": c, "sample_size": [h, w], "num_class_embeds": num_class_embeds}
-    if text_width is not None:
-        arguments["cross_attention_dim"] = text_width
-    try:
-        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
-    except (ValueError, TypeError, AssertionError) as error:
-        raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
-
-
 def _parts(config: DiffusionConfig, latents: Latents, told: conditions.Conditions, accelerator) -> Parts:
     schedule, levels = _noise(config)
     rows = told.classes.num_embeddings if told.classes else None
-    unet = build_unet(config, latents.cache.latent_shape, rows, told.text.prompts.width if told.text else None)
+    unet = make_unet(config, latents.cache.latent_shape, rows, told.text.prompts.width if told.text else None)
     bare = conditions.network_of(unet, told)
     average = copy.deepcopy(bare).to(accelerator.device).eval().requires_grad_(False)
     uncertainty = Uncertainty(schedule) if config.weighting == "uncertainty" else None

@@ -1,0 +1,152 @@
+"""The parts of a diffusers folder: which files hold a part's weights, and loading it whole, or one line that says why not.
+
+Weights are safetensors: plain, of a variant (diffusion_pytorch_model.fp16.safetensors) or in shards with an index. Pickles
+are never opened, and no code of a folder is run.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from latentdiff.errors import UserError
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+TEXT_WEIGHTS = "model.safetensors"  # transformers' own name
+LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
+PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
+UNUSED = "pooler."  # of a text encoder: often not saved, and its last states do not pass through it
+FIRST_VARIANTS = ("fp16", "bf16", "fp32")  # before others, such as SD's non_ema
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file; UserError where it is missing or is not one."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing; the checkpoint is incomplete")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+def weight_names(file: Path) -> set[str]:
+    """The names of the tensors in a safetensors file; reads only its header, which also gives its right length."""
+    if not file.is_file():
+        raise UserError(f"{file}: missing; the checkpoint is incomplete")
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return set(tensors.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: truncated or not a safetensors file ({error}); copy or publish it again") from error
+
+
+def weight_files(folder: Path, name: str = WEIGHTS) -> tuple[str | None, list[Path]]:
+    """The variant (None: none) and the files of a part's weights, each of them looked at. name: of a plain file.
+
+    Raises:
+        UserError: there are none, they are pickles alone, or one of them is missing or truncated.
+    """
+    stem = name.removesuffix(".safetensors")
+    for variant in (None, *_variants(folder, stem)):
+        file = folder / (f"{stem}.safetensors" if variant is None else f"{stem}.{variant}.safetensors")
+        index = folder / f"{name}.index{'' if variant is None else f'.{variant}'}.json"
+        if file.is_file() or index.is_file():
+            files = [file] if file.is_file() else _shards(index)
+            for each in files:
+                weight_names(each)
+            return variant, files
+    pickled = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    if pickled:
+        raise UserError(
+            f"{folder}: only pickled weights ({pickled[0]}), which can run code when they are read; "
+            f"save them as {name} (in diffusers: save_pretrained)"
+        )
+    raise UserError(f"{folder / name}: missing; the checkpoint is incomplete")
+
+
+def _variants(folder: Path, stem: str) -> list[str]:
+    """Names between `stem` and the ending, of single files and of indices, the likeliest first."""
+    files = {path.name[len(stem) + 1 : -len(".safetensors")] for path in folder.glob(f"{stem}.*.safetensors")}
+    indices = {path.name.split(".index.")[1][: -len(".json")] for path in folder.glob(f"{stem}.safetensors.index.*.json")}
+    found = {name for name in files if "-of-" not in name} | indices
+    return sorted(found, key=lambda name: (name not in FIRST_VARIANTS, name))
+
+
+def _shards(index: Path) -> list[Path]:
+    names = read_json(index).get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(f"{index}: no weight_map there; it must say which file holds each weight")
+    return [index.parent / str(name) for name in sorted({str(name) for name in names.values()})]
+
+
+def part_class(pair: Any, where: str) -> type:
+    """The class of a (library, class) pair of model_index.json; UserError unless it is diffusers' or transformers'.
+
+    A class from a file of the folder, which diffusers would offer to run, is refused like any other.
+    """
+    library, name = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+    if library not in LIBRARIES or not isinstance(name, str):
+        raise UserError(f"{where}: {json.dumps(pair)} is not a [library, class] pair of {' or '.join(LIBRARIES)}")
+    import diffusers
+    import transformers
+
+    found = getattr(diffusers if library == "diffusers" else transformers, name, None)
+    if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
+        raise UserError(f"{where}: {library} has no class {name}")
+    return found
+
+
+def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A diffusers or transformers model, on the CPU, in evaluation mode, with every weight in place.
+
+    where: its folder, or a Hub name. UserError naming the file at fault.
+    """
+    folder, shown, ours = Path(where), str(where), kind.__module__.startswith("diffusers")
+    # Without it diffusers would leave a missing weight on no device
+    options: dict[str, Any] = {"low_cpu_mem_usage": False} if ours else {}
+    if folder.is_dir():
+        read_json(folder / "config.json")
+        options["variant"], files = weight_files(folder, WEIGHTS if ours else TEXT_WEIGHTS)
+        shown = str(files[0] if len(files) == 1 else folder)
+    try:
+        with quiet():
+            model, found = kind.from_pretrained(
+                str(where), dtype=dtype, use_safetensors=True, local_files_only=folder.is_dir(), output_loading_info=True,
+                **options,
+            )  # fmt: skip
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{shown}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
+    wrong = sorted(map(str, found.get("mismatched_keys") or ()))
+    if wrong:
+        raise UserError(f"{shown}: cannot read the weights: {len(wrong)} of another shape, the first is {wrong[0]}")
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(UNUSED))
+    if missing:  # diffusers and transformers would leave them at their random initialisation and only log it
+        raise UserError(f"{shown}: cannot read the weights: {len(missing)} weights missing, the first is {missing[0]}")
+    return model.eval()
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Within the block diffusers and transformers draw no bars and log only errors: what matters comes as an exception."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    before = [(log.get_verbosity(), log.is_progress_bar_enabled()) for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+        log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for log, (verbosity, bars) in zip(logs, before, strict=True):
+            log.set_verbosity(verbosity)
+            if bars:
+                log.enable_progress_bar()
