@@ -148,7 +148,8 @@ def likelihood(
     """A bound on the bits per dimension of a data set's pixels, through both stages: total, terms, errors, protocol.
 
     The terms, and what in them is exact: `latentdiff.evaluation.bits`. Images are held against the model under their own
-    class, or under the null class if unconditional; of a model that reads text, under the empty prompt. split: test (or what training held out), or train.
+    class, or under the null class if unconditional; of a model that reads text, under the empty prompt. split: test (or
+    what training held out), or train.
     rtol: of the probability-flow ODE, relative and absolute.
     """
     from tqdm import tqdm

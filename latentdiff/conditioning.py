@@ -99,7 +99,7 @@ class Prompts:
     use_attention_mask, as diffusers' pipelines do; the U-Net attends to all `length` states, as theirs do.
     """
 
-    def __init__(self, tokenizer: Any, encoder: torch.nn.Module):
+    def __init__(self, tokenizer: Any, encoder: Any):
         self.tokenizer, self.encoder = tokenizer, encoder
         self.length: int = tokenizer.model_max_length
         self.width: int = encoder.config.hidden_size

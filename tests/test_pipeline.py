@@ -292,7 +292,7 @@ def test_an_unconditional_network():
     assert pipe(num_images_per_label=3, num_inference_steps=2, output_type="np").images.shape == (3, 8, 8, 1)
     with pytest.raises(PipelineInputError, match="unconditional"):
         pipe(class_labels=["Bag"])
-    with pytest.raises(PipelineInputError, match="nothing to guide"):
+    with pytest.raises(PipelineInputError, match="no class or prompt to guide to"):
         pipe(guidance_scale=2.0)
 
 
@@ -356,9 +356,9 @@ def test_a_bar_shows_the_steps(capsys):
         (dict(class_labels=[]), "class_labels is empty"),
         (dict(class_labels=0, num_images_per_label=0), "num_images_per_label 0"),
         (dict(class_labels=0, num_inference_steps=0), "num_inference_steps 0"),
-        (dict(prompt="a red apple"), "no text encoder: pass class_labels"),
-        (dict(guidance_scale=2.0), "nothing to guide"),
-        (dict(class_labels=[None], guidance_scale=2.0), "nothing to guide"),
+        (dict(prompt="a red apple"), "no text encoder; "),
+        (dict(guidance_scale=2.0), "no class or prompt to guide to"),
+        (dict(class_labels=[None], guidance_scale=2.0), "no class or prompt to guide to"),
         (dict(class_labels=[0, 1], generator=[seeded()] * 3), "3 generators for 2 images"),
         (dict(class_labels=[0], latents=torch.zeros(1, 5, 3, 2)), r"needs \[1, 5, 2, 3\]"),
         (dict(class_labels=[0], output_type="jpeg"), "pil, np, pt, latent"),

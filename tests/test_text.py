@@ -118,11 +118,12 @@ def test_the_gradient_reaches_the_encoder_that_is_trained(runs):
     prompts = own_prompts()
     unet = build_unet(parse_config(text_tree(data, root / "x", autoencoder)), (2, 8, 8), None, 16)
     network = PromptedUNet(unet, prompts.encoder.train())
-    out = network(torch.randn(2, 2, 8, 8), torch.tensor([1.0, 500.0]), **prompts.tokens(TEXTS[:2]))
+    x = torch.randn((2, 2, 8, 8), generator=torch.Generator().manual_seed(0))
+    out = network(x, torch.tensor([1.0, 500.0]), **prompts.tokens(TEXTS[:2]))
     out.sample.square().mean().backward()
     embedding = prompts.encoder.get_input_embeddings().weight.grad
     used = prompts.tokens(TEXTS[:2])["input_ids"].unique()
-    assert (embedding[used].abs().sum(1) > 0).all() and embedding.abs().sum() == embedding[used].abs().sum()
+    assert (embedding[used].abs().sum(1) > 0).all() and (embedding.abs().sum(1) > 0).sum() == len(used)
 
 
 @pytest.mark.parametrize("kind", ["text", "class+text"])

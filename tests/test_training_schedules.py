@@ -139,7 +139,8 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
     accelerator = stage2.run.start_accelerator(config.train)
     with stage2.progress_bar("encoding", False, lambda: None) as progress:
         held = stage2.prepare_latents(config, accelerator, progress)
-    parts = stage2._parts(config, held, accelerator)
+        told = stage2.conditions.prepare_conditions(config, held, accelerator, progress)
+    parts = stage2._parts(config, held, told, accelerator)
     shares = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
     for count, index in shares:
         one = SimpleNamespace(device=accelerator.device, num_processes=count, process_index=index)
