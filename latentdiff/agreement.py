@@ -95,6 +95,8 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     first: dict[str, Any] = {}
     for name in models:
         pipeline = load(resolve_model(name))
+        if pipeline.text_encoder is not None:
+            raise UserError(f"{name}: is told by text, and agreement compares models of classes or of nothing")
         codec = LatentCodec(pipeline.vae)
         told = {
             "autoencoder": codec.fingerprint(), "preprocessing and held-out share": data_rule(resolve_model(name), codec),

@@ -175,6 +175,8 @@ def likelihood(
     null = pipeline.config.null_class
     if unconditional and pipeline.num_classes > 0 and null is None:
         raise UserError("--unconditional: this model was trained without class dropout and has no null class")
+    if pipeline.text_encoder is not None and pipeline.config.null_prompt is None:
+        raise UserError(f"{model}: was trained without text dropout, so it has no likelihood without prompts")
     denoiser = Denoiser.from_pipeline(pipeline)
 
     def denoiser_for(labels: torch.Tensor | None, count: int) -> Any:

@@ -17,6 +17,11 @@ from latentdiff.rng import rand
 OWN_LENGTH = 32  # tokens of a prompt, for an encoder of one's own
 LONGEST = 128  # tokens taken from a pretrained encoder whose tokenizer states no length of its own
 NULL_PROMPT = ""  # what a dropped prompt becomes
+# Classes that read alone, by the model_type of a config; AutoModel for others
+ENCODERS = {
+    "clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel", "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}  # fmt: skip
 
 
 def drop(
@@ -180,8 +185,9 @@ def load_prompts(where: str, length: int | None = None) -> Prompts:
     import transformers
 
     config, places = _text_config(where)
-    kinds = {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel", "t5": "T5EncoderModel"}
-    name = kinds.get(config.model_type, "AutoModel")
+    name = ENCODERS.get(config.model_type, "AutoModel")
+    if name == "AutoModel" and getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"condition.text.encoder {where}: {config.model_type} also decodes; of such only T5's kinds are read")
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(places[1], trust_remote_code=False)
@@ -190,19 +196,41 @@ def load_prompts(where: str, length: int | None = None) -> Prompts:
         raise UserError(f"condition.text.encoder {error}") from None
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"condition.text.encoder {where}: no tokenizer of transformers ({_brief(error)})") from None
-    own = tokenizer.model_max_length if tokenizer.model_max_length <= LONGEST else LONGEST
+    if not any(any(map(str.isalnum, token)) for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)):
+        # transformers makes a blank one where its files are missing, to which every prompt is the same
+        raise UserError(f"condition.text.encoder {where}: its tokenizer knows no words; put the tokenizer's files there")
     longest = getattr(encoder.config, "max_position_embeddings", None)
+    own = min(tokenizer.model_max_length, LONGEST, longest or LONGEST)
     if length is not None and longest is not None and length > longest:
         raise UserError(f"condition.text.max_length: {length}, but {where} reads at most {longest} tokens")
     tokenizer.model_max_length = length or own
     if not hasattr(encoder.config, "use_attention_mask"):
         encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
-    return Prompts(tokenizer, encoder.requires_grad_(False))
+    prompts = Prompts(tokenizer, encoder.requires_grad_(False))
+    _try_out(prompts, where)
+    return prompts
+
+
+def _try_out(prompts: Prompts, where: str) -> None:
+    """UserError unless the encoder gives finite states of a prompt that fills the whole length, as text encoders do."""
+    try:
+        states = prompts.states(["a " * prompts.length])
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"condition.text.encoder {where}: cannot read a prompt of {prompts.length} tokens, condition.text.max_length "
+            f"({_brief(error)})"
+        ) from None
+    if states.shape[1:] != (prompts.length, prompts.width) or not bool(states.isfinite().all()):
+        raise UserError(f"condition.text.encoder {where}: gives no finite state of width {prompts.width} for each token")
 
 
 def states_width(where: str) -> int:
     """The width of a pretrained encoder's states, from its config alone; UserError as `load_prompts`."""
-    return int(_text_config(where)[0].hidden_size)
+    config = _text_config(where)[0]
+    width = getattr(getattr(config, "text_config", config), "hidden_size", None)  # CLIP's has its pictures' beside it
+    if not isinstance(width, int):
+        raise UserError(f"condition.text.encoder {where}: {config.model_type} states no hidden_size; it is no text encoder")
+    return width
 
 
 def _text_config(where: str) -> tuple[Any, tuple[str, str]]:

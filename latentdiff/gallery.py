@@ -46,6 +46,8 @@ def gallery(
     pipeline = load(folder)
     if not pipeline.num_classes or pipeline.config.null_class is None:
         raise UserError(f"{folder}: the gallery shows classes and guidance; this model has none to show")
+    if pipeline.text_encoder is not None:
+        raise UserError(f"{folder}: is told by text too, and the gallery is of models of classes alone")
     stage = Stage(pipeline, seed, steps, sampler)
     pictures = {
         "trajectory": trajectory(stage),

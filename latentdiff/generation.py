@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -26,7 +27,8 @@ Guide = Callable[[list[Subject]], Callable[[Any], Any]]
 
 GRID_COLUMNS = 16
 GRID_IMAGES = 1024  # a PNG grid of more is not for people
-NAME_LENGTH = 80  # of a prompt in a file's name
+NAME_LENGTH = 120  # bytes of a prompt in a file's name
+ROW_NAME = 60  # characters of a prompt beside its row of a grid
 
 
 def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:
@@ -46,6 +48,8 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
         return [None]
     try:
         texted = pipeline.text_encoder is not None
+        if texted:
+            pipeline._texts([label for label in what if isinstance(label, str)] or None, "prompt")  # not UTF-8 is refused
         return [label if texted and label not in pipeline.class_names else pipeline.class_index(label) for label in what]
     except ValueError as error:
         raise UserError(f"WHAT: {error}") from None
@@ -254,6 +258,8 @@ def generate(
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
     rows = subjects(pipeline, list(what or []), all_classes)
+    if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
+        raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
     check_out(out, len(rows) * num_images)
     call = {
         "num_inference_steps": steps, "sampler": sampler, "sampler_options": options, "guidance_scale": guidance,
@@ -279,13 +285,13 @@ def _write(path: Path, images: np.ndarray, labels: list[Subject], pipeline: Late
         from latentdiff.pictures import labelled_grid, save_png
 
         grid, captions = _grid_rows(images, names)
-        save_png(labelled_grid(grid, captions), path)
+        save_png(labelled_grid(grid, [textwrap.shorten(text, ROW_NAME, placeholder=" …") for text in captions]), path)
     else:
         from PIL import Image
 
         path.mkdir(parents=True, exist_ok=True)
         for k, (image, text) in enumerate(zip(images, names, strict=True)):
-            name = re.sub(r"[^\w-]+", "_", text)[:NAME_LENGTH] or "image"
+            name = re.sub(r"[^\w-]+", "_", text).encode()[:NAME_LENGTH].decode(errors="ignore") or "image"
             Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{k:05d}-{name}.png")
 
 

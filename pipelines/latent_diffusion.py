@@ -202,6 +202,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         texts, rows = self._texts(prompt, "prompt"), self._rows(class_labels, "class_labels")
         if min(len(texts), len(rows)) not in (1, max(len(texts), len(rows))):
             raise PipelineInputError(f"{len(texts)} prompts and {len(rows)} class_labels: give as many, or one of either")
+        if self.text_encoder is not None and self.config.null_prompt is None and None in texts:
+            raise PipelineInputError("this checkpoint was trained without text dropout, so every image needs a prompt")
         count = max(len(texts), len(rows)) * per_label
         return spread(texts, count), spread(rows, count)
 
@@ -219,9 +221,11 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         if not texts or not all(isinstance(text, (str, type(None))) for text in texts):
             raise PipelineInputError(f"{name} {prompt!r}: must be a text, or a list of texts that is not empty")
+        if any("\ud800" <= character <= "\udfff" for text in texts for character in text or ""):
+            raise PipelineInputError(f"{name} {prompt!r}: is not valid UTF-8")
         if self.text_encoder is None and any(text is not None for text in texts):
             raise PipelineInputError(f"{name}: this checkpoint has no text encoder; {self._listed_classes()}")
-        return texts
+        return [text if text and text.strip() else None for text in texts]
 
     def _rows(self, class_labels: Any, name: str) -> list[int | None]:
         if hasattr(class_labels, "tolist"):  # a tensor or an array

@@ -259,7 +259,9 @@ def test_other_folders_and_sizes_are_refused(tmp_path, shapes, stripe_folder):
     [
         (["model.depth=3"], "model.depth: unknown key; a judge has only widths"),
         (["strength=2"], "strength: input should be less than or equal to 1"),
-        (["model.widths=[8,8]"], "model.widths: a judge has 4 stages, got [8, 8]"),
+        (["model.widths=[8,8]"], "model.widths: a judge has 4 stages, each at least 1 wide, got [8, 8]"),
+        (["model.widths=5"], "model.widths: a judge has 4 stages, each at least 1 wide, got 5"),
+        (["model.dim=wide"], "model.dim: must be a number of at least 1, got wide"),
         (["--resume"], "a judge trains in one go; leave --resume out and name a new folder"),
     ],
 )

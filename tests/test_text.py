@@ -2,21 +2,24 @@
 
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_runs import autoencoder_config, write_stripes
 from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff import checkpoints
-from latentdiff.conditioning import PromptedUNet, Prompts, build_text_encoder, load_prompts, train_tokenizer
+from latentdiff.conditioning import PromptedUNet, Prompts, build_text_encoder, load_prompts, states_width, train_tokenizer
 from latentdiff.config import parse_config
-from latentdiff.data.captions import Captions, build_states
+from latentdiff.data.captions import Captions, build_states, encoder_fingerprint
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import open_source
 from latentdiff.errors import UserError
+from latentdiff.generation import generate
 from latentdiff.rng import generators
 from latentdiff.training import train
 
@@ -215,3 +218,122 @@ def test_data_without_captions_is_refused(runs, tmp_path):
     data = write_stripes(tmp_path / "plain")
     with pytest.raises(UserError, match="has no captions; add a metadata.jsonl"):
         train(parse_config(text_tree(data, tmp_path / "run", runs[1])))
+
+
+def write_clip(folder: Path) -> Path:
+    """A CLIP text model of 20 positions, and a tokenizer that states no length."""
+    tokenizer = train_tokenizer(TEXTS, 400, 20)
+    encoder = build_text_encoder(tokenizer, 16, 1, 2)
+    tokenizer.model_max_length = int(1e30)
+    for part in (encoder, tokenizer):
+        part.save_pretrained(folder)
+    return folder
+
+
+def test_prompts_are_as_long_as_the_encoder_reads_where_the_tokenizer_states_nothing(tmp_path):
+    assert load_prompts(str(write_clip(tmp_path / "clip"))).length == 20
+
+
+def test_an_encoder_without_a_tokenizer_of_its_own_or_that_decodes_is_refused(tmp_path):
+    from transformers import BartConfig, BartModel
+
+    bert, sizes = write_bert(tmp_path / "bert", WORDS), {"encoder_layers": 1, "decoder_layers": 1, "d_model": 16}
+    for file in {*bert.iterdir()} - {bert / "config.json", bert / "model.safetensors"}:
+        file.unlink()
+    with pytest.raises(UserError, match="its tokenizer knows no words"):  # transformers makes a blank one
+        load_prompts(str(bert))
+    BartModel(BartConfig(vocab_size=300, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)).save_pretrained(bert)
+    with pytest.raises(UserError, match="bart also decodes"):
+        load_prompts(str(bert))
+
+
+def test_an_encoder_that_cannot_pad_is_refused_in_one_line(tmp_path):
+    clip = write_clip(tmp_path / "clip")
+    tokenizer = train_tokenizer(TEXTS, 400, 20)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(clip)
+    with pytest.raises(UserError, match="cannot read a prompt of 20 tokens.*padding token"):
+        load_prompts(str(clip))
+
+
+def test_mt5_is_read_by_its_encoder_and_clip_by_its_text_half(tmp_path):
+    from transformers import CLIPConfig, MT5Config, MT5EncoderModel, ResNetConfig
+
+    tokenizer = train_tokenizer(TEXTS, 400, 12)
+    tokenizer.save_pretrained(tmp_path / "mt5")
+    config = MT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    MT5EncoderModel(config).save_pretrained(tmp_path / "mt5")
+    assert load_prompts(str(tmp_path / "mt5")).states(["a"]).shape == (1, 12, 16)
+    CLIPConfig(text_config={"hidden_size": 24}).save_pretrained(tmp_path / "clip")
+    assert states_width(str(tmp_path / "clip")) == 24
+    ResNetConfig().save_pretrained(tmp_path / "resnet")
+    with pytest.raises(UserError, match="resnet states no hidden_size"):
+        states_width(str(tmp_path / "resnet"))
+
+
+def test_weights_that_were_not_saved_and_make_no_state_leave_the_fingerprint_alone(tmp_path):
+    bert = write_bert(tmp_path / "bert", WORDS)
+    weights = {k: v for k, v in load_file(bert / "model.safetensors").items() if not k.startswith("pooler.")}
+    save_file(weights, bert / "model.safetensors", {"format": "pt"})
+    prints = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        prints.append(encoder_fingerprint(load_prompts(str(bert))))
+    assert prints[0] == prints[1]
+
+
+@pytest.mark.parametrize("text", [" ", ["stripes", "\t"], {"a": "b"}, "\ud83d"])
+def test_a_caption_that_says_nothing_is_refused(tmp_path, text):
+    data = write_captioned(tmp_path / "data", 3)
+    (data / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": text}))
+    with pytest.raises(UserError, match="line 1: text must be a caption"):
+        open_source(str(data))
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv"])
+def test_metadata_that_is_not_utf8_is_one_line(tmp_path, name):
+    data = write_stripes(tmp_path / "data", 3)
+    (data / name).write_bytes(b"file_name,text\na.png,caf\xe9\n")
+    with pytest.raises(UserError, match=f"{name}: not UTF-8"):
+        open_source(str(data))
+
+
+def test_what_can_be_refused_at_once_is_refused_before_anything_is_written(runs, tmp_path):
+    data, autoencoder, _ = runs
+    write_captioned(tmp_path / "split" / "train", 8)
+    write_stripes(tmp_path / "split" / "test", 8)
+    cases = [
+        (data, {"condition__text": {**ENCODER, "heads": 3}}, "not a multiple"),
+        (data, {"condition__text": {"encoder": str(tmp_path / "none")}}, "needs config.json"),
+        (tmp_path / "split", {}, "has no captions in its held-out part"),
+    ]
+    for source, changes, said in cases:
+        with pytest.raises(UserError, match=said):
+            train(parse_config(text_tree(source, tmp_path / "run", autoencoder, **changes)))
+        assert not (tmp_path / "run").exists()
+
+
+def test_without_text_dropout_an_image_needs_a_prompt_and_none_is_guided_away_from(model, tmp_path):
+    pipeline = checkpoints.load(model)
+    pipeline.register_to_config(null_prompt=None)
+    pipeline.save_pretrained(tmp_path / "kept")
+    pipeline = checkpoints.load(tmp_path / "kept")
+    for prompt in (None, "", " ", ["stripes", ""]):
+        with pytest.raises(ValueError, match="without text dropout, so every image needs a prompt"):
+            pipeline(prompt=prompt)
+    for negative in (None, "", " "):
+        with pytest.raises(ValueError, match="trained without text dropout"):
+            pipeline(prompt="stripes", negative_prompt=negative, guidance_scale=3.0)
+
+
+def test_any_prompt_makes_a_file_and_what_cannot_be_read_is_one_line(model, tmp_path):
+    call = dict(num_images=1, steps=1, progress=False)
+    generate(model, ["two\nlines", "stripes " * 40], out=tmp_path / "grid.png", **call)
+    assert Image.open(tmp_path / "grid.png").width < 1000
+    generate(model, ["\U0001d51e" * 200], out=tmp_path / "folder", **call)
+    assert len(list((tmp_path / "folder").iterdir())) == 1
+    with pytest.raises(UserError, match="is not valid UTF-8"):
+        generate(model, ["\udcff"], out=tmp_path / "no.png", **call)
+    with pytest.raises(UserError, match="--negative: at guidance 1"):
+        generate(model, ["stripes"], negative="blank", guidance=1.0, out=tmp_path / "no.png", **call)
+    assert not (tmp_path / "no.png").exists()

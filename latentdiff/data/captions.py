@@ -23,6 +23,7 @@ from latentdiff.data.shards import (
     stored_identity,
     write_shard,
 )
+from latentdiff.folders import UNUSED
 
 FORMAT = 1
 SHARD_SIZE = 4096
@@ -111,10 +112,15 @@ def build_states(
 
 
 def encoder_fingerprint(prompts: Prompts) -> str:
-    """sha256 over the encoder's weights, the tokenizer and whether padding is masked: what states depend on."""
+    """sha256 over the encoder's weights, the tokenizer and whether padding is masked: what states depend on.
+
+    Not over a pooler's: no state passes through it, and where it was not saved its weights are random.
+    """
     digest = hashlib.sha256(str(uses_mask(prompts.encoder)).encode())
     digest.update(json.dumps(sorted(prompts.tokenizer.get_vocab().items())).encode())
     for name, tensor in sorted(prompts.encoder.state_dict().items()):
+        if name.startswith(UNUSED):
+            continue
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

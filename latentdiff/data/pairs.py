@@ -94,7 +94,13 @@ def _rows(folder: Path, part: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UserError(f"data '{folder}': has no {part}/{METADATA}; {NEEDED}")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except ValueError as error:

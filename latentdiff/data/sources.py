@@ -8,6 +8,7 @@ import csv
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +33,7 @@ FASHION_MNIST_CLASSES = [
     "Ankle boot",
 ]
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
+SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON can spell and no tokenizer reads
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
 
 
@@ -268,22 +270,24 @@ def _captions(text: object, path: Path, number: int) -> tuple[str, ...] | None:
     if text is None or text == "" or text == []:
         return None
     captions = tuple(text) if isinstance(text, list) else (str(text),)
-    if not all(isinstance(caption, str) and caption for caption in captions):
+    if isinstance(text, dict) or not all(isinstance(c, str) and c.strip() and not SURROGATES.search(c) for c in captions):
         raise UserError(f"{path} line {number}: text must be a caption, or a list of captions that are not empty")
     return captions
 
 
 def _metadata_rows(path: Path) -> Iterable[tuple[int, object]]:
-    with open(path, encoding="utf-8-sig", newline="") as stream:
-        if path.suffix == ".csv":
-            yield from enumerate(csv.DictReader(stream), start=2)
-            return
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                try:
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            if path.suffix == ".csv":
+                yield from enumerate(csv.DictReader(stream), start=2)
+                return
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
                     yield number, json.loads(line)
-                except ValueError as error:
-                    raise UserError(f"{path} line {number}: not JSON ({error})") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{path}: not UTF-8 text, or not a table ({one_line(error)})") from error
+    except ValueError as error:
+        raise UserError(f"{path} line {number}: not JSON ({error})") from error
 
 
 def _class_names(label_names: list[str] | None) -> list[str]:

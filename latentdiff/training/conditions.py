@@ -17,12 +17,14 @@ from latentdiff.conditioning import (
     Prompts,
     build_text_encoder,
     load_prompts,
+    states_width,
     train_tokenizer,
 )
 from latentdiff.config import ConditionConfig, DiffusionConfig
 from latentdiff.data.captions import Captions, CaptionStates, build_states
 from latentdiff.errors import UserError
 from latentdiff.rng import rand
+from latentdiff.training.data import Images
 from latentdiff.training.latents import Latents
 
 
@@ -45,6 +47,34 @@ def guidance(config: DiffusionConfig) -> float:
             )
         return 1.0
     return 1.5 if asked is None else asked
+
+
+def check(config: DiffusionConfig) -> None:
+    """UserError, before anything is encoded, for guidance or a text encoder that cannot be."""
+    guidance(config)
+    wanted = config.condition.text
+    if not takes(config.condition, "text"):
+        return
+    if wanted.encoder is not None:
+        states_width(wanted.encoder)
+    elif wanted.width % wanted.heads:
+        raise UserError(f"condition.text.width: {wanted.width} is not a multiple of condition.text.heads {wanted.heads}")
+
+
+def check_data(config: DiffusionConfig, images: Images) -> None:
+    """UserError where the images, training or held-out ones, lack what the config conditions on."""
+    source = config.data.source
+    for part in (images.train, images.held_out):
+        apart = "" if part is images.train else " in its held-out part"
+        if takes(config.condition, "class") and part.labels is None:
+            raise UserError(
+                f"data.source {source}: has no classes{apart}; set condition.type=none (or text), or add class folders"
+            )
+        if takes(config.condition, "text") and part.source.captions is None:
+            raise UserError(
+                f"data.source {source}: has no captions{apart}; add a metadata.jsonl with file_name and text, or set "
+                "condition.type=class or none"
+            )
 
 
 @dataclass
@@ -121,19 +151,10 @@ def prepare_conditions(
     """
     condition, classes, text = config.condition, None, None
     if takes(condition, "class"):
-        if latents.cache.labels is None:
-            raise UserError(
-                f"data.source {config.data.source}: has no classes; set condition.type=none (or text), or add class folders"
-            )
         classes = ClassCondition(len(latents.images.class_names), condition.dropout)
     if takes(condition, "text"):
         found = latents.images.train.captions(latents.cache.manifest["unreadable"])
-        if found is None:
-            raise UserError(
-                f"data.source {config.data.source}: has no captions; add a metadata.jsonl with file_name and text, or set "
-                "condition.type=class or none"
-            )
-        text = _text(config, Captions(found), accelerator, progress, resume)
+        text = _text(config, Captions(found or []), accelerator, progress, resume)
     return Conditions(classes, latents.cache.labels, text)
 
 

@@ -6,6 +6,7 @@ import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     accelerator = run.start_accelerator(config.train)
     announce = run.announcement(accelerator, config.train)
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
-        latents = prepare_latents(config, accelerator, progress)
+        latents = prepare_latents(config, accelerator, progress, partial(conditions.check_data, config))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         told = conditions.prepare_conditions(config, latents, accelerator, progress, resume)
     parts = _parts(config, latents, told, accelerator)
@@ -89,7 +90,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
 def _check(config: DiffusionConfig) -> None:
     """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
     _noise(config)
-    conditions.guidance(config)
+    conditions.check(config)
     check_unet(config)
 
 

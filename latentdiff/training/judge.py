@@ -37,8 +37,11 @@ def train_judge(config: JudgeConfig, resume: bool = False) -> Path:
     output = Path(config.output)
     if resume or (output.exists() and not (output.is_dir() and not any(output.iterdir()))):
         raise UserError(f"output {output}: a judge trains in one go; leave --resume out and name a new folder")
-    if len(config.model.get("widths", WIDTHS)) != len(WIDTHS):
-        raise UserError(f"model.widths: a judge has {len(WIDTHS)} stages, got {config.model['widths']}")
+    widths, dim = config.model.get("widths", WIDTHS), config.model.get("dim", 1)
+    if not isinstance(widths, (list, tuple)) or len(widths) != len(WIDTHS) or not all(map(_is_size, widths)):
+        raise UserError(f"model.widths: a judge has {len(WIDTHS)} stages, each at least 1 wide, got {widths}")
+    if not _is_size(dim):
+        raise UserError(f"model.dim: must be a number of at least 1, got {dim}")
     pairs = read_pairs(config.data.source)
     accelerator = run.start_accelerator(config.train)
     if accelerator.num_processes > 1:
@@ -60,6 +63,10 @@ def train_judge(config: JudgeConfig, resume: bool = False) -> Path:
         said = ", ".join(f"{key} {score[key]:.4f}" for key in ("top1", "top5", "style"))
         print(f"judge: {name} pairs, augmented with strength {MILD:g}: {said} ({score['pictures']} pictures)", file=sys.stderr)
     return output
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def fit_judge(
@@ -103,7 +110,8 @@ def _fit(
     decayed, plain = ([p for p in net.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
     groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=lr)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=WARM_UP)
+    share = WARM_UP if WARM_UP * steps != 1 else 2 * WARM_UP  # torch divides by zero where the warm-up is one step
+    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=share)
     generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation"))
     batches = _batches(len(pairs), min(batch, len(pairs)), seed)
     net.train().to(memory_format=torch.channels_last)

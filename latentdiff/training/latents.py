@@ -39,10 +39,14 @@ def cache_folder(config: DiffusionConfig | ClassifierConfig) -> Path:
 
 
 def prepare_latents(
-    config: DiffusionConfig | ClassifierConfig, accelerator, progress: Callable[[int, int], None] | None = None
+    config: DiffusionConfig | ClassifierConfig,
+    accelerator,
+    progress: Callable[[int, int], None] | None = None,
+    check: Callable[[Images], None] = lambda images: None,
 ) -> Latents:
     """Load the first stage, build its latent cache or open a finished one, and check the normaliser against it.
 
+    check: called with the images before any is encoded; may refuse them.
     UserError where the cache belongs to another autoencoder, preprocessing or data, and where the stored normaliser
     is contradicted by the latents.
     """
@@ -52,6 +56,7 @@ def prepare_latents(
             f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
         )
     images = Images(config.data, codec.factor)
+    check(images)
     cache = build_cache(
         codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
         progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
