@@ -100,6 +100,8 @@ def publish(
             pipeline.save_pretrained(new)
         if type(text_encoder).__name__ == "CLIPTextModel":
             prefix_names(new / "text_encoder" / TEXT_WEIGHTS, "text_model.")
+        for part in new.glob("*/config.json"):
+            part.write_text(json.dumps({k: v for k, v in read_json(part).items() if k != "_name_or_path"}, indent=2) + "\n")
         (new / META).write_text(text, encoding="utf-8")
         (new / "README.md").write_text(card if card is not None else short_card(record), encoding="utf-8")
         for name, content in (files or {}).items():

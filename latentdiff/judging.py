@@ -78,7 +78,7 @@ def judge(
     made = draw(pipeline, _prompts(gallery.pairs, rows, free=out is not None), seed, batch_size, **call)
     protocol = stated(pipeline, str(model), seed=seed, **call)
     protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
-    protocol |= {"strength_of_augmentation": MILD}
+    protocol |= {"strength_of_augmentation": MILD, "trained_on_this_train_part": trained_on(resolve_model(model), str(data))}
     whole = all(side % codec.factor == 0 for side in gallery.pairs.pictures.shape[1:3])  # else training padded them
     table = {"protocol": protocol, **measure(gallery, made, rows, seed, codec.reconstruct if whole else None)}
     if out is not None:
@@ -103,6 +103,17 @@ def draw(
                 bar.update(len(images))
             made[kind] = np.concatenate(batches)
     return made
+
+
+def trained_on(folder: Path, data: str) -> bool:
+    """Whether a checkpoint says that it was trained on the training part of `data`, and so on none of its held-out pairs."""
+    from latentdiff.checkpoints import META, read_meta
+    from latentdiff.data.preprocess import ImageDataset, Preprocess
+    from latentdiff.data.sources import open_source
+
+    stated = read_meta(folder).get("data", {}) if (folder / META).is_file() else {}
+    source = open_source(data, "train", 3)
+    return stated.get("fingerprint") == ImageDataset(source, Preprocess()).fingerprint()
 
 
 def measure(

@@ -127,6 +127,12 @@ def test_our_own_class_runs_no_code_from_the_folder(folder):
     assert checkpoints.load(folder).class_names == NAMES
 
 
+def test_a_checkpoint_does_not_say_where_its_parts_were_loaded_from(tmp_path):
+    tiny_vae().save_pretrained(tmp_path / "private" / "vae")
+    folder = publish(tmp_path / "model", vae=type(tiny_vae()).from_pretrained(tmp_path / "private" / "vae"))
+    assert not [path for path in folder.rglob("*.json") if "private" in path.read_text()]
+
+
 def test_saving_a_loaded_pipeline_gives_a_checkpoint_again(published, tmp_path):
     checkpoints.load(published).save_pretrained(tmp_path / "again")
     assert json.loads((tmp_path / "again" / "model_index.json").read_text())["_class_name"][0] == "pipeline"
