@@ -28,7 +28,9 @@ from latentdiff.data.shards import (
     shard_problem,
     shard_rows,
     stored_identity,
+    stored_unreadable,
     tensor_name,
+    tensor_shapes,
     write_manifest,
     write_shard,
 )
@@ -74,12 +76,27 @@ class LatentCache:
         self.has_flips: bool = made_of["flips"]
         self._count, self._shard_size = int(made_of["count"]), int(made_of["shard_size"])
         self._shards = []
+        self._views: dict[tuple[int, str], Tensor] = {}
         for number in range(shard_count(made_of)):
             problem = shard_problem(folder, made_of, number)
             if problem:
                 raise UserError(f"{shard_path(folder, number)}: {problem}; run the encoding again to replace it")
             self._shards.append(safe_open(shard_path(folder, number), "pt"))
+            self._check_shard(shard_path(folder, number))
         self.labels = torch.cat([s.get_tensor("labels") for s in self._shards]) if manifest["labelled"] else None
+        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
+            raise UserError(f"{folder}: labels outside the {len(self.class_names)} classes of manifest.json; encode again")
+
+    def _check_shard(self, path: Path) -> None:
+        """UserError where a whole shard is not what the manifest says."""
+        held = tensor_shapes(path)
+        if held["mean"][1][1:] != self.latent_shape:
+            shown = f"latents {list(held['mean'][1][1:])}, where manifest.json says {list(self.latent_shape)}"
+        elif self.manifest["labelled"] and "labels" not in held:
+            shown = "no labels, where manifest.json says there are"
+        else:
+            return
+        raise UserError(f"{path}: holds {shown}; delete the folder and encode again")
 
     def __len__(self) -> int:
         return self._count
@@ -111,10 +128,15 @@ class LatentCache:
             for side in mirrored[shard_of == number].unique().tolist():
                 rows = (shard_of == number) & (mirrored == side)
                 local = index[rows] - number * self._shard_size
-                # get_tensor is a view into the mapped file: only the pages of the rows picked are read from disk
-                mean[rows] = self._shards[number].get_tensor(tensor_name("mean", side))[local].float()
-                std[rows] = self._shards[number].get_tensor(tensor_name("std", side))[local].float()
+                mean[rows] = self._view(number, tensor_name("mean", side))[local].float()
+                std[rows] = self._view(number, tensor_name("std", side))[local].float()
         return mean, std
+
+    def _view(self, number: int, name: str) -> Tensor:
+        """A tensor of a shard as a view into the mapped file: only the pages of the rows picked are read from disk."""
+        if (number, name) not in self._views:
+            self._views[number, name] = self._shards[number].get_tensor(name)
+        return self._views[number, name]
 
     def statistics(self) -> LatentStatistics:
         """Exact per-channel moments over the whole cache in one streaming pass, mirrored encodings included."""
@@ -183,6 +205,28 @@ def build_cache(
     when there is something to encode. A folder with latents of another autoencoder, preprocessing or data is refused,
     never overwritten.
     """
+    made_of = build_shards(codec, dataset, folder, flips, batch, dtype, shard_size, progress, rank, world)
+    _wait_for_shards(Path(folder), made_of, patience)
+    finish_cache(dataset, folder, made_of)
+    return open_cache(folder, made_of)
+
+
+def build_shards(
+    codec: Codec,
+    dataset: ImageDataset,
+    folder: str | Path,
+    flips: bool = False,
+    batch: int = 64,
+    dtype: str = "float16",
+    shard_size: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> Identity:
+    """Shards rank, rank + world, … of a cache, without waiting for the others; returns what the cache is made of.
+
+    For jobs that run at different times, or on machines that share the folder alone. Arguments and refusals as `build_cache`.
+    """
     if dtype not in DTYPES:
         raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
     folder = Path(folder)
@@ -212,14 +256,22 @@ def build_cache(
                 if progress:
                     progress(done + int(indices[-1]) + 1 - rows.start, total)
             tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-            write_shard(path, tensors, made_of)
+            write_shard(path, tensors, made_of, dataset.source.bad)
         done += len(rows)
         if progress and worked:
             progress(done, total)
-    _wait_for_shards(folder, made_of, patience)
-    if manifest is None:
-        _write_manifest(folder, dataset, made_of)
-    return open_cache(folder, made_of)
+    return made_of
+
+
+def missing_shards(folder: str | Path, made_of: Identity) -> list[int]:
+    """Numbers of the shards that are not there, or not whole."""
+    return [n for n in range(shard_count(made_of)) if shard_problem(Path(folder), made_of, n)]
+
+
+def finish_cache(dataset: ImageDataset, folder: str | Path, made_of: Identity) -> None:
+    """Mark a cache whose shards are all there as finished, by its manifest."""
+    if read_manifest(Path(folder)) is None:
+        _write_manifest(Path(folder), dataset, made_of)
 
 
 def _encode(codec: Codec, dataset: ImageDataset, indices: Tensor, made_of: Identity) -> dict[str, Tensor]:
@@ -244,8 +296,7 @@ def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
     """Returns when every shard is there, whichever process made it."""
     missing, since = -1, time.monotonic()
     while True:
-        problems = {n: shard_problem(folder, made_of, n) for n in range(shard_count(made_of))}
-        still = [n for n, problem in problems.items() if problem]
+        still = missing_shards(folder, made_of)
         if not still:
             return
         if len(still) != missing:
@@ -264,12 +315,16 @@ def _write_manifest(folder: Path, dataset: ImageDataset, made_of: Identity) -> N
         leftover.unlink(missing_ok=True)
     with safe_open(shard_path(folder, 0), "pt") as shard:
         latent_shape = list(shard.get_slice("mean").get_shape()[1:])
+    # Each process knows what it could not read itself
+    bad = dict(dataset.source.bad)
+    for number in range(shard_count(made_of)):
+        bad |= stored_unreadable(shard_path(folder, number))
     manifest = {
         "identity": made_of,
         "latent_shape": latent_shape,
         "labelled": dataset.labels is not None,
         "class_names": dataset.class_names,
         "source": dataset.source.name,
-        "unreadable": dataset.source.bad,
+        "unreadable": dict(sorted(bad.items())),
     }
     write_manifest(folder, manifest)

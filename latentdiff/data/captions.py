@@ -2,6 +2,7 @@
 
 A frozen text encoder gives the same states whenever it is asked, so each distinct caption is encoded once. Shards are
 written whole or not at all and say what they were made of; ones of another encoder or other captions are refused.
+They hold float16, and float32 where an encoder gives numbers beyond its range, as T5's may.
 """
 
 import hashlib
@@ -21,11 +22,13 @@ from latentdiff.data.shards import (
     shard_path,
     shard_rows,
     stored_identity,
+    tensor_shapes,
     write_shard,
 )
+from latentdiff.errors import UserError
 from latentdiff.folders import UNUSED
 
-FORMAT = 1
+FORMAT = 2  # 1 held infinities for what float16 cannot
 SHARD_SIZE = 4096
 
 
@@ -51,6 +54,10 @@ class Captions:
     def spread(self, count: int) -> list[str]:
         """The first caption of `count` images spread evenly over the data: always the same ones."""
         images = torch.linspace(0, len(self.counts) - 1, min(count, len(self.counts))).long()
+        return self.first(images)
+
+    def first(self, images: Tensor) -> list[str]:
+        """The first caption of each of these images [B]."""
         return [self.distinct[row] for row in self.rows[self.starts[images]].tolist()]
 
     def fingerprint(self) -> str:
@@ -58,11 +65,18 @@ class Captions:
 
 
 class CaptionStates:
-    """Encoded captions, float16 [U, L, d] on disk, read through memory maps."""
+    """Encoded captions, float16 or float32 [U, L, d] on disk, read through memory maps."""
 
     def __init__(self, folder: Path, made_of: Identity):
         self._size = int(made_of["shard_size"])
-        self._shards = [safe_open(shard_path(folder, k), "pt") for k in range(shard_count(made_of))]
+        self._shards = []
+        for number in range(shard_count(made_of)):
+            path = shard_path(folder, number)
+            whole = stored_identity(path) == made_of
+            kind, shape = tensor_shapes(path).get("states", ("", ())) if whole else ("", ())
+            if kind not in ("F16", "F32") or len(shape) != 3 or shape[0] != len(shard_rows(made_of, number)):
+                raise UserError(f"{path}: truncated, or not a shard of caption states; delete it and start again")
+            self._shards.append(safe_open(path, "pt"))
 
     def __getitem__(self, rows: Tensor) -> Tensor:
         """States of the captions in these rows [B] of the table: float32 [B, L, d]."""
@@ -83,7 +97,7 @@ def build_states(
     """Encode every distinct caption into `folder`, going on from the shards that are there, and open the result.
 
     Processes 0..world-1 make shards rank, rank + world, ... each; wait() returns once all have. UserError where the
-    folder has states of another encoder, length or captions.
+    folder has states of another encoder, length or captions, and where the encoder gives a caption no finite states.
     """
     folder = Path(folder)
     made_of: Identity = {
@@ -97,18 +111,28 @@ def build_states(
         path, rows = shard_path(folder, number), shard_rows(made_of, number)
         stored = stored_identity(path)
         if stored is not None:
-            refuse_difference(path, stored, made_of)
+            refuse_difference(folder, stored, made_of, "caption states")
         else:
             pieces = []
             for start in range(rows.start, rows.stop, batch):
                 stop = min(start + batch, rows.stop)
-                pieces.append(prompts.states(captions.distinct[start:stop]).to("cpu", torch.float16))
+                pieces.append(_compact(prompts.states(captions.distinct[start:stop]).cpu(), captions.distinct[start:stop]))
                 if progress:
                     progress(done + stop - rows.start, total)
-            write_shard(path, {"states": torch.cat(pieces)}, made_of)
+            write_shard(path, {"states": torch.cat(pieces)}, made_of)  # float32 where any piece is
         done += len(rows)
     wait()
     return CaptionStates(folder, made_of)
+
+
+def _compact(states: Tensor, texts: Sequence[str]) -> Tensor:
+    """States [B, L, d] of these texts in float16, or as they are where that would make infinities of them."""
+    finite = states.isfinite().flatten(1).all(dim=1)
+    if not bool(finite.all()):
+        text = texts[int((~finite).nonzero()[0])]
+        raise UserError(f"condition.text.encoder: gives no finite states of the caption {text[:60]!r}; use another encoder")
+    small = states.half()
+    return small if bool(small.isfinite().all()) else states
 
 
 def encoder_fingerprint(prompts: Prompts) -> str:

@@ -26,7 +26,7 @@ from typing import Any
 from PIL import Image
 
 from latentdiff.data.emoji_captions import Words, captions, words
-from latentdiff.data.files import DECODING_ERRORS, one_line
+from latentdiff.data.files import DECODING_ERRORS, one_line, refuse_bomb
 from latentdiff.data.order import permutation
 from latentdiff.errors import UserError
 
@@ -35,6 +35,7 @@ PICTURES = {style: f"emoji-datasource-{vendor}" for style, vendor in VENDORS.ite
 NAMES = "emojibase-data"
 VERSIONS = {PICTURES["noto"]: "16.0.0", PICTURES["twemoji"]: "16.0.0", NAMES: "17.0.0"}
 SIZE = 64
+MAX_MEMBER = 1 << 26  # bytes; the longest list has 3 million
 _PACKAGE = "package/package.json"
 _LIST, _LABELS, _MESSAGES = "package/emoji.json", "package/en/data.json", "package/en/messages.json"
 
@@ -127,13 +128,18 @@ def _read(path: Path, names: Collection[str]) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                if member.name in wanted and (stream := tar.extractfile(member)) is not None:
+                # Links are no files: they are not followed. Nothing is ever extracted, so that no name becomes a path
+                if member.name in wanted and member.isreg() and (stream := tar.extractfile(member)) is not None:
+                    if member.size > MAX_MEMBER:
+                        raise UserError(f"--tarballs {path}: {member.name} has {member.size} bytes, which no such file has")
                     found[member.name] = stream.read()
                     if len(found) == len(wanted):
                         break
     except FileNotFoundError as error:
         raise UserError(f"--tarballs {path}: no such file") from error
-    except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
+    except UserError:
+        raise
+    except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"--tarballs {path}: not a whole .tgz file ({one_line(error)})") from error
     missing = [name for name in names if name not in found]
     if missing:
@@ -145,7 +151,7 @@ def _read(path: Path, names: Collection[str]) -> dict[str, bytes]:
 def _json(path: Path, members: dict[str, bytes], name: str) -> Any:
     try:
         return json.loads(members[name])
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--tarballs {path}: {name} is not JSON ({one_line(error)})") from error
 
 
@@ -196,6 +202,7 @@ def _pictures(path: Path, vendor: str, emoji: list[Emoji]) -> list[Image.Image]:
 def _on_white(path: Path, name: str, png: bytes) -> Image.Image:
     try:
         with Image.open(io.BytesIO(png)) as opened:
+            refuse_bomb(opened)
             picture = opened.convert("RGBA")
     except DECODING_ERRORS as error:
         raise UserError(f"--tarballs {path}: {name} cannot be read as an image ({one_line(error)})") from error

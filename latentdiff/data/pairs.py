@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.files import DECODING_ERRORS, decode, one_line
+from latentdiff.data.files import DECODING_ERRORS, decode, leaves, one_line
 from latentdiff.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -103,14 +103,17 @@ def _rows(folder: Path, part: str) -> list[dict[str, Any]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path} line {number}: not JSON ({one_line(error)})") from error
         missing = [column for column in COLUMNS if not isinstance(row, dict) or not isinstance(row.get(column), str)]
         if missing:
             raise UserError(f"{path} line {number}: has no {missing[0]}; {NEEDED}")
+        if leaves(path.parent, row["file_name"]):
+            shown = repr(row["file_name"][:200])
+            raise UserError(f"{path} line {number}: file_name {shown} is not inside {path.parent}; copy it there")
         text = row.get("text") or []
         wanted = f"{row['style']} style, {row['name']}"
-        known = wanted in ([text] if isinstance(text, str) else text)
+        known = wanted in (text if isinstance(text, list) else [text])
         rows.append({**{column: row[column] for column in COLUMNS}, "prompt": wanted if known else None})
     if not rows:
         raise UserError(f"{path}: has no rows")

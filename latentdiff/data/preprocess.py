@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentdiff.data.sources import ImageSource, UnreadableImage
+from latentdiff.data.images import ImageSource, UnreadableImage
 from latentdiff.errors import UserError
 
 FITS = ("exact", "resize", "crop", "pad")

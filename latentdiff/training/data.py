@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.config import DataConfig
+from latentdiff.data.images import Columns
 from latentdiff.data.order import Batches
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import held_out, open_source, splits
@@ -23,10 +24,11 @@ class Images:
     """
 
     def __init__(self, config: DataConfig, multiple_of: int):
-        source = open_source(config.source, "train", config.channels, config.max_bad_share)
+        columns = columns_of(config)
+        source = open_source(config.source, "train", config.channels, config.max_bad_share, columns)
         rule = Preprocess(config.size, config.channels, config.fit, max(multiple_of, config.multiple_of))
         if "test" in splits(config.source):
-            test = open_source(config.source, "test", config.channels, config.max_bad_share)
+            test = open_source(config.source, "test", config.channels, config.max_bad_share, columns)
             self.train = ImageDataset(source, rule)
             self.held_out = ImageDataset(test, self.train.preprocess)
         else:
@@ -57,7 +59,11 @@ class Images:
         return None if texts is None else [texts[i][0] for i in torch.linspace(0, n - 1, min(count, n)).long().tolist()]
 
 
-def sweep(dataset: ImageDataset, batch_size: int) -> Iterator[Tensor]:
-    """All images of a dataset once, in order, as [B, C, H, W]."""
-    for indices in torch.arange(len(dataset)).split(batch_size):
+def columns_of(config: DataConfig) -> Columns:
+    return Columns(config.image_column, config.label_column, config.text_column)
+
+
+def sweep(dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
+    """All images of a dataset once, in order, as [B, C, H, W]; of several processes, each takes every world-th batch."""
+    for indices in torch.arange(len(dataset)).split(batch_size)[rank::world]:
         yield dataset.batch(indices)[0]
