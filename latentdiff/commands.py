@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import struct
+import sys
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from zipfile import BadZipFile
@@ -14,26 +17,50 @@ import torch
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from latentdiff.data.images import Columns
     from latentdiff.data.preprocess import Preprocess
 
+# What numpy and zipfile raise on damaged archives; RuntimeError stands for encrypted ones and unknown methods
+UNPACKING_ERRORS = (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError, SyntaxError, TypeError, OverflowError,
+                    MemoryError, struct.error, zlib.error)  # fmt: skip
 DEFAULT_FEATURES = "weights/fashion-mnist-features"
 
 
-def encode(config_path: str | Path, overrides: list[str] | None = None, progress: bool = True) -> Path:
-    """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder."""
+def encode(
+    config_path: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
+) -> Path:
+    """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder.
+
+    part: "K/N", K from 1 to N, builds every N-th shard alone; the job that finds none missing finishes the cache.
+    """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
     from latentdiff.training import run
-    from latentdiff.training.latents import cache_folder, prepare_latents, progress_bar
+    from latentdiff.training.latents import cache_folder, encode_part, prepare_latents, progress_bar
 
     config = load_config(resolve_config(config_path), overrides)
     if not isinstance(config, DiffusionConfig):
         raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
+    job = None if part is None else _part(part)
     accelerator = run.start_accelerator(config.train)
     announce = run.announcement(accelerator, config.train)
+    if job is not None:
+        with progress_bar("encoding", progress, announce) as report:
+            missing = encode_part(config, job[0] - 1, job[1], accelerator.device, report)
+        done = f"{missing} shards of other parts are missing" if missing else "the cache is finished"
+        print(f"part {part}: {done}", file=sys.stderr)
+        return cache_folder(config)
     with progress_bar("encoding", progress and accelerator.is_main_process, announce) as report:
         prepare_latents(config, accelerator, report)
     return cache_folder(config)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(K, N) of "K/N"."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {text}: write it as K/N with K from 1 to N, such as 1/4")
+    return int(number), int(count)
 
 
 def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png") -> dict[str, Any]:
@@ -48,7 +75,7 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.autoencoders.report import psnr, ssim
     from latentdiff.checkpoints import resolve_model
-    from latentdiff.data.files import DECODING_ERRORS
+    from latentdiff.data.files import DECODING_ERRORS, refuse_bomb
     from latentdiff.data.preprocess import to_uint8
     from latentdiff.generation import check_out
     from latentdiff.pictures import save_png, tile
@@ -61,6 +88,7 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
     for name in images:
         try:
             with Image.open(name) as file:
+                refuse_bomb(file)
                 array = np.asarray(file.convert("L" if codec.image_channels == 1 else "RGB"))
         except DECODING_ERRORS as error:
             raise UserError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None
@@ -120,8 +148,8 @@ def evaluate(
         precision = call.pop("precision", "float32")
         set_precision(pipeline, precision)
         codec = LatentCodec(pipeline.vae)
-        rule, held_out = data_rule(resolve_model(model), codec)
-        train, test = reports.reference_sets(data, rule, held_out)
+        rule = data_rule(resolve_model(model), codec)
+        train, test = reports.reference_sets(data, *rule)
         check_classes(pipeline, train, data)
         images, labels = _balanced(pipeline, num_images, **call)
         protocol = {**stated(pipeline, str(model), **call), "precision": precision}
@@ -199,9 +227,10 @@ def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> No
         raise UserError(f"--data {data}: its classes ({said}) are not the model's ({', '.join(names) or count}){advice}")
 
 
-def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
-    """The preprocessing and the held-out share that a checkpoint was trained with, from its latentdiff.json."""
+def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns]:
+    """Preprocessing, held-out share and columns that a checkpoint was trained with, from its latentdiff.json."""
     from latentdiff.checkpoints import META, read_meta
+    from latentdiff.data.images import Columns
     from latentdiff.data.preprocess import Preprocess
 
     meta = read_meta(folder) if (folder / META).is_file() else {}
@@ -210,7 +239,7 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float]:
     data = meta["config"]["data"]
     size = None if data["size"] is None else tuple(data["size"])
     rule = Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
-    return rule, data["held_out"]
+    return rule, data["held_out"], Columns(*(data.get(f"{name}_column") for name in ("image", "label", "text")))
 
 
 def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[np.ndarray, np.ndarray | None]:
@@ -261,7 +290,7 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
     except FileNotFoundError:
         raise UserError(f"--samples {path}: no such file") from None
-    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as error:
+    except UNPACKING_ERRORS as error:
         raise UserError(f"--samples {path}: not an npz with arr_0 ({' '.join(str(error).split())})") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples {path}: arr_0 must be uint8 [N, H, W, C], it is {images.dtype} {list(images.shape)}")

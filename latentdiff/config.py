@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -10,6 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
 from latentdiff.errors import UserError
+from latentdiff.plain import read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 
@@ -23,7 +25,10 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, and how they become the tensor the autoencoder sees."""
 
-    source: str  # a folder, or fashion-mnist
+    source: str  # a folder, fashion-mnist, a table (parquet files, a folder of `datasets`, a Hub name) or WebDataset shards
+    image_column: str | None = None  # of tables and shards; None: the usual names
+    label_column: str | None = None
+    text_column: str | None = None
     size: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of the content; None: the images' own size
     channels: Literal[1, 3] = 3
     fit: Literal["exact", "resize", "crop", "pad"] = "exact"
@@ -73,6 +78,18 @@ class TrainConfig(Section):
     keep: int = Field(2, gt=0)  # training states kept
 
 
+class LoopConfig(TrainConfig):
+    """What the trainers of the two stages have besides. None of it changes what a healthy run computes."""
+
+    micro_batch: int | None = Field(None, gt=0)  # samples a process takes through the network at once; None: its whole share
+    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
+    compile: bool = False  # torch.compile of the network alone, held against eager before it is used
+    bad_steps: int = Field(10, ge=0)  # in a row, skipped for a loss or gradient that is not finite, before on_bad
+    on_bad: Literal["stop", "rollback"] = "stop"  # rollback: to the last state, at half the learning rate
+    best: Literal["validation/loss_ema", "validation/loss_raw"] | None = None  # stage 2: keep the state where it is lowest
+    timeout_minutes: float = Field(30.0, gt=0)  # how long a process waits for the others before it gives up
+
+
 class Stage1Loss(Section):
     """Weights of the terms of stage 1; a term with weight 0 is neither computed nor logged."""
 
@@ -103,12 +120,13 @@ class AutoencoderConfig(Section):
     loss: Stage1Loss = Stage1Loss()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
-    train: TrainConfig
+    train: LoopConfig
 
 
 class CacheConfig(Section):
     folder: str | None = None  # None: latents/ beside the autoencoder's folder
     batch_size: int = Field(256, gt=0)
+    shard_size: int = Field(4096, gt=0)  # images a file; of a cache that is not finished yet
     use_mean: bool = False  # train on posterior means instead of a fresh draw each epoch
 
 
@@ -185,7 +203,7 @@ class DiffusionConfig(Section):
     condition: ConditionConfig = ConditionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
-    train: TrainConfig
+    train: LoopConfig
     validation_images: int = Field(512, gt=0)
     sample: SampleConfig = SampleConfig()
 
@@ -259,9 +277,9 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such config file{_similar_config(path)}")
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping with a 'stage' key, one of {', '.join(STAGES)}")
     for item in overrides or []:
@@ -292,9 +310,9 @@ def _override(tree: dict[str, Any], item: str) -> None:
         if not isinstance(node, dict):
             raise UserError(f"override {item!r}: {name} is a value, not a section")
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = read_yaml(value)
     except yaml.YAMLError:
-        raise UserError(f"override {item!r}: the value is not valid YAML") from None
+        raise UserError(f"override {item[:200]!r}: the value is not valid YAML") from None
 
 
 def _explain(error: ValidationError, root: type[Section]) -> str:
@@ -308,7 +326,7 @@ def _explain(error: ValidationError, root: type[Section]) -> str:
         return f"{dotted}: unknown key; {hint}"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
-    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]} (got {first['input']!r})"
+    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]} (got {reprlib.repr(first['input'])})"
 
 
 def _keys_at(root: type[Section], path: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """Both trainers, whole: what they write, that they learn, that a resumed run is the run, and what they refuse."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -336,7 +337,7 @@ def test_a_normaliser_that_the_latents_contradict_is_refused_unless_measured(tmp
     path = tmp_path / "stage1" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 5.0}))
     message = refusal(lambda: train(diffusion_config(stripe_folder, tmp_path / "run", tmp_path / "stage1")))
-    assert "normaliser=measured" in message and "root mean square of 4.98 instead of 1" in message
+    assert "normaliser=measured" in message and re.search(r"root mean square of 4\.9\d instead of 1", message)
     assert not (tmp_path / "run" / "state").exists()
     model = train(diffusion_config(stripe_folder, tmp_path / "run", tmp_path / "stage1", normaliser="measured", train__steps=1))
     vae = checkpoints.load(model).vae

@@ -145,7 +145,7 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
     for count, index in shares:
         one = SimpleNamespace(device=accelerator.device, num_processes=count, process_index=index)
         with pytest.raises(Stop):
-            stage2._step(config, parts, one, 5)
+            stage2._step(config, parts, one, 5, 1e-3)
     assert torch.equal(torch.cat(drawn[1:3]), drawn[0]) and torch.equal(torch.cat(drawn[3:]), drawn[0])
     place = ((drawn[0].sort().values - parts.schedule.t_min) / (parts.schedule.t_max - parts.schedule.t_min) * 8).long()
     assert place.tolist() == list(range(8))

@@ -13,6 +13,13 @@ from latentdiff.training import run, state
 from latentdiff.training.ema import Ema
 
 
+def refusal(action) -> str:
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
 def save(output, step, keep=2, **extra):
     tensors = {"model": {"w": torch.full((3,), float(step))}, **extra}
     return state.save_state(output, step, tensors, {"ema_updates": step}, keep)
@@ -64,30 +71,72 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch, failing)
             patch.setattr(state, "save_file", fail)
         else:
             patch.setattr(os, "replace", fail)
-        with pytest.raises(OSError, match="disk full"):
-            save(tmp_path, 6)
+        said = refusal(lambda: save(tmp_path, 6))
+        assert "step-6: the training state cannot be written (disk full)" in said and str(tmp_path / "state" / "step-5") in said
     assert [p.name for p in state.state_folders(tmp_path)] == ["step-5"]
     assert state.load_state(tmp_path)[1]["step"] == 5
     save(tmp_path, 6)  # what the failure left behind is in no one's way
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-5", "step-6"]
 
 
-def refusal(action) -> str:
-    with pytest.raises(UserError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def test_a_damaged_state_names_its_folder(tmp_path):
+def test_a_damaged_state_is_named_and_the_one_before_taken(tmp_path, capsys):
     assert "no training state to resume from" in refusal(lambda: state.load_state(tmp_path))
-    folder = save(tmp_path, 5)
-    whole = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(whole[:-4])
-    assert f"{folder}: damaged training state" in refusal(lambda: state.load_state(tmp_path))
-    (folder / "model.safetensors").write_bytes(whole)
-    (folder / "state.json").write_text('{"step": 5')
-    assert f"{folder}: damaged training state" in refusal(lambda: state.load_state(tmp_path))
+    for step in (5, 6):
+        save(tmp_path, step, more={"x": torch.arange(100.0)})
+    newest = tmp_path / "state" / "step-6"
+    whole = {path.name: path.read_bytes() for path in newest.iterdir()}
+    flipped = bytearray(whole["more.safetensors"])
+    flipped[-3] ^= 1  # safetensors itself sees nothing of this
+    damages = [("model.safetensors", whole["model.safetensors"][:-4]), ("more.safetensors", bytes(flipped))]
+    damages += [("state.json", text) for text in (b'{"step": 6', b"[]", b'{"step": 6, "files": 3}')]
+    for name, content in damages:
+        (newest / name).write_bytes(content)
+        assert state.load_state(tmp_path)[1]["step"] == 5
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1 and f"{newest}: damaged training state" in said
+        assert (newest / name).read_bytes() == content
+        (newest / name).write_bytes(whole[name])
+    assert state.load_state(tmp_path)[1]["step"] == 6 and capsys.readouterr().err == ""
+    (newest / "state.json").unlink()
+    assert state.load_state(tmp_path)[1]["step"] == 5 and f"{newest}: damaged" in capsys.readouterr().err
+    for step in (5, 6):
+        (tmp_path / "state" / f"step-{step}" / "model.safetensors").unlink()
+    assert f"{newest}: damaged training state" in refusal(lambda: state.load_state(tmp_path))
+
+
+def test_a_damaged_state_is_never_deleted_nor_counted(tmp_path):
+    for step in (5, 6):
+        save(tmp_path, step)
+    damaged = tmp_path / "state" / "step-6" / "model.safetensors"
+    damaged.write_bytes(b"short")
+    save(tmp_path, 7, keep=2)
+    assert [p.name for p in state.state_folders(tmp_path)] == ["step-5", "step-6", "step-7"]  # two whole ones are kept
+    save(tmp_path, 6, keep=3)  # the run that went on from step 5 comes by again
+    assert (tmp_path / "state" / "damaged-step-6-1" / "model.safetensors").read_bytes() == b"short"
+    assert state.damage(tmp_path / "state" / "step-6") is None
+
+
+def test_a_state_that_only_its_hash_betrays_costs_no_whole_one(tmp_path):
+    for step in (80, 100):
+        save(tmp_path, step, keep=2, more={"x": torch.arange(100.0)})
+    damaged = tmp_path / "state" / "step-100" / "more.safetensors"
+    content = bytearray(damaged.read_bytes())
+    content[-3] ^= 1
+    damaged.write_bytes(bytes(content))
+    assert state.load_state(tmp_path, say=False)[1]["step"] == 80
+    save(tmp_path, 90, keep=1)
+    assert state.load_state(tmp_path, say=False)[1]["step"] == 90 and damaged.read_bytes() == bytes(content)
+    save(tmp_path, 110, keep=1)
+    save(tmp_path, 120, keep=1)
+    assert [p.name for p in state.state_folders(tmp_path)] == ["step-100", "step-120"]  # the damaged one is never deleted
+
+
+def test_the_best_state_outlives_the_rotation(tmp_path):
+    for step in (1, 2, 3, 4, 5):
+        state.save_state(tmp_path, step, {"model": {"w": torch.ones(1)}}, {}, keep=1, best=step == 2)
+    assert [p.name for p in state.state_folders(tmp_path)] == ["step-2", "step-5"] and state.best_step(tmp_path) == 2
+    state.save_state(tmp_path, 6, {"model": {"w": torch.ones(1)}}, {}, keep=1, best=True)
+    assert [p.name for p in state.state_folders(tmp_path)] == ["step-6"]
 
 
 def test_weights_of_another_model_are_refused():

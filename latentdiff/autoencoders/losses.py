@@ -7,7 +7,7 @@ what is minimised.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,19 @@ def adaptive_weight(
     return (gradient_norm(reconstruction) / (gradient_norm(adversarial) + 1e-6)).clamp(0.0, maximum).detach()
 
 
+def likeness_and_adversarial(
+    images: Tensor,
+    reconstruction: Tensor,
+    weights: Stage1Weights,
+    discriminator: nn.Module,
+    perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The two scalars whose gradients `adaptive_weight` compares: the weighted likeness terms, and the adversarial one."""
+    terms = stage1_terms(images, reconstruction, replace(weights, adversarial=0.0, kl=0.0), 0, perceptual=perceptual)
+    with frozen(discriminator):
+        return terms["total"], generator_loss(discriminator(reconstruction))
+
+
 @contextmanager
 def frozen(module: nn.Module) -> Iterator[nn.Module]:
     """Within the block, gradients flow through `module` but not into its parameters."""
@@ -120,12 +133,14 @@ def stage1_terms(
     discriminator: nn.Module | None = None,
     last_layer: Tensor | None = None,
     reduce: Reduce | None = None,
+    factor: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The autoencoder's loss at a step: scalars by name, `total` among them (the only one to run backward from).
 
     images, reconstruction: [B, C, H, W]. moments: the posterior's (mean, logvar) of a KL autoencoder. commitment: the
     scalar that diffusers' VQModel.decode returns. perceptual: (reconstruction, images) -> [B]. discriminator: the bare
-    module, not its DDP wrapper; its parameters receive no gradient here. last_layer: see `adaptive_weight`.
+    module, not its DDP wrapper; its parameters receive no gradient here. last_layer: see `adaptive_weight`. factor: the
+    adaptive weight, where it is known already, as of a batch that goes through in pieces.
 
     Terms: l1, l2, perceptual, kl (nats per image), commitment, adversarial, adaptive_weight (a factor, not a
     term). A term whose weight is 0, or that has not started, is absent; KL and commitment are present when what they
@@ -155,11 +170,13 @@ def stage1_terms(
             raise ValueError("adversarial weight > 0 needs a discriminator, and last_layer when it is adaptive")
         with frozen(discriminator):
             terms["adversarial"] = generator_loss(discriminator(reconstruction))
-        factor = torch.ones_like(total)
         if weights.adaptive and torch.is_grad_enabled():
             assert last_layer is not None
-            factor = adaptive_weight(likeness, terms["adversarial"], last_layer, weights.adaptive_max, reduce)
+            if factor is None:
+                factor = adaptive_weight(likeness, terms["adversarial"], last_layer, weights.adaptive_max, reduce)
             terms["adaptive_weight"] = factor
+        else:
+            factor = torch.ones_like(total)
         total = total + weights.adversarial * factor * terms["adversarial"]
     return {**terms, "total": total}
 

@@ -20,9 +20,10 @@ from torch import Tensor
 
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.report import psnr, ssim
+from latentdiff.data.images import Columns
 from latentdiff.data.order import permutation
 from latentdiff.data.preprocess import ImageDataset, Preprocess
-from latentdiff.data.sources import ArraySource, held_out, open_source, splits
+from latentdiff.data.sources import USUAL_COLUMNS, ArraySource, held_out, kind_of, open_source, splits
 from latentdiff.errors import UserError
 from latentdiff.evaluation.features import FeatureNet
 from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, class_counts, look, read_batches
@@ -34,17 +35,23 @@ PROTOCOL_FIELDS = ("model", "sampler", "steps", "guidance", "seed")
 
 
 def reference_sets(
-    data: str, preprocess: Preprocess | None = None, held_out_share: float = 0.05, split_seed: int = 0
+    data: str,
+    preprocess: Preprocess | None = None,
+    held_out_share: float = 0.05,
+    columns: Columns = USUAL_COLUMNS,
+    split_seed: int = 0,
 ) -> tuple[ImageDataset, ImageDataset]:
     """(train, test) images of a data set, as the autoencoder sees them (preprocess) or as they are (None).
 
     test is the data set's own test split where it has one, else the share of its images that training held out.
+    columns: of a table or shards; a folder has none.
     """
     preprocess = preprocess or Preprocess()
-    source = open_source(data, "train", preprocess.channels)
+    columns = columns if kind_of(data) in ("table", "shards") else USUAL_COLUMNS
+    source = open_source(data, "train", preprocess.channels, columns=columns)
     if "test" in splits(data):
         train = ImageDataset(source, preprocess)
-        return train, ImageDataset(open_source(data, "test", preprocess.channels), train.preprocess)
+        return train, ImageDataset(open_source(data, "test", preprocess.channels, columns=columns), train.preprocess)
     kept, apart = held_out(source, held_out_share, split_seed)
     return ImageDataset(source, preprocess, kept), ImageDataset(source, preprocess, apart)
 

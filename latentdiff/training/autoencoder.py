@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,51 +11,17 @@ from torch import Tensor, nn
 from latentdiff.autoencoders.build import TRAINABLE, build_autoencoder, freeze, load_autoencoder, store_normaliser
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.discriminator import PatchDiscriminator
-from latentdiff.autoencoders.losses import Stage1Weights, discriminator_terms, stage1_terms
+from latentdiff.autoencoders.losses import Stage1Weights
 from latentdiff.autoencoders.vq import CodeUsage, revive_dead_codes
 from latentdiff.config import AutoencoderConfig
+from latentdiff.data.order import stream
 from latentdiff.errors import UserError
 from latentdiff.rng import derive_seed
-from latentdiff.training import run, state
+from latentdiff.training import loop, run, state
+from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images, sweep
 from latentdiff.training.ema import Ema
-
-
-class Stage1(nn.Module):
-    """The whole reconstruction as one forward pass, so that a DDP wrapper averages the gradients of encoder and decoder."""
-
-    def __init__(self, vae: nn.Module):
-        super().__init__()
-        self.vae = vae
-        self.discrete = hasattr(vae, "quantize")
-
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """images [B, C, H, W] -> reconstruction, with mean and logvar (KL) or commitment, codes [n] and latents (VQ)."""
-        if self.discrete:
-            latents = self.vae.encode(images).latents
-            quantised, commitment, (_, _, codes) = self.vae.quantize(latents.float())
-            image = self.vae.decode(quantised, force_not_quantize=True).sample
-            return {"reconstruction": image, "commitment": commitment, "codes": codes.flatten(), "latents": latents}
-        posterior = self.vae.encode(images).latent_dist
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        z = mean + torch.exp(0.5 * logvar) * torch.randn_like(mean)
-        return {"reconstruction": self.vae.decode(z).sample, "mean": mean, "logvar": logvar}
-
-
-@dataclass
-class Parts:
-    """Everything a step touches. `network` and `critic_network` are what accelerate wrapped; the bare modules beside."""
-
-    network: nn.Module
-    bare: Stage1
-    optimizer: Any
-    ema: Ema
-    weights: Stage1Weights
-    perceptual: nn.Module | None
-    critic_network: nn.Module | None
-    critic: nn.Module | None
-    critic_optimizer: Any
-    usage: CodeUsage | None  # of a VQModel's codes in this epoch, over all processes
+from latentdiff.training.reconstruction import Parts, Stage1, draw_noise, update
 
 
 def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
@@ -68,19 +33,21 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     run.check_output(output, config, resume)
     torch.manual_seed(derive_seed(config.seed, "initialise"))
     vae = _build(config)
-    images = Images(config.data, LatentCodec(vae).factor)
+    factor = LatentCodec(vae).factor
+    images = Images(config.data, factor)
     vae.train().requires_grad_(True)
     accelerator = run.start_accelerator(config.train)
-    parts = _parts(config, vae, accelerator)
-    start = _resume(output, parts) if resume else 0
+    parts = _parts(config, vae, factor, accelerator)
+    if config.train.compile:
+        _compile(config, images, parts, accelerator)
+    work = _work(config, images, parts, accelerator, output)
+    progress = loop.resume(output, work, accelerator) if resume else loop.Progress()
     run.announcement(accelerator, config.train)()
     if accelerator.is_main_process:
         run.write_config(output, config)
-    with run.Journal(output, config.train.steps, start, accelerator.is_main_process) as journal:
-        _loop(config, images, parts, accelerator, journal, output, start)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        _finish(config, images, parts, output)
+    with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
+        loop.run_loop(config, work, accelerator, journal, output, progress)
+    _finish(config, images, parts, accelerator, output)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return output / "autoencoder"
@@ -100,10 +67,16 @@ def _build(config: AutoencoderConfig) -> nn.Module:
     return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
 
 
-def _parts(config: AutoencoderConfig, vae: nn.Module, accelerator) -> Parts:
+def _parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) -> Parts:
+    if config.train.compile and config.loss.adversarial > 0 and config.loss.adaptive:
+        raise UserError("train.compile: a compiled decoder cannot weigh the adversary; set it or loss.adaptive to false")
     if not (config.loss.l1 or config.loss.l2 or config.loss.perceptual):
         raise UserError("loss: one of l1, l2 and perceptual must be above 0")
     bare = Stage1(vae)
+    if bare.discrete and config.loss.commitment == 0:
+        vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
+    if config.train.gradient_checkpointing:
+        vae.enable_gradient_checkpointing()
     optimizer = run.make_optimizer(bare.parameters(), config.optimizer)
     loss = config.loss
     critic = critic_optimizer = perceptual = None
@@ -122,6 +95,7 @@ def _parts(config: AutoencoderConfig, vae: nn.Module, accelerator) -> Parts:
         network, bare, optimizer, Ema(bare.vae, config.ema.decay, config.ema.power),
         Stage1Weights(**{name: getattr(loss, name) for name in fields}),
         perceptual, critic_network, critic, critic_optimizer, CodeUsage(vae.quantize.n_e) if bare.discrete else None,
+        factor,
     )  # fmt: skip
 
 
@@ -138,80 +112,81 @@ def _perceptual(network: str | None) -> nn.Module:
     return Perceptual(load_features(resolve_model(network)))
 
 
-def _loop(
-    config: AutoencoderConfig, images: Images, parts: Parts, accelerator, journal: run.Journal, output: Path, start: int
-) -> None:
-    steps, batch = config.train.steps, config.train.batch_size
-    batches = images.batches(config.seed, batch, start, accelerator)
-    clock, averages = run.SaveClock(config.train.save_minutes), run.Averages()
+def _work(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any, output: Path) -> loop.Work:
+    batch, reading = config.train.batch_size, _Reading(config, images, accelerator)
     per_epoch = max(1, len(images.train) // batch)
-    for step in range(start, steps):
-        x, _ = next(batches)
-        torch.manual_seed(derive_seed(config.seed, "step", step, accelerator.process_index))
-        run.set_learning_rate(parts.optimizer, run.learning_rate(config.optimizer, step, steps))
-        terms, out = _step(config, parts, accelerator, x.to(accelerator.device), step)
-        averages.add(terms)
-        if parts.usage is not None:
-            parts.usage.update(accelerator.gather(out["codes"]))
-            if (step + 1) % per_epoch == 0:
-                journal.log(step + 1, _end_of_epoch(config, parts, accelerator, out["latents"], step))
-                parts.usage.reset()
-        journal.advance()
-        if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
-            lr = run.learning_rate(config.optimizer, step, steps)
-            journal.log(step + 1, {f"train/{k}": v for k, v in averages.take().items()} | {"lr": lr})
-        if accelerator.is_main_process:
-            if (step + 1) % config.train.picture_every == 0:
-                picture(parts.bare.vae, images, output / "pictures" / f"step-{step + 1:06d}.png")
-            if clock.due() or step + 1 == steps:
-                _save(config, parts, output, step + 1)
-    batches.close()
+
+    def after(done: int) -> dict[str, float]:
+        metrics = {}
+        if parts.usage is not None and done % per_epoch == 0:
+            metrics = _end_of_epoch(config, parts, accelerator, done - 1)
+            parts.usage.reset()
+        if done % config.train.picture_every == 0 and accelerator.is_main_process:
+            picture(parts.bare.vae, images, output / "pictures" / f"step-{done:06d}.png")
+        if done == config.train.steps:
+            reading.close()
+        return metrics
+
+    return loop.Work(
+        step=lambda step, lr: update(config, parts, accelerator, reading.at(step), step, lr), after=after,
+        tensors=lambda: _tensors(parts), meta=lambda: {"ema_updates": parts.ema.updates},
+        restore=lambda tensors, meta: _restore(output, parts, tensors, meta),
+        samples=lambda step: stream(len(images.train), config.seed, step * batch, batch),
+    )  # fmt: skip
 
 
-def _step(config, parts: Parts, accelerator, x: Tensor, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    out = parts.network(x)
-    reconstruction = out["reconstruction"].float()
-    moments = None if parts.bare.discrete else (out["mean"], out["logvar"])
+def _compile(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any) -> None:
+    """Compile encoder and decoder, held against eager on the first step's batch; UserError where they disagree."""
+    reading = _Reading(config, images, accelerator)
+    x = reading.at(0)
+    reading.close()
+    piece = loop.shares(len(x), config.train.micro_batch)[0]
+    noise, vae = draw_noise(config, parts, accelerator, x, 0), parts.bare.vae
+    x, noise = x[piece], None if noise is None else noise[piece]
 
-    def across_processes(value: Tensor) -> Tensor:
-        return accelerator.reduce(value, "mean")
-
-    with accelerator.autocast():
-        terms = stage1_terms(
-            x, reconstruction, parts.weights, step, moments=moments, commitment=out.get("commitment"),
-            perceptual=parts.perceptual, discriminator=parts.critic, last_layer=parts.bare.vae.decoder.conv_out.weight,
-            reduce=across_processes if accelerator.num_processes > 1 else None,
-        )  # fmt: skip
-    accelerator.backward(terms["total"])
-    norm = run.gradient_norm(parts.bare, config.optimizer.clip)
-    parts.optimizer.step()
-    parts.optimizer.zero_grad(set_to_none=True)
-    parts.ema.update(parts.bare.vae)
-    terms["gradient_norm"] = torch.tensor(norm)
-    if parts.critic is not None and parts.weights.adversarial_at(step):
+    def loss() -> Tensor:
         with accelerator.autocast():
-            critic = discriminator_terms(parts.critic_network, x, reconstruction)
-        accelerator.backward(critic["total"])
-        run.gradient_norm(parts.critic, config.optimizer.clip)
-        parts.critic_optimizer.step()
-        parts.critic_optimizer.zero_grad(set_to_none=True)
-        terms |= {f"discriminator_{name}": value for name, value in critic.items()}
-    return terms, out
+            out = parts.bare(x, noise)
+            extra = out["commitment"].float() if parts.bare.discrete else out["mean"].square().mean() + out["logvar"].mean()
+            return (out["reconstruction"].float() - x).square().mean() + 1e-3 * extra
+
+    compile_checked(parts.bare, [vae.encoder, vae.decoder], loss, config.train.precision)
 
 
-def _end_of_epoch(config, parts: Parts, accelerator, latents: Tensor, step: int) -> dict[str, float]:
+class _Reading:
+    """This process's images of each step, read ahead; from another step than the next one it starts anew."""
+
+    def __init__(self, config: AutoencoderConfig, images: Images, accelerator: Any):
+        self.config, self.images, self.accelerator = config, images, accelerator
+        self.batches: Any = None
+
+    def at(self, step: int) -> Tensor:
+        batch = self.config.train.batch_size
+        if self.batches is None or self.batches.position != step * batch:
+            self.close()
+            self.batches = self.images.batches(self.config.seed, batch, step, self.accelerator)
+        return next(self.batches)[0].to(self.accelerator.device)
+
+    def close(self) -> None:
+        if self.batches is not None:
+            self.batches.close()
+            self.batches = None
+
+
+def _end_of_epoch(config, parts: Parts, accelerator, step: int) -> dict[str, float]:
     """Revive the codes that the epoch left unused, say how much was used and revived."""
     usage = parts.usage
     values = {"codes/used": usage.usage(), "codes/perplexity": usage.perplexity(), "codes/revived": 0.0}
-    if config.revive_dead_codes:
+    if config.revive_dead_codes and parts.latents is not None:
         # Every process draws the same codes from the same latents, so the codebooks stay equal
-        shared = accelerator.gather(latents.detach().float().contiguous())
+        shared = accelerator.gather(parts.latents.float().contiguous())
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "revive", step))
         values["codes/revived"] = float(revive_dead_codes(parts.bare.vae, usage.counts, shared, generator))
     return values
 
 
-def _save(config: AutoencoderConfig, parts: Parts, output: Path, step: int) -> None:
+def _tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
+    # Order of data and noise are functions of (seed, step), so the step is all there is to keep of them
     tensors = {"model": parts.bare.vae.state_dict(), "ema": parts.ema.state()}
     tensors["optimizer"] = state.optimizer_tensors(parts.optimizer)
     if parts.critic is not None:
@@ -219,12 +194,10 @@ def _save(config: AutoencoderConfig, parts: Parts, output: Path, step: int) -> N
         tensors["discriminator_optimizer"] = state.optimizer_tensors(parts.critic_optimizer)
     if parts.usage is not None:
         tensors["codes"] = {"counts": parts.usage.counts}
-    # Order of data and noise are functions of (seed, step), so the step is all there is to keep of them
-    state.save_state(output, step, tensors, {"ema_updates": parts.ema.updates}, config.train.keep)
+    return tensors
 
 
-def _resume(output: Path, parts: Parts) -> int:
-    tensors, meta = state.load_state(output)
+def _restore(output: Path, parts: Parts, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     state.load_into(parts.bare.vae, tensors["model"], str(output))
     parts.ema.restore(tensors["ema"], meta["ema_updates"])
     state.restore_optimizer(parts.optimizer, tensors["optimizer"])
@@ -233,7 +206,6 @@ def _resume(output: Path, parts: Parts) -> int:
         state.restore_optimizer(parts.critic_optimizer, tensors.get("discriminator_optimizer", {}))
     if parts.usage is not None:
         parts.usage.counts.copy_(tensors["codes"]["counts"])
-    return meta["step"]
 
 
 @torch.no_grad()
@@ -250,17 +222,27 @@ def picture(vae: nn.Module, images: Images, path: Path, count: int = 16) -> None
     vae.train(training).requires_grad_(training)
 
 
-def _finish(config: AutoencoderConfig, images: Images, parts: Parts, output: Path) -> None:
-    """Measure the latents of the averaged weights over the training set, store the normaliser, save, report."""
+def _finish(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any, output: Path) -> None:
+    """Measure the latents of the averaged weights over the training set, store the normaliser, save, report.
+
+    Every process measures its share of the images; the main one writes.
+    """
     from latentdiff.autoencoders.report import LatentStatistics, stage1_report, write_report
 
     vae = parts.bare.vae
     parts.ema.copy_to(vae)
     codec = LatentCodec(freeze(vae))
-    statistics = LatentStatistics(codec.latent_channels)
-    for x in sweep(images.train, config.train.batch_size):
-        statistics.update(*codec.moments(x))
-    store_normaliser(vae, statistics.mean.float(), statistics.std.float())
+    own = LatentStatistics(codec.latent_channels)
+    for x in sweep(images.train, config.train.batch_size, accelerator.process_index, accelerator.num_processes):
+        own.update(*codec.moments(x))
+    if accelerator.num_processes > 1:
+        gathered = accelerator.gather(own.state()[None].to(accelerator.device)).cpu()
+        own = LatentStatistics(codec.latent_channels)
+        for state_of_one in gathered:
+            own.merge(LatentStatistics.from_state(state_of_one))
+    if not accelerator.is_main_process:
+        return
+    store_normaliser(vae, own.mean.float(), own.std.float())
     vae.save_pretrained(output / "autoencoder", safe_serialization=True)
     codec = LatentCodec(load_autoencoder(str(output / "autoencoder")))
     report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)

@@ -19,6 +19,7 @@ from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.tensors import widen
 from latentdiff.training import run
 from latentdiff.training.latents import Latents, prepare_latents, progress_bar
+from latentdiff.training.meters import Averages
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the usable time interval, where held-out latents are classified
 
@@ -75,7 +76,7 @@ def _fit(
 ) -> None:
     """The steps of optimisation, each with its images, noise and t drawn from (seed, step) alone.  classes: [N] int64."""
     steps = config.train.steps
-    optimizer, averages = run.make_optimizer(net.parameters(), config.optimizer), run.Averages()
+    optimizer, averages = run.make_optimizer(net.parameters(), config.optimizer), Averages()
     net.train()
     with run.Journal(output, steps, 0, True) as journal:
         for step in range(steps):
@@ -94,7 +95,7 @@ def _fit(
             averages.add({"loss": loss, "gradient_norm": torch.tensor(norm)})
             journal.advance()
             if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
-                journal.log(step + 1, {f"train/{k}": v for k, v in averages.take().items()} | {"lr": lr})
+                journal.log(step + 1, {f"train/{k}": v for k, v in averages.take(accelerator).items()} | {"lr": lr})
 
 
 def _batch(config: ClassifierConfig, latents: Latents, step: int) -> tuple[Tensor, Tensor, torch.Generator]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from latentdiff.conditioning import (
     states_width,
     train_tokenizer,
 )
-from latentdiff.config import ConditionConfig, DiffusionConfig
+from latentdiff.config import ConditionConfig, DiffusionConfig, TextConfig
 from latentdiff.data.captions import Captions, CaptionStates, build_states
 from latentdiff.errors import UserError
 from latentdiff.rng import rand
@@ -50,15 +51,46 @@ def guidance(config: DiffusionConfig) -> float:
 
 
 def check(config: DiffusionConfig) -> None:
-    """UserError, before anything is encoded, for guidance or a text encoder that cannot be."""
+    """UserError, before anything is encoded, for guidance, dropout, prompts or a text encoder that cannot be or do nothing."""
+    _refuse_unused(config)
+    condition, wanted = config.condition, config.condition.text
+    for key, kind, share in (("dropout", "class", condition.dropout), ("text.dropout", "caption", wanted.dropout)):
+        if share == 1:
+            raise UserError(
+                f"condition.{key}: 1 drops every {kind}, so nothing would be learnt of them; set it below 1, or take them "
+                "out of condition.type (none: no condition at all)"
+            )
     guidance(config)
-    wanted = config.condition.text
-    if not takes(config.condition, "text"):
+    if not takes(condition, "text"):
         return
+    if wanted.dropout == 0 and not all(text.strip() for text in config.sample.prompts):
+        raise UserError(
+            "sample.prompts: an empty prompt stands for no text, which with condition.text.dropout 0 the model never learns; "
+            "leave it out, or set condition.text.dropout to 0.1"
+        )
     if wanted.encoder is not None:
         states_width(wanted.encoder)
     elif wanted.width % wanted.heads:
         raise UserError(f"condition.text.width: {wanted.width} is not a multiple of condition.text.heads {wanted.heads}")
+
+
+def _refuse_unused(config: DiffusionConfig) -> None:
+    """UserError for a key that says something of a condition that the model is not told.
+
+    Values that are the defaults pass, though nothing reads them: run.json writes them all out.
+    """
+    condition = config.condition
+    fields = TextConfig.model_fields
+    told = [f"condition.text.{key}" for key in fields if getattr(condition.text, key) != fields[key].default]
+    told += ["sample.prompts"] if config.sample.prompts else []
+    dropped = ["condition.dropout"] if condition.dropout != ConditionConfig.model_fields["dropout"].default else []
+    for kind, keys in (("text", told), ("class", dropped)):
+        if keys and not takes(condition, kind):
+            instead = "; captions are dropped by condition.text.dropout" if keys == dropped and condition.type == "text" else ""
+            raise UserError(
+                f"{keys[0]}: condition.type is {condition.type}, so the model is told no {kind}; leave it out, or set "
+                f"condition.type to {kind} or class+text{instead}"
+            )
 
 
 def check_data(config: DiffusionConfig, images: Images) -> None:
@@ -137,6 +169,21 @@ class Conditions:
         return conditioning
 
 
+    def shown(self, classes: Sequence[int | None]) -> list[str]:
+        """Captions to draw beside these classes: each of a training image of the class, or spread over the data.
+
+        There may be fewer than classes where the data have fewer images. ValueError where the model is told no text.
+        """
+        if self.text is None:
+            raise ValueError("a model that is told no text has no captions to show")
+        captions = self.text.captions
+        if self.classes is None or self.labels is None:
+            return captions.spread(len(classes))
+        images = [torch.eq(self.labels, -1 if row is None else row).nonzero().flatten()[:1] for row in classes]
+        # A class without a training image is drawn with the caption of any
+        return [captions.first(image if len(image) else torch.zeros(1, dtype=torch.int64))[0] for image in images]
+
+
 def prepare_conditions(
     config: DiffusionConfig,
     latents: Latents,
@@ -155,7 +202,23 @@ def prepare_conditions(
     if takes(condition, "text"):
         found = latents.images.train.captions(latents.cache.manifest["unreadable"])
         text = _text(config, Captions(found or []), accelerator, progress, resume)
+        if accelerator.is_main_process:
+            _say_what_is_cut(text)
     return Conditions(classes, latents.cache.labels, text)
+
+
+def _say_what_is_cut(text: TextCondition) -> None:
+    """Warn on stderr where captions have more tokens than the encoder is given."""
+    from tqdm import tqdm
+
+    prompts, captions = text.prompts, text.captions
+    long = prompts.lengths(captions.distinct) > prompts.length  # [U]
+    cut = int(long[captions.rows].sum())
+    if cut:
+        tqdm.write(
+            f"warning: {cut} of {len(captions.rows)} captions are longer than {prompts.length} tokens and are cut "
+            "(condition.text.max_length)", file=sys.stderr,
+        )  # fmt: skip
 
 
 def _text(config: DiffusionConfig, captions: Captions, accelerator, progress, resume: bool) -> TextCondition:

@@ -14,12 +14,34 @@ from torch import Tensor
 from latentdiff.autoencoders.build import load_autoencoder, set_normaliser
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import ClassifierConfig, DiffusionConfig
-from latentdiff.data.cache import LatentCache, build_cache
+from latentdiff.data.cache import LatentCache, build_cache, build_shards, finish_cache, missing_shards
 from latentdiff.errors import UserError
 from latentdiff.training.data import Images
 
 CHECKED = 1024  # latents that must agree with the stored normaliser
 TOLERANCE = 1.25  # how far their root mean square may be from 1, as a factor
+
+
+def encode_part(
+    config: DiffusionConfig | ClassifierConfig,
+    rank: int,
+    world: int,
+    device: torch.device,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Build one of `world` parts of a config's latent cache, at any time and anywhere; returns how many shards are missing.
+
+    Whoever finds none missing marks the cache as finished.
+    """
+    codec = _codec(config, device)
+    images, folder = Images(config.data, codec.factor), cache_folder(config)
+    size = config.cache.shard_size
+    made_of = build_shards(codec, images.train, folder, config.data.flips, config.cache.batch_size, "float16", size, progress,
+                           rank, world)  # fmt: skip
+    missing = missing_shards(folder, made_of)
+    if not missing:
+        finish_cache(images.train, folder, made_of)
+    return len(missing)
 
 
 @dataclass
@@ -50,16 +72,13 @@ def prepare_latents(
     UserError where the cache belongs to another autoencoder, preprocessing or data, and where the stored normaliser
     is contradicted by the latents.
     """
-    codec = LatentCodec(load_autoencoder(config.autoencoder).to(accelerator.device))
-    if codec.image_channels != config.data.channels:
-        raise UserError(
-            f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
-        )
+    codec = _codec(config, accelerator.device)
     images = Images(config.data, codec.factor)
     check(images)
     cache = build_cache(
         codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
-        progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
+        shard_size=config.cache.shard_size, progress=progress, rank=accelerator.process_index,
+        world=accelerator.num_processes,
     )  # fmt: skip
     if config.normaliser == "measured":
         statistics = cache.statistics()
@@ -68,6 +87,15 @@ def prepare_latents(
     latents = Latents(codec, images, cache)
     check_normaliser(latents, config.autoencoder)
     return latents
+
+
+def _codec(config: DiffusionConfig | ClassifierConfig, device: torch.device) -> LatentCodec:
+    codec = LatentCodec(load_autoencoder(config.autoencoder).to(device))
+    if codec.image_channels != config.data.channels:
+        raise UserError(
+            f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
+        )
+    return codec
 
 
 def check_normaliser(latents: Latents, name: str) -> None:

@@ -8,11 +8,12 @@ import math
 import sys
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
@@ -20,27 +21,41 @@ from latentdiff.errors import UserError
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
-    "output", "optimizer.", "sample.", "validation_images", "data.workers", "cache.folder", "cache.batch_size", "train.steps",
-    "train.threads", "train.log_every", "train.picture_every", "train.save_minutes", "train.keep",
+    "output", "optimizer.", "sample.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
+    "cache.shard_size", "condition.text.folder", "train.steps", "train.threads", "train.log_every", "train.picture_every",
+    "train.save_minutes", "train.keep", "train.micro_batch", "train.gradient_checkpointing", "train.compile", "train.bad_steps",
+    "train.on_bad", "train.best", "train.timeout_minutes",
 )  # fmt: skip
 
 
 def start_accelerator(train: TrainConfig):
     """An Accelerator at the config's precision; `announcement` says what it has, once nothing can be refused."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
     # accelerate keeps the first run's precision for the life of the process, and refuses a second run in another
     AcceleratorState._reset_state()
     if train.threads is not None:
         torch.set_num_threads(train.threads)
-    accelerator = Accelerator(mixed_precision=PRECISIONS[train.precision])
+    limit = timedelta(minutes=getattr(train, "timeout_minutes", 30.0))
+    handlers = [InitProcessGroupKwargs(timeout=limit)]
+    accelerator = Accelerator(mixed_precision=PRECISIONS[train.precision], kwargs_handlers=handlers)
+    check_kind(str(accelerator.distributed_type.value))
     if train.batch_size % accelerator.num_processes:
         raise UserError(
             f"train.batch_size: {train.batch_size} (the global batch) cannot be shared by {accelerator.num_processes} "
             f"processes; use a multiple of {accelerator.num_processes}"
         )
     return accelerator
+
+
+def check_kind(kind: str) -> None:
+    """UserError for a way of sharing a run out, as accelerate names it, that splits or rewrites the weights themselves."""
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise UserError(
+            f"accelerate launch: {kind} is not supported, states and averages would hold pieces of the weights; launch with "
+            "--multi_gpu, with train.gradient_checkpointing=true and a smaller train.micro_batch where memory is short"
+        )
 
 
 def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:
@@ -93,17 +108,36 @@ class Journal:
         self.enabled = enabled
         if not enabled:
             return
-        from torch.utils.tensorboard import SummaryWriter
         from tqdm import tqdm
 
-        self.writer = SummaryWriter(str(output / "logs"))
-        self.lines = (output / "metrics.jsonl").open("a")
+        # What was logged after the state that a run goes on from is logged again
+        self.logs = output / "logs"
+        self.writer = self._writer(start)
+        self.path = output / "metrics.jsonl"
+        forget_lines(self.path, start)
+        self.lines = self.path.open("a")
         # Written to a file the bar is refreshed rarely, so that a log stays readable
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0)
+
+    def _writer(self, start: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.logs), purge_step=start + 1 if start else None)
 
     def advance(self) -> None:
         if self.enabled:
             self.bar.update(1)
+
+    def move_to(self, step: int) -> None:
+        """Back to an earlier step: what was logged since is forgotten."""
+        if self.enabled:
+            self.lines.close()
+            forget_lines(self.path, step)
+            self.lines = self.path.open("a")
+            self.writer.close()
+            self.writer = self._writer(step)
+            self.bar.n = step
+            self.bar.refresh()
 
     def log(self, step: int, values: dict[str, float]) -> None:
         if not self.enabled:
@@ -129,6 +163,22 @@ class Journal:
             self.lines.close()
 
 
+def forget_lines(path: Path, after: int) -> None:
+    """Drop the lines of a metrics file whose step is beyond `after`, and one that a killed process left half written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= after:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept))
+    temporary.replace(path)
+
+
 class SaveClock:
     """True every so many minutes, and at most once per interval."""
 
@@ -142,24 +192,6 @@ class SaveClock:
         return True
 
 
-class Averages:
-    """Running means of named scalars between two log lines."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def add(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, torch.zeros(())) + value.detach().float().cpu()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def take(self) -> dict[str, float]:
-        means = {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-        self.sums, self.counts = {}, {}
-        return means
-
-
 def check_output(output: Path, config: Section, resume: bool) -> None:
     """Refuse to write over another run, and to resume one whose config differs in more than its length and logging."""
     record = output / "run.json"
@@ -169,7 +201,10 @@ def check_output(output: Path, config: Section, resume: bool) -> None:
         return
     if not record.is_file():
         raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
-    before, now = _flat(json.loads(record.read_text())), _flat(config.model_dump(mode="json"))
+    try:
+        before, now = _flat(json.loads(record.read_text())), _flat(config.model_dump(mode="json"))
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{record}: damaged ({' '.join(str(error).split())[:80]}), so nothing says what run this is") from None
     for key in sorted({**before, **now}):
         if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
             raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,51 +34,132 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
 
-def save_state(output: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int) -> Path:
+def save_state(
+    output: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int, best: bool = False
+) -> Path:
     """Write one state folder: each entry of `tensors` as NAME.safetensors, `meta` with the step as state.json.
 
-    Everything is written to a temporary folder, synced and renamed, so a state folder is whole or absent. Older ones
-    beyond `keep` are removed afterwards.
+    Everything is written to a temporary folder, synced and renamed, so a state folder is whole or absent; state.json
+    has each file's length and hash. Older ones beyond `keep` are removed afterwards, but neither the best one (this one
+    where `best`) nor a damaged one. UserError where it cannot be written, as on a full disk: those before stay.
     """
     root = output / "state"
-    root.mkdir(parents=True, exist_ok=True)
     final, temporary = root / f"step-{step}", root / f".step-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        _write(temporary, step, tensors, meta)
+        if final.exists():
+            _set_aside(final)
+        os.replace(temporary, final)
+        _sync(root)
+        if best:
+            _write_json(root / "best.json", {"step": step})
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        before = state_folders(output)
+        last = f"the last one is {before[-1]}" if before else "there is none yet"
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{final}: the training state cannot be written ({reason}); {last}") from error
+    _rotate(output, step, keep)
+    return final
+
+
+def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
     for name, group in tensors.items():
         contiguous = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in group.items()}
-        save_file(contiguous, temporary / f"{name}.safetensors")
-    (temporary / "state.json").write_text(json.dumps({"step": step, **meta}, indent=1))
-    for path in [*temporary.iterdir(), temporary]:
+        save_file(contiguous, folder / f"{name}.safetensors")
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    (folder / "state.json").write_text(json.dumps({"step": step, **meta, "files": files}, indent=1))
+    for path in [*folder.iterdir(), folder]:
         _sync(path)
-    if final.exists():
-        shutil.rmtree(final)
-    os.replace(temporary, final)
-    _sync(root)
-    for old in state_folders(output)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
-    return final
+
+
+def _set_aside(folder: Path) -> None:
+    """Make room for a state of the same step: a damaged one is kept under another name."""
+    if damage(folder) is None:
+        shutil.rmtree(folder)
+        return
+    number = 1
+    while (kept := folder.with_name(f"damaged-{folder.name}-{number}")).exists():
+        number += 1
+    os.replace(folder, kept)
+
+
+def _rotate(output: Path, step: int, keep: int) -> None:
+    """Remove the oldest states. Later ones than `step` do not count: the run went on from before them."""
+    for leftover in (output / "state").glob(".step-*.tmp"):  # of a process that was killed while writing
+        shutil.rmtree(leftover, ignore_errors=True)
+    earlier = [folder for folder in state_folders(output) if int(folder.name.removeprefix("step-")) <= step]
+    whole = [folder for folder in earlier if damage(folder, quick=True) is None]
+    best = best_step(output)
+    for old in whole[:-keep]:
+        if old.name != f"step-{best}" and damage(old) is None:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def best_step(output: Path) -> int | None:
+    """The step of the state that was kept as the best; None where none was."""
+    try:
+        return int(json.loads((output / "state" / "best.json").read_text())["step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def state_folders(output: Path) -> list[Path]:
     """The complete states under an output folder, oldest first (by step)."""
-    found = [p for p in (output / "state").glob("step-*") if (p / "state.json").is_file()]
+    return [folder for folder in _step_folders(output) if (folder / "state.json").is_file()]
+
+
+def _step_folders(output: Path) -> list[Path]:
+    found = [p for p in (output / "state").glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
-def load_state(output: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The newest state: ({NAME: tensors}, meta). UserError if there is none or a file of it cannot be read."""
-    folders = state_folders(output)
-    if not folders:
-        raise UserError(f"{output / 'state'}: no training state to resume from; leave --resume out to start afresh")
-    folder = folders[-1]
+def damage(folder: Path, quick: bool = False) -> str | None:
+    """Why a state folder is not whole; None where it is. quick: by the lengths of its files, else by their hashes."""
     try:
         meta = json.loads((folder / "state.json").read_text())
-        tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    except Exception as error:  # safetensors raises its own class, json another; the folder is what the user can act on
-        reason = " ".join(str(error).split())[:120]
-        raise UserError(f"{folder}: damaged training state ({reason}); remove it to use the one before") from None
-    return tensors, meta
+        if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
+            return "state.json: states no step"
+        for name, wanted in meta.get("files", {}).items():
+            path = folder / name
+            if Path(name).name != name:
+                return f"state.json: names {name!r}, which is no file of it"
+            if path.stat().st_size != wanted["bytes"]:
+                return f"{name}: {path.stat().st_size} bytes instead of {wanted['bytes']}"
+            if not quick and _sha256(path) != wanted["sha256"]:
+                return f"{name}: its content has changed"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return " ".join(str(error).split())[:120]
+    return None
+
+
+def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The newest whole state: ({NAME: tensors}, meta).
+
+    A damaged one is named on stderr (where `say`), left where it is, and the one before is taken. UserError if there is
+    none, or none that is whole.
+    """
+    folders = _step_folders(output)
+    if not folders:
+        raise UserError(f"{output / 'state'}: no training state to resume from; leave --resume out to start afresh")
+    problems = []
+    for folder in reversed(folders):
+        problem = damage(folder)
+        if problem is None:
+            try:
+                meta = json.loads((folder / "state.json").read_text())
+                tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+                meta.pop("files", None)
+                for said in problems if say else ():
+                    print(f"warning: {said}; it is left as it is, and {folder.name} is taken", file=sys.stderr)
+                return tensors, meta
+            except (SafetensorError, OSError, ValueError) as error:
+                problem = " ".join(str(error).split())[:120]
+        problems.append(f"{folder}: damaged training state ({problem})")
+    raise UserError(f"{problems[0]}; no state before it is whole; set output= elsewhere to start afresh")
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
@@ -83,6 +167,21 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
     missing, unexpected = module.load_state_dict(tensors, strict=False)
     if missing or unexpected:
         raise UserError(f"{what}: the saved state is of another model (first differing key: {[*missing, *unexpected][0]})")
+
+
+def _write_json(path: Path, value: Any) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(value))
+    _sync(temporary)
+    os.replace(temporary, path)
+
+
+def _sha256(path: Path) -> str:
+    found = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            found.update(block)
+    return found.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,0 +1,217 @@
+"""The loop both trainers run in: when to log, look, save and stop, and what a step that is not finite leads to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.config import AutoencoderConfig, DiffusionConfig
+from latentdiff.errors import UserError
+from latentdiff.training import run, state
+from latentdiff.training.meters import Averages, Values
+
+STOPPED = 75  # exit status of a run that a signal stopped, its state saved: EX_TEMPFAIL, "try again"
+SLOWEST = 2.0**-6  # of the configured learning rate: what cannot go on at it stops
+GRACE = 2.0  # seconds in which a second signal is taken for the same one, sent by a launcher and by the scheduler
+SIGNALS = ("SIGTERM", "SIGUSR1")  # what schedulers send ahead of the end of a job's time
+
+
+class Stopped(SystemExit):
+    """A signal asked the run to stop; the state is on disk."""
+
+    def __init__(self) -> None:
+        super().__init__(STOPPED)
+
+
+@dataclass
+class Work:
+    """What a trainer does, for the loop to call; every process calls all but `tensors` alike.
+
+    step(step, lr) -> (values to average, whether loss and gradient were finite); where not, nothing was changed.
+    after(steps done) -> metrics to log at once: validation, pictures, the end of an epoch.
+    tensors() -> the training state's tensors by name.  meta() -> its JSON values.  restore(tensors, meta) takes them back.
+    samples(step) -> indices of the training images in the global batch.
+    """
+
+    step: Callable[[int, float], tuple[Values, bool]]
+    after: Callable[[int], dict[str, float]]
+    tensors: Callable[[], dict[str, dict[str, Tensor]]]
+    meta: Callable[[], dict[str, Any]]
+    restore: Callable[[dict[str, dict[str, Tensor]], dict[str, Any]], None]
+    samples: Callable[[int], Tensor]
+
+
+@dataclass
+class Progress:
+    """Where a run is. rate: a factor of the learning rate, halved by each roll-back. skipped: steps that were not finite."""
+
+    step: int = 0
+    rate: float = 1.0
+    skipped: int = 0
+    in_a_row: int = 0
+    best: float | None = None
+    averages: Averages = field(default_factory=Averages)
+
+
+def resume(output: Path, work: Work, accelerator: Any) -> Progress:
+    """Take up the newest whole state of a run."""
+    tensors, meta = state.load_state(output, say=accelerator.is_main_process)
+    work.restore(tensors, meta)
+    progress = Progress(meta["step"], meta.get("rate", 1.0), meta.get("skipped", 0), meta.get("in_a_row", 0), meta.get("best"))
+    progress.averages.restore(tensors.get("averages", {}), accelerator)
+    return progress
+
+
+def save(output: Path, work: Work, progress: Progress, accelerator: Any, keep: int, best: bool = False) -> None:
+    """Write the state. Every process calls it, the main one writes."""
+    averages = progress.averages.state(accelerator)
+    if accelerator.is_main_process:
+        meta = {name: getattr(progress, name) for name in ("rate", "skipped", "in_a_row", "best")}
+        tensors = {**work.tensors(), **({"averages": averages} if averages else {})}
+        state.save_state(output, progress.step, tensors, {**work.meta(), **meta}, keep, best)
+
+
+def run_loop(
+    config: AutoencoderConfig | DiffusionConfig,
+    work: Work,
+    accelerator: Any,
+    journal: run.Journal,
+    output: Path,
+    progress: Progress,
+) -> None:
+    """Steps until train.steps. Stopped, the state saved, on SIGTERM or SIGUSR1; a second signal ends the process at once.
+
+    UserError where more than train.bad_steps steps in a row were not finite and train.on_bad is stop.
+    """
+    train, clock = config.train, run.SaveClock(config.train.save_minutes)
+    with watched_signals() as seen:
+        while progress.step < train.steps:
+            step = progress.step
+            lr = progress.rate * run.learning_rate(config.optimizer, step, train.steps)
+            values, finite = work.step(step, lr)
+            progress.step += 1
+            if finite:
+                progress.averages.add(values)
+                progress.in_a_row = 0
+            elif _skip(config, work, accelerator, journal, output, progress, step):
+                continue
+            journal.advance()
+            done, last = step + 1, step + 1 == train.steps
+            if done % train.log_every == 0 or last:
+                means = {f"train/{name}": value for name, value in progress.averages.take(accelerator).items()}
+                skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
+                journal.log(done, {**means, **skipped, "lr": lr})
+            metrics = work.after(done)
+            if metrics:
+                journal.log(done, metrics)
+            best = _improves(train.best, metrics, progress)
+            # Within a bad stretch nothing is saved by the clock: a roll-back is to lead to before it
+            due, stop = agree(accelerator, progress.in_a_row == 0 and clock.due(), bool(seen))
+            if due or stop or last or best:
+                save(output, work, progress, accelerator, train.keep, best)
+            if stop and not last:
+                accelerator.wait_for_everyone()
+                journal.say(f"stopped by {signal_names(seen)} after step {done}; go on with --resume")
+                raise Stopped
+
+
+def _improves(metric: str | None, metrics: dict[str, float], progress: Progress) -> bool:
+    value = metrics.get(metric, math.nan) if metric is not None else math.nan
+    if not math.isfinite(value) or (progress.best is not None and value >= progress.best):
+        return False
+    progress.best = value
+    return True
+
+
+def _skip(config, work: Work, accelerator, journal: run.Journal, output: Path, progress: Progress, step: int) -> bool:
+    """Count and write down a step that was not finite; True where the run was rolled back, or UserError to stop it."""
+    train = config.train
+    progress.skipped += 1
+    progress.in_a_row += 1
+    if accelerator.is_main_process:
+        with (output / "skipped.jsonl").open("a") as lines:
+            lines.write(json.dumps({"step": step, "samples": work.samples(step).tolist()}) + "\n")
+    journal.say(f"warning: step {step} is skipped, its loss or gradient is not finite ({progress.in_a_row} in a row)")
+    if progress.in_a_row <= train.bad_steps:
+        return False
+    said = f"{output / 'skipped.jsonl'}: {progress.in_a_row} steps in a row had no finite loss or gradient"
+    if train.on_bad == "stop":
+        raise UserError(f"{said}; lower optimizer.lr, or set train.on_bad=rollback and --resume")
+    rate = progress.rate / 2
+    if rate < SLOWEST or not state.state_folders(output):
+        why = "after so many roll-backs" if rate < SLOWEST else "before the first state was saved"
+        raise UserError(f"{said}, {why}; lower optimizer.lr, or look at those samples")
+    accelerator.wait_for_everyone()
+    before = resume(output, work, accelerator)
+    progress.step, progress.averages, progress.rate, progress.in_a_row = before.step, before.averages, rate, 0
+    progress.best = before.best
+    journal.move_to(before.step)
+    journal.say(f"warning: {said}; back to step {before.step}, the learning rate times {rate:g}")
+    return True
+
+
+def agree(accelerator: Any, due: bool, stop: bool) -> tuple[bool, bool]:
+    """Whether to save (the main process's clock says) and whether to stop (any process was told to): alike on all."""
+    if accelerator.num_processes == 1:
+        return due, stop
+    flags = torch.tensor([float(due and accelerator.is_main_process), float(stop)], device=accelerator.device)
+    due_sum, stop_sum = accelerator.reduce(flags, "sum").tolist()
+    return due_sum > 0, stop_sum > 0
+
+
+@contextlib.contextmanager
+def watched_signals() -> Iterator[list[int]]:
+    """Within the block the first of SIGNALS is only noted in the list given; one GRACE later does what it always does."""
+    seen: list[int] = []
+    first: list[float] = []
+    watched = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield seen  # handlers belong to the main thread
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if seen and time.monotonic() - first[0] > GRACE:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        first.append(time.monotonic())
+        seen.append(number)
+
+    before = {number: signal.signal(number, note) for number in watched}
+    try:
+        yield seen
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def signal_names(seen: list[int]) -> str:
+    return signal.Signals(seen[0]).name if seen else "a signal to another process"
+
+
+def shares(count: int, micro: int | None) -> list[slice]:
+    """The rows of a process's `count` samples, in pieces of at most `micro`."""
+    size = micro or count
+    return [slice(start, min(count, start + size)) for start in range(0, count, size)]
+
+
+@contextlib.contextmanager
+def accumulating(accelerator: Any, networks: list[nn.Module], last: bool) -> Iterator[None]:
+    """Within the block gradients are summed up on this process alone, but for the last piece of a batch."""
+    with contextlib.ExitStack() as stack:
+        if not last:
+            for network in networks:
+                stack.enter_context(accelerator.no_sync(network))
+        yield
+
