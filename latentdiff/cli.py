@@ -69,6 +69,7 @@ def _add_generate(commands) -> None:
     add = commands.add_parser("generate", help="make images from a checkpoint", description=generate_command.__doc__)
     add.add_argument("what", nargs="*", metavar="WHAT", help="class names or numbers, or prompts")
     add.add_argument("--all-classes", action="store_true", help="every class of the model")
+    add.add_argument("--label", metavar="CLASS", help="a class, by name or number, for every prompt of a model told both")
     add.add_argument("--negative", metavar="TEXT", help="a prompt to guide away from")
     add.add_argument("--model", default=DEFAULT_MODEL, metavar="M", help=f"a checkpoint folder (default {DEFAULT_MODEL})")
     add.add_argument("--num-images", type=int, default=8, metavar="N", help="images of each (default 8)")
@@ -122,6 +123,7 @@ def _add_others(commands) -> None:
     add = commands.add_parser("encode", help="build the latent cache of a diffusion config")
     add.add_argument("config", metavar="CONFIG")
     add.add_argument("overrides", nargs="*", metavar="key=value")
+    add.add_argument("--part", metavar="K/N", help="only part K of N, 1 to N, as one of several jobs that share the folder")
     add.set_defaults(run=encode_command)
 
     add = commands.add_parser("reconstruct", help="images beside what the first stage makes of them")
@@ -132,7 +134,7 @@ def _add_others(commands) -> None:
 
     add = commands.add_parser("evaluate", help="measure generated images against a data set")
     add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, or fashion-mnist")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
     add.add_argument("--samples", metavar="FILE", help="measure an npz of generate instead of a model")
     add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
     add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
@@ -148,7 +150,7 @@ def _add_others(commands) -> None:
 
     add = commands.add_parser("compare", help="samplers side by side: cost and distance at several lengths")
     add.add_argument("model", metavar="MODEL")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, or fashion-mnist")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
     add.add_argument("--samplers", nargs="+", required=True, metavar="NAME", help="or scheduler: the checkpoint's own")
     add.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="S")
     add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
@@ -180,7 +182,7 @@ def _add_others(commands) -> None:
 
     add = commands.add_parser("likelihood", help="bits per dimension of a data set's pixels, a bound through both stages")
     add.add_argument("model", metavar="MODEL")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, or fashion-mnist")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
     add.add_argument("--num-images", type=int, default=200, metavar="N", help="images of the split (default 200)")
     add.add_argument("--probes", type=int, default=1, metavar="P", help="of Hutchinson's estimator for an image (default 1)")
     add.add_argument("--rtol", type=float, default=1e-2, metavar="T", help="tolerance of the ODE (default 0.01)")
@@ -191,7 +193,8 @@ def _add_others(commands) -> None:
     add.set_defaults(run=likelihood_command)
 
     add = commands.add_parser("info", help="what a model, a latent cache, a config or a data set is")
-    add.add_argument("what", metavar="MODEL|CACHE|CONFIG|DATA")
+    add.add_argument("what", metavar="MODEL|CACHE|CONFIG|DATA", help="of a CONFIG also what its run will cost")
+    add.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of a CONFIG")
     add.set_defaults(run=info_command)
 
 
@@ -234,7 +237,7 @@ def _add_import(commands) -> None:
 def encode_command(arguments) -> None:
     from latentdiff.commands import encode
 
-    print(encode(arguments.config, arguments.overrides))
+    print(encode(arguments.config, arguments.overrides, part=arguments.part))
 
 
 def reconstruct_command(arguments) -> None:
@@ -308,4 +311,4 @@ def info_command(arguments) -> None:
     from latentdiff.commands import dump
     from latentdiff.facts import info
 
-    print(dump(info(arguments.what)))
+    print(dump(info(arguments.what, arguments.overrides)))

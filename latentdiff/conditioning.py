@@ -117,6 +117,14 @@ class Prompts:
         names = ["input_ids", "attention_mask"] if uses_mask(self.encoder) else ["input_ids"]
         return {name: out[name] for name in names}
 
+    def lengths(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
+        counts: list[int] = []
+        for start in range(0, len(prompts), 4096):
+            part = list(prompts[start : start + 4096])
+            counts += map(len, self.tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
+        return torch.tensor(counts, dtype=torch.int64)
+
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> torch.Tensor:
         """The encoder's last states [B, length, width], float32."""

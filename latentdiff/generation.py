@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,6 +17,7 @@ import torch
 import yaml
 
 from latentdiff.errors import UserError
+from latentdiff.plain import read_yaml
 from latentdiff.rng import derive_seed
 
 if TYPE_CHECKING:
@@ -53,6 +55,22 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
         return [label if texted and label not in pipeline.class_names else pipeline.class_index(label) for label in what]
     except ValueError as error:
         raise UserError(f"WHAT: {error}") from None
+
+
+def class_beside(pipeline: LatentDiffusionPipeline, label: str | int | None, rows: list[Subject]) -> int | None:
+    """The embedding row of the class that --label puts beside every prompt of `rows`, if any. UserError where it cannot."""
+    if label is None:
+        return None
+    if not pipeline.num_classes:
+        raise UserError(f"--label {label}: this model has no classes; leave it out")
+    if pipeline.text_encoder is None:
+        raise UserError(f"--label {label}: goes with prompts, and this model reads none; name classes as WHAT")
+    if any(isinstance(row, int) for row in rows):
+        raise UserError(f"--label {label}: WHAT names classes already; give prompts, or leave --label out")
+    try:
+        return pipeline.class_index(label)
+    except ValueError as error:
+        raise UserError(f"--label: {error}") from None
 
 
 def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:
@@ -97,7 +115,7 @@ def parse_options(items: list[str]) -> dict[str, Any]:
     for item in items:
         key, eq, text = item.partition("=")
         try:
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
         except yaml.YAMLError:
             eq = ""
         if not key.isidentifier() or not eq:
@@ -146,26 +164,32 @@ def generate_batches(
     seed: int = 0,
     batch_size: int = 128,
     guide: Guide | None = None,
+    label: int | None = None,
     **call: Any,
 ) -> Iterator[tuple[np.ndarray, list[Subject]]]:
     """Yield (uint8 [B, H, W, C], rows [B]): `num_images` for each row, in order; `call` goes to the pipeline.
 
-    rows: classes, prompts or None, as `subjects` gives them.  guide: guide(rows [B]) is the pipeline's guidance for a
-    batch. An image depends on the checkpoint, the call, the seed, its subject and its number within that, not on
-    batch_size. UserError for what the pipeline refuses.
+    rows: classes, prompts or None, as `subjects` gives them.  guide: guide(classes [B]) is the pipeline's guidance for a
+    batch.  label: the class of every prompt. An image depends on the checkpoint, the call, the seed, its subject and its
+    number within that, not on batch_size. UserError for what the pipeline refuses.
     """
+    null, away = pipeline.config.null_class, (call.get("negative_prompt") or "").strip()
+    # Of what names nothing, guidance changes nothing: only a call of nothing else is the pipeline's to refuse
+    named = {row for row in rows if label is not None or (row.strip() if isinstance(row, str) else row not in (None, null))}
     wanted = [(row, k) for row in rows for k in range(num_images)]
     for start in range(0, len(wanted), batch_size):
         part = wanted[start : start + batch_size]
         generators = [image_generators(seed, row, k, 1)[0] for row, k in part]
         labels = [row for row, _ in part]
+        told = {**call, "class_labels": [label if isinstance(row, str) else row for row in labels]}
+        if any(isinstance(row, str) for row in labels):
+            told["prompt"] = [row if isinstance(row, str) else None for row in labels]
         if guide is not None:
-            call["guidance"] = guide(labels)
+            told["guidance"] = guide(told["class_labels"])
+        if named and not away and named.isdisjoint(labels):
+            told["guidance_scale"] = 1.0
         try:
-            told = {"class_labels": [None if isinstance(row, str) else row for row in labels]}
-            if any(isinstance(row, str) for row in labels):
-                told["prompt"] = [row if isinstance(row, str) else None for row in labels]
-            out = pipeline(**told, generator=generators, output_type="np", **call).images  # [B, H, W, C]
+            out = pipeline(**told, generator=generators, output_type="np").images  # [B, H, W, C]
         except UserError:
             raise
         except ValueError as error:
@@ -222,6 +246,7 @@ def generate(
     sampler_options: list[str] | None = None,
     precision: str = "float32",
     negative: str | None = None,
+    label: str | int | None = None,
     seed: int = 0,
     out: str | Path = "samples.png",
     all_classes: bool = False,
@@ -230,8 +255,8 @@ def generate(
 ) -> Path:
     """Generate `num_images` of each class or prompt in `what` and write them; returns the path written.
 
-    negative: a prompt to guide away from, for a model that reads text.
-
+    negative: a prompt to guide away from, for a model that reads text.  label: the class of every prompt, for a model
+    told both.
     out: .png, a labelled grid; .npz, arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N]; else a folder with a PNG an image.
     classifier_strength: of classifier guidance, on top of classifier-free, by the classifier in the model's folder; 0 is
     off.  sampler_options: key=value, the sampler's own keywords.  Both need a sampler.
@@ -258,29 +283,34 @@ def generate(
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
     rows = subjects(pipeline, list(what or []), all_classes)
+    beside = class_beside(pipeline, label, rows)
     if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
         raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
     check_out(out, len(rows) * num_images)
-    call = {
+    call: dict[str, Any] = {
         "num_inference_steps": steps, "sampler": sampler, "sampler_options": options, "guidance_scale": guidance,
         "guidance_interval": guidance_interval, "negative_prompt": negative,
     }  # fmt: skip
+    if progress and (cuts := pipeline.cut_off([*(row for row in rows if isinstance(row, str)), negative])):
+        print(f"latentdiff: longer than the text encoder reads, prompts lose these parts: {cuts}", file=sys.stderr)
     images: list[np.ndarray] = []
     labels: list[Subject] = []
     with tqdm(total=len(rows) * num_images, unit="image", disable=not progress, delay=0.5) as bar:
-        for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, guide, **call):
+        for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, guide, beside, **call):
             images.extend(batch)
             labels.extend(part)
             bar.update(len(part))
-    _write(path, np.stack(images), labels, pipeline)
+    _write(path, np.stack(images), labels, pipeline, beside)
     return path
 
 
-def _write(path: Path, images: np.ndarray, labels: list[Subject], pipeline: LatentDiffusionPipeline) -> None:
-    classes = pipeline.class_names or [str(k) for k in range(pipeline.num_classes)]
-    names = ["" if row is None else row if isinstance(row, str) else (*classes, "no class")[row] for row in labels]
+def _write(path: Path, images: np.ndarray, rows: list[Subject], pipeline: LatentDiffusionPipeline, beside: int | None) -> None:
+    classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
+    labels = [beside if isinstance(row, str) else row for row in rows]
+    pairs = [("" if label is None else classes[label], row) for label, row in zip(labels, rows, strict=True)]
+    names = [": ".join(part for part in pair if part and isinstance(part, str)) for pair in pairs]
     if path.suffix == ".npz":
-        save_npz(path, images, np.array([row if isinstance(row, int) else -1 for row in labels]))
+        save_npz(path, images, np.array([-1 if label is None else label for label in labels]))
     elif path.suffix == ".png":
         from latentdiff.pictures import labelled_grid, save_png
 

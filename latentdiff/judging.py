@@ -46,7 +46,7 @@ def judge(
     are written, the last with pictures of free prompts too, uncurated. What the numbers are: `evaluation.retrieval`.
     steps, sampler, guidance, guidance_interval: None are the checkpoint's.
 
-    UserError for a model that reads no text, data without styles and identities, or a judge of other identities.
+    UserError for a model that reads no text, data without styles and identities, or a judge trained on other data.
     """
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.checkpoints import load, resolve_model
@@ -67,7 +67,7 @@ def judge(
     pipeline = load(resolve_model(model))
     if pipeline.text_encoder is None:
         raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
-    gallery = open_gallery(net, read_pairs(data))
+    gallery = open_gallery(net, read_pairs(data), str(judge))
     codec = LatentCodec(pipeline.vae)
     _check_pictures(pipeline, codec, gallery.pairs)
     rows = chosen_rows(gallery, num_prompts)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +61,8 @@ def write_shapes(root: Path, things: list[str] = THINGS, **changes) -> Path:
 
 class FakePipeline:
     """Draws the data's own picture of each prompt, or of change(style, thing), as a pipeline would."""
+
+    config = SimpleNamespace(null_class=None)
 
     def __init__(self, change=lambda style, thing: (style, thing)):
         self.change, self.batches = change, []
@@ -336,3 +339,22 @@ def test_pictures_of_another_size_are_refused(gallery, text_model):
     small = replace(gallery.pairs, pictures=gallery.pairs.pictures[:, ::2, ::2])
     with pytest.raises(UserError, match="the model's pictures are 32x32x3, those of --data .* are 16x16x3"):
         _check_pictures(pipeline, LatentCodec(pipeline.vae), small)
+
+
+def test_a_judge_of_other_pictures_of_the_same_names_is_refused(refused, gallery, tmp_path, text_model, judge_folder):
+    data = write_shapes(tmp_path / "data")
+    Image.new("RGB", (SIDE, SIDE), "red").save(data / "train" / "solid" / "red-square.png")
+    said = refused("judge", text_model, "--data", data, "--judge", judge_folder)
+    theirs, ours = gallery.net.info["data_fingerprint"][:12], read_pairs(data).fingerprint()[:12]
+    assert f"--judge {judge_folder}: was trained on data with fingerprint {theirs}, and --data {data} has {ours}" in said
+    swapped = replace(gallery.pairs, held_out=gallery.pairs.held_out.flip(0))
+    with pytest.raises(UserError, match="other pairs held out"):
+        open_gallery(gallery.net, swapped)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gallery.net, "info", {})  # one that keeps no record
+        assert len(open_gallery(gallery.net, swapped).embeddings) == 12
+
+
+def test_the_judge_that_ships_says_what_it_was_trained_on():
+    net = load_judge(Path(__file__).parents[1] / "weights" / "emoji-judge")
+    assert len(net.info["data_fingerprint"]) == 64 and net.info["training"]["pictures"] == 3822

@@ -1,6 +1,7 @@
 """Captions: which one a step draws, what the encoder is told, states on disk, training on text, and prompts at sampling."""
 
 import json
+import logging
 from collections import Counter
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from tiny_runs import autoencoder_config, write_stripes
 from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff import checkpoints
+from latentdiff.cli import main
 from latentdiff.conditioning import PromptedUNet, Prompts, build_text_encoder, load_prompts, states_width, train_tokenizer
 from latentdiff.config import parse_config
 from latentdiff.data.captions import Captions, build_states, encoder_fingerprint
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import open_source
 from latentdiff.errors import UserError
-from latentdiff.generation import generate
+from latentdiff.generation import generate, generate_batches, image_generators
 from latentdiff.rng import generators
 from latentdiff.training import train
 
@@ -40,6 +42,14 @@ def model(runs):
     """A published text model: two samplers' worth of steps, its own encoder trained with it."""
     data, autoencoder, root = runs
     return train(parse_config(text_tree(data, root / "joint", autoencoder)))
+
+
+@pytest.fixture(scope="module")
+def told_both(runs):
+    """A published model of class and text together."""
+    data, autoencoder, root = runs
+    changes = {"condition__type": "class+text", "train__steps": 3}
+    return train(parse_config(text_tree(data, root / "told-both", autoencoder, **changes)))
 
 
 def own_prompts(length: int = 12) -> Prompts:
@@ -337,3 +347,122 @@ def test_any_prompt_makes_a_file_and_what_cannot_be_read_is_one_line(model, tmp_
     with pytest.raises(UserError, match="--negative: at guidance 1"):
         generate(model, ["stripes"], negative="blank", guidance=1.0, out=tmp_path / "no.png", **call)
     assert not (tmp_path / "no.png").exists()
+
+
+# what the encoder has no room for ------------------------------------------------------------------------------------
+
+
+class Heard(logging.Handler):
+    """A handler that keeps the messages it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.messages: list[str] = []
+
+    def emit(self, record):
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture
+def heard(caplog):
+    """Warnings of the pipeline's logger, which is below diffusers' own."""
+    logger, handler = logging.getLogger("diffusers.latent_diffusion"), Heard()
+    caplog.set_level(logging.WARNING, logger=logger.name)
+    logger.addHandler(handler)
+    yield handler.messages
+    logger.removeHandler(handler)
+
+
+def test_what_is_cut_of_a_prompt_is_said_once_a_call(model, heard):
+    pipeline = checkpoints.load(model)
+    call = dict(num_inference_steps=1, output_type="latent")
+    words = "across blank down stripes a picture of blank down across stripes of a picture across".split()
+    tokens = pipeline.tokenizer
+    fits = max(n for n in range(1, len(words)) if len(tokens(" ".join(words[:n])).input_ids) <= 12)
+    pipeline(prompt=["stripes", " ".join(words[:fits])], negative_prompt=" ".join(words), guidance_scale=1.0, **call)
+    assert heard == []  # the longest that fits, and a negative prompt that guidance 1 does not look at
+    long, other = " ".join(words), " ".join(["stripes", *words])
+    kept = tokens.decode(tokens(long, truncation=True).input_ids, skip_special_tokens=True).strip()
+    (cut,) = pipeline.cut_off([long, "stripes", None, long])
+    assert f"{kept} {cut}" == long and 0 < len(cut) < len(long)
+    pipeline(prompt=["stripes", long, long], negative_prompt=other, guidance_scale=2.0, **call)
+    (said,) = heard
+    assert "takes 12 tokens" in said and repr(cut) in said and repr(pipeline.cut_off([other])[0]) in said
+    both = pipeline(prompt=[long, kept], generator=[g for _ in range(2) for g in generators(0, range(1))], **call).images
+    torch.testing.assert_close(both[0], both[1], rtol=0, atol=1e-5)  # it is what is said: the rest is drawn
+
+
+def test_the_command_says_what_is_cut(model, here, capsys):
+    main(["generate", "stripes " * 20, "--model", str(model), "--num-images", "3", "--batch-size", "1", "--steps", "1"])
+    out, err = capsys.readouterr()
+    assert out == "samples.png\n" and err.count("prompts lose these parts: ['stripes stripes") == 1
+
+
+# no prompt among prompts ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("negative", [None, "blank"])
+def test_an_empty_prompt_among_others_is_drawn_alike_at_any_batch_size(model, negative):
+    pipeline = checkpoints.load(model)
+    call = dict(num_inference_steps=2, guidance_scale=4.0, negative_prompt=negative)
+    drawn = []
+    for size in (1, 2, 3, 4):
+        parts = list(generate_batches(pipeline, ["", "down stripes"], 2, batch_size=size, **call))
+        drawn.append(np.concatenate([images for images, _ in parts]).astype(int))
+    for images in drawn[1:]:
+        assert np.abs(images - drawn[0]).max() <= 1
+    ((plain, _),) = generate_batches(pipeline, ["", "down stripes"], 2, num_inference_steps=2, guidance_scale=1.0)
+    away = np.abs(drawn[0] - plain)  # unguided, the empty prompt's images are these, unless guided away from something
+    assert (away[:2].max() <= 1) == (negative is None) and away[2:].max() > 1
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_guidance_where_nothing_is_named_is_refused_at_any_batch_size(model, tmp_path, size):
+    call = dict(num_images=1, steps=1, guidance=4.0, batch_size=size, progress=False)
+    with pytest.raises(UserError, match="guidance_scale 4: there is no class or prompt"):
+        generate(model, ["", " "], out=tmp_path / "x.npz", **call)
+    assert not (tmp_path / "x.npz").exists()
+    generate(model, ["", "stripes"], out=tmp_path / "x.npz", **call)
+    assert np.load(tmp_path / "x.npz")["arr_1"].tolist() == [-1, -1]
+
+
+# a class beside prompts ----------------------------------------------------------------------------------------------
+
+
+def test_a_label_goes_with_every_prompt(told_both, run, here):
+    ask = ("generate", "blank stripes", "", "--model", told_both, "--num-images", 2, "--steps", 2, "--guidance", 3)
+    run(*ask, "--label", "down", "--out", "a.npz")
+    run(*ask, "--label", 2, "--batch-size", 3, "--out", "b.npz")
+    run(*ask, "--label", "across", "--out", "c.npz")
+    run(*ask, "--out", "d.npz")
+    down, number, across, none = (np.load(here / f"{name}.npz") for name in "abcd")
+    assert [file["arr_1"].tolist() for file in (down, number, across, none)] == [[2] * 4, [2] * 4, [0] * 4, [-1] * 4]
+    assert np.abs(down["arr_0"].astype(int) - number["arr_0"]).max() <= 1
+    assert all(np.abs(down["arr_0"].astype(int) - other["arr_0"]).max() > 1 for other in (across, none))
+    pipeline = checkpoints.load(told_both)
+    for k, prompt in enumerate(("blank stripes", "")):  # the seed is of the prompt, as without a class
+        call = dict(guidance_scale=3.0, num_inference_steps=2, output_type="np")
+        expected = pipeline([prompt] * 2, ["down"] * 2, generator=image_generators(0, prompt, 0, 2), **call).images
+        assert np.abs(down["arr_0"][2 * k : 2 * k + 2].astype(int) - expected * 255).max() <= 1
+
+
+def test_a_label_stands_in_the_names_of_files_and_of_a_grids_rows(told_both, run, here):
+    ask = ("generate", "blank stripes", "", "--model", told_both, "--num-images", 1, "--steps", 1, "--label", "down")
+    run(*ask, "--out", "folder")
+    assert sorted(file.name for file in (here / "folder").iterdir()) == ["00000-down_blank_stripes.png", "00001-down.png"]
+    run(*ask, "--out", "grid.png")
+    without = [*ask[:-2], "--out", "plain.png"]
+    run(*without)
+    assert Image.open(here / "grid.png").width > Image.open(here / "plain.png").width  # for the longer name
+
+
+def test_a_label_that_can_go_with_nothing_is_refused(told_both, model, diffusion_run, refused):
+    ask = ("generate", "--steps", 1, "--num-images", 1, "--label")
+    assert "--label: unknown class 'sideways'; the classes are: 0 across" in refused(
+        *ask, "sideways", "stripes", "--model", told_both
+    )
+    for what in (["down"], ["stripes", "down"], ["--all-classes"]):
+        assert "--label blank: WHAT names classes already" in refused(*ask, "blank", *what, "--model", told_both)
+    assert "--label down: this model has no classes" in refused(*ask, "down", "stripes", "--model", model)
+    of_classes = diffusion_run / "model"
+    assert "--label down: goes with prompts, and this model reads none" in refused(*ask, "down", "0", "--model", of_classes)

@@ -142,10 +142,21 @@ class Gallery:
         return (nearness >= nearness.gather(1, wanted[:, None])).sum(dim=1) - 1
 
 
-def open_gallery(net: JudgeNet, pairs: Pairs) -> Gallery:
-    """The gallery of a data set. UserError where the judge was trained on other identities or styles."""
+def open_gallery(net: JudgeNet, pairs: Pairs, name: str = "") -> Gallery:
+    """The gallery of a data set. UserError where the judge, called `name`, was trained on other data.
+
+    Identities and styles alone do not show it: other pictures of the same things, or others of them held out, have the
+    same. A judge that keeps no record of its data is taken at its names.
+    """
+    flag = f"--judge {name}".rstrip()
     if net.identities != pairs.identity_names or net.styles != pairs.style_names:
         theirs, ours = (f"{len(i)} identities in {', '.join(s)}" for i, s in
                         ((net.identities, net.styles), (pairs.identity_names, pairs.style_names)))  # fmt: skip
-        raise UserError(f"--judge: was trained on other pairs ({theirs}) than those of --data {pairs.name} ({ours})")
+        raise UserError(f"{flag}: was trained on other pairs ({theirs}) than those of --data {pairs.name} ({ours})")
+    trained, given = net.info.get("data_fingerprint"), pairs.fingerprint()
+    if trained not in (None, given):
+        raise UserError(
+            f"{flag}: was trained on data with fingerprint {str(trained)[:12]}, and --data {pairs.name} has {given[:12]}: "
+            "other pictures, or other pairs held out; give the data it was trained on, or train a judge on these"
+        )
     return Gallery(net, pairs, torch.cat([look(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)]))
