@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from latentdiff.data.images import EncodedImages, ImageSource, in_threads
+from latentdiff.errors import UserError
+
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")
+FEW = 5  # of many that are listed
+MANY_PIXELS = 10**9  # beyond which a report does not decode every image
 
 
-def info(what: str) -> dict[str, Any]:
-    """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a latent cache, a config or a data set."""
+def info(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a latent cache, a config or a data set.
+
+    overrides: key=value of a config, as training takes them.
+    """
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):
-        from latentdiff.checkpoints import resolve_config
-        from latentdiff.config import load_config
-
-        return {"config": str(path), **load_config(resolve_config(path)).model_dump(mode="json")}
+        return _config_info(path, list(overrides))
+    if overrides:
+        raise UserError(f"unrecognized arguments: {' '.join(overrides)}; key=value overrides a CONFIG, a .yaml file")
     from latentdiff.checkpoints import INDEX, resolve_model
     from latentdiff.data.shards import shard_path
+    from latentdiff.data.sources import is_data_name
 
-    if what == "fashion-mnist":
+    if not path.is_dir() and is_data_name(what):
         return _data_info(what)
     folder = path if path.is_dir() else resolve_model(what)
     if (folder / INDEX).is_file():
@@ -38,6 +51,17 @@ def info(what: str) -> dict[str, Any]:
     if any((folder / part / "config.json").is_file() for part in ("", "autoencoder", "vae")):
         return _autoencoder_info(what)
     return _data_info(what)
+
+
+def _config_info(path: Path, overrides: list[str]) -> dict[str, Any]:
+    """What a run of the config would cost, with the config itself."""
+    from latentdiff.checkpoints import resolve_config
+    from latentdiff.config import load_config
+    from latentdiff.planning import plan
+
+    file = resolve_config(path)
+    config = load_config(file, overrides)
+    return {"file": str(path), "stage": config.stage, **plan(config, file), "config": config.model_dump(mode="json")}
 
 
 def _autoencoder_info(what: str) -> dict[str, Any]:
@@ -77,21 +101,79 @@ def _cache_info(folder: Path) -> dict[str, Any]:
 def _data_info(what: str) -> dict[str, Any]:
     from latentdiff.data.sources import open_source, splits
 
+    sources = {split: open_source(what, split, max_bad_share=0.999) for split in splits(what)}
+    compared, pictures = _pictures(sources)  # reads the images, and so finds more that cannot be read
     facts: dict[str, Any] = {"data": what}
-    for split in splits(what):
-        source = open_source(what, split, max_bad_share=0.999)
-        sizes = np.unique(source.sizes, axis=0)
+    for split, source in sources.items():
+        sizes, times = np.unique(source.sizes, axis=0, return_counts=True)
+        most = np.argsort(-times, kind="stable")[:FEW]
         counts = [] if source.labels is None else torch.bincount(source.labels, minlength=len(source.class_names)).tolist()
+        repeated = [names for places in pictures.values() if len(names := places.get(split, [])) > 1]
         facts[split] = {
             "images": len(source),
             "channels": source.channels,
             "smallest": sizes.min(0).tolist(),
             "largest": sizes.max(0).tolist(),
+            "sizes": len(sizes),
+            "most_common_sizes": [{"size": sizes[k].tolist(), "images": int(times[k])} for k in most],
             "classes": dict(zip(source.class_names, counts, strict=True)) if counts else {},
-            "captions": source.captions is not None,
+            "captions": None if source.captions is None else _caption_facts(source.captions),
             "unreadable": source.bad,
+            "duplicates": _repeated_facts(repeated, sum(len(names) - 1 for names in repeated), compared),
         }
+    if len(sources) > 1:
+        both = [places for places in pictures.values() if len(places) > 1]
+        facts["in_both_splits"] = _repeated_facts(both, len(both), compared)
     return facts
+
+
+def _repeated_facts(groups: list[Any], images: int, compared: str) -> dict[str, Any]:
+    """images: how many are more than needed.  The first few groups, and of each the first few names."""
+
+    def few(group: Any) -> Any:
+        return {split: names[:FEW] for split, names in group.items()} if isinstance(group, dict) else group[:FEW]
+
+    return {"images": images, "groups": len(groups), "first": [few(group) for group in groups[:FEW]], "compared": compared}
+
+
+def _caption_facts(captions: list[tuple[str, ...]]) -> dict[str, Any]:
+    texts = [text for several in captions for text in several]
+    words = [len(text.split()) for text in texts]
+    lengths = {"min": min(words), "median": statistics.median(words), "max": max(words)}
+    return {"captions": len(texts), "distinct": len(set(texts)), "words": lengths}
+
+
+def _pictures(sources: dict[str, ImageSource]) -> tuple[str, dict[bytes, dict[str, list[str]]]]:
+    """What was compared, and {hash of the pixels as they are read: {split: names of the images that have them}}.
+
+    Where there are too many pixels to decode them all, only those of files that are alike in length and in both ends
+    are; a picture that was encoded twice then goes unseen.
+    """
+    suspects: dict[str, Sequence[int]] = {split: range(len(source)) for split, source in sources.items()}
+    compared = "pixels"
+    encoded = {split: source for split, source in sources.items() if isinstance(source, EncodedImages)}
+    if encoded and sum(int(source.sizes.prod(1).sum()) for source in encoded.values()) > MANY_PIXELS:
+        compared = "files"
+        ends = {split: source.ends() for split, source in encoded.items()}
+        times = Counter(end for several in ends.values() for end in several)
+        suspects = {split: [i for i, end in enumerate(several) if times[end] > 1] for split, several in ends.items()}
+    pictures: dict[bytes, dict[str, list[str]]] = {}
+    for split, source in sources.items():
+        digests = in_threads(partial(_pixel_hash, source), suspects[split])
+        names = getattr(source, "files", None)
+        for i, digest in zip(suspects[split], digests, strict=True):
+            if digest is not None:
+                pictures.setdefault(digest, {}).setdefault(split, []).append(names[i] if names else str(i))
+    return compared, pictures
+
+
+def _pixel_hash(source: ImageSource, i: int) -> bytes | None:
+    """None for an image that cannot be read; the source notes which."""
+    try:
+        pixels = source.read(i)
+    except Exception:  # damaged files make decoders raise almost anything, and a report is not the place to fail
+        return None
+    return hashlib.blake2b(str(pixels.shape).encode() + pixels.tobytes(), digest_size=16).digest()
 
 
 def _model_info(folder: Path) -> dict[str, Any]:
@@ -124,8 +206,9 @@ def _model_info(folder: Path) -> dict[str, Any]:
 def _made_by(meta: dict[str, Any]) -> str:
     if not meta:
         return "unknown: the folder has no latentdiff.json"
-    name = f"latentdiff {meta.get('versions', {}).get('latentdiff', '')}".strip()
-    return f"{name}, imported from {meta['imported']['file']}" if "imported" in meta else name
+    versions, imported = (meta.get(key) if isinstance(meta.get(key), dict) else {} for key in ("versions", "imported"))
+    name = f"latentdiff {versions.get('latentdiff', '')}".strip()
+    return f"{name}, imported from {imported['file']}" if "file" in imported else name
 
 
 def _text_info(pipeline: Any) -> dict[str, Any] | None:

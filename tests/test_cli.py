@@ -275,7 +275,50 @@ def test_info_says_what_a_thing_is(run, model, autoencoder_run, stripe_folder, t
     facts = json.loads(run("info", stripe_folder))
     assert facts["train"]["images"] == 48 and facts["train"]["classes"] == dict.fromkeys(CLASSES, 16)
     config = write_yaml(tmp_path / "a.yaml", autoencoder_tree(stripe_folder, tmp_path / "run"))
-    assert json.loads(run("info", config))["train"]["steps"] == 6
+    assert json.loads(run("info", config))["config"]["train"]["steps"] == 6
+
+
+def test_info_reports_on_data(run, tmp_path, monkeypatch):
+    data = write_stripes(tmp_path / "data", 6)
+    first, second, third = sorted(path.relative_to(data) for path in data.rglob("*.png"))[:3]
+    shutil.copy(data / first, data / "down" / "copy.png")
+    with Image.open(data / first) as image:
+        image.save(data / "down" / "again.bmp")  # the same pixels in another file
+        image.resize((8, 4)).save(data / "down" / "wide.png")
+    (data / "down" / "bad.png").write_bytes(b"nothing")
+    broken = (data / second).with_name("broken.jpg")  # its header and its end are whole
+    Image.effect_noise((64, 64), 50).save(broken)
+    content = bytearray(broken.read_bytes())
+    content[-900:-2] = bytes(898)
+    broken.write_bytes(content[:20] + content[300:])
+    facts = json.loads(run("info", data))
+    assert "in_both_splits" not in facts
+    facts = facts["train"]
+    assert set(facts["unreadable"]) == {"down/bad.png", str(broken.relative_to(data))} and all(facts["unreadable"].values())
+    assert facts["sizes"] == 2 and facts["smallest"] == [4, 8] and facts["captions"] is None and facts["channels"] == 1
+    assert facts["most_common_sizes"] == [{"size": [16, 16], "images": 8}, {"size": [4, 8], "images": 1}]
+    alike = {"images": 2, "groups": 1, "first": [sorted([str(first), "down/again.bmp", "down/copy.png"])], "compared": "pixels"}
+    assert facts["duplicates"] == alike
+    monkeypatch.setattr("latentdiff.facts.MANY_PIXELS", 100)  # then only files are compared
+    of_files = json.loads(run("info", data))["train"]["duplicates"]
+    assert of_files == {"images": 1, "groups": 1, "first": [sorted([str(first), "down/copy.png"])], "compared": "files"}
+
+
+def test_info_reports_on_captions_and_on_what_both_splits_have(run, tmp_path):
+    for split, texts in (("train", ["one", "a longer caption of five", ["one", "two words"]]), ("test", ["one"])):
+        folder = write_stripes(tmp_path / "data" / split, len(texts), seed=len(texts))
+        files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.png"))
+        rows = [{"file_name": file, "text": text} for file, text in zip(files, texts, strict=True)]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        if split == "train":
+            leaked = folder / files[0]
+    shutil.copy(leaked, folder / files[0])
+    facts = json.loads(run("info", tmp_path / "data"))
+    assert facts["train"]["captions"] == {"captions": 4, "distinct": 3, "words": {"min": 1, "median": 1.5, "max": 5}}
+    assert facts["test"]["captions"]["words"] == {"min": 1, "median": 1, "max": 1}
+    both = {"train": [leaked.relative_to(tmp_path / "data" / "train").as_posix()], "test": [files[0]]}
+    assert facts["in_both_splits"] == {"images": 1, "groups": 1, "first": [both], "compared": "pixels"}
+    assert facts["train"]["duplicates"]["images"] == 0
 
 
 def test_protocols_say_the_checkpoints_interval_and_the_steps_a_sampler_takes(run, model, feature_folder, stripe_folder, here):

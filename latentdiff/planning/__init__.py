@@ -1,0 +1,40 @@
+"""What a run will cost and what is likely wrong with it, before it is started: behind `latentdiff info CONFIG`.
+
+The trainers' own parts and steps are run on random data, so that what is measured is what training does. Nothing is
+written to disk.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.config import AutoencoderConfig, Config, DiffusionConfig
+
+
+def plan(config: Config, path: Path) -> dict[str, Any]:
+    """Facts of a stage-1 or stage-2 config that was read from `path`; none of another stage's.
+
+    Has `warnings`, and under `unknown` what cannot be said yet, with the reason. UserError for a config that training
+    would refuse, unless it is one of the things warned of.
+    """
+    if not isinstance(config, AutoencoderConfig | DiffusionConfig):
+        return {}
+    from latentdiff.planning.facts import note_compile, warn_of_ema
+    from latentdiff.planning.inputs import Notes
+    from latentdiff.planning.stages import plan_autoencoder, plan_diffusion
+
+    threads, notes = torch.get_num_threads(), Notes()
+    try:
+        with torch.random.fork_rng():
+            warn_of_ema(config.ema, config.train, notes)
+            note_compile(config.train, notes)
+            if isinstance(config, AutoencoderConfig):
+                facts = plan_autoencoder(config, notes)
+            else:
+                facts = plan_diffusion(config, path, notes)
+    finally:
+        torch.set_num_threads(threads)
+    return {**facts, "warnings": notes.warnings, "unknown": notes.unknown}
