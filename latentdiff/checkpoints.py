@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff.errors import UserError
-from latentdiff.folders import TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
+from latentdiff.folders import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -210,7 +210,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> "LatentDiffu
     try:
         with quiet():
             pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **models)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except REFUSALS as error:
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if read_json(folder / INDEX)["_class_name"] == STABLE_DIFFUSION:
         as_stable_diffusion(pipeline.scheduler)

@@ -119,7 +119,7 @@ def _open(out: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     try:
         table = json.loads(path.read_text())
         different = [key for key in protocol if table["protocol"].get(key) != protocol[key]]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not a comparison; move it away or name another --out") from None
     if different:
         raise UserError(f"{path}: made with another {different[0]}; name another --out")

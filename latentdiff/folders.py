@@ -20,6 +20,11 @@ TEXT_WEIGHTS = "model.safetensors"  # transformers' own name
 LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 UNUSED = "pooler."  # of a text encoder: often not saved, and its last states do not pass through it
+# What diffusers and transformers raise on a folder that is damaged or lies
+REFUSALS = (
+    SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
+    AssertionError, ImportError, MemoryError, NameError,
+)  # fmt: skip
 FIRST_VARIANTS = ("fp16", "bf16", "fp32")  # before others, such as SD's non_ema
 
 
@@ -29,8 +34,8 @@ def read_json(file: Path) -> dict[str, Any]:
         raise UserError(f"{file}: missing; the checkpoint is incomplete")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{file}: not valid JSON ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: must hold a JSON object, not a {type(content).__name__}")
     return content
@@ -83,7 +88,10 @@ def _shards(index: Path) -> list[Path]:
     names = read_json(index).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(f"{index}: no weight_map there; it must say which file holds each weight")
-    return [index.parent / str(name) for name in sorted({str(name) for name in names.values()})]
+    for name in names.values():
+        if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
+            raise UserError(f"{index}: weight_map names {json.dumps(name)[:80]}; it must be a file beside it, without a folder")
+    return [index.parent / name for name in sorted(set(names.values()))]
 
 
 def part_class(pair: Any, where: str) -> type:
@@ -103,6 +111,38 @@ def part_class(pair: Any, where: str) -> type:
     return found
 
 
+def _check_size(file: Path, config: dict[str, Any], weights: list[Path], kind: Any) -> None:
+    """Refuse a config that asks for more layers or weights than the files hold, before any memory is taken for them.
+
+    kind: a diffusers class; None where the library builds the network without memory anyway.
+    """
+    tensors = 0
+    for each in weights:
+        with safe_open(each, framework="pt") as opened:
+            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        odd = sorted(name for name, dtype in kinds.items() if dtype in ("BOOL", "C64"))
+        if odd:
+            raise UserError(f"{each}: {odd[0]} is {kinds[odd[0]]}; weights are real numbers")
+        tensors += len(kinds)
+    if not tensors:
+        raise UserError(f"{weights[0]}: holds no weights")
+    for key, value in config.items():
+        numbers = [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, (int, float))]
+        if "layers" in key and any(n > tensors for n in numbers):
+            raise UserError(f"{file}: {key} is {str(value)[:40]}, and the weights are {tensors} tensors in all")
+    if kind is not None:
+        try:
+            with quiet(), torch.device("meta"):
+                wanted = sum(p.numel() for p in kind.from_config(config).parameters())
+        except REFUSALS as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{file}: {kind.__name__} cannot be made of it: {reason}") from error
+        held = sum(each.stat().st_size for each in weights)
+        if wanted > held:
+            shown = weights[0] if len(weights) == 1 else file.parent
+            raise UserError(f"{shown}: {held} bytes are too few for the {wanted} weights that {file.name} describes")
+
+
 def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
     """A diffusers or transformers model, on the CPU, in evaluation mode, with every weight in place.
 
@@ -111,17 +151,20 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32) 
     folder, shown, ours = Path(where), str(where), kind.__module__.startswith("diffusers")
     # Without it diffusers would leave a missing weight on no device
     options: dict[str, Any] = {"low_cpu_mem_usage": False} if ours else {}
-    if folder.is_dir():
-        read_json(folder / "config.json")
-        options["variant"], files = weight_files(folder, WEIGHTS if ours else TEXT_WEIGHTS)
-        shown = str(files[0] if len(files) == 1 else folder)
     try:
+        if folder.is_dir():
+            config = read_json(folder / "config.json")
+            options["variant"], files = weight_files(folder, WEIGHTS if ours else TEXT_WEIGHTS)
+            shown = str(files[0] if len(files) == 1 else folder)
+            _check_size(folder / "config.json", config, files, kind if ours else None)
         with quiet():
             model, found = kind.from_pretrained(
                 str(where), dtype=dtype, use_safetensors=True, local_files_only=folder.is_dir(), output_loading_info=True,
                 **options,
             )  # fmt: skip
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except UserError:
+        raise
+    except REFUSALS as error:
         raise UserError(f"{shown}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
     wrong = sorted(map(str, found.get("mismatched_keys") or ()))
     if wrong:

@@ -53,11 +53,23 @@ def load_network(
         if not path.is_file():
             raise UserError(f"{path}: not found; a {what}'s folder holds {CONFIG_FILE} and {WEIGHTS_FILE}")
     try:
-        network = build(json.loads(config_path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path}: not the config of a {what} ({error!r})") from None
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+        with torch.device("meta"):  # a config that lies takes no memory
+            shapes = {key: value.shape for key, value in build(config).state_dict().items()}
+    except UserError as error:
+        raise UserError(f"{config_path}: {error}") from None
+    except (ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, MemoryError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"{config_path}: not the config of a {what} ({reason})") from None
     try:
-        network.load_state_dict(load_file(weights_path))
+        weights = load_file(weights_path)
+        if not all(weight.is_floating_point() for weight in weights.values()):
+            raise RuntimeError("weights must be floating-point numbers")
+        odd = [key for key in sorted({*shapes, *weights}) if key not in weights or shapes.get(key) != weights[key].shape]
+        if odd:
+            raise RuntimeError(f"{odd[0]} is missing, unknown or of another shape")
+        network = build(config)
+        network.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights_path}: damaged, or not the weights of its {CONFIG_FILE} ({reason})") from None

@@ -56,7 +56,8 @@ class LatentClassifier(nn.Module):
         super().__init__()
         if len(widths) != 2 or any(width < 1 or width % GROUPS for width in widths):
             raise UserError(f"classifier: widths needs two multiples of {GROUPS}, one a stage, got {list(widths)}")
-        self.schedule = make_schedule(**schedule)
+        with torch.device("cpu"):  # it holds numbers, also where the network is made without memory
+            self.schedule = make_schedule(**schedule)
         self.config = {"channels": channels, "classes": classes, "schedule": dict(schedule), "widths": list(widths)}
         self.info = dict(info or {})
         first, second = widths
