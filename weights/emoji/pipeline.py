@@ -5,25 +5,25 @@ This one file, saved into every checkpoint as pipeline.py, is the whole pipeline
 """
 
 import importlib
-import inspect
 import json
 import math
 from collections.abc import Callable
-from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers.image_processor import VaeImageProcessor
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 
 # Read now and not when saving: diffusers runs this file from a cache where the next checkpoint's file replaces it.
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
-_SAVED_AS = "pipeline"
+_LOGGER = logging.get_logger("diffusers.latent_diffusion")  # so that diffusers.utils.logging.set_verbosity is heard
 _LISTED_CLASSES = 60
+_OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Of StableDiffusionPipeline: what its calls do unless told, and entries of its folders that make no picture
 _STOCK_DEFAULTS = {"default_guidance_scale": 7.5, "default_num_inference_steps": 50}
 _STOCK_ONLY = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
@@ -33,47 +33,35 @@ class PipelineInputError(ValueError):
     """A call the checkpoint cannot answer; one line that says what would be valid."""
 
 
+def require(holds: Any, otherwise: str) -> None:
+    """Raise PipelineInputError unless something holds."""
+    if not holds:
+        raise PipelineInputError(otherwise)
+
+
 class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
-    """Latent diffusion on text, classes, both or nothing, for square or oblong, grey or colour images.
-
-    A folder in Stable Diffusion's layout opens as one, too.
-
-    Args:
-        unet: `UNet2DModel` or `UNet2DConditionModel` over latents [B, c, h, w]; `config.sample_size` gives h and w.
-        vae: any diffusers autoencoder with `decode(z).sample`; its config holds the latent normaliser.
-        scheduler: any diffusers scheduler with `set_timesteps` and `step`; None for a noise schedule that diffusers lacks.
-        text_encoder, tokenizer: of transformers, where the U-Net attends to text: it is given the encoder's last states of
-            `tokenizer.model_max_length` tokens. The encoder is told of padding where its config says use_attention_mask.
-        class_names: names in the order of their index (a list, or a dict from "index" to name), or None.
-        null_class: index of the "no class" embedding, or None where training never dropped the class.
-        null_prompt: the text that stands for "no text", or None where training never dropped the text.
-        image_size: (H, W) of the real content; decoded images are larger where training padded them.
-        prediction, schedule: what latentdiff's own samplers take the network for: "epsilon", "sample", "v_prediction",
-            "score", "flow" or "edm", and {"name": ..., parameters} for `make_schedule`. None: read from the scheduler.
-        default_guidance_scale, default_guidance_interval, default_num_inference_steps: used by a call that does not say.
-        default_sampler: the latentdiff sampler that runs where `scheduler` is None.
-    """
+    """Latent diffusion for square or oblong, grey or colour images; a folder in Stable Diffusion's layout opens as one, too."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
     _optional_components = ["scheduler", "text_encoder", "tokenizer"]
 
     def __init__(
         self,
-        unet: torch.nn.Module,
-        vae: torch.nn.Module,
-        scheduler: Any,
-        class_names: list | dict | None = None,
-        null_class: int | None = None,
-        image_size: list | tuple | None = None,
-        prediction: str | None = None,
-        schedule: dict | None = None,
-        default_guidance_scale: float = 1.0,
+        unet: torch.nn.Module,  # UNet2DModel or UNet2DConditionModel over latents [B, c, h, w]; its sample_size gives h and w
+        vae: torch.nn.Module,  # any diffusers autoencoder with decode(z).sample; its config holds the latent normaliser
+        scheduler: Any,  # of diffusers, with set_timesteps and step; None for a noise schedule that diffusers lacks
+        class_names: list | dict | None = None,  # in the order of their index; a dict is from "index" to name
+        null_class: int | None = None,  # index of the "no class" embedding; None where training never dropped the class
+        image_size: list | tuple | None = None,  # (H, W) of the content; decoded images are larger where training padded them
+        prediction: str | None = None,  # for latentdiff's samplers: "epsilon", "sample", "v_prediction", "score", "flow", "edm"
+        schedule: dict | None = None,  # for them, too: {"name": ..., parameters} of make_schedule; None: read from scheduler
+        default_guidance_scale: float = 1.0,  # the defaults are used by a call that does not say
         default_guidance_interval: list | tuple | None = None,
         default_num_inference_steps: int = 20,
-        default_sampler: str | None = None,
-        text_encoder: torch.nn.Module | None = None,
-        tokenizer: Any = None,
-        null_prompt: str | None = "",
+        default_sampler: str | None = None,  # the latentdiff sampler that runs where scheduler is None
+        text_encoder: torch.nn.Module | None = None,  # of transformers: the U-Net attends to its last states [B, L, d] and
+        tokenizer: Any = None,  # L is model_max_length; padding is masked where the encoder's config says use_attention_mask
+        null_prompt: str | None = "",  # the text that stands for "no text"; None where training never dropped the text
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -102,26 +90,22 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     def latent_shape(self) -> tuple[int, int, int]:
         """(c, h, w) of one latent."""
         size = self.unet.config.get("sample_size")
-        if size is None:
-            raise PipelineInputError("unet/config.json has no sample_size: it must give the latent's height and width")
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.unet.config.in_channels, height, width
+        require(size is not None, "unet/config.json has no sample_size: it must give the latent's height and width")
+        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
 
     def class_index(self, label: str | int | None) -> int:
         """The embedding row of a class given by name, number (42 or "42"; a name comes first) or None (no class)."""
         names, count, null = self.class_names, self.num_classes, self.config.null_class
         if label is None:
-            if null is None:
-                raise PipelineInputError(
-                    f"this checkpoint has no null class, so every image needs a class; {self._listed_classes()}"
-                )
+            needed = "this checkpoint has no null class, so every image needs a class"
+            require(null is not None, f"{needed}; {self._listed_classes()}")
             return null
         if isinstance(label, str) and label in names:
             return names.index(label)
         number = int(label) if isinstance(label, str) and label.isdecimal() else label
-        if isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count:
-            return number
-        raise PipelineInputError(f"unknown class {label!r}; {self._listed_classes()}")
+        known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count
+        require(known, f"unknown class {label!r}; {self._listed_classes()}")
+        return number
 
     def _listed_classes(self) -> str:
         if (count := self.num_classes) == 0:
@@ -133,34 +117,24 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
     @torch.no_grad()
     def __call__(
-        self,
-        prompt: str | list[str] | None = None,
-        class_labels: str | int | list | None = None,
-        negative_prompt: str | list[str] | None = None,
-        negative_class_labels: str | int | list | None = None,
-        num_images_per_label: int = 1,
-        guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-        num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None,
-        latents: torch.Tensor | None = None,
-        sampler: str | None = None,
-        sampler_options: dict[str, Any] | None = None,
-        guidance: Callable[[Any], Any] | None = None,
-        output_type: str = "pil",
-        callback_on_step_end: Callable[..., dict | None] | None = None,
-        return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:
-        """Draw images.
+        self, prompt: str | list[str] | None = None, class_labels: str | int | list | None = None,
+        negative_prompt: str | list[str] | None = None, negative_class_labels: str | int | list | None = None,
+        num_images_per_label: int = 1, guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None, num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None, latents: torch.Tensor | None = None,
+        sampler: str | None = None, sampler_options: dict[str, Any] | None = None,
+        guidance: Callable[[Any], Any] | None = None, output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict | None] | None = None, return_dict: bool = True,
+    ) -> ImagePipelineOutput | tuple:  # fmt: skip
+        """Draw images. PipelineInputError, naming what would be valid, for what this checkpoint cannot do.
 
         Args:
-            prompt: a text or a list of them, for a checkpoint with a text encoder; None is "no text".
-            class_labels: a name, a number, None, or a list of them (mixed as you like); None is "no class". With a
-                list of prompts, one for all of them or as many.
+            prompt: None and "" are "no text". What the text encoder has no tokens left for is cut off with a warning.
+            class_labels: names and numbers; None is "no class". With a list of prompts, one for all of them or as many.
             negative_prompt, negative_class_labels: what to guide away from, in place of "no text" and "no class".
             num_images_per_label: images for each entry of `class_labels` or `prompt`, side by side in the result.
-            guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off. None: the default.
-            guidance_interval: (low, high) in t of 0 = data to 1 = noise; guided there (2404.07724). None: the default.
+            guidance_scale: 2207.12598 on every latent channel: uncond + scale (cond - uncond). 1 is off.
+            guidance_interval: (low, high) in t of 0 = data to 1 = noise; guided there (2404.07724).
             num_inference_steps: of the scheduler or sampler. None: the checkpoint's; some SDE samplers then take more.
             generator: one for the batch, or a list of one per image (image i is then the same at any batch size).
             latents: starting noise [B, c, h, w] of unit variance instead of drawn noise.
@@ -169,92 +143,91 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent" (normalised).
             callback_on_step_end: f(pipe, step, timestep (under `sampler` t in [0, 1]), {"latents": x}); may return new ones so.
             return_dict: False gives a plain tuple.
-        Raises PipelineInputError for what this checkpoint cannot do, naming what it can.
         """
-        if output_type not in ("pil", "np", "pt", "latent"):
-            raise PipelineInputError(f"output_type {output_type!r}: must be one of pil, np, pt, latent")
-        if self.scheduler is None and (sampler := sampler or self.config.default_sampler) is None:
-            raise PipelineInputError("this checkpoint has neither a scheduler nor a default_sampler: sampler= is needed")
-        if sampler is None and (sampler_options or guidance is not None):
-            raise PipelineInputError("sampler_options and guidance: sampler= is needed, the diffusers scheduler reads neither")
-        steps = self.config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
-        if steps < 1:
-            raise PipelineInputError(f"num_inference_steps {steps}: must be at least 1")
-        interval = self.config.default_guidance_interval if guidance_interval is None else guidance_interval
-        if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
-            raise PipelineInputError(f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
-        prompts, labels = self._wanted(prompt, class_labels, num_images_per_label)  # B of each
-        negative = self._negative(negative_prompt, negative_class_labels, len(prompts))
-        scale = self._guidance(guidance_scale, prompts, labels, negative)
-        told = self.conditioning(prompts, labels), self.conditioning(*negative) if scale != 1.0 else {}
-        noise = self._noise(len(prompts), generator, latents)  # [B, c, h, w]
-        asked = (sampler, num_inference_steps, sampler_options or {}, guidance)
-        run = partial(self._run_sampler, *asked) if sampler else self._run_scheduler
-        latents = run(noise, told, scale, interval, steps, generator, callback_on_step_end)
-        images = latents if output_type == "latent" else to_output(self._decode(latents), output_type)
+        config, sampler = self.config, sampler or (self.config.default_sampler if self.scheduler is None else None)
+        steps = config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
+        interval = config.default_guidance_interval if guidance_interval is None else guidance_interval
+        ordered = interval is None or len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1
+        unread = not sampler and (sampler_options or guidance is not None)
+        require(output_type in _OUTPUT_TYPES, f"output_type {output_type!r}: must be one of {', '.join(_OUTPUT_TYPES)}")
+        require(sampler or self.scheduler, "this checkpoint has neither a scheduler nor a default_sampler: sampler= is needed")
+        require(not unread, "sampler_options and guidance: sampler= is needed, the diffusers scheduler reads neither")
+        require(steps >= 1, f"num_inference_steps {steps}: must be at least 1")
+        require(ordered, f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
+        wanted, away = self._asked(prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label)
+        scale = self._guidance(guidance_scale, wanted, away)
+        if cuts := self.cut_off(wanted[0] + (away[0] if scale != 1.0 else [])):
+            taken = self.tokenizer.model_max_length
+            _LOGGER.warning(f"The text encoder takes {taken} tokens of a prompt, so these parts are cut off: {cuts}")
+        told = self.conditioning(*wanted), self.conditioning(*away) if scale != 1.0 else {}
+        x = self._noise(len(wanted[0]), generator, latents)  # [B, c, h, w]
+        run = self._run_scheduler
+        if sampler:
+            try:  # not by an import statement: diffusers scans for those and would warn of a package this can do without
+                runs = importlib.import_module("latentdiff.samplers.of_pipeline")
+            except ImportError as error:
+                raise PipelineInputError(f"sampler={sampler!r} needs the latentdiff package: {error}") from error
+            run = runs.by_sampler(self, sampler, num_inference_steps is None, sampler_options or {}, guidance)
+        x = run(x, told, scale, interval, steps, generator, callback_on_step_end)
+        images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def _wanted(self, prompt: Any, class_labels: Any, per_label: int) -> tuple[list[str | None], list[int | None]]:
-        """The text (None: no text) and the embedding row (None: the network takes none) of each of B images."""
-        if per_label < 1:
-            raise PipelineInputError(f"num_images_per_label {per_label}: must be at least 1")
+    def _asked(self, prompt, class_labels, negative_prompt, negative_class_labels, per_label: int) -> tuple[tuple, tuple]:
+        """(texts [B], embedding rows [B]) of the images and of what to guide away from; None is no text, or no row taken."""
+        require(per_label >= 1, f"num_images_per_label {per_label}: must be at least 1")
         texts, rows = self._texts(prompt, "prompt"), self._rows(class_labels, "class_labels")
-        if min(len(texts), len(rows)) not in (1, max(len(texts), len(rows))):
-            raise PipelineInputError(f"{len(texts)} prompts and {len(rows)} class_labels: give as many, or one of either")
-        if self.text_encoder is not None and self.config.null_prompt is None and None in texts:
-            raise PipelineInputError("this checkpoint was trained without text dropout, so every image needs a prompt")
-        count = max(len(texts), len(rows)) * per_label
-        return spread(texts, count), spread(rows, count)
-
-    def _negative(self, prompt: Any, class_labels: Any, count: int) -> tuple[list[str | None], list[int | None]]:
-        """The same of what is guided away from: "nothing" unless it is named."""
-        null = self.config.null_class if self.num_classes else None
-        texts = self._texts(prompt, "negative_prompt")
-        rows = [null] if class_labels is None else self._rows(class_labels, "negative_class_labels")
-        for name, entries in (("negative_prompt", texts), ("negative_class_labels", rows)):
-            if count % len(entries):
-                raise PipelineInputError(f"{name}: {len(entries)} entries for {count} images; give one, or one per image")
-        return spread(texts, count), spread(rows, count)
+        few, many = sorted((len(texts), len(rows)))
+        require(few in (1, many), f"{len(texts)} prompts and {len(rows)} class_labels: give as many, or one of either")
+        needed = self.text_encoder is not None and self.config.null_prompt is None and None in texts
+        require(not needed, "this checkpoint was trained without text dropout, so every image needs a prompt")
+        texts_away = self._texts(negative_prompt, "negative_prompt")
+        nothing, count = [self.config.null_class if self.num_classes else None], many * per_label
+        rows_away = nothing if negative_class_labels is None else self._rows(negative_class_labels, "negative_class_labels")
+        for name, entries in (("negative_prompt", texts_away), ("negative_class_labels", rows_away)):
+            require(count % len(entries) == 0, f"{name}: {len(entries)} entries for {count} images; give one, or one per image")
+        pairs = (texts, rows), (texts_away, rows_away)
+        return tuple([[one for one in each for _ in range(count // len(each))] for each in pair] for pair in pairs)
 
     def _texts(self, prompt: Any, name: str) -> list[str | None]:
         texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
-        if not texts or not all(isinstance(text, (str, type(None))) for text in texts):
-            raise PipelineInputError(f"{name} {prompt!r}: must be a text, or a list of texts that is not empty")
-        if any("\ud800" <= character <= "\udfff" for text in texts for character in text or ""):
-            raise PipelineInputError(f"{name} {prompt!r}: is not valid UTF-8")
-        if self.text_encoder is None and any(text is not None for text in texts):
-            raise PipelineInputError(f"{name}: this checkpoint has no text encoder; {self._listed_classes()}")
+        textual = texts and all(isinstance(text, (str, type(None))) for text in texts)
+        require(textual, f"{name} {prompt!r}: must be a text, or a list of texts that is not empty")
+        surrogates = any("\ud800" <= character <= "\udfff" for text in texts for character in text or "")
+        require(not surrogates, f"{name} {prompt!r}: is not valid UTF-8")
+        readable = self.text_encoder is not None or all(text is None for text in texts)
+        require(readable, f"{name}: this checkpoint has no text encoder; {self._listed_classes()}")
         return [text if text and text.strip() else None for text in texts]
 
     def _rows(self, class_labels: Any, name: str) -> list[int | None]:
-        if hasattr(class_labels, "tolist"):  # a tensor or an array
-            class_labels = class_labels.tolist()
-        labels = list(class_labels) if isinstance(class_labels, (list, tuple)) else [class_labels]
-        if not labels:
-            raise PipelineInputError(f"{name} is empty; {self._listed_classes()}")
-        unlabelled = self.num_classes == 0 and all(label is None for label in labels)
-        return [None if unlabelled else self.class_index(label) for label in labels]
+        labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels  # of a tensor or an array
+        labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
+        require(labels, f"{name} is empty; {self._listed_classes()}")
+        return [None if label is None and self.num_classes == 0 else self.class_index(label) for label in labels]
 
-    def _guidance(self, asked: float | None, prompts: list, labels: list, negative: tuple[list, list]) -> float:
+    def _guidance(self, asked: float | None, wanted: tuple[list, list], away: tuple[list, list]) -> float:
         """The scale to use; refuses guidance that could do nothing or that the network never learnt."""
-        config = self.config
-        classed, classed_away = (any(row not in (None, config.null_class) for row in rows) for rows in (labels, negative[1]))
-        texted, texted_away = (any(texts) for texts in (prompts, negative[0]))
-        something = classed or classed_away or texted or texted_away
-        scale = float((config.default_guidance_scale if something else 1.0) if asked is None else asked)
-        if not 0 <= scale < math.inf:
-            raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
-        if scale != 1.0 and not something:
-            raise PipelineInputError(f"guidance_scale {scale:g}: there is no class or prompt to guide to")
-        missing = [("class", classed, config.null_class, negative[1]), ("text", texted, config.null_prompt, negative[0])]
-        for kind, used, null, away in missing:
-            if scale != 1.0 and used and null is None and None in away:
-                raise PipelineInputError(
-                    f"guidance_scale {scale:g}: this checkpoint was trained without {kind} dropout, so it has no "
-                    "unconditional prediction to guide away from; the only valid value is 1"
-                )
+        (texts, rows), (texts_away, rows_away), null = wanted, away, self.config.null_class
+        classed, classed_away = (any(row not in (None, null) for row in some) for some in (rows, rows_away))
+        something = classed or classed_away or any(texts) or any(texts_away)
+        scale = float((self.config.default_guidance_scale if something else 1.0) if asked is None else asked)
+        require(0 <= scale < math.inf, f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
+        require(scale == 1.0 or something, f"guidance_scale {scale:g}: there is no class or prompt to guide to")
+        without = "class" if classed and null is None and None in rows_away else None
+        if without is None and any(texts) and self.config.null_prompt is None and None in texts_away:
+            without = "text"
+        missing = f"trained without {without} dropout, so it has no unconditional prediction to guide away from"
+        valid = scale == 1.0 or without is None
+        require(valid, f"guidance_scale {scale:g}: this checkpoint was {missing}; the only valid value is 1")
         return scale
+
+    def cut_off(self, texts: list[str | None]) -> list[str]:
+        """What prompts say beyond the tokens that the text encoder takes; an entry for each that says more."""
+        if not (said := [text for text in dict.fromkeys(texts) if text]):
+            return []
+        taken = self.tokenizer.model_max_length - self.tokenizer.num_special_tokens_to_add()
+        tokens = self.tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+        return [self.tokenizer.decode(row[taken:]).strip() for row in tokens if len(row) > taken]
 
     @torch.no_grad()
     def conditioning(self, prompts: list[str | None], labels: list[int | None]) -> dict[str, torch.Tensor]:
@@ -264,112 +237,81 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             told["class_labels"] = torch.tensor(labels, device=device)
         if self.text_encoder is not None:
             texts = [self.config.null_prompt or "" if text is None else text for text in prompts]
-            length = self.tokenizer.model_max_length
-            tokens = self.tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+            tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
             masked = getattr(self.text_encoder.config, "use_attention_mask", False)
             mask = tokens.attention_mask.to(device) if masked else None
-            told["encoder_hidden_states"] = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+            states = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
+            told["encoder_hidden_states"] = states.to(self.unet.dtype)
         return told
 
     def _noise(self, count: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
         """Unit-variance float32 noise [B, c, h, w], given or drawn."""
         shape = (count, *self.latent_shape)
-        if isinstance(generator, list) and len(generator) != count:
-            raise PipelineInputError(f"{len(generator)} generators for {count} images: pass one, or one per image")
+        generators = len(generator) if isinstance(generator, list) else count
+        require(generators == count, f"{generators} generators for {count} images: pass one, or one per image")
         if latents is None:
-            return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
-        if tuple(latents.shape) != shape:
-            raise PipelineInputError(f"latents of shape {list(latents.shape)}: this call needs {list(shape)}")
+            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        require(latents.shape == shape, f"latents of shape {list(latents.shape)}: this call needs {list(shape)}")
         return latents.to(self._execution_device, torch.float32)
-
-    def _network(self, x: torch.Tensor, timestep: torch.Tensor, told: dict[str, torch.Tensor]) -> torch.Tensor:
-        """The U-Net in its own dtype, everything around it in float32."""
-        conditioning = {k: v.to(self.unet.dtype) if v.is_floating_point() else v for k, v in told.items()}
-        if "encoder_hidden_states" in inspect.signature(self.unet.forward).parameters:
-            conditioning.setdefault("encoder_hidden_states", None)
-        return self.unet(x.to(self.unet.dtype), timestep, **conditioning).sample.float()
 
     def _run_scheduler(self, noise, told, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The reverse process of the diffusers scheduler: unit-variance noise to normalised latents [B, c, h, w]."""
         scheduler, (conditional, negative) = self.scheduler, told
-        both = {name: torch.cat([value, negative[name]]) for name, value in conditional.items()} if scale != 1.0 else {}
+        fixed = {"encoder_hidden_states": None} if "encoder_hidden_states" in signature(self.unet.forward).parameters else {}
+        both = {**fixed, **{name: torch.cat([value, negative[name]]) for name, value in conditional.items() if negative}}
         scheduler.set_timesteps(steps, device=noise.device)
-        keywords = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
+        keywords = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for i, (timestep, fed) in enumerate(zip(scheduler.timesteps, fed_times(scheduler), strict=True)):
                 scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
-                if scale != 1.0 and within(interval, scheduler, fed):
-                    towards, away = self._network(torch.cat([scaled, scaled]), fed, both).chunk(2)  # each [B, c, h, w]
+                guided = scale != 1.0 and (interval is None or within(interval, scheduler, fed))
+                seen = (torch.cat([scaled, scaled]) if guided else scaled).to(self.unet.dtype)  # all around it in float32
+                output = self.unet(seen, fed, **(both if guided else {**fixed, **conditional})).sample.float()
+                if guided:
+                    towards, away = output.chunk(2)  # each [B, c, h, w]
                     # The weights sum to one, so this is the same in every parameterization of the network.
                     output = away + scale * (towards - away)
-                else:
-                    output = self._network(scaled, fed, conditional)
                 x = scheduler.step(output, timestep, x, **keywords, return_dict=False)[0]
-                if callback is not None:
-                    x = (callback(self, i, timestep, {"latents": x}) or {}).get("latents", x)
+                x = (callback(self, i, timestep, {"latents": x}) or {}).get("latents", x) if callback else x
                 bar.update()
         return x
 
-    def _run_sampler(self, name, asked, options, guide, noise, told, scale, interval, steps, generator, callback):
-        """The same with one of latentdiff's samplers."""
-        # Not an import statement: diffusers scans this file for those and would warn about a package it can do without
-        try:
-            denoisers, guidances, samplers = (
-                importlib.import_module(f"latentdiff.{room}") for room in ("denoiser", "guidance", "samplers")
-            )
-        except ImportError as error:
-            raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
-        steps = samplers.default_steps(name, steps) if asked is None and name != self.config.default_sampler else steps
-        told = [{k: v.to(self.unet.dtype) if v.is_floating_point() else v for k, v in keywords.items()} for keywords in told]
-        denoiser = guidances.ClassifierFree(denoisers.Denoiser.from_pipeline(self), *told, scale, interval=interval)
-        denoiser = denoiser if guide is None else guide(denoiser)
-        with self.progress_bar(total=steps) as bar:
-
-            def report(step: int, t: float, x: torch.Tensor, x0: torch.Tensor) -> torch.Tensor | None:
-                bar.update()
-                return (callback(self, step, t, {"latents": x}) or {}).get("latents") if callback else None
-
-            return samplers.sample(denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options)
-
-    def _decode(self, latents: torch.Tensor) -> torch.Tensor:
-        """Normalised latents [B, c, h, w] to images [B, C, H, W] in [0, 1], the padded border cut off."""
-        images = self.vae.decode(denormalise(latents, self.vae.config).to(self.vae.dtype)).sample.float()
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        """Images of latents [B, c, h, w], the padded border cut off, as "pil" (grey for one channel), "np" or "pt"."""
+        images = self.vae.decode(denormalise(latents, self.vae.config).to(self.vae.dtype)).sample.float()  # [B, C, H, W]
         height, width = self.config.image_size or images.shape[-2:]
         top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
-        if min(top, left) < 0:
-            raise PipelineInputError(f"image_size {[height, width]} exceeds the decoded {list(images.shape[-2:])}")
-        return (images[..., top : top + height, left : left + width] / 2 + 0.5).clamp(0, 1)
+        require(min(top, left) >= 0, f"image_size {[height, width]} exceeds the decoded {list(images.shape[-2:])}")
+        shown = output_type != "pil" or images.shape[1] in (1, 3, 4)
+        require(shown, f"output_type 'pil' cannot show {images.shape[1]} channels: use np or pt")
+        return VaeImageProcessor().postprocess(images[..., top : top + height, left : left + width], output_type)
 
     def to_json_string(self) -> str:
-        """model_index.json, naming this class as [file, class] so that diffusers takes it from the folder.
-
-        One that diffusers' own StableDiffusionPipeline runs alike is named so: it then opens without this file's code.
-        """
+        """model_index.json, naming this class as [file, class] for diffusers to find in the folder, or stock's where alike."""
         index = json.loads(super().to_json_string())
-        index["_class_name"] = [_SAVED_AS, type(self).__name__]
-        if self._is_stable_diffusion():
+        index["_class_name"] = ["pipeline", type(self).__name__]
+        if self.text_encoder is not None and self.num_classes == 0 and self._suits_stock():
             index |= {"_class_name": "StableDiffusionPipeline", "requires_safety_checker": False}
             index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
-    def _is_stable_diffusion(self) -> bool:
-        """Whether text alone drives it, and stock's one scaling_factor, uncut pictures and use of the scheduler are right."""
+    def _suits_stock(self) -> bool:
+        """Whether stock's one scaling_factor, uncut pictures and use of the scheduler are right: it opens without this file."""
         config, sampling = self.vae.config, getattr(self.scheduler, "config", {})
         factor = 2 ** (len(config.get("block_out_channels") or [0]) - 1)
         whole = self.config.image_size in (None, [side * factor for side in self.latent_shape[1:]])
-        centred = not any([config.get("shift_factor") or 0, *(config.get("latents_mean") or [])])
-        centred = centred and all(value == 1 for value in config.get("latents_std") or [])
+        means, stds = config.get("latents_mean") or [], config.get("latents_std") or []
+        moved = any([config.get("shift_factor"), *means, *(std - 1 for std in stds)])
         # Stock corrects steps_offset and clip_sample without being asked, and cannot run a flow
-        alike = sampling.get("timestep_spacing") != "leading" or sampling.get("steps_offset", 1) == 1
-        alike = alike and not any(sampling.get(key) for key in ("use_flow_sigmas", "clip_sample"))
-        alike = alike and hasattr(self.scheduler, "scale_model_input")
-        return self.text_encoder is not None and self.num_classes == 0 and whole and centred and alike
+        corrected = sampling.get("timestep_spacing") == "leading" and sampling.get("steps_offset", 1) != 1
+        corrected = corrected or sampling.get("clip_sample") or sampling.get("use_flow_sigmas")
+        return whole and not (moved or corrected) and hasattr(self.scheduler, "scale_model_input")
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json and, beside it, this file as pipeline.py."""
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
-        Path(save_directory, f"{_SAVED_AS}.py").write_text(_SOURCE, encoding="utf-8")
+        Path(save_directory, "pipeline.py").write_text(_SOURCE, encoding="utf-8")
 
     @classmethod
     def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
@@ -382,11 +324,6 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         return config
 
 
-def spread(entries: list, count: int) -> list:
-    """`count` entries from a divisor of as many, each repeated side by side."""
-    return [entry for entry in entries for _ in range(count // len(entries))]
-
-
 def fed_times(scheduler: Any) -> torch.Tensor:
     """What the network is told at each timestep: N sigma on flow sigmas, for which diffusers cuts N sigma to an integer."""
     if not scheduler.config.get("use_flow_sigmas", False):
@@ -394,10 +331,8 @@ def fed_times(scheduler: Any) -> torch.Tensor:
     return (scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps).to(scheduler.timesteps.device)
 
 
-def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch.Tensor) -> bool:
+def within(interval: tuple[float, float], scheduler: Any, timestep: torch.Tensor) -> bool:
     """Whether a timestep lies in an interval of t, ends included: t N for flow, ln(sigma_max t) / 4 for EDM, else t N - 1."""
-    if interval is None:
-        return True
     config = scheduler.config
     flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
     t = (float(timestep) + (0 if flow else 1)) / config.num_train_timesteps
@@ -407,24 +342,9 @@ def within(interval: tuple[float, float] | None, scheduler: Any, timestep: torch
 
 
 def denormalise(latents: torch.Tensor, config: Any) -> torch.Tensor:
-    """The autoencoder's own latents [B, c, h, w] from normalised ones: z = z_n std / scaling_factor + mean.
-
-    mean and std are latents_mean and latents_std, per channel; without them z = z_n / scaling_factor + shift_factor.
-    """
-    latents = latents / (config.get("scaling_factor") or 1.0)
+    """Raw z of normalised z_n: z_n latents_std / scaling_factor + latents_mean; without these two + shift_factor, std 1."""
     mean, std = config.get("latents_mean"), config.get("latents_std")
     if mean is None or std is None:
-        return latents + (config.get("shift_factor") or 0.0)
+        mean, std = config.get("shift_factor") or 0.0, 1.0
     mean, std = (torch.as_tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std))
-    return latents * std + mean
-
-
-def to_output(images: torch.Tensor, output_type: str) -> torch.Tensor | np.ndarray | list[PIL.Image.Image]:
-    """Images [B, C, H, W] in [0, 1] as "pt", "np" [B, H, W, C] or "pil" (grey for one channel)."""
-    array = images.cpu().permute(0, 2, 3, 1).numpy()  # [B, H, W, C]
-    if output_type in ("pt", "np"):
-        return images if output_type == "pt" else array
-    if array.shape[-1] not in (1, 3, 4):
-        raise PipelineInputError(f"output_type 'pil' cannot show {array.shape[-1]} channels: use np or pt")
-    pixels = (array * 255).round().astype(np.uint8)
-    return [PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+    return latents / (config.get("scaling_factor") or 1.0) * std + mean
