@@ -68,7 +68,8 @@ def test_the_adversarys_part_of_the_run_is_timed_apart(plan, stripe_folder, tmp_
     assert list(facts["step"]["timed"]) == ["step 0", "step 4"] and facts["parameters"]["discriminator"] > 1000
     assert facts["flops_per_sample"] > without["flops_per_sample"]
     assert facts["unknown"] == {}
-    late = plan(config, "loss.adversarial=0.5", "loss.adversarial_start=400", "train.compile=true")
+    later = ("loss.adversarial=0.5", "loss.adversarial_start=400", "loss.adaptive=false", "train.compile=true")
+    late = plan(config, *later)
     assert "without it" in late["unknown"]["compile"]
     assert list(late["step"]["timed"]) == ["step 0"] and late["flops_per_sample"] == without["flops_per_sample"]
 

@@ -289,6 +289,7 @@ COUNTS = {
 FAST = 100
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [name for name, count in COUNTS.items() if count >= 400])
 def test_damaged_files_load_or_are_refused(tmp_path, name):
     file, load, mutations = make(name, tmp_path)
