@@ -19,13 +19,20 @@ ADVERSARY = {
     "loss__adversarial": 0.5, "loss__adversarial_start": 0, "loss__discriminator_channels": 4, "loss__discriminator_layers": 1,
     "loss__discriminator_lr": 1e-4,
 }  # fmt: skip
+CODEBOOK = {
+    "model": {"type": "VQModel", "config": {
+        "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": 3, "norm_num_groups": 4,
+        "num_vq_embeddings": 64, "mid_block_add_attention": False}},
+}  # fmt: skip
 STEPS = 20
 
 
 def trees(stage: str, data: Path, output: Path, autoencoder: Path, **changes):
     changes = {**SMOOTH, **EACH_STEP, "data__flips": True, **changes}
-    if stage == "autoencoder":
-        return autoencoder_tree(data, output, **ADVERSARY, **changes)
+    if stage in ("autoencoder", "vq"):
+        return autoencoder_tree(data, output, **ADVERSARY, **(CODEBOOK if stage == "vq" else {}), **changes)
+    if stage == "weighted":
+        changes = {"weighting": "uncertainty", "train__gradient_checkpointing": True, **changes}
     changes = {"model__config__dropout": 0.1, "cache__folder": str(output.parent / "latents"), **changes}
     return diffusion_tree(data, output, autoencoder, **changes)
 
@@ -59,7 +66,7 @@ def assert_equal_runs(first: Path, second: Path, step: int) -> None:
     assert lines(first) == lines(second)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "diffusion"])
+@pytest.mark.parametrize("stage", ["autoencoder", "vq", "diffusion", "weighted"])
 def test_processes_and_pieces_take_the_steps_of_one(tmp_path, stripe_folder, autoencoder_run, stage):
     # Of the diffusion run the whole batch is 8; each of two processes has 4, each of four 2; pieces are of 3, 3 and 2
     ways = {"one": (1, {}), "pieces": (1, {"train__micro_batch": 3}), "two": (2, {"train__micro_batch": 2}), "four": (4, {})}
@@ -80,13 +87,15 @@ def test_processes_and_pieces_take_the_steps_of_one(tmp_path, stripe_folder, aut
                 if key.endswith("exp_avg"):
                     scale = float(value.abs().max())
                     assert float((first[part][key] - value).abs().max()) <= 2e-5 * scale + 1e-8, f"{name} {part} {key}"
-        for part in [p for p in one[STEPS] if p in ("model", "ema", "discriminator")]:
+        if stage == "vq":
+            assert torch.equal(last["codes"]["counts"], one[STEPS]["codes"]["counts"]), name
+        for part in [p for p in one[STEPS] if p in ("model", "ema", "discriminator", "uncertainty")]:
             for key, value in one[STEPS][part].items():
                 assert float((last[part][key] - value).abs().max()) <= 1e-5, f"{name} {part} {key}"
         for mine, theirs in zip(lines(tmp_path / name), lines(tmp_path / "one"), strict=True):
             assert mine.keys() == theirs.keys()
             assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5), name
-        if stage == "diffusion":  # three rows, of which two processes draw two and one, and four one each
+        if stage in ("diffusion", "weighted"):  # three rows, of which two processes draw two and one, and four one each
             first, second = (pixels(tmp_path / n / "pictures" / f"step-{STEPS:06d}.png") for n in (name, "one"))
             assert first.shape == second.shape and abs(first - second).max() <= 2 and second.std() > 1
 
