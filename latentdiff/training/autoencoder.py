@@ -48,7 +48,7 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)
     _finish(config, images, parts, accelerator, output)
-    accelerator.wait_for_everyone()
+    run.meet(accelerator)
     accelerator.end_training()
     return output / "autoencoder"
 

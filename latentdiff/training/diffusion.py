@@ -87,7 +87,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     if accelerator.is_main_process:
         parts.ema.copy_to(parts.average)
         publish(config, parts, output)
-    accelerator.wait_for_everyone()
+    run.meet(accelerator)
     accelerator.end_training()
     return output / "model"
 

@@ -122,7 +122,7 @@ def run_loop(
             if due or stop or last or best:
                 save(output, work, progress, accelerator, train.keep, best)
             if stop and not last:
-                accelerator.wait_for_everyone()
+                run.meet(accelerator)
                 journal.say(f"stopped by {signal_names(seen)} after step {done}; go on with --resume")
                 raise Stopped
 

@@ -18,6 +18,7 @@ from torch import nn
 from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
 
+SETTLED = 0.25  # seconds without Python's lock, thousands of times what the process group's thread needs
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
@@ -56,6 +57,17 @@ def check_kind(kind: str) -> None:
             f"accelerate launch: {kind} is not supported, states and averages would hold pieces of the weights; launch with "
             "--multi_gpu, with train.gradient_checkpointing=true and a smaller train.micro_batch where memory is short"
         )
+
+
+def meet(accelerator: Any) -> None:
+    """Wait until every process is here, ahead of the process group's end.
+
+    Its thread needs Python's lock to let go of the last collective, and torch (2.13, gloo) ends the group with that lock
+    held and waits for the thread: unless the thread is done by then, both wait forever.
+    """
+    accelerator.wait_for_everyone()
+    if accelerator.num_processes > 1:
+        time.sleep(SETTLED)
 
 
 def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:
