@@ -39,6 +39,13 @@ def test_channels_last_to_first_and_rgb_order():
     assert np.array_equal(to_uint8(Preprocess((2, 3))(image)[None])[0], image)
 
 
+@pytest.mark.parametrize("channels", [1, 3])
+def test_memory_is_laid_out_plane_by_plane(channels):
+    # Of one channel is_contiguous says nothing: a network takes strides of (hw, 1, w, 1) for channels-last throughout
+    images = Preprocess((6, 5)).batch([ramp(6, 5, channels)] * 2, [False, True])
+    assert images.stride() == (30 * channels, 30, 5, 1)
+
+
 @pytest.mark.parametrize("size, multiple, padded, content", [
     ((28, 28), 8, (32, 32), (2, 2, 28, 28)),
     ((5, 8), 4, (8, 8), (1, 0, 5, 8)),

@@ -22,6 +22,7 @@ from latentdiff.objective import Uncertainty, diffusion_loss
 from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditions, loop, run, state
+from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
@@ -157,8 +158,14 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
             state.load_into(parts.uncertainty, found["uncertainty"], str(output))
         state.restore_optimizer(parts.optimizer, found["optimizer"])
 
+    height, width = parts.latents.cache.latent_shape[1:]
+
+    def step(number: int, lr: float) -> tuple[dict[str, tuple[Tensor, int]], bool]:
+        with attention_kernel(accelerator.device, config.train.precision, height * width):
+            return _step(config, parts, accelerator, number, lr)
+
     return loop.Work(
-        step=lambda step, lr: _step(config, parts, accelerator, step, lr), after=after, tensors=tensors,
+        step=step, after=after, tensors=tensors,
         meta=lambda: {"ema_updates": parts.ema.updates}, restore=restore,
         samples=lambda step: _indices(config, parts, step),
     )  # fmt: skip

@@ -87,7 +87,7 @@ def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:
 
 def make_optimizer(parameters, config: OptimizerConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, eps=config.eps, fused=True
     )
 
 
