@@ -83,7 +83,8 @@ def _parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) 
     if loss.adversarial > 0:
         widths = [loss.discriminator_channels * 2**i for i in range(loss.discriminator_layers + 1)]
         critic = PatchDiscriminator(config.data.channels, widths)
-        critic_optimizer = torch.optim.AdamW(critic.parameters(), lr=loss.discriminator_lr, betas=(0.5, 0.9), weight_decay=0)
+        own = {"lr": loss.discriminator_lr, "betas": (0.5, 0.9), "weight_decay": 0.0}  # as in 2012.09841; eps is shared
+        critic_optimizer = run.make_optimizer(critic.parameters(), config.optimizer.model_copy(update=own))
     if loss.perceptual > 0:
         perceptual = _perceptual(loss.perceptual_network).to(accelerator.device)
     network, optimizer = accelerator.prepare(bare, optimizer)
