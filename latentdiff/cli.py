@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from latentdiff import processes
 from latentdiff.errors import UserError
+from latentdiff.measures import add_cost, add_device, add_measures
 
 DEFAULT_MODEL = "weights/fashion-mnist"
 
@@ -25,14 +28,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         _quiet_libraries()
         arguments.run(arguments)
     except UserError as error:
-        print(f"latentdiff: {' '.join(str(error).split())}", file=sys.stderr)
+        _say_once(" ".join(str(error).split()))
         sys.exit(2)
     except OSError as error:  # a full disk, a folder that cannot be written: the file is named, the trace helps nobody
-        print(f"latentdiff: {error.filename or 'file'}: {error.strerror or error}", file=sys.stderr)
+        _say_once(f"{error.filename or 'file'}: {error.strerror or error}")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("latentdiff: interrupted", file=sys.stderr)
+        if processes.rank() == 0:
+            print("latentdiff: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _say_once(text: str) -> None:
+    """Why a command ends, on stderr. Of several processes the first one says it, and the launcher then ends the others.
+
+    One that is still there after a while is alone with its trouble, and says so itself.
+    """
+    if processes.rank() > 0:
+        time.sleep(processes.PATIENCE)
+    print(f"latentdiff: {text}", file=sys.stderr)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -59,7 +73,7 @@ def _parser() -> Parser:
     _add_generate(commands)
     _add_train(commands)
     _add_others(commands)
-    _add_judge(commands)
+    add_measures(commands)
     _add_prepare(commands)
     _add_import(commands)
     return parser
@@ -76,20 +90,15 @@ def _add_generate(commands) -> None:
     add.add_argument("--steps", type=int, metavar="S", help="of the sampler (default: the checkpoint's; more for some)")
     add.add_argument("--sampler", metavar="NAME", help="one of latentdiff's samplers instead of the checkpoint's scheduler")
     add.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance scale, 1 is off")
-    _add_cost(add)
+    add_cost(add)
     strength = "also guide by the model's own classifier, under --sampler; 1 is Bayes' rule, 0 off"
     add.add_argument("--classifier-strength", type=float, default=0.0, metavar="S", help=strength)
     add.add_argument("--sampler-options", nargs="+", metavar="key=value", help="keywords of --sampler, such as eta=0.5")
     add.add_argument("--seed", type=int, default=0, metavar="K", help="an image is a function of the seed (default 0)")
     add.add_argument("--batch-size", type=int, default=128, metavar="B", help="images made at a time (default 128)")
+    add_device(add)
     add.add_argument("--out", default="samples.png", metavar="PATH", help=".png (a labelled grid), .npz, or a folder")
     add.set_defaults(run=generate_command)
-
-
-def _add_cost(add) -> None:
-    interval = "guide only at t in this interval, 0 is data and 1 noise; 0 1 is everywhere (default: the checkpoint's)"
-    add.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
-    add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
 
 
 def generate_command(arguments) -> None:
@@ -97,7 +106,9 @@ def generate_command(arguments) -> None:
     from latentdiff.generation import generate
 
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run")}
-    print(generate(**options))
+    path = generate(**options)
+    if processes.rank() == 0:
+        print(path)
 
 
 def _add_train(commands) -> None:
@@ -115,7 +126,7 @@ def train_command(arguments) -> None:
     from latentdiff.training import train
 
     folder = train(load_config(resolve_config(arguments.config), arguments.overrides), resume=arguments.resume)
-    if os.environ.get("RANK", "0") == "0":  # of several processes under `accelerate launch` one says the result
+    if processes.rank() == 0:  # of several processes under `accelerate launch` one says the result
         print(folder)
 
 
@@ -132,86 +143,10 @@ def _add_others(commands) -> None:
     add.add_argument("--out", default="reconstructions.png", metavar="PATH", help="a .png file")
     add.set_defaults(run=reconstruct_command)
 
-    add = commands.add_parser("evaluate", help="measure generated images against a data set")
-    add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
-    add.add_argument("--samples", metavar="FILE", help="measure an npz of generate instead of a model")
-    add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
-    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
-    add.add_argument("--cas-seeds", type=int, default=1, metavar="N", help="classifiers a side for CAS; 0 leaves it out")
-    add.add_argument("--steps", type=int, metavar="S")
-    add.add_argument("--sampler", metavar="NAME")
-    add.add_argument("--guidance", type=float, metavar="G")
-    _add_cost(add)
-    add.add_argument("--seed", type=int, default=0, metavar="K")
-    add.add_argument("--batch-size", type=int, default=128, metavar="B")
-    add.add_argument("--out", metavar="DIR", help="also write evaluation.json and evaluation.md there")
-    add.set_defaults(run=evaluate_command)
-
-    add = commands.add_parser("compare", help="samplers side by side: cost and distance at several lengths")
-    add.add_argument("model", metavar="MODEL")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
-    add.add_argument("--samplers", nargs="+", required=True, metavar="NAME", help="or scheduler: the checkpoint's own")
-    add.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="S")
-    add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
-    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
-    add.add_argument("--guidance", type=float, metavar="G")
-    _add_cost(add)
-    add.add_argument("--seed", type=int, default=0, metavar="K")
-    add.add_argument("--batch-size", type=int, default=128, metavar="B")
-    add.add_argument("--out", default="comparison", metavar="DIR", help="comparison.json and .md; an unfinished one goes on")
-    add.set_defaults(run=compare_command)
-
-    add = commands.add_parser("agreement", help="how well models denoise, by noise level, and how far their answers differ")
-    add.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints over one autoencoder")
-    add.add_argument("--data", required=True, metavar="D", help="whose test images are denoised")
-    add.add_argument("--num-images", type=int, default=500, metavar="N")
-    add.add_argument("--log-snrs", type=float, nargs="+", default=[-6, -4, -2, 0, 2, 4, 6], metavar="L", help="noise levels")
-    add.add_argument("--seed", type=int, default=0, metavar="K")
-    add.add_argument("--batch-size", type=int, default=100, metavar="B")
-    add.set_defaults(run=agreement_command)
-
-    add = commands.add_parser("gallery", help="pictures of what the denoiser does: trajectory, interpolation, guidance")
-    add.add_argument("model", metavar="MODEL")
-    add.add_argument("--data", required=True, metavar="D", help="whose test images are interpolated between")
-    add.add_argument("--steps", type=int, default=40, metavar="S")
-    add.add_argument("--sampler", default="dpmpp_2m", metavar="NAME")
-    add.add_argument("--seed", type=int, default=0, metavar="K")
-    add.add_argument("--out", default="gallery", metavar="DIR")
-    add.set_defaults(run=gallery_command)
-
-    add = commands.add_parser("likelihood", help="bits per dimension of a data set's pixels, a bound through both stages")
-    add.add_argument("model", metavar="MODEL")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
-    add.add_argument("--num-images", type=int, default=200, metavar="N", help="images of the split (default 200)")
-    add.add_argument("--probes", type=int, default=1, metavar="P", help="of Hutchinson's estimator for an image (default 1)")
-    add.add_argument("--rtol", type=float, default=1e-2, metavar="T", help="tolerance of the ODE (default 0.01)")
-    add.add_argument("--split", default="test", metavar="S", help="test (default) or train")
-    add.add_argument("--unconditional", action="store_true", help="under the null class, not each image's own")
-    add.add_argument("--seed", type=int, default=0, metavar="K")
-    add.add_argument("--batch-size", type=int, default=50, metavar="B")
-    add.set_defaults(run=likelihood_command)
-
     add = commands.add_parser("info", help="what a model, a latent cache, a config or a data set is")
     add.add_argument("what", metavar="MODEL|CACHE|CONFIG|DATA", help="of a CONFIG also what its run will cost")
     add.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of a CONFIG")
     add.set_defaults(run=info_command)
-
-
-def _add_judge(commands) -> None:
-    add = commands.add_parser("judge", help="does a model draw what prompts say", description=judge_command.__doc__)
-    add.add_argument("model", metavar="MODEL", help="a checkpoint that reads text")
-    add.add_argument("--data", required=True, metavar="DIR", help="pictures with styles and identities (prepare emoji)")
-    add.add_argument("--judge", required=True, metavar="FOLDER", help="what training a config with stage: judge made")
-    add.add_argument("--num-prompts", type=int, default=200, metavar="N", help="seen pairs (default 200), and all held-out")
-    add.add_argument("--steps", type=int, metavar="S")
-    add.add_argument("--sampler", metavar="NAME")
-    add.add_argument("--guidance", type=float, metavar="G")
-    _add_cost(add)
-    add.add_argument("--seed", type=int, default=0, metavar="K")
-    add.add_argument("--batch-size", type=int, default=64, metavar="B")
-    add.add_argument("--out", metavar="DIR", help="also write judge.json, judge.md and grid.png there")
-    add.set_defaults(run=judge_command)
 
 
 def _add_prepare(commands) -> None:
@@ -244,52 +179,6 @@ def reconstruct_command(arguments) -> None:
     from latentdiff.commands import dump, reconstruct
 
     print(dump(reconstruct(arguments.model, arguments.images, arguments.out)))
-
-
-def evaluate_command(arguments) -> None:
-    from latentdiff.commands import dump, evaluate
-
-    call = {"seed": arguments.seed, "batch_size": arguments.batch_size, "sampler": arguments.sampler}
-    call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, "precision": arguments.precision}
-    call["guidance_interval"] = arguments.guidance_interval
-    report = evaluate(
-        arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
-        arguments.cas_seeds, **call,
-    )  # fmt: skip
-    print(dump(report))
-
-
-def compare_command(arguments) -> None:
-    from latentdiff.comparison import compare, markdown
-
-    print(markdown(compare(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
-
-
-def agreement_command(arguments) -> None:
-    from latentdiff.agreement import agreement, markdown
-
-    print(markdown(agreement(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
-
-
-def gallery_command(arguments) -> None:
-    from latentdiff.gallery import gallery
-
-    for path in gallery(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")}):
-        print(path)
-
-
-def likelihood_command(arguments) -> None:
-    from latentdiff.commands import dump, likelihood
-
-    print(dump(likelihood(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})))
-
-
-def judge_command(arguments) -> None:
-    """Draw each pair of style and identity from its prompt and find the nearest real pictures, as a trained judge sees."""
-    from latentdiff.commands import dump
-    from latentdiff.judging import judge
-
-    print(dump(judge(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})))
 
 
 def prepare_command(arguments) -> None:

@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from latentdiff import processes
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
     from latentdiff.checkpoints import resolve_model
     from latentdiff.data.files import DECODING_ERRORS, refuse_bomb
     from latentdiff.data.preprocess import to_uint8
-    from latentdiff.generation import check_out
     from latentdiff.pictures import save_png, tile
+    from latentdiff.writing import check_out
 
     path = check_out(out, len(images))
     if path.suffix != ".png":
@@ -113,10 +114,13 @@ def evaluate(
     features: str | Path = DEFAULT_FEATURES,
     out: str | Path | None = None,
     cas_seeds: int = 1,
+    device: str = "auto",
     **call: Any,
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Generate class-balanced images (or read `samples`, an npz) and measure them against a data set.
 
+    Several processes of a launcher share the generating; the first one measures, the others return None.
+    device: of the model and the feature network; auto, cpu, or torch's name of another. CAS trains on the CPU.
     call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
     The report, also written to `out` as JSON
     and Markdown, holds the distance in the feature network's space, its floor, the reconstruction's, label accuracy,
@@ -127,8 +131,9 @@ def evaluate(
     from latentdiff.data.preprocess import Preprocess
     from latentdiff.evaluation import report as reports
     from latentdiff.evaluation.features import load_features
-    from latentdiff.generation import check_out_folder, set_precision
+    from latentdiff.generation import place, set_precision
     from latentdiff.training.features import train_classifier
+    from latentdiff.writing import check_out_folder
 
     if (model is None) == (samples is None):
         raise UserError("evaluate: give either MODEL or --samples FILE.npz")
@@ -136,9 +141,12 @@ def evaluate(
         raise UserError("evaluate: --num-images must be at least 2, --batch-size at least 1, --cas-seeds at least 0")
     if out is not None:
         check_out_folder(out)
+    found = processes.pick_device(device)
     net = load_features(resolve_model(features, "--features", "model.safetensors"))
     codec, protocol = None, {}
     if model is None:
+        if processes.rank() > 0:
+            return None  # nothing is shared of images that are there
         images, labels = read_npz(samples)
         train, test = reports.reference_sets(data, Preprocess(channels=net.channels))
         protocol = {"model": f"samples of {samples}"}
@@ -146,15 +154,19 @@ def evaluate(
         pipeline = load(resolve_model(model))
         pipeline.set_progress_bar_config(disable=True)
         precision = call.pop("precision", "float32")
+        found = place(pipeline, device, call.get("sampler"))
         set_precision(pipeline, precision)
         codec = LatentCodec(pipeline.vae)
         rule = data_rule(resolve_model(model), codec)
         train, test = reports.reference_sets(data, *rule)
         check_classes(pipeline, train, data)
+        processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
         images, labels = _balanced(pipeline, num_images, **call)
+        if images is None:
+            return None
         protocol = {**stated(pipeline, str(model), **call), "precision": precision}
     report = reports.evaluate_samples(
-        images, labels, train, test, net, protocol=protocol, codec=codec,
+        images, labels, train, test, net.to(found), protocol=protocol, codec=codec,
         train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds),
     )  # fmt: skip
     if out is not None:
@@ -242,21 +254,20 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns]:
     return rule, data["held_out"], Columns(*(data.get(f"{name}_column") for name in ("image", "label", "text")))
 
 
-def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[np.ndarray, np.ndarray | None]:
+def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[Any, np.ndarray | None]:
+    """(uint8 [N, H, W, C] on the first process and None on others, labels [N] or None)."""
     from tqdm import tqdm
 
-    from latentdiff.generation import every_class, generate_batches
+    from latentdiff.generation import every_class, generate_share
 
     rows = every_class(pipeline)
     if num_images % len(rows):
         raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
-    images, labels = [], []
-    with tqdm(total=num_images, unit="image", desc="generating", delay=0.5) as bar:
-        for batch, part in generate_batches(pipeline, rows, num_images // len(rows), seed, batch_size, **call):
-            images.append(batch)
-            labels.extend(part)
-            bar.update(len(part))
-    return np.concatenate(images), None if rows == [None] else np.array(labels)
+    part, each = processes.share(num_images, batch_size), num_images // len(rows)
+    hidden = processes.rank() > 0
+    with tqdm(total=part.stop - part.start, unit="image", desc="generating", delay=0.5, disable=hidden) as bar:
+        mine = generate_share(pipeline, rows, each, seed, batch_size, bar.update, **call)
+    return processes.gather(mine, num_images, batch_size), None if rows == [None] else np.repeat(rows, each)
 
 
 def stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:

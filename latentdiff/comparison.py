@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,87 +52,117 @@ def compare(
 
     UserError for an unknown sampler, model or data set, or where <out> holds a comparison with another protocol.
     """
-    from latentdiff import samplers as rooms
-    from latentdiff.autoencoders.codec import LatentCodec
-    from latentdiff.checkpoints import load, resolve_model
-    from latentdiff.commands import data_rule
-    from latentdiff.evaluation.features import load_features
-    from latentdiff.evaluation.report import Yardstick, reference_sets
-    from latentdiff.generation import check_out_folder, every_class, set_precision
     from latentdiff.guidance import check_interval
+    from latentdiff.writing import check_out_folder
 
-    for name in samplers:
-        if name != SCHEDULER and name not in rooms.names():
-            raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(rooms.names())}")
+    check_samplers(samplers)
     if min(steps) < 1 or num_images < 2 or batch_size < 1:
         raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
     check_out_folder(out)
     check_interval(guidance_interval, "--guidance-interval")
-    folder = resolve_model(model)
-    pipeline = load(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    set_precision(pipeline, precision)
-    rows = every_class(pipeline)
-    if num_images % len(rows):
-        raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
-    net = load_features(resolve_model(features, "--features", "model.safetensors"))
-    train, test = reference_sets(data, *data_rule(folder, LatentCodec(pipeline.vae)))
-    labels = None if rows == [None] else np.repeat(rows, num_images // len(rows))
-    interval = pipeline.config.default_guidance_interval if guidance_interval is None else guidance_interval
-    protocol = {
-        "model": str(model), "data": data, "images": num_images, "seed": seed, "precision": precision,
-        "guidance": pipeline.config.default_guidance_scale if guidance is None else guidance,
-        "guidance_interval": None if interval is None else list(interval), "features": net.name,
-        "reference": train.fingerprint(),
+    bench = Bench(model, data, num_images, features, precision, batch_size)
+    config = bench.pipeline.config
+    interval = config.default_guidance_interval if guidance_interval is None else guidance_interval
+    protocol = bench.protocol | {
+        "seed": seed, "guidance": config.default_guidance_scale if guidance is None else guidance,
+        "guidance_interval": None if interval is None else list(interval),
     }  # fmt: skip
-    table = _open(Path(out), protocol)
-    yardstick = Yardstick(net, train, test, labels, num_images)
-    table["floor"] = yardstick.floor
-    counter = RowCounter(pipeline.unet)
+    table = open_table(Path(out), TABLE, protocol)
+    table["floor"] = bench.yardstick.floor
     for sampler in samplers:
         for length in steps:
             if any((cell["sampler"], cell["steps"]) == (sampler, length) for cell in table["cells"]):
                 continue
-            started, counter.rows = time.perf_counter(), 0
-            call = {"sampler": None if sampler == SCHEDULER else sampler, "num_inference_steps": length}
-            call |= {"guidance_scale": guidance, "guidance_interval": guidance_interval}
-            images = _images(pipeline, rows, num_images // len(rows), seed, batch_size, call)
-            cell: dict[str, Any] = {"sampler": sampler, "steps": length, "evaluations": counter.rows / num_images}
-            cell["seconds"] = (time.perf_counter() - started) / num_images
-            cell["frechet"], cell["label_accuracy"] = yardstick.measure(images, labels)
-            table["cells"].append(cell)
-            _write(Path(out), table)
+            call = {"num_inference_steps": length, "guidance_scale": guidance, "guidance_interval": guidance_interval}
+            table["cells"].append({"sampler": sampler, "steps": length} | bench.measure(sampler, seed, call))
+            write_table(Path(out), TABLE, table, markdown(table))
             print(f"compare: {json.dumps(table['cells'][-1])}", file=sys.stderr)
-    _write(Path(out), table)
+    write_table(Path(out), TABLE, table, markdown(table))
     return table
 
 
-def _images(pipeline: Any, rows: list, per_row: int, seed: int, batch_size: int, call: dict[str, Any]) -> np.ndarray:
-    from latentdiff.generation import generate_batches
+def check_samplers(names: Sequence[str]) -> None:
+    """UserError for a name that is neither a sampler of latentdiff nor the checkpoint's own scheduler."""
+    from latentdiff import samplers as rooms
 
-    return np.concatenate([images for images, _ in generate_batches(pipeline, rows, per_row, seed, batch_size, **call)])
+    for name in names:
+        if name != SCHEDULER and name not in rooms.names():
+            raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(rooms.names())}")
 
 
-def _open(out: Path, protocol: dict[str, Any]) -> dict[str, Any]:
-    path = out / f"{TABLE}.json"
+class Bench:
+    """A checkpoint before a data set: class-balanced images of any call, what they cost and how far they are from the data.
+
+    protocol: what every number shares.  yardstick: its floor is the Fréchet distance of as many real test images.
+    """
+
+    def __init__(self, model: str | Path, data: str, num_images: int, features: str | Path, precision: str, batch_size: int):
+        from latentdiff.autoencoders.codec import LatentCodec
+        from latentdiff.checkpoints import load, resolve_model
+        from latentdiff.commands import data_rule
+        from latentdiff.evaluation.features import load_features
+        from latentdiff.evaluation.report import reference_sets
+        from latentdiff.generation import every_class, set_precision
+
+        self.folder, self.num_images, self.batch_size = resolve_model(model), num_images, batch_size
+        self.pipeline = load(self.folder)
+        self.pipeline.set_progress_bar_config(disable=True)
+        set_precision(self.pipeline, precision)
+        self.rows = every_class(self.pipeline)
+        if num_images % len(self.rows):
+            raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(self.rows)} classes")
+        net = load_features(resolve_model(features, "--features", "model.safetensors"))
+        train, test = reference_sets(data, *data_rule(self.folder, LatentCodec(self.pipeline.vae)))
+        self.labels = None if self.rows == [None] else np.repeat(self.rows, num_images // len(self.rows))
+        self.protocol = {"model": str(model), "data": data, "images": num_images, "precision": precision,
+                         "features": net.name, "reference": train.fingerprint()}  # fmt: skip
+        self._sets = net, train, test
+        self.counter = RowCounter(self.pipeline.unet)
+
+    @cached_property
+    def yardstick(self) -> Any:
+        """Looks through the whole data set, so only once a table has been found to be of this protocol."""
+        from latentdiff.evaluation.report import Yardstick
+
+        return Yardstick(*self._sets, self.labels, self.num_images)
+
+    def measure(self, sampler: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
+        """evaluations and seconds an image, frechet, label_accuracy (None where it says nothing); call: of the pipeline."""
+        from latentdiff.generation import generate_batches
+
+        started, self.counter.rows = time.perf_counter(), 0
+        call = {"sampler": None if sampler == SCHEDULER else sampler} | call
+        per_row = self.num_images // len(self.rows)
+        batches = generate_batches(self.pipeline, self.rows, per_row, seed, self.batch_size, **call)
+        images = np.concatenate([images for images, _ in batches])
+        cell: dict[str, Any] = {"evaluations": self.counter.rows / self.num_images}
+        cell["seconds"] = (time.perf_counter() - started) / self.num_images
+        cell["frechet"], cell["label_accuracy"] = self.yardstick.measure(images, self.labels)
+        return cell
+
+
+def open_table(out: Path, name: str, protocol: dict[str, Any]) -> dict[str, Any]:
+    """The table begun in `out` under the same protocol, or an empty one; UserError where what is there is another."""
+    path = out / f"{name}.json"
     if not path.is_file():
         return {"protocol": protocol, "cells": []}
     try:
         table = json.loads(path.read_text())
         different = [key for key in protocol if table["protocol"].get(key) != protocol[key]]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise UserError(f"{path}: not a comparison; move it away or name another --out") from None
+        raise UserError(f"{path}: not a {name}; move it away or name another --out") from None
     if different:
         raise UserError(f"{path}: made with another {different[0]}; name another --out")
     return table
 
 
-def _write(out: Path, table: dict[str, Any]) -> None:
+def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
+    """<out>/<name>.json and .md, each the old or the new one, never half of it."""
     out.mkdir(parents=True, exist_ok=True)
-    for suffix, text in ((".json", json.dumps(table, indent=1) + "\n"), (".md", markdown(table))):
-        temporary = out / f".{TABLE}{suffix}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out / f"{TABLE}{suffix}")
+    for suffix, content in ((".json", json.dumps(table, indent=1) + "\n"), (".md", text)):
+        temporary = out / f".{name}{suffix}.tmp"
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(out / f"{name}{suffix}")
 
 
 def markdown(table: dict[str, Any]) -> str:

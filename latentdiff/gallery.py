@@ -38,7 +38,7 @@ def gallery(
     """
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model
-    from latentdiff.generation import check_out_folder
+    from latentdiff.writing import check_out_folder
 
     folder, out = resolve_model(model), check_out_folder(out)
     if sampler not in samplers.names():

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,9 +13,11 @@ import numpy as np
 import torch
 import yaml
 
+from latentdiff import processes
 from latentdiff.errors import UserError
 from latentdiff.plain import read_yaml
 from latentdiff.rng import derive_seed
+from latentdiff.writing import check_out, write_file, write_folder
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -27,10 +26,6 @@ Subject = int | str | None  # what an image is to show: a class's embedding row,
 # guide(subjects of a batch) -> guidance(denoiser) -> denoiser
 Guide = Callable[[list[Subject]], Callable[[Any], Any]]
 
-GRID_COLUMNS = 16
-GRID_IMAGES = 1024  # a PNG grid of more is not for people
-NAME_LENGTH = 120  # bytes of a prompt in a file's name
-ROW_NAME = 60  # characters of a prompt beside its row of a grid
 
 
 def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:
@@ -87,7 +82,10 @@ def _what_it_takes(pipeline: LatentDiffusionPipeline) -> str:
 
 
 def image_generators(seed: int, subject: Subject, start: int, count: int) -> list[torch.Generator]:
-    """Generators of images start ... start + count - 1 of a subject: functions of (seed, subject, number) alone."""
+    """Generators of images start ... start + count - 1 of a subject: functions of (seed, subject, number) alone.
+
+    They draw on the CPU, so that the noise is the same on every device.
+    """
     label = -1 if subject is None else subject
     return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
 
@@ -95,6 +93,21 @@ def image_generators(seed: int, subject: Subject, start: int, count: int) -> lis
 # What samplers.sample takes besides the sampler's own options, and a call has other ways to give
 COMMON = ("denoiser", "noise_or_shape", "sampler", "steps", "generator", "callback", "device")
 PRECISIONS = ("float32", "bfloat16")
+
+
+def place(pipeline: LatentDiffusionPipeline, device: str, sampler: str | None = None) -> torch.device:
+    """Move a loaded pipeline to the device of this name (see `processes.pick_device`), and return which it is.
+
+    latentdiff's samplers compute with schedules in float64. Where a device has none, auto is the CPU for them, and any other
+    name is a UserError.
+    """
+    found = processes.pick_device(device)
+    if (sampler is not None or pipeline.scheduler is None) and not processes.holds_float64(found):
+        if device != "auto":
+            raise UserError(f"--device {device}: has no float64, which latentdiff's samplers need; valid: auto, cpu")
+        found = torch.device("cpu")
+    pipeline.to(found)
+    return found
 
 
 def set_precision(pipeline: LatentDiffusionPipeline, precision: str) -> None:
@@ -165,22 +178,23 @@ def generate_batches(
     batch_size: int = 128,
     guide: Guide | None = None,
     label: int | None = None,
+    part: slice = slice(None),
     **call: Any,
 ) -> Iterator[tuple[np.ndarray, list[Subject]]]:
     """Yield (uint8 [B, H, W, C], rows [B]): `num_images` for each row, in order; `call` goes to the pipeline.
 
     rows: classes, prompts or None, as `subjects` gives them.  guide: guide(classes [B]) is the pipeline's guidance for a
-    batch.  label: the class of every prompt. An image depends on the checkpoint, the call, the seed, its subject and its
-    number within that, not on batch_size. UserError for what the pipeline refuses.
+    batch.  label: the class of every prompt.  part: only these of all the images. An image depends on the checkpoint, the
+    call, the seed, its subject and its number within that, not on batch_size. UserError for what the pipeline refuses.
     """
     null, away = pipeline.config.null_class, (call.get("negative_prompt") or "").strip()
     # Of what names nothing, guidance changes nothing: only a call of nothing else is the pipeline's to refuse
     named = {row for row in rows if label is not None or (row.strip() if isinstance(row, str) else row not in (None, null))}
-    wanted = [(row, k) for row in rows for k in range(num_images)]
+    wanted = [(row, k) for row in rows for k in range(num_images)][part]
     for start in range(0, len(wanted), batch_size):
-        part = wanted[start : start + batch_size]
-        generators = [image_generators(seed, row, k, 1)[0] for row, k in part]
-        labels = [row for row, _ in part]
+        batch = wanted[start : start + batch_size]
+        generators = [image_generators(seed, row, k, 1)[0] for row, k in batch]
+        labels = [row for row, _ in batch]
         told = {**call, "class_labels": [label if isinstance(row, str) else row for row in labels]}
         if any(isinstance(row, str) for row in labels):
             told["prompt"] = [row if isinstance(row, str) else None for row in labels]
@@ -197,41 +211,29 @@ def generate_batches(
         yield np.round(out * 255).astype(np.uint8), labels
 
 
-def check_out(out: str | Path, total: int) -> Path:
-    """The output path if it can be written: .png, .npz or a folder. UserError otherwise, before any work is done."""
-    path = Path(out)
-    if not str(out) or (not path.suffix and path.name.startswith(".")):
-        raise UserError(f"--out {str(out)!r}: give a file that ends in .png or .npz, or a folder's name")
-    if not path.suffix and path.is_dir() and any(path.iterdir()):
-        raise UserError(f"--out {out}: the folder is not empty; name a new one, so that old images do not stand among the new")
-    if path.suffix not in (".png", ".npz", ""):
-        raise UserError(f"--out {out}: must end in .png (a grid) or .npz, or name a folder")
-    if path.suffix and path.is_dir() or not path.suffix and path.is_file():
-        raise UserError(f"--out {out}: is {'a folder' if path.is_dir() else 'a file'} already")
-    if not path.suffix:
-        check_out_folder(path)
-    if path.suffix and not path.absolute().parent.is_dir():
-        raise UserError(f"--out {out}: the folder {path.parent} does not exist")
-    if path.suffix and not os.access(path.absolute().parent, os.W_OK):
-        raise UserError(f"--out {out}: the folder {path.parent} cannot be written to")
-    if path.suffix == ".png" and total > GRID_IMAGES:
-        raise UserError(f"--out {out}: {total} images are too many for one grid ({GRID_IMAGES}); use .npz or a folder")
-    return path
+def generate_share(
+    pipeline: LatentDiffusionPipeline,
+    rows: list[Subject],
+    num_images: int,
+    seed: int = 0,
+    batch_size: int = 128,
+    report: Callable[[int], object] = lambda count: None,
+    **call: Any,
+) -> np.ndarray:
+    """This process's share of what `generate_batches` yields, uint8 [n, H, W, C]; n is 0 where processes outnumber batches.
 
-
-def check_out_folder(out: str | Path) -> Path:
-    """The folder of that name if files can be written there, now or once it is made. UserError otherwise."""
-    path = Path(out)
-    if not str(out):
-        raise UserError("--out '': give a folder's name")
-    if (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
-    above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
-    if not above.is_dir():
-        raise UserError(f"--out {out}: cannot be made, for {above} is a file")
-    if not os.access(above, os.W_OK):
-        raise UserError(f"--out {out}: the folder {above} cannot be written to")
-    return path
+    report: told how many images each batch had.
+    """
+    total = len(rows) * num_images
+    part = processes.share(total, batch_size)
+    idle = part.start == part.stop
+    # A process without a share makes the last image for itself: it refuses what the others refuse, and does not wait for them
+    todo = slice(total - 1, total) if idle else part
+    made = []
+    for images, _ in generate_batches(pipeline, rows, num_images, seed, batch_size, part=todo, **call):
+        made.append(images)
+        report(0 if idle else len(images))
+    return np.concatenate(made)[: part.stop - part.start]
 
 
 def generate(
@@ -252,14 +254,19 @@ def generate(
     all_classes: bool = False,
     batch_size: int = 128,
     progress: bool = True,
+    device: str = "auto",
 ) -> Path:
     """Generate `num_images` of each class or prompt in `what` and write them; returns the path written.
+
+    Several processes of a launcher share the images, with the same result; each writes its own into a folder, the first
+    one a single file.
 
     negative: a prompt to guide away from, for a model that reads text.  label: the class of every prompt, for a model
     told both.
     out: .png, a labelled grid; .npz, arr_0 uint8 [N, H, W, 3] and arr_1 int64 [N]; else a folder with a PNG an image.
     classifier_strength: of classifier guidance, on top of classifier-free, by the classifier in the model's folder; 0 is
     off.  sampler_options: key=value, the sampler's own keywords.  Both need a sampler.
+    device: auto, cpu, or torch's name of another.
     The same arguments give the same file. UserError for an unknown class, sampler, model or a path that cannot be
     written.
     """
@@ -270,6 +277,7 @@ def generate(
     if min(num_images, batch_size, 1 if steps is None else steps) < 1:
         raise UserError("--num-images, --batch-size and --steps: must be at least 1")
     path, options = check_out(out, 0), parse_options(sampler_options or [])
+    processes.pick_device(device)
     if sampler is not None:
         from latentdiff import samplers
 
@@ -278,6 +286,7 @@ def generate(
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
+    found = place(pipeline, device, sampler)
     set_precision(pipeline, precision)
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
@@ -291,59 +300,33 @@ def generate(
         "num_inference_steps": steps, "sampler": sampler, "sampler_options": options, "guidance_scale": guidance,
         "guidance_interval": guidance_interval, "negative_prompt": negative,
     }  # fmt: skip
+    progress = progress and processes.rank() == 0
     if progress and (cuts := pipeline.cut_off([*(row for row in rows if isinstance(row, str)), negative])):
         print(f"latentdiff: longer than the text encoder reads, prompts lose these parts: {cuts}", file=sys.stderr)
-    images: list[np.ndarray] = []
-    labels: list[Subject] = []
-    with tqdm(total=len(rows) * num_images, unit="image", disable=not progress, delay=0.5) as bar:
-        for batch, part in generate_batches(pipeline, rows, num_images, seed, batch_size, guide, beside, **call):
-            images.extend(batch)
-            labels.extend(part)
-            bar.update(len(part))
-    _write(path, np.stack(images), labels, pipeline, beside)
+    if progress:
+        processes.announce("generate", found, len(rows) * num_images, batch_size)
+    part = processes.share(len(rows) * num_images, batch_size)
+    with tqdm(total=part.stop - part.start, unit="image", disable=not progress, delay=0.5) as bar:
+        call |= {"guide": guide, "label": beside}
+        images = generate_share(pipeline, rows, num_images, seed, batch_size, report=bar.update, **call)
+    _write(path, images, batch_size, [row for row in rows for _ in range(num_images)], pipeline, beside)
     return path
 
 
-def _write(path: Path, images: np.ndarray, rows: list[Subject], pipeline: LatentDiffusionPipeline, beside: int | None) -> None:
+def _write(
+    path: Path, mine: np.ndarray, batch_size: int, rows: list[Subject], pipeline: LatentDiffusionPipeline, beside: int | None
+) -> None:
+    """Write all images, of which this process has made its share; rows are those of all."""
     classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
     labels = [beside if isinstance(row, str) else row for row in rows]
     pairs = [("" if label is None else classes[label], row) for label, row in zip(labels, rows, strict=True)]
     names = [": ".join(part for part in pair if part and isinstance(part, str)) for pair in pairs]
-    if path.suffix == ".npz":
-        save_npz(path, images, np.array([-1 if label is None else label for label in labels]))
-    elif path.suffix == ".png":
-        from latentdiff.pictures import labelled_grid, save_png
-
-        grid, captions = _grid_rows(images, names)
-        save_png(labelled_grid(grid, [textwrap.shorten(text, ROW_NAME, placeholder=" …") for text in captions]), path)
+    if path.suffix:
+        images = processes.gather(mine, len(rows), batch_size)
+        if images is not None:
+            write_file(path, images, names, labels)
     else:
-        from PIL import Image
-
-        path.mkdir(parents=True, exist_ok=True)
-        for k, (image, text) in enumerate(zip(images, names, strict=True)):
-            name = re.sub(r"[^\w-]+", "_", text).encode()[:NAME_LENGTH].decode(errors="ignore") or "image"
-            Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(path / f"{k:05d}-{name}.png")
-
-
-def _grid_rows(images: np.ndarray, names: list[str]) -> tuple[list[list[np.ndarray]], list[str]]:
-    """Rows of at most GRID_COLUMNS images of one subject, named at the first of its rows."""
-    grid: list[list[np.ndarray]] = []
-    captions: list[str] = []
-    start = 0
-    while start < len(names):
-        stop = start
-        while stop < len(names) and stop - start < GRID_COLUMNS and names[stop] == names[start]:
-            stop += 1
-        continues = start > 0 and names[start - 1] == names[start]
-        captions.append("" if continues else names[start])
-        grid.append(list(images[start:stop]))
-        start = stop
-    return grid, captions
-
-
-def save_npz(path: Path, images: np.ndarray, labels: np.ndarray) -> None:
-    """guided-diffusion's evaluation format: arr_0 uint8 [N, H, W, 3] (grey repeated), arr_1 int64 [N]; written atomically."""
-    colour = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(temporary, colour, labels.astype(np.int64))
-    temporary.replace(path)
+        part = processes.share(len(rows), batch_size)
+        processes.meet()  # before anything is written: each has looked whether the folder is empty
+        write_folder(path, mine, names[part], part.start)
+        processes.meet()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from latentdiff import processes
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def judge(
     seed: int = 0,
     batch_size: int = 64,
     out: str | Path | None = None,
-) -> dict[str, Any]:
+    device: str = "auto",
+) -> dict[str, Any] | None:
     """Scores, ceiling, chance and memorisation of a model's pictures of num_prompts seen pairs and all held-out ones.
 
     One picture a pair, from the prompt "<style> style, <name>"; with `out` its files judge.json, judge.md and grid.png
     are written, the last with pictures of free prompts too, uncurated. What the numbers are: `evaluation.retrieval`.
-    steps, sampler, guidance, guidance_interval: None are the checkpoint's.
+    steps, sampler, guidance, guidance_interval: None are the checkpoint's.  device: of model and judge; auto, cpu, or torch's
+    name of another. Several processes of a launcher share the drawing; the first one judges, the others return None.
 
     UserError for a model that reads no text, data without styles and identities, or a judge trained on other data.
     """
@@ -54,8 +57,9 @@ def judge(
     from latentdiff.data.pairs import read_pairs
     from latentdiff.evaluation.judge import load_judge, open_gallery
     from latentdiff.evaluation.retrieval import MILD, chosen_rows
-    from latentdiff.generation import check_out_folder, set_precision
+    from latentdiff.generation import place, set_precision
     from latentdiff.guidance import check_interval
+    from latentdiff.writing import check_out_folder
 
     if num_prompts < 2 or batch_size < 1 or (steps is not None and steps < 1):
         raise UserError("judge: --num-prompts must be at least 2, --batch-size and --steps at least 1")
@@ -63,11 +67,13 @@ def judge(
     check_interval(guidance_interval, "--guidance-interval")
     if out is not None:
         check_out_folder(out)
+    processes.pick_device(device)
     net = load_judge(resolve_model(judge, "--judge", "model.safetensors"))
     pipeline = load(resolve_model(model))
     if pipeline.text_encoder is None:
         raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
-    gallery = open_gallery(net, read_pairs(data), str(judge))
+    found = place(pipeline, device, sampler)
+    gallery = open_gallery(net.to(found), read_pairs(data), str(judge))
     codec = LatentCodec(pipeline.vae)
     _check_pictures(pipeline, codec, gallery.pairs)
     rows = chosen_rows(gallery, num_prompts)
@@ -75,7 +81,11 @@ def judge(
     set_precision(pipeline, precision)
     call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
     call["guidance_interval"] = guidance_interval
-    made = draw(pipeline, _prompts(gallery.pairs, rows, free=out is not None), seed, batch_size, **call)
+    prompts = _prompts(gallery.pairs, rows, free=out is not None)
+    processes.announce("judge", found, max(map(len, prompts.values())), batch_size)
+    made = draw(pipeline, prompts, seed, batch_size, **call)
+    if made is None:
+        return None
     protocol = stated(pipeline, str(model), seed=seed, **call)
     protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
     protocol |= {"strength_of_augmentation": MILD, "trained_on_this_train_part": trained_on(resolve_model(model), str(data))}
@@ -88,21 +98,23 @@ def judge(
 
 def draw(
     pipeline: Any, prompts: Mapping[str, list[str]], seed: int, batch_size: int, **call: Any
-) -> dict[str, np.ndarray]:
-    """One picture of each prompt, uint8 [Q, H, W, C] a kind of prompts: functions of seed and prompt alone."""
+) -> dict[str, np.ndarray] | None:
+    """One picture of each prompt, uint8 [Q, H, W, C] a kind of prompts: functions of seed and prompt alone.
+
+    Several processes share them; on all but the first the result is None.
+    """
     from tqdm import tqdm
 
-    from latentdiff.generation import generate_batches
+    from latentdiff.generation import generate_share
 
+    parts = [processes.share(len(texts), batch_size) for texts in prompts.values()]
+    total, hidden = sum(part.stop - part.start for part in parts), processes.rank() > 0
+    with tqdm(total=total, unit="image", desc="drawing", delay=0.5, disable=hidden) as bar:
+        mine = [generate_share(pipeline, texts, 1, seed, batch_size, bar.update, **call) for texts in prompts.values()]
     made = {}
-    with tqdm(total=sum(map(len, prompts.values())), unit="image", desc="drawing", delay=0.5) as bar:
-        for kind, texts in prompts.items():
-            batches = []
-            for images, _ in generate_batches(pipeline, texts, 1, seed, batch_size, **call):
-                batches.append(images)
-                bar.update(len(images))
-            made[kind] = np.concatenate(batches)
-    return made
+    for (kind, texts), images in zip(prompts.items(), mine, strict=True):  # they meet when everything is drawn
+        made[kind] = processes.gather(images, len(texts), batch_size)
+    return None if hidden else made
 
 
 def trained_on(folder: Path, data: str) -> bool:

@@ -1,9 +1,11 @@
-"""Training in processes of its own, for tests that need several of them or kill them: imports once, then forks.
+"""Commands in processes of their own, for tests that need several of them or kill them: imports once, then forks.
 
 As a program: `python processes.py JOBS.json`, a list of jobs carried out one after another; their results are printed
-as one JSON list. A job is {"config": YAML, "world": N, "resume": bool}, with "kill_after" seconds, counted from when the
-file "once" is there, by "signal" (SIGKILL), and "limit", the bytes a file may have. Its result is {"codes": exit status
-of each process (-signal if killed), "stderr": of the first, "seconds": how long it ran}.
+as one JSON list. A job is {"config": YAML, "world": N, "resume": bool}, with "environment" variables, "kill_after" seconds,
+counted from when the file "once" is there, by "signal" (SIGKILL), "limit", the bytes a file may have, and "weigh", the start
+of paths to which each process of a stage 2 writes what it held (see `weigh`). Its result is {"codes": exit status of each
+process (-signal if killed), "stderr": of the first, "seconds": how long it ran}. Or it is {"command": arguments, "world": N}:
+the result's "stderr" and "stdout" are then of all processes, and as under a launcher one that fails ends them all.
 """
 
 import json
@@ -15,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,10 @@ def job(config: Path, world: int = 1, resume: bool = False, **more: Any) -> dict
     return {"config": str(config), "world": world, "resume": resume, **more}
 
 
+def command(*arguments: Any, world: int = 1) -> dict[str, Any]:
+    return {"command": [str(argument) for argument in arguments], "world": world}
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -44,42 +51,62 @@ def free_port() -> int:
 
 
 def run_job(wanted: dict[str, Any]) -> dict[str, Any]:
-    world, log = wanted["world"], tempfile.TemporaryFile()
+    world, log, out = wanted["world"], tempfile.TemporaryFile(), tempfile.TemporaryFile()
     port, began = free_port(), time.monotonic()
-    children = [start(wanted, rank, world, port, log.fileno()) for rank in range(world)]
+    children = [start(wanted, rank, world, port, log.fileno(), out.fileno()) for rank in range(world)]
     if wanted.get("kill_after") is not None:
         while not there(wanted.get("once")) and time.monotonic() - began < 240:
             time.sleep(0.01)
         time.sleep(wanted["kill_after"])
         for child in children:
             os.kill(child, getattr(signal, wanted.get("signal", "SIGKILL")))
-    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
-    log.seek(0)
-    return {"codes": codes, "stderr": log.read().decode(errors="replace"), "seconds": time.monotonic() - began}
+    codes = ended(children, wanted.get("command") is not None)
+    said = {}
+    for name, file in (("stderr", log), ("stdout", out)):
+        file.seek(0)
+        said[name] = file.read().decode(errors="replace")
+    return {"codes": codes, **said, "seconds": time.monotonic() - began}
+
+
+def ended(children: list[int], together: bool) -> list[int]:
+    """The exit status of each child, in order. together: the first that fails ends the others."""
+    codes: dict[int, int] = {}
+    while len(codes) < len(children):
+        child, status = os.wait()
+        codes[child] = os.waitstatus_to_exitcode(status)
+        for other in children if together and codes[child] else ():
+            if other not in codes:
+                os.kill(other, signal.SIGTERM)
+    return [codes[child] for child in children]
 
 
 def there(path: str | None) -> bool:
     return path is None or (Path(path).exists() and (Path(path).is_dir() or Path(path).stat().st_size > 0))
 
 
-def start(wanted: dict[str, Any], rank: int, world: int, port: int, log: int) -> int:
+def start(wanted: dict[str, Any], rank: int, world: int, port: int, log: int, out: int) -> int:
     child = os.fork()
     if child:
         return child
     code = 1
     try:
+        os.environ |= wanted.get("environment", {})
         if world > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                            "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)}  # fmt: skip
-        os.dup2(log if rank == 0 else os.open(os.devnull, os.O_WRONLY), 2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        arguments, nowhere = wanted.get("command"), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(log if rank == 0 or arguments else nowhere, 2)
+        os.dup2(out if arguments else nowhere, 1)
         if wanted.get("limit"):
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (wanted["limit"], wanted["limit"]))
         from latentdiff.cli import main
 
-        main(["train", wanted["config"], *(["--resume"] if wanted["resume"] else [])])
+        weighed = weigh(Path(f"{wanted['weigh']}-{rank}.json")) if wanted.get("weigh") else None
+        main(arguments or ["train", wanted["config"], *(["--resume"] if wanted["resume"] else [])])
         code = 0
+        if weighed:
+            weighed()
     except SystemExit as stopped:
         code = stopped.code if isinstance(stopped.code, int) else 1
     except BaseException:
@@ -87,8 +114,32 @@ def start(wanted: dict[str, Any], rank: int, world: int, port: int, log: int) ->
 
         traceback.print_exc()
     finally:
+        sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def weigh(path: Path) -> Callable[[], None]:
+    """A function that writes {"weights", "average", "moments": how many numbers of each this process holds in itself}."""
+    from latentdiff.training import diffusion
+
+    held, make = [], diffusion._work
+
+    def noted(config: Any, parts: Any, *rest: Any) -> Any:
+        held.append(parts)
+        return make(config, parts, *rest)
+
+    def count(tensors: Iterable[Any]) -> int:
+        return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
+
+    def write() -> None:
+        parts = held[0]
+        moments = [slots["exp_avg"] for slots in parts.optimizer.state.values()]
+        counts = {"weights": count(parts.bare.parameters()), "average": count(parts.ema.average.values())}
+        path.write_text(json.dumps(counts | {"moments": count(moments)}))
+
+    diffusion._work = noted
+    return write
 
 
 def warm_up() -> None:

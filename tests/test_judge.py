@@ -10,8 +10,9 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image, ImageDraw
+from processes import carry_out, command
 from tiny_models import tiny_unet, tiny_vae
-from tiny_runs import autoencoder_config, diffusion_config, write_yaml
+from tiny_runs import autoencoder_config, diffusion_config, tree, write_yaml
 
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.checkpoints import load, publish
@@ -358,3 +359,19 @@ def test_a_judge_of_other_pictures_of_the_same_names_is_refused(refused, gallery
 def test_the_judge_that_ships_says_what_it_was_trained_on():
     net = load_judge(Path(__file__).parents[1] / "weights" / "emoji-judge")
     assert len(net.info["data_fingerprint"]) == 64 and net.info["training"]["pictures"] == 3822
+
+
+def test_several_processes_judge_as_one(tmp_path, text_model, shapes, judge_folder):
+    wanted = ("judge", text_model, "--data", shapes, "--judge", judge_folder, "--num-prompts", 4, "--steps", 2)
+    wanted += ("--batch-size", 2, "--out")
+    outs = {world: tmp_path / str(world) for world in (1, 2)}
+    results = carry_out([command(*wanted, out, world=world) for world, out in outs.items()])
+    for world, result in zip(outs, results, strict=True):
+        assert result["codes"] == [0] * world, result["stderr"]
+        assert json.loads(result["stdout"]) == json.loads((outs[world] / "judge.json").read_text())
+    (one, table), (several, other) = ((tree(out), json.loads((out / "judge.json").read_text())) for out in outs.values())
+    assert {path.name for path in one} == {path.name for path in several} == {"grid.png", "judge.json", "judge.md"}
+    assert one[outs[1] / "grid.png"] == several[outs[2] / "grid.png"]  # which shows every picture
+    assert (table["scores"], table["protocol"]) == (other["scores"], other["protocol"])
+    for kind, entries in table["nearest_training_picture"].items():
+        assert other["nearest_training_picture"][kind] == pytest.approx(entries, rel=1e-6)

@@ -1,0 +1,179 @@
+"""The commands that measure: how they are parsed, and the one Python function that each calls."""
+
+from __future__ import annotations
+
+
+def add_measures(commands) -> None:
+    """Every command that measures a model."""
+    _add_evaluate(commands)
+    _add_compare(commands)
+    _add_tune(commands)
+    _add_looks(commands)
+    _add_judge(commands)
+
+
+def add_cost(add) -> None:
+    interval = "guide only at t in this interval, 0 is data and 1 noise; 0 1 is everywhere (default: the checkpoint's)"
+    add.add_argument("--guidance-interval", type=float, nargs=2, metavar=("LOW", "HIGH"), help=interval)
+    add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
+
+
+def add_device(add) -> None:
+    add.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps ... (default: what is there)")
+
+
+def _add_evaluate(commands) -> None:
+    add = commands.add_parser("evaluate", help="measure generated images against a data set")
+    add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
+    add.add_argument("--samples", metavar="FILE", help="measure an npz of generate instead of a model")
+    add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    add.add_argument("--cas-seeds", type=int, default=1, metavar="N", help="classifiers a side for CAS; 0 leaves it out")
+    add.add_argument("--steps", type=int, metavar="S")
+    add.add_argument("--sampler", metavar="NAME")
+    add.add_argument("--guidance", type=float, metavar="G")
+    add_cost(add)
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=128, metavar="B")
+    add_device(add)
+    add.add_argument("--out", metavar="DIR", help="also write evaluation.json and evaluation.md there")
+    add.set_defaults(run=evaluate_command)
+
+
+def _add_compare(commands) -> None:
+    add = commands.add_parser("compare", help="samplers side by side: cost and distance at several lengths")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
+    add.add_argument("--samplers", nargs="+", required=True, metavar="NAME", help="or scheduler: the checkpoint's own")
+    add.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="S")
+    add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    add.add_argument("--guidance", type=float, metavar="G")
+    add_cost(add)
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=128, metavar="B")
+    add.add_argument("--out", default="comparison", metavar="DIR", help="comparison.json and .md; an unfinished one goes on")
+    add.set_defaults(run=compare_command)
+
+
+def _add_tune(commands) -> None:
+    add = commands.add_parser("tune", help="search sampler, steps and guidance; the best becomes the default")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
+    add.add_argument("--budget", type=float, default=400.0, metavar="E", help="U-Net evaluations an image in all (default 400)")
+    add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a trial (default 1000)")
+    add.add_argument("--samplers", nargs="+", metavar="NAME", help="what is searched; scheduler: the checkpoint's own")
+    add.add_argument("--confirm-seeds", type=int, default=3, metavar="K", help="other seeds for the finalists (default 3)")
+    add.add_argument("--max-evaluations", type=float, metavar="E", help="of the choice (default: what the default takes)")
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
+    add.add_argument("--write", action="store_true", help="make the choice the checkpoint's default")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=128, metavar="B")
+    add.add_argument("--out", default="tuning", metavar="DIR", help="tuning.json, .md and .png; an unfinished search goes on")
+    add.set_defaults(run=tune_command)
+
+
+def _add_looks(commands) -> None:
+    add = commands.add_parser("agreement", help="how well models denoise, by noise level, and how far their answers differ")
+    add.add_argument("models", nargs="+", metavar="MODEL", help="checkpoints over one autoencoder")
+    add.add_argument("--data", required=True, metavar="D", help="whose test images are denoised")
+    add.add_argument("--num-images", type=int, default=500, metavar="N")
+    add.add_argument("--log-snrs", type=float, nargs="+", default=[-6, -4, -2, 0, 2, 4, 6], metavar="L", help="noise levels")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=100, metavar="B")
+    add.set_defaults(run=agreement_command)
+
+    add = commands.add_parser("gallery", help="pictures of what the denoiser does: trajectory, interpolation, guidance")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="whose test images are interpolated between")
+    add.add_argument("--steps", type=int, default=40, metavar="S")
+    add.add_argument("--sampler", default="dpmpp_2m", metavar="NAME")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--out", default="gallery", metavar="DIR")
+    add.set_defaults(run=gallery_command)
+
+    add = commands.add_parser("likelihood", help="bits per dimension of a data set's pixels, a bound through both stages")
+    add.add_argument("model", metavar="MODEL")
+    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
+    add.add_argument("--num-images", type=int, default=200, metavar="N", help="images of the split (default 200)")
+    add.add_argument("--probes", type=int, default=1, metavar="P", help="of Hutchinson's estimator for an image (default 1)")
+    add.add_argument("--rtol", type=float, default=1e-2, metavar="T", help="tolerance of the ODE (default 0.01)")
+    add.add_argument("--split", default="test", metavar="S", help="test (default) or train")
+    add.add_argument("--unconditional", action="store_true", help="under the null class, not each image's own")
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=50, metavar="B")
+    add.set_defaults(run=likelihood_command)
+
+
+def _add_judge(commands) -> None:
+    add = commands.add_parser("judge", help="does a model draw what prompts say", description=judge_command.__doc__)
+    add.add_argument("model", metavar="MODEL", help="a checkpoint that reads text")
+    add.add_argument("--data", required=True, metavar="DIR", help="pictures with styles and identities (prepare emoji)")
+    add.add_argument("--judge", required=True, metavar="FOLDER", help="what training a config with stage: judge made")
+    add.add_argument("--num-prompts", type=int, default=200, metavar="N", help="seen pairs (default 200), and all held-out")
+    add.add_argument("--steps", type=int, metavar="S")
+    add.add_argument("--sampler", metavar="NAME")
+    add.add_argument("--guidance", type=float, metavar="G")
+    add_cost(add)
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+    add.add_argument("--batch-size", type=int, default=64, metavar="B")
+    add_device(add)
+    add.add_argument("--out", metavar="DIR", help="also write judge.json, judge.md and grid.png there")
+    add.set_defaults(run=judge_command)
+
+
+def evaluate_command(arguments) -> None:
+    from latentdiff.commands import dump, evaluate
+
+    call = {"seed": arguments.seed, "batch_size": arguments.batch_size, "sampler": arguments.sampler}
+    call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, "precision": arguments.precision}
+    call["guidance_interval"] = arguments.guidance_interval
+    report = evaluate(
+        arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
+        arguments.cas_seeds, arguments.device, **call,
+    )  # fmt: skip
+    if report is not None:
+        print(dump(report))
+
+
+def compare_command(arguments) -> None:
+    from latentdiff.comparison import compare, markdown
+
+    print(markdown(compare(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+
+
+def tune_command(arguments) -> None:
+    from latentdiff.tuning import markdown, tune
+
+    print(markdown(tune(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+
+
+def agreement_command(arguments) -> None:
+    from latentdiff.agreement import agreement, markdown
+
+    print(markdown(agreement(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+
+
+def gallery_command(arguments) -> None:
+    from latentdiff.gallery import gallery
+
+    for path in gallery(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")}):
+        print(path)
+
+
+def likelihood_command(arguments) -> None:
+    from latentdiff.commands import dump, likelihood
+
+    print(dump(likelihood(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})))
+
+
+def judge_command(arguments) -> None:
+    """Draw each pair of style and identity from its prompt and find the nearest real pictures, as a trained judge sees."""
+    from latentdiff.commands import dump
+    from latentdiff.judging import judge
+
+    table = judge(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})
+    if table is not None:
+        print(dump(table))

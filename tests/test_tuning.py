@@ -1,0 +1,123 @@
+"""The search for a default: Pareto front, a choice that luck alone does not win, a table that goes on, a config rewritten."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import tuning
+
+DEFAULT = {"sampler": "scheduler", "steps": 20, "guidance": 1.5, "guidance_interval": None}
+SPACE = tuning.Space(("scheduler", "heun"), guided=True)
+
+
+def cell(evaluations: float, frechet: float, **setting) -> dict:
+    return {**DEFAULT, "evaluations": evaluations, "frechet": frechet, "label_accuracy": None, **setting}
+
+
+def landscape(setting: dict, seed: int) -> tuple[float, float, None]:
+    """A distance that falls with steps and is least at guidance 2, heun being the better one, with noise of the seed."""
+    evaluations = setting["steps"] * (2 if setting["sampler"] == "heun" else 1)
+    noise = np.random.default_rng((seed, setting["steps"])).normal() * 0.002
+    worse = 0.0 if setting["sampler"] == "heun" else 0.3
+    return evaluations, 0.1 + worse + 1 / evaluations + 0.5 * (setting["guidance"] - 2.0) ** 2 + noise, None
+
+
+def found(budget: float, cells: list | None = None, seed: int = 0) -> list[dict]:
+    cells = [] if cells is None else cells
+    tuning.search(landscape, SPACE, DEFAULT, budget, seed, cells, lambda: None)
+    return cells
+
+
+def test_the_front_is_what_nothing_beats():
+    cells = [cell(20, 0.5), cell(10, 0.7), cell(10, 0.6), cell(30, 0.5), cell(40, 0.4), cell(5, 0.9), cell(50, 0.45)]
+    assert [(c["evaluations"], c["frechet"]) for c in tuning.front(cells)] == [(5, 0.9), (10, 0.6), (20, 0.5), (40, 0.4)]
+
+
+def test_the_search_starts_at_the_default_keeps_to_its_budget_and_finds_the_better_region():
+    cells = found(600)
+    assert {key: cells[0][key] for key in tuning.KEYS} == DEFAULT
+    spent = [c["evaluations"] for c in cells]
+    assert sum(spent) >= 600 > sum(spent[:-1])
+    best = min(cells, key=lambda c: c["frechet"])
+    assert best["sampler"] == "heun" and abs(best["guidance"] - 2) < 0.3
+    assert best["frechet"] < cells[0]["frechet"] - 0.2
+    for c in cells:
+        assert 3 <= c["steps"] <= 32 and 1 <= c["guidance"] <= 3
+    assert cells == found(600)  # a function of its seed
+
+
+def test_an_interrupted_search_counts_what_is_there():
+    first = found(100)
+    both = found(300, cells=[dict(c) for c in first])
+    assert both[: len(first)] == first
+    spent = [c["evaluations"] for c in both]
+    assert sum(spent) >= 300 > sum(spent[:-1])
+
+
+def test_without_guidance_none_is_searched():
+    space, seen = tuning.Space(("heun",), guided=False), []
+
+    def measure(setting, seed):
+        seen.append(setting)
+        return float(setting["steps"]), 1 / setting["steps"], None
+
+    tuning.search(measure, space, {**DEFAULT, "guidance": 1.0}, 80, 0, [], lambda: None)
+    assert len(seen) > 3 and all(s["guidance"] == 1.0 and s["guidance_interval"] is None for s in seen)
+
+
+def test_the_finalists_are_measured_again_and_dear_ones_left_out():
+    cells = [cell(20, 0.5), cell(10, 0.45), cell(18, 0.4), cell(40, 0.1)]
+    asked = []
+
+    def measure(setting, seed):
+        asked.append((setting["evaluations"], seed))
+        return setting["evaluations"], setting["frechet"] + 0.01 * seed, None
+
+    confirmed = tuning.confirm(measure, cells, [7, 8], most=20)
+    assert [c["evaluations"] for c in confirmed] == [20, 18, 10]
+    assert asked == [(20, 7), (20, 8), (18, 7), (18, 8), (10, 7), (10, 8)]
+    assert confirmed[0]["mean"] == pytest.approx(0.575) and confirmed[0]["spread"] == pytest.approx(0.01 / 2**0.5)
+
+
+@pytest.mark.parametrize("challenger, evaluations, wins", [
+    ([0.40, 0.41, 0.39], 20, True),  # better on every seed by far more than the differences vary
+    ([0.49, 0.53, 0.46], 20, False),  # better on average by less than twice the error
+    ([0.51, 0.52, 0.50], 20, False),
+    ([0.505, 0.515, 0.495], 10, True),  # worse by 1 %, at half the cost
+    ([0.60, 0.61, 0.59], 10, False),
+])  # fmt: skip
+def test_a_choice_must_be_better_than_chance(challenger, evaluations, wins):
+    default = {**cell(20, 0), "frechet": [0.50, 0.51, 0.49], "mean": 0.5}
+    other = {**cell(evaluations, 0), "frechet": challenger, "mean": sum(challenger) / 3}
+    assert tuning.choose([default, other]) is (other if wins else default)
+
+
+def test_the_command_writes_table_picture_and_default(run, refused, here, model, stripe_folder, feature_folder):
+    from latentdiff.checkpoints import load
+
+    ask = ("tune", model, "--data", stripe_folder, "--features", feature_folder, "--num-images", 15, "--samplers", "scheduler",
+           "euler", "--confirm-seeds", 2)  # fmt: skip
+    before = load(model)
+    text = run(*ask, "--budget", 60, "--max-evaluations", 60, "--write")
+    table = json.loads((here / "tuning" / "tuning.json").read_text())
+    assert (here / "tuning" / "tuning.md").read_text() == tuning.markdown(table) and tuning.markdown(table) in text
+    assert np.asarray(Image.open(here / "tuning" / "tuning.png")).std() > 5
+    assert table["cells"][0]["steps"] == before.config.default_num_inference_steps
+    after, chosen = load(model), table["chosen"]
+    assert chosen["sampler"] == "scheduler"  # which the checkpoint has, so it keeps it
+    assert tuning.present(after) == chosen
+    assert after.config.class_names == before.config.class_names
+    said = {"num_inference_steps": chosen["steps"], "guidance_scale": chosen["guidance"],
+            "guidance_interval": chosen["guidance_interval"] or (0, 1)}  # fmt: skip
+    calls = ((after, {}), (before, said))
+    images = [pipe(class_labels=[0], output_type="np", generator=fresh(), **call).images for pipe, call in calls]
+    assert np.array_equal(*images)
+    assert "made with another images" in refused(*ask, "--num-images", 30)
+    assert "--samplers eular: unknown" in refused(*ask[:8], "--samplers", "eular")
+
+
+def fresh() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
