@@ -55,7 +55,10 @@ class OptimizerConfig(Section):
     weight_decay: float = Field(0.0, ge=0)
     eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
     warmup_steps: int = Field(0, ge=0)
-    schedule: Literal["constant", "cosine", "linear"] = "constant"  # after the warm-up, down to final_share * lr
+    # After the warm-up, down to final_share * lr. wsd: constant, then linear over the last decay_share of the steps
+    # (2405.18392), so that a run whose length is raised before its decay is the longer run from the start
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
+    decay_share: float = Field(0.2, gt=0, le=1)
     final_share: float = Field(0.0, ge=0, le=1)
     clip: float | None = Field(1.0, gt=0)  # largest gradient norm
 

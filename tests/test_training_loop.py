@@ -233,13 +233,14 @@ def test_a_second_signal_ends_the_process_once_it_is_not_the_same_one(monkeypatc
 # Pieces, checkpointing, the best state
 
 
-def test_ways_to_run_that_would_shard_the_weights_are_refused():
+def test_ways_to_run_that_neither_copy_nor_shard_the_weights_are_refused():
     from accelerate import DistributedType
 
-    for kind in ("NO", "MULTI_CPU", "MULTI_GPU"):
+    for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
         run.check_kind(DistributedType(kind).value)
-    for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        assert f"{kind.value} is not supported" in refusal(lambda kind=kind: run.check_kind(kind.value))
+    for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        said = refusal(lambda kind=kind: run.check_kind(kind.value))
+        assert f"{kind.value} is not supported; launch with --multi_gpu" in said and "--use_fsdp --fsdp_version 2" in said
 
 
 def test_pieces_cover_the_batch():

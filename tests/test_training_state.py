@@ -217,6 +217,13 @@ def test_the_learning_rate_is_a_function_of_the_step():
     assert run.learning_rate(OptimizerConfig(lr=0.1), 7, 8) == 0.1
 
 
+def test_a_run_that_is_lengthened_before_its_decay_had_the_longer_runs_rates():
+    config = OptimizerConfig(lr=0.1, warmup_steps=2, schedule="wsd", decay_share=0.25, final_share=0.5)
+    rates = [run.learning_rate(config, step, 16) for step in range(16)]
+    assert rates == pytest.approx([0.05] + [0.1] * 12 + [0.0875, 0.075, 0.0625])
+    assert [run.learning_rate(config, step, 8) for step in range(6)] == rates[:6]
+
+
 def test_clipping_limits_the_step_and_reports_the_norm_before():
     net = nn.Linear(1, 1, bias=False)
     net.weight.grad = torch.tensor([[-3.0]])

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.order import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
+from latentdiff.errors import UserError
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, diffusion_loss
 from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditions, loop, run, state
+from latentdiff.training import conditions, loop, run, sharding, state
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
@@ -36,7 +37,9 @@ BUCKETS = 4  # of the training time interval, for the loss by noise level
 @dataclass
 class Parts:
     """Everything a step touches. `network` is what accelerate wrapped, `bare` the module in it (the U-Net, with its text
-    encoder where that is trained too), `average` its EMA copy.
+    encoder where that is trained too), `average` a copy that validation and pictures look at, filled from the EMA.
+
+    In a sharded run `bare`, `ema` and the optimizer hold this process's rows; `average` is whole, and on the CPU meanwhile.
 
     balance(loss [B], t [B]) -> [B] is what is minimised: the loss as it is, or weighed by `uncertainty`, which it wraps.
     """
@@ -65,7 +68,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     output = Path(config.output)
     run.check_output(output, config, resume)
     _check(config)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = run.start_accelerator(config.train, shards=True)
     announce = run.announcement(accelerator, config.train)
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
         latents = prepare_latents(config, accelerator, progress, partial(conditions.check_data, config))
@@ -85,8 +88,8 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)
     accelerator.wait_for_everyone()
+    parts.ema.copy_to(parts.average)
     if accelerator.is_main_process:
-        parts.ema.copy_to(parts.average)
         publish(config, parts, output)
     run.meet(accelerator)
     accelerator.end_training()
@@ -98,6 +101,8 @@ def _check(config: DiffusionConfig) -> None:
     _noise(config)
     conditions.check(config)
     check_unet(config)
+    if config.train.compile and sharding.asked():
+        raise UserError("train.compile: a network sharded by accelerate launch --use_fsdp runs uncompiled; set it to false")
 
 
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
@@ -111,24 +116,40 @@ def _parts(config: DiffusionConfig, latents: Latents, told: conditions.Condition
     rows = told.classes.num_embeddings if told.classes else None
     unet = make_unet(config, latents.cache.latent_shape, rows, told.text.prompts.width if told.text else None)
     bare = conditions.network_of(unet, told)
-    average = copy.deepcopy(bare).to(accelerator.device).eval().requires_grad_(False)
+    average = copy.deepcopy(bare).eval().requires_grad_(False)
+    if not sharding.sharded(accelerator):
+        average.to(accelerator.device)
     dropout = replace_dropout(bare)
     if config.train.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     uncertainty = Uncertainty(schedule) if config.weighting == "uncertainty" else None
-    if uncertainty is None:
-        optimizer = run.make_optimizer(bare.parameters(), config.optimizer)
-        network, optimizer = accelerator.prepare(bare, optimizer)
-        balance = _unchanged
-    else:
-        groups = [{"params": bare.parameters()}, {"params": uncertainty.parameters(), "weight_decay": 0.0}]
-        optimizer = run.make_optimizer(groups, config.optimizer)
-        network, balance, optimizer = accelerator.prepare(bare, uncertainty, optimizer)
+    network, balance, optimizer = _shared_out(config, bare, uncertainty, accelerator)
     denoiser = Denoiser(unet_model(network, schedule), schedule, config.prediction)
     ema = Ema(bare, config.ema.decay, config.ema.power)
     return Parts(
         latents, told, schedule, levels, network, bare, average, optimizer, ema, denoiser, uncertainty, balance, dropout
     )
+
+
+def _shared_out(
+    config: DiffusionConfig, bare: nn.Module, uncertainty: Uncertainty | None, accelerator: Any
+) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Any]:
+    """(network, balance, optimizer) of `Parts`: DDP's copies, or sharded, where the optimizer has to be of the pieces."""
+    network: nn.Module = bare
+    balance: Any = uncertainty
+    sharded = sharding.sharded(accelerator)
+    if sharded:
+        network = sharding.shard(bare, accelerator)
+        balance = None if uncertainty is None else sharding.replicate(uncertainty, accelerator)
+    groups: list[dict[str, Any]] = [{"params": bare.parameters()}]
+    if uncertainty is not None:
+        groups.append({"params": uncertainty.parameters(), "weight_decay": 0.0})
+    optimizer: Any = run.make_optimizer(groups, config.optimizer)
+    if not sharded and uncertainty is None:
+        network, optimizer = accelerator.prepare(bare, optimizer)
+    elif not sharded:
+        network, balance, optimizer = accelerator.prepare(bare, uncertainty, optimizer)
+    return network, _unchanged if balance is None else balance, optimizer
 
 
 def _unchanged(loss: Tensor, t: Tensor) -> Tensor:
@@ -142,8 +163,11 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
     def after(done: int) -> dict[str, float]:
         if done % config.train.picture_every and done != config.train.steps:
             return {}
+        parts.average.to(accelerator.device)
         metrics = _validate(config, parts, accelerator, held)
         picture(config, parts, accelerator, output / "pictures" / f"step-{done:06d}.png")
+        if sharding.sharded(accelerator):
+            parts.average.to("cpu")
         return metrics
 
     def tensors() -> dict[str, dict[str, Tensor]]:
@@ -226,7 +250,7 @@ def _step(
         x0, noise, t = (drawn[name][piece] for name in ("x0", "noise", "t"))
         conditions = {name: value[piece] for name, value in drawn["conditions"].items()}
         set_keys(parts.dropout, config.seed, step, drawn["rows"][piece])
-        with loop.accumulating(accelerator, wrapped, piece is pieces[-1]):
+        with loop.accumulating(wrapped, piece is pieces[-1]):
             loss = diffusion_loss(
                 parts.denoiser, x0.to(device), t.to(device), noise.to(device), config.weighting, config.min_snr_gamma,
                 **conditions,
@@ -268,13 +292,15 @@ def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str, Tensor]) -> dict[str, float]:
-    """Validation loss of the raw and of the averaged weights; each process computes its share of the samples."""
-    parts.ema.copy_to(parts.average)
-    parts.bare.eval()
+    """Validation loss of the raw and of the averaged weights; each process computes its share of the samples.
+
+    Both are computed by `average`, the averaged weights last: a sharded network would have to be run alike on all processes.
+    """
     values, count = {}, len(held["x0"])
     mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
-    for name, network in (("raw", parts.bare), ("ema", parts.average)):
-        denoiser = Denoiser(unet_model(network, parts.schedule), parts.schedule, config.prediction)
+    denoiser = Denoiser(unet_model(parts.average, parts.schedule), parts.schedule, config.prediction)
+    for name, weights in (("raw", parts.bare.state_dict()), ("ema", parts.ema.state())):
+        sharding.fill(parts.average, weights)
         losses = torch.zeros(count, device=accelerator.device)
         for rows in mine.split(128) if len(mine) else ():
             batch = {key: value[rows].to(accelerator.device) for key, value in held.items()}
@@ -282,5 +308,4 @@ def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str
                 loss = diffusion_loss(denoiser, batch.pop("x0"), batch.pop("t"), batch.pop("noise"), **batch)
             losses[rows.to(losses.device)] = loss
         values[f"validation/loss_{name}"] = float(accelerator.reduce(losses, "sum").mean())
-    parts.bare.train()
     return values

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from latentdiff.training.sharding import fill, local, split
+
 
 class Ema:
     """Keeps avg <- d avg + (1 - d) w with d = min(decay, 1 - (1 + k)^-power) at update k = 1, 2, ...
 
-    Only floating-point parameters and buffers are averaged; others follow the model.
+    Only floating-point parameters and buffers are averaged; others follow the model. Of a sharded module's each process
+    averages its rows.
     """
 
     def __init__(self, module: nn.Module, decay: float, power: float):
@@ -25,11 +28,12 @@ class Ema:
         rate = 1.0 - self.decay_at(self.updates)
         averages, values = [], []
         for key, value in module.state_dict().items():
+            average, value = local(self.average[key]), local(value.detach())
             if value.is_floating_point():
-                averages.append(self.average[key])
-                values.append(value.detach())
+                averages.append(average)
+                values.append(value)
             else:
-                self.average[key].copy_(value)
+                average.copy_(value)
         torch._foreach_lerp_(averages, values, rate)
 
     def memory(self) -> float:
@@ -37,12 +41,13 @@ class Ema:
         return 1.0 / (1.0 - self.decay)
 
     def copy_to(self, module: nn.Module) -> None:
-        module.load_state_dict(self.average)
+        """Into an unsharded module of the same kind. Every process calls it where the averages are sharded."""
+        fill(module, self.average)
 
     def state(self) -> dict[str, Tensor]:
         return self.average
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
         for key, value in self.average.items():
-            value.copy_(tensors[key])
+            value.copy_(split(tensors[key], value))
         self.updates = updates

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from latentdiff.config import AutoencoderConfig, DiffusionConfig
 from latentdiff.errors import UserError
-from latentdiff.training import run, state
+from latentdiff.training import run, sharding, state
 from latentdiff.training.meters import Averages, Values
 
 STOPPED = 75  # exit status of a run that a signal stopped, its state saved: EX_TEMPFAIL, "try again"
@@ -37,11 +37,12 @@ class Stopped(SystemExit):
 
 @dataclass
 class Work:
-    """What a trainer does, for the loop to call; every process calls all but `tensors` alike.
+    """What a trainer does, for the loop to call; every process calls all of it alike.
 
     step(step, lr) -> (values to average, whether loss and gradient were finite); where not, nothing was changed.
     after(steps done) -> metrics to log at once: validation, pictures, the end of an epoch.
-    tensors() -> the training state's tensors by name.  meta() -> its JSON values.  restore(tensors, meta) takes them back.
+    tensors() -> the training state's tensors by name, sharded or whole.  meta() -> its JSON values.
+    restore(tensors, meta) takes them back, whole.
     samples(step) -> indices of the training images in the global batch.
     """
 
@@ -75,11 +76,12 @@ def resume(output: Path, work: Work, accelerator: Any) -> Progress:
 
 
 def save(output: Path, work: Work, progress: Progress, accelerator: Any, keep: int, best: bool = False) -> None:
-    """Write the state. Every process calls it, the main one writes."""
+    """Write the state, of whole tensors however they are held. Every process calls it at the same step, the main one writes."""
     averages = progress.averages.state(accelerator)
+    found = {**work.tensors(), **({"averages": averages} if averages else {})}
+    tensors = sharding.gathered(found, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         meta = {name: getattr(progress, name) for name in ("rate", "skipped", "in_a_row", "best")}
-        tensors = {**work.tensors(), **({"averages": averages} if averages else {})}
         state.save_state(output, progress.step, tensors, {**work.meta(), **meta}, keep, best)
 
 
@@ -207,11 +209,13 @@ def shares(count: int, micro: int | None) -> list[slice]:
 
 
 @contextlib.contextmanager
-def accumulating(accelerator: Any, networks: list[nn.Module], last: bool) -> Iterator[None]:
-    """Within the block gradients are summed up on this process alone, but for the last piece of a batch."""
+def accumulating(networks: list[nn.Module], last: bool) -> Iterator[None]:
+    """Within the block DDP sums gradients up on this process alone, but for the last piece of a batch.
+
+    A sharded network shares its gradients out after every piece: kept back, they would be whole on each device.
+    """
     with contextlib.ExitStack() as stack:
         if not last:
             for network in networks:
-                stack.enter_context(accelerator.no_sync(network))
+                stack.enter_context(getattr(network, "no_sync", contextlib.nullcontext)())
         yield
-

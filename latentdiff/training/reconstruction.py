@@ -80,7 +80,7 @@ def update(
     values: dict[str, tuple[Tensor, int]] = {}
     reconstructions, outs = [], []
     for k, (images, drawn) in enumerate(pieces):
-        with loop.accumulating(accelerator, [parts.network], k + 1 == len(pieces)):
+        with loop.accumulating([parts.network], k + 1 == len(pieces)):
             out = parts.network(images, drawn)
             terms = _terms(parts, accelerator, images, out, step, factor)
             accelerator.backward(terms["total"] * (len(images) / count))
@@ -129,7 +129,7 @@ def _adaptive_factor(parts: Parts, accelerator: Any, pieces: list[tuple[Tensor, 
         return None
     total = sum(len(images) for images, _ in pieces)
     sums = [torch.zeros_like(last), torch.zeros_like(last)]
-    with loop.accumulating(accelerator, [parts.network], last=False):
+    with loop.accumulating([parts.network], last=False):
         for images, drawn in pieces:
             reconstruction = parts.network(images, drawn)["reconstruction"].float()
             with accelerator.autocast():
@@ -149,7 +149,7 @@ def _critic_gradient(
     first, count = 0, len(x)
     for k, fake in enumerate(reconstructions):
         real, first = x[first : first + len(fake)], first + len(fake)
-        with loop.accumulating(accelerator, [parts.critic_network], k + 1 == len(reconstructions)):
+        with loop.accumulating([parts.critic_network], k + 1 == len(reconstructions)):
             with accelerator.autocast():
                 terms = discriminator_terms(parts.critic_network, real, fake)
             accelerator.backward(terms["total"] * (len(real) / count))

@@ -17,6 +17,7 @@ from torch import nn
 
 from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
+from latentdiff.training import sharding
 
 SETTLED = 0.25  # seconds without Python's lock, thousands of times what the process group's thread needs
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
@@ -29,11 +30,15 @@ FREE_ON_RESUME = (
 )  # fmt: skip
 
 
-def start_accelerator(train: TrainConfig):
-    """An Accelerator at the config's precision; `announcement` says what it has, once nothing can be refused."""
+def start_accelerator(train: TrainConfig, shards: bool = False):
+    """An Accelerator at the config's precision; `announcement` says what it has, once nothing can be refused.
+
+    shards: whether the run can shard its network, where the launcher asks for that.
+    """
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
+    sharding.check_launch(shards)
     # accelerate keeps the first run's precision for the life of the process, and refuses a second run in another
     AcceleratorState._reset_state()
     if train.threads is not None:
@@ -51,11 +56,11 @@ def start_accelerator(train: TrainConfig):
 
 
 def check_kind(kind: str) -> None:
-    """UserError for a way of sharing a run out, as accelerate names it, that splits or rewrites the weights themselves."""
-    if kind != "NO" and not kind.startswith("MULTI_"):
+    """UserError for a way of sharing a run out, as accelerate names it, that is neither whole copies nor FSDP."""
+    if kind not in ("NO", "FSDP") and not kind.startswith("MULTI_"):
         raise UserError(
-            f"accelerate launch: {kind} is not supported, states and averages would hold pieces of the weights; launch with "
-            "--multi_gpu, with train.gradient_checkpointing=true and a smaller train.micro_batch where memory is short"
+            f"accelerate launch: {kind} is not supported; launch with --multi_gpu, or, where one device is too small for the "
+            "U-Net, with --use_fsdp --fsdp_version 2"
         )
 
 
@@ -78,7 +83,8 @@ def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:
         accelerator.print(
             f"latentdiff train: {accelerator.num_processes} process(es), device {accelerator.device}, "
             f"precision {train.precision}, global batch {train.batch_size}, "
-            f"{torch.get_num_threads()} CPU thread(s) per process",
+            f"{torch.get_num_threads()} CPU thread(s) per process"
+            + (", the network sharded over them (FSDP2)" if sharding.sharded(accelerator) else ""),
             file=sys.stderr,
         )
 
@@ -96,7 +102,9 @@ def learning_rate(config: OptimizerConfig, step: int, steps: int) -> float:
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
     done = (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
-    shape = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done))}[config.schedule]
+    falling = min(1.0, (steps - step) / (config.decay_share * steps))
+    shapes = {"constant": 1.0, "linear": 1.0 - done, "cosine": 0.5 * (1.0 + math.cos(math.pi * done)), "wsd": falling}
+    shape = shapes[config.schedule]
     return config.lr * (config.final_share + (1.0 - config.final_share) * shape)
 
 
@@ -106,8 +114,9 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def gradient_norm(module: nn.Module, clip: float | None) -> float:
-    """Clip the gradient's norm to `clip` (None: measure only) and return what it was."""
-    return float(torch.nn.utils.clip_grad_norm_(module.parameters(), clip if clip is not None else math.inf))
+    """Clip the gradient's norm to `clip` (None: measure only) and return what it was; of a sharded module, the whole one's."""
+    norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip if clip is not None else math.inf)
+    return float(sharding.whole(norm))
 
 
 class Journal:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.training.sharding import split
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -25,11 +26,13 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put tensors of optimizer_tensors back; the parameter groups keep their present hyper-parameters."""
+    """Put tensors of optimizer_tensors back, whole ones; the parameter groups keep their present hyper-parameters."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     slots: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        slots.setdefault(int(index), {})[name] = tensor
+        # All but the count of steps is of the parameter's shape, and split where that is
+        slots.setdefault(int(index), {})[name] = tensor if name == "step" else split(tensor, parameters[int(index)])
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": slots, "param_groups": groups})
 
@@ -163,8 +166,10 @@ def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tens
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Load weights exactly; UserError naming the first key that differs."""
-    missing, unexpected = module.load_state_dict(tensors, strict=False)
+    """Load whole weights exactly, into a module that may be sharded; UserError naming the first key that differs."""
+    own = module.state_dict()
+    rows = {key: split(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
+    missing, unexpected = module.load_state_dict(rows, strict=False)
     if missing or unexpected:
         raise UserError(f"{what}: the saved state is of another model (first differing key: {[*missing, *unexpected][0]})")
 
