@@ -89,7 +89,8 @@ class LoopConfig(TrainConfig):
     compile: bool = False  # torch.compile of the network alone, held against eager before it is used
     bad_steps: int = Field(10, ge=0)  # in a row, skipped for a loss or gradient that is not finite, before on_bad
     on_bad: Literal["stop", "rollback"] = "stop"  # rollback: to the last state, at half the learning rate
-    best: Literal["validation/loss_ema", "validation/loss_raw"] | None = None  # stage 2: keep the state where it is lowest
+    # Stage 2: keep the state where it is lowest
+    best: Literal["validation/loss_ema", "validation/loss_raw", "evaluation/frechet"] | None = None
     timeout_minutes: float = Field(30.0, gt=0)  # how long a process waits for the others before it gives up
 
 
@@ -187,6 +188,15 @@ class SampleConfig(Section):
         return value
 
 
+class EvaluateConfig(Section):
+    """A distance measured while training, of images that the averaged weights make as `sample` says."""
+
+    every: int | None = Field(None, gt=0)  # steps; null: never
+    images: int = Field(500, ge=2)  # class-balanced, or of held-out captions
+    reference: int = Field(10_000, ge=2)  # training images they are held against
+    features: str | None = None  # a feature network's folder
+
+
 class DiffusionConfig(Section):
     """Stage 2: train a denoiser on the latents of a frozen autoencoder."""
 
@@ -209,6 +219,7 @@ class DiffusionConfig(Section):
     train: LoopConfig
     validation_images: int = Field(512, gt=0)
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 class FeaturesConfig(Section):

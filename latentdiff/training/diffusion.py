@@ -22,13 +22,13 @@ from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, diffusion_loss
 from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditions, loop, run, sharding, state
+from latentdiff.training import conditions, loop, run, sharding, state, watching
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.latents import Latents, prepare_latents, progress_bar
-from latentdiff.training.publishing import picture, publish, published_scheduler
+from latentdiff.training.publishing import picture, pipeline_parts, publish, published_scheduler
 from latentdiff.training.unets import check_unet, make_unet
 
 BUCKETS = 4  # of the training time interval, for the loss by noise level
@@ -99,6 +99,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
 def _check(config: DiffusionConfig) -> None:
     """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
     _noise(config)
+    watching.check(config)
     conditions.check(config)
     check_unet(config)
     if config.train.compile and sharding.asked():
@@ -158,14 +159,21 @@ def _unchanged(loss: Tensor, t: Tensor) -> Tensor:
 
 def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path) -> loop.Work:
     held = _validation_set(config, parts)
+    net = watching.load_net(config, accelerator.device)
+    watch = net and watching.Watch(config, parts.latents, parts.conditions, net, accelerator)
     parts.network.train()
 
     def after(done: int) -> dict[str, float]:
-        if done % config.train.picture_every and done != config.train.steps:
+        periods = config.train.picture_every, config.evaluate.every
+        pictured, measured = (every and (done % every == 0 or done == config.train.steps) for every in periods)
+        if not pictured and not measured:
             return {}
         parts.average.to(accelerator.device)
-        metrics = _validate(config, parts, accelerator, held)
-        picture(config, parts, accelerator, output / "pictures" / f"step-{done:06d}.png")
+        metrics = _validate(config, parts, accelerator, held)  # leaves the averaged weights in `average`
+        if watch and measured:
+            metrics |= watch.measure(pipeline_parts(config, parts))
+        if pictured:
+            picture(config, parts, accelerator, output / "pictures" / f"step-{done:06d}.png")
         if sharding.sharded(accelerator):
             parts.average.to("cpu")
         return metrics

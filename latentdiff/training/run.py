@@ -23,7 +23,7 @@ SETTLED = 0.25  # seconds without Python's lock, thousands of times what the pro
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
-    "output", "optimizer.", "sample.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
+    "output", "optimizer.", "sample.", "evaluate.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
     "cache.shard_size", "condition.text.folder", "train.steps", "train.threads", "train.log_every", "train.picture_every",
     "train.save_minutes", "train.keep", "train.micro_batch", "train.gradient_checkpointing", "train.compile", "train.bad_steps",
     "train.on_bad", "train.best", "train.timeout_minutes",
