@@ -51,7 +51,7 @@ def kill_at_random(folder: Path, tree: dict, kills: int, seed: int = 0) -> dict[
         config = write_yaml(folder / "run.yaml", {**tree, "output": str(output)})
         before, resume = newest(output), bool(state.state_folders(output))
         with open(os.devnull, "w") as nowhere:
-            child = start({"config": str(config), "resume": resume}, 0, 1, free_port(), nowhere.fileno())
+            child = start({"config": str(config), "resume": resume}, 0, 1, free_port(), *[nowhere.fileno()] * 2)
             began, limit = time.monotonic(), draw.uniform(0.0, 1.1 * longest)
             done = 0
             while not done and time.monotonic() - began < limit:
