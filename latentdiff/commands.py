@@ -6,6 +6,7 @@ import json
 import math
 import struct
 import sys
+import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,41 +116,45 @@ def evaluate(
     out: str | Path | None = None,
     cas_seeds: int = 1,
     device: str = "auto",
+    seeds: int = 1,
+    reference_cache: str | Path | None = None,
     **call: Any,
 ) -> dict[str, Any] | None:
-    """Generate class-balanced images (or read `samples`, an npz) and measure them against a data set.
+    """Generate class-balanced images (or read `samples`, an npz or a folder of images) and measure them against a data set.
 
     Several processes of a launcher share the generating; the first one measures, the others return None.
     device: of the model and the feature network; auto, cpu, or torch's name of another. CAS trains on the CPU.
     call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
-    The report, also written to `out` as JSON
-    and Markdown, holds the distance in the feature network's space, its floor, the reconstruction's, label accuracy,
-    the classification accuracy score (cas_seeds classifiers a side; 0: none), and the protocol.
+    seeds: how many sets of images, of seed, seed + 1 ...; values are means over them. reference_cache: where features of the
+    data are kept; None: reference-cache beside `out`.
+    The report, also written to `out` as JSON and Markdown, holds the distance in the feature network's space, its floor, the
+    reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
+    `latentdiff.evaluation.surroundings` measures, and the protocol. `out` gets the record and its page besides.
     """
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.data.preprocess import Preprocess
     from latentdiff.evaluation import report as reports
     from latentdiff.evaluation.features import load_features
+    from latentdiff.evaluation.sets import read_folder
     from latentdiff.generation import place, set_precision
+    from latentdiff.records import weights_of
     from latentdiff.training.features import train_classifier
-    from latentdiff.writing import check_out_folder
 
-    if (model is None) == (samples is None):
-        raise UserError("evaluate: give either MODEL or --samples FILE.npz")
-    if num_images < 2 or call.get("batch_size", 1) < 1 or cas_seeds < 0:
-        raise UserError("evaluate: --num-images must be at least 2, --batch-size at least 1, --cas-seeds at least 0")
-    if out is not None:
-        check_out_folder(out)
+    counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
+    reference_cache = _check_evaluate(model, samples, counts, out, reference_cache)
+    started, seed = time.perf_counter(), call.pop("seed", 0)
     found = processes.pick_device(device)
     net = load_features(resolve_model(features, "--features", "model.safetensors"))
-    codec, protocol = None, {}
+    codec, protocol = None, dict[str, Any]()
+    made: dict[str, Any] = {"device": str(found)}
     if model is None:
         if processes.rank() > 0:
             return None  # nothing is shared of images that are there
-        images, labels = read_npz(samples)
+        there = None if Path(str(samples)).is_dir() else read_npz(samples)
         train, test = reports.reference_sets(data, Preprocess(channels=net.channels))
-        protocol = {"model": f"samples of {samples}"}
+        images, labels = there or read_folder(str(samples), train.class_names)
+        sets, protocol = [images], {"model": f"samples of {samples}"}
     else:
         pipeline = load(resolve_model(model))
         pipeline.set_progress_bar_config(disable=True)
@@ -161,17 +166,49 @@ def evaluate(
         train, test = reports.reference_sets(data, *rule)
         check_classes(pipeline, train, data)
         processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
-        images, labels = _balanced(pipeline, num_images, **call)
-        if images is None:
+        drawn = [_balanced(pipeline, num_images, seed=seed + k, **call) for k in range(seeds)]
+        sets, labels = [images for images, _ in drawn], drawn[0][1]
+        if sets[0] is None:
             return None
-        protocol = {**stated(pipeline, str(model), **call), "precision": precision}
+        protocol = {**stated(pipeline, str(model), seed=seed, **call), "precision": precision}
+        made = {"weights": weights_of(resolve_model(model)), "device": str(found)}
+    generated = time.perf_counter()
     report = reports.evaluate_samples(
-        images, labels, train, test, net.to(found), protocol=protocol, codec=codec,
-        train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds),
+        sets[0], labels, train, test, net.to(found), protocol=protocol, codec=codec, more=sets[1:],
+        train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds), reference_cache=reference_cache,
     )  # fmt: skip
     if out is not None:
-        reports.write_report(report, out)
+        seconds = {"loading_and_generating": generated - started, "measuring": time.perf_counter() - generated}
+        _write_evaluation(out, report, made, seconds, sets[0], labels, train)
     return report
+
+
+def _check_evaluate(model, samples, counts, out, reference_cache) -> str | Path | None:
+    """UserError for arguments of `evaluate` that mean nothing; returns where the reference is kept."""
+    from latentdiff.evaluation.reference import cache_beside
+    from latentdiff.writing import check_out_folder
+
+    num_images, batch_size, seeds, cas_seeds = counts
+    if (model is None) == (samples is None):
+        raise UserError("evaluate: give either MODEL or --samples, an .npz or a folder")
+    if num_images < 2 or min(batch_size, seeds) < 1 or cas_seeds < 0:
+        raise UserError("evaluate: --num-images must be at least 2, --batch-size, --seeds at least 1, --cas-seeds at least 0")
+    if samples is not None and seeds != 1:
+        raise UserError(f"--seeds {seeds}: --samples are of one seed; give MODEL to make images from several")
+    for folder, flag in ((out, "--out"), (reference_cache, "--reference-cache")):
+        if folder is not None:
+            check_out_folder(folder, flag)
+    return cache_beside(out) if reference_cache is None and out is not None else reference_cache
+
+
+def _write_evaluation(out, report, made, seconds, images, labels, train) -> None:
+    from latentdiff import page, records
+    from latentdiff.evaluation.report import write_report
+
+    record = records.make_record(report, made, seconds)
+    write_report(report, out)
+    page.write_page(record, out, images, labels, train)
+    records.write_record(record, out)
 
 
 def likelihood(

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
-import reprlib
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
 from latentdiff.errors import UserError
+from latentdiff.mistakes import explain, override, similar_config
 from latentdiff.plain import read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
@@ -289,7 +288,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such config file{_similar_config(path)}")
+        raise UserError(f"{path}: no such config file{similar_config(path)}")
     try:
         tree = read_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -297,7 +296,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping with a 'stage' key, one of {', '.join(STAGES)}")
     for item in overrides or []:
-        _override(tree, item)
+        override(tree, item)
     return parse_config(tree, str(path))
 
 
@@ -308,53 +307,4 @@ def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     try:
         return TypeAdapter(AnyConfig).validate_python(tree)
     except ValidationError as error:
-        raise UserError(f"{where}: {_explain(error, STAGES[tree['stage']])}") from None
-
-
-def _override(tree: dict[str, Any], item: str) -> None:
-    key, eq, value = item.partition("=")
-    if not eq or not key:
-        raise UserError(f"override {item!r}: write it as key=value, for example train.steps=100")
-    *parents, last = key.split(".")
-    node = tree
-    for name in parents:
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
-        if not isinstance(node, dict):
-            raise UserError(f"override {item!r}: {name} is a value, not a section")
-    try:
-        node[last] = read_yaml(value)
-    except yaml.YAMLError:
-        raise UserError(f"override {item[:200]!r}: the value is not valid YAML") from None
-
-
-def _explain(error: ValidationError, root: type[Section]) -> str:
-    first = error.errors()[0]
-    path = [str(part) for part in first["loc"][1:]]  # the first part is the union's tag
-    dotted = ".".join(path)
-    if first["type"] == "extra_forbidden":
-        valid = _keys_at(root, path[:-1])
-        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
-        return f"{dotted}: unknown key; {hint}"
-    if first["type"] == "missing":
-        return f"{dotted}: this key is required"
-    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]} (got {reprlib.repr(first['input'])})"
-
-
-def _keys_at(root: type[Section], path: list[str]) -> list[str]:
-    node: Any = root
-    for name in path:
-        field = node.model_fields.get(name) if isinstance(node, type) and issubclass(node, BaseModel) else None
-        if field is None:
-            return []
-        node = field.annotation
-        if get_origin(node) is not None:
-            node = next((arg for arg in get_args(node) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
-    return list(node.model_fields) if isinstance(node, type) and issubclass(node, BaseModel) else []
-
-
-def _similar_config(path: Path) -> str:
-    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
-    return f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{where}: {explain(error, STAGES[tree['stage']])}") from None

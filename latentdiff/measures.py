@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from latentdiff.errors import UserError
+
 
 def add_measures(commands) -> None:
     """Every command that measures a model."""
@@ -26,10 +28,14 @@ def _add_evaluate(commands) -> None:
     add = commands.add_parser("evaluate", help="measure generated images against a data set")
     add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
     add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
-    add.add_argument("--samples", metavar="FILE", help="measure an npz of generate instead of a model")
+    add.add_argument("--samples", metavar="FILE", help="measure an npz, or a folder of images, instead of a model")
     add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
     add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
     add.add_argument("--cas-seeds", type=int, default=1, metavar="N", help="classifiers a side for CAS; 0 leaves it out")
+    sets = "sets of images, from --seed on; values are means over them (default 1)"
+    add.add_argument("--seeds", type=int, default=1, metavar="N", help=sets)
+    cache = "where the data's features are kept (default: reference-cache beside --out)"
+    add.add_argument("--reference-cache", metavar="DIR", help=cache)
     add.add_argument("--steps", type=int, metavar="S")
     add.add_argument("--sampler", metavar="NAME")
     add.add_argument("--guidance", type=float, metavar="G")
@@ -37,15 +43,16 @@ def _add_evaluate(commands) -> None:
     add.add_argument("--seed", type=int, default=0, metavar="K")
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add_device(add)
-    add.add_argument("--out", metavar="DIR", help="also write evaluation.json and evaluation.md there")
+    add.add_argument("--out", metavar="DIR", help="also write evaluation.json and .md, metrics.json and index.html there")
     add.set_defaults(run=evaluate_command)
 
 
 def _add_compare(commands) -> None:
-    add = commands.add_parser("compare", help="samplers side by side: cost and distance at several lengths")
-    add.add_argument("model", metavar="MODEL")
-    add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
-    add.add_argument("--samplers", nargs="+", required=True, metavar="NAME", help="or scheduler: the checkpoint's own")
+    about = "records of evaluate, or one model's samplers, side by side"
+    add = commands.add_parser("compare", help=about, description=compare_command.__doc__)
+    add.add_argument("what", nargs="+", metavar="RECORD|MODEL", help="metrics.json files or their folders; or one checkpoint")
+    add.add_argument("--data", metavar="D", help="of a MODEL: a folder, fashion-mnist, a table or shards (see README)")
+    add.add_argument("--samplers", nargs="+", metavar="NAME", help="of a MODEL; or scheduler: the checkpoint's own")
     add.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="S")
     add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
     add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
@@ -132,16 +139,28 @@ def evaluate_command(arguments) -> None:
     call["guidance_interval"] = arguments.guidance_interval
     report = evaluate(
         arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
-        arguments.cas_seeds, arguments.device, **call,
+        arguments.cas_seeds, arguments.device, arguments.seeds, arguments.reference_cache, **call,
     )  # fmt: skip
     if report is not None:
         print(dump(report))
 
 
 def compare_command(arguments) -> None:
+    """Records of evaluate side by side; or a checkpoint's samplers: what they cost and how far their images are."""
     from latentdiff.comparison import compare, markdown
+    from latentdiff.records import compare_records, is_record
 
-    print(markdown(compare(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+    if any(is_record(what) for what in arguments.what):
+        print(compare_records(arguments.what), end="")
+        return
+    if len(arguments.what) > 1:
+        told = "give one MODEL, or records that evaluate --out wrote"
+        raise UserError(f"compare: {arguments.what[1]} is one argument too many; {told}")
+    missing = [flag for flag, value in (("--data", arguments.data), ("--samplers", arguments.samplers)) if not value]
+    if missing:
+        raise UserError(f"compare: {arguments.what[0]} is no record, and a MODEL needs {' and '.join(missing)}")
+    options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "what")}
+    print(markdown(compare(arguments.what[0], **options)), end="")
 
 
 def tune_command(arguments) -> None:

@@ -40,18 +40,18 @@ def check_out(out: str | Path, total: int) -> Path:
     return path
 
 
-def check_out_folder(out: str | Path) -> Path:
-    """The folder of that name if files can be written there, now or once it is made. UserError otherwise."""
+def check_out_folder(out: str | Path, flag: str = "--out") -> Path:
+    """The folder of that name if files can be written there, now or once it is made. UserError otherwise, naming the flag."""
     path = Path(out)
     if not str(out):
-        raise UserError("--out '': give a folder's name")
+        raise UserError(f"{flag} '': give a folder's name")
     if (path.exists() or path.is_symlink()) and not path.is_dir():
-        raise UserError(f"--out {out}: is a file; name a folder")
+        raise UserError(f"{flag} {out}: is a file; name a folder")
     above = next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
     if not above.is_dir():
-        raise UserError(f"--out {out}: cannot be made, for {above} is a file")
+        raise UserError(f"{flag} {out}: cannot be made, for {above} is a file")
     if not os.access(above, os.W_OK):
-        raise UserError(f"--out {out}: the folder {above} cannot be written to")
+        raise UserError(f"{flag} {out}: the folder {above} cannot be written to")
     return path
 
 

@@ -10,7 +10,6 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +20,15 @@ from torch import Tensor
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.report import psnr, ssim
 from latentdiff.data.images import Columns
-from latentdiff.data.order import permutation
 from latentdiff.data.preprocess import ImageDataset, Preprocess
-from latentdiff.data.sources import USUAL_COLUMNS, ArraySource, held_out, kind_of, open_source, splits
+from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_source, splits
 from latentdiff.errors import UserError
 from latentdiff.evaluation.features import FeatureNet
+from latentdiff.evaluation.reference import see_reference
 from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, class_counts, look, read_batches
+from latentdiff.evaluation.sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.evaluation.statistics import frechet_distance
+from latentdiff.evaluation.surroundings import Surroundings, over_seeds, settings
 
 REPORT_NAME = "evaluation"
 # What a reader needs to repeat a number; what the caller cannot tell stays null and is shown as "not stated".
@@ -69,6 +70,8 @@ def evaluate_samples(
     cas_seeds: Sequence[int] = (0,),
     draw_seed: int = 0,
     batch: int = 250,
+    more: Sequence[np.ndarray] = (),
+    reference_cache: str | Path | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
     """Measure generated images against real ones; the report as JSON values.
@@ -76,7 +79,8 @@ def evaluate_samples(
     The reference of every Fréchet distance is the whole of train. The floor is the same distance of N real test
     images with the samples' class counts (fewer where test has fewer: the report says how many), and the
     reconstruction that of these images through codec. All are compared without padding, in 8 bits. Images are read
-    batch by batch; beyond the samples nothing grows with the number of images.
+    batch by batch; what grows with their number is the samples, and one float32 feature vector for each image.
+    "distribution": what `latentdiff.evaluation.surroundings` takes from these features; "per_class" and "memorisation" too.
 
     Args:
         samples: uint8 [N, H, W, C]; grey samples may come as RGB, as `generate` writes them.
@@ -84,30 +88,46 @@ def evaluate_samples(
         protocol: how the samples were made: model, sampler, steps, guidance, seed, and whatever else is to stand there.
         codec: the first stage, for the reconstruction row.
         train_classifier: trains a classifier from (data set, seed), for CAS; None leaves CAS out.
-        draw_seed: which real images make the floor and CAS's real side.
+        draw_seed: which real images make the floor and CAS's real side, and subsets of images.
+        more: further sets like samples, from other seeds: values are then means over all sets, with their spread; CAS,
+            per_class, memorisation and samples_sha256 are of the first alone.
+        reference_cache: a folder for the features of train, which are there the next time.
 
     Raises:
         UserError: samples, labels and data do not go together; the message says how.
     """
-    train_content, test_content = _without_padding(train), _without_padding(test)
-    generated = _sample_set(samples, labels, train_content)
-    floor_rows = _matching_rows(test, generated.labels, len(generated), draw_seed)
+    train_content, test_content = without_padding(train), without_padding(test)
+    sets = [sample_set(each, labels, train_content) for each in (samples, *more)]
+    generated = sets[0]
+    if any(len(each) != len(generated) for each in sets):
+        raise UserError(f"sets of samples from several seeds must be equally large, got {[len(each) for each in sets]}")
+    floor_rows = matching_rows(test, generated.labels, len(generated), draw_seed)
+    held_out_images = subset(test_content, floor_rows)
     log(f"evaluate: features of {len(train)} reference images, {len(generated)} samples, {len(floor_rows)} test images")
-    reference = look(net, read_batches(train_content, batch))
-    seen = look(net, read_batches(generated, batch))
-    floor = look(net, read_batches(_subset(test_content, floor_rows), batch))
-    frechet, metrics = _metrics(net, train, reference, seen, floor, log)
+    reference = see_reference(net, train_content, batch, reference_cache, log)
+    seen = [look(net, read_batches(each, batch), keep=True) for each in sets]
+    floor = look(net, read_batches(held_out_images, batch), keep=True)
+    metrics = over_seeds([_metrics(net, train, reference, each, floor, log) for each in seen])
+    frechet = metrics[f"frechet[{net.name}]"]
     if train_classifier is not None and generated.labels is not None:
         log(f"evaluate: training {2 * len(cas_seeds)} classifiers for CAS")
         metrics["cas"] = _cas(train_classifier, generated, train_content, test_content, cas_seeds, draw_seed)
+    around = Surroundings(net.name, reference, floor, train_content, held_out_images, draw_seed, log)
     report: dict[str, Any] = {
-        "protocol": _protocol(protocol, generated, seen, draw_seed),
-        "reference": _reference(train, reference, net),
+        "protocol": _protocol(protocol, generated, seen[0], draw_seed, len(sets)),
+        "reference": _reference(train, reference, net) | {"held_out_sha256": floor.sha256, "held_out_images": len(floor_rows)},
         "metrics": metrics,
+        "distribution": over_seeds([around.distribution(*each) for each in zip(seen, sets, strict=True)]),
+        "memorisation": around.memorisation(seen[0], generated),
+        "settings": settings(generated.preprocess.channels or 1, generated.preprocess.content[2:]),
+        "left_out": around.left_out,
     }
+    classes = around.per_class(seen[0], generated)
+    if classes is not None:
+        report["per_class"] = classes
     if codec is not None:
         log(f"evaluate: reconstructing {len(floor_rows)} test images")
-        report["reconstruction"] = _reconstruction(net, codec, _subset(test, floor_rows), batch)
+        report["reconstruction"] = _reconstruction(net, codec, subset(test, floor_rows), batch)
         moments = report["reconstruction"].pop("moments")
         frechet["reconstruction"] = frechet_distance(moments, reference.moments)
     return report
@@ -122,17 +142,17 @@ class Yardstick:
     def __init__(
         self, net: FeatureNet, train: ImageDataset, test: ImageDataset, labels: np.ndarray | None, count: int, batch: int = 250
     ):
-        self.net, self.batch, self.train = net, batch, _without_padding(train)
-        rows = _matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
+        self.net, self.batch, self.train = net, batch, without_padding(train)
+        rows = matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
         self.reference = look(net, read_batches(self.train, batch))
-        self.floor = self._distance(_subset(_without_padding(test), rows))[0]
+        self.floor = self._distance(subset(without_padding(test), rows))[0]
 
     def measure(self, samples: np.ndarray, labels: np.ndarray | None) -> tuple[float, float | None]:
         """(Fréchet distance to the whole of train, label accuracy) of uint8 samples [N, H, W, C].
 
         The accuracy is None without labels, and where the network was trained on other classes.
         """
-        distance, accuracy = self._distance(_sample_set(samples, labels, self.train))
+        distance, accuracy = self._distance(sample_set(samples, labels, self.train))
         return distance, accuracy if self.net.info.get("class_names") == list(self.train.class_names) else None
 
     def _distance(self, images: ImageDataset) -> tuple[float, float | None]:
@@ -142,19 +162,22 @@ class Yardstick:
 
 def _metrics(
     net: FeatureNet, train: ImageDataset, reference: Seen, seen: Seen, floor: Seen, log: Callable[[str], None]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(the entry of the Fréchet distance, all entries that need nothing beyond one pass of net)."""
+) -> dict[str, dict[str, Any]]:
+    """The Fréchet distance and the label accuracy."""
     frechet: dict[str, Any] = {
         "value": frechet_distance(seen.moments, reference.moments),
         "floor": frechet_distance(floor.moments, reference.moments),
+        "images": seen.moments.count,
         "floor_images": floor.moments.count,
     }
     metrics: dict[str, Any] = {f"frechet[{net.name}]": frechet}
     if seen.accuracy is not None and net.info.get("class_names") == list(train.class_names):
-        metrics[f"label_accuracy[{net.name}]"] = {"value": seen.accuracy, "real": floor.accuracy}
+        metrics[f"label_accuracy[{net.name}]"] = {
+            "value": seen.accuracy, "real": floor.accuracy, "images": seen.moments.count, "real_images": floor.moments.count
+        }  # fmt: skip
     elif seen.accuracy is not None:
         log(f"evaluate: no label accuracy: {net.name!r} was not trained on the classes of data '{train.source.name}'")
-    return frechet, metrics
+    return metrics
 
 
 def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
@@ -174,81 +197,59 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, P
 def markdown(report: Mapping[str, Any]) -> str:
     """The report as a table of numbers, then the protocol that belongs to them."""
     lines = ["| metric | samples | real images | reconstructions |", "|---|---|---|---|"]
-    for name, entry in report["metrics"].items():
-        real = entry["floor"] if "floor" in entry else entry["real"]
-        values = (entry["value"], real, entry.get("reconstruction"))
-        lines.append(f"| {name} | {' | '.join('–' if value is None else f'{value:.4f}' for value in values)} |")
+    for name, entry in {**report["metrics"], **report["distribution"]}.items():
+        side = "floor" if "floor" in entry else "real"
+        values = (shown(entry), shown(entry, side), shown(entry, "reconstruction"))
+        lines.append(f"| {name} | {' | '.join(values)} |")
     if "cas" in report["metrics"]:
         lines.append(f"| cas, share of real | {report['metrics']['cas']['ratio']:.4f} | 1 | – |")
     if "reconstruction" in report:
         entry = report["reconstruction"]
         quality = f"PSNR {entry['psnr']:.2f} dB, SSIM {entry['ssim']:.4f}"
         lines += ["", f"Reconstructions of {entry['images']} test images: {quality}."]
+    lines += ["", *_nearness(report["memorisation"])]
+    if "per_class" in report:
+        lines += ["", *_classes(report["per_class"])]
+    if report["left_out"]:
+        lines += ["", *(f"Left out: {name} ({reason})." for name, reason in report["left_out"].items())]
     lines += ["", "| protocol | |", "|---|---|"]
-    for section in ("protocol", "reference"):
+    for section in ("protocol", "reference", "settings"):
         for key, value in report[section].items():
-            shown = "not stated" if value is None else value
-            lines.append(f"| {'' if section == 'protocol' else 'reference '}{key.replace('_', ' ')} | {shown} |")
+            stated = "not stated" if value is None else value
+            before = {"protocol": "", "reference": "reference ", "settings": "measured with "}[section]
+            lines.append(f"| {before}{key.replace('_', ' ')} | {stated} |")
     return "\n".join(lines) + "\n"
 
 
-def _sample_set(samples: np.ndarray, labels: np.ndarray | None, train: ImageDataset) -> ImageDataset:
-    """The samples as a data set of train's size, channels and classes, after checking that they go with it."""
-    if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[3] not in (1, 3) or len(samples) < 2:
-        raise UserError(f"samples are {samples.dtype} {list(samples.shape)}: needs uint8 [N, H, W, 1 or 3] with N >= 2")
-    rule = train.preprocess
-    if tuple(samples.shape[1:3]) != rule.size:
-        raise UserError(
-            f"samples are {samples.shape[1]}x{samples.shape[2]}, the images of data '{train.source.name}' "
-            f"{rule.content[2]}x{rule.content[3]}: evaluate at the size the samples were made for"
-        )
-    wanted = None
-    if labels is not None:
-        wanted = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-        classes = len(train.class_names)
-        if train.labels is None:
-            raise UserError(f"samples have labels, data '{train.source.name}' has none: give a data set with classes")
-        if wanted.shape != (len(samples),) or wanted.min() < 0 or wanted.max() >= classes:
-            raise UserError(
-                f"labels of the samples are {list(wanted.shape)} from {wanted.min()} to {wanted.max()}: "
-                f"needs {len(samples)} of them, each 0 to {classes - 1}, the classes of data '{train.source.name}'"
-            )
-    source = ArraySource("samples", samples, wanted, train.class_names)
-    return ImageDataset(source, Preprocess(size=rule.size, channels=rule.channels))
+def shown(entry: Mapping[str, Any], side: str = "value") -> str:
+    """A value, its floor or the like with what is known of its error: standard error, else spread over seeds or subsets."""
+    value = entry.get(side)
+    if value is None:
+        return "–"
+    before = "" if side == "value" else f"{side}_"
+    errors = (entry.get(f"{before}{key}") for key in ("stderr", "seed_spread", "spread"))
+    error = next((e for e in errors if e is not None), None)
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {error:.4f}"
 
 
-def _without_padding(dataset: ImageDataset) -> ImageDataset:
-    """The same images without the border that a multiple_of asks for."""
-    rule = replace(dataset.preprocess, size=dataset.preprocess.content[2:], multiple_of=1)
-    return ImageDataset(dataset.source, rule, dataset.indices)
+def _nearness(entry: Mapping[str, Any]) -> list[str]:
+    head = "| nearest training image, in | median | of held-out images | samples closer than held-out images at 1 / 5 / 50 % |"
+    lines = [head, "|---|---|---|---|"]
+    for space in ("features", "pixels"):
+        found = entry[space]
+        closer = " / ".join(f"{100 * each['share']:.1f} %" for each in found["closer_than_held_out"])
+        lines.append(f"| {space} | {found['median']:.4f} | {found['held_out_median']:.4f} | {closer} |")
+    return lines
 
 
-def _subset(dataset: ImageDataset, rows: Tensor) -> ImageDataset:
-    return ImageDataset(dataset.source, dataset.preprocess, dataset.indices[rows])
-
-
-def _matching_rows(dataset: ImageDataset, labels: Tensor | None, count: int, seed: int) -> Tensor:
-    """Rows of dataset, ascending, drawn with the class counts of labels (None: any count rows), each at most once.
-
-    Where some class has too few images, all counts shrink by the same factor, so that the mix of classes stays.
-    """
-    order = permutation(len(dataset), seed, "evaluation")
-    if labels is None or dataset.labels is None:
-        return order[:count].sort().values
-    classes = len(dataset.class_names)
-    wanted = torch.bincount(labels, minlength=classes)
-    present = torch.bincount(dataset.labels, minlength=classes)
-    used = wanted > 0
-    share = min(1.0, (present[used] / wanted[used]).min().item())
-    shuffled = dataset.labels[order]
-    rows = [order[shuffled == c][: int(share * wanted[c] + 1e-9)] for c in range(classes)]
-    chosen = torch.cat(rows).sort().values
-    if len(chosen) < 2:
-        raise UserError(
-            f"data '{dataset.source.name}' has too few images of the samples' classes to compare with: "
-            f"{present.tolist()} held out, {wanted.tolist()} in the samples"
-        )
-    return chosen
+def _classes(table: Mapping[str, Any]) -> list[str]:
+    lines = ["| class | Fréchet distance | real images | samples |", "|---|---|---|---|"]
+    for name, entry in table["classes"].items():
+        lines.append(f"| {name} | {shown(entry)} | {shown(entry, 'floor')} | {entry['images']} |")
+    if table["left_out"]:
+        few = ", ".join(f"{name} ({count})" for name, count in table["left_out"].items())
+        lines.append(f"| fewer than {table['fewest_images']} images: {few} | – | – | – |")
+    return lines
 
 
 def _cas(
@@ -260,8 +261,8 @@ def _cas(
     draw_seed: int,
 ) -> dict[str, Any]:
     """CAS beside that of as many real images; both sides shrink alike where train has too few of a class."""
-    real = _subset(train, _matching_rows(train, generated.labels, len(generated), draw_seed))
-    generated = _subset(generated, _matching_rows(generated, real.labels, len(real), draw_seed))
+    real = subset(train, matching_rows(train, generated.labels, len(generated), draw_seed))
+    generated = subset(generated, matching_rows(generated, real.labels, len(real), draw_seed))
     score = cas(train_classifier, generated, real, test, seeds)
     return {
         "value": score.value, "real": score.real_value, "ratio": score.ratio, "images": len(real), "seeds": list(seeds),
@@ -288,10 +289,12 @@ def _reconstruction(net: FeatureNet, codec: LatentCodec, images: ImageDataset, b
     return {"moments": moments, "images": len(images), **means, "autoencoder_sha256": codec.fingerprint()}
 
 
-def _protocol(stated: Mapping[str, Any] | None, generated: ImageDataset, seen: Seen, draw_seed: int) -> dict[str, Any]:
+def _protocol(
+    stated: Mapping[str, Any] | None, generated: ImageDataset, seen: Seen, draw_seed: int, seeds: int
+) -> dict[str, Any]:
     record: dict[str, Any] = {field: None for field in PROTOCOL_FIELDS} | dict(stated or {})
     record |= {"images": len(generated), "image_size": list(generated.preprocess.size or ())}
-    record |= {"samples_sha256": seen.sha256, "draw_seed": draw_seed}
+    record |= {"samples_sha256": seen.sha256, "draw_seed": draw_seed, "seeds": seeds}
     if generated.labels is not None:
         counts = class_counts(generated)
         record |= {"class_counts": counts, "class_balanced": len(set(counts)) == 1}

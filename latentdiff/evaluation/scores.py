@@ -25,24 +25,38 @@ def read_batches(dataset: ImageDataset, size: int = 250) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Seen:
-    """One pass of a network over images: feature moments, share classified right (None: unlabelled), content hash."""
+    """One pass of a network over images: feature moments, share classified right (None: unlabelled), content hash.
+
+    features: float32 [N, D] where they were to be kept.
+    """
 
     moments: Moments
     accuracy: float | None
     sha256: str
+    features: Tensor | None = None
+
+    @property
+    def kept(self) -> Tensor:
+        """The features, which must have been kept."""
+        if self.features is None:
+            raise ValueError("the features were not kept: look(..., keep=True)")
+        return self.features
 
 
-def look(net: FeatureNet, batches: Iterable[Batch]) -> Seen:
+def look(net: FeatureNet, batches: Iterable[Batch], keep: bool = False) -> Seen:
     """Feature moments, label accuracy and hash of a stream of batches, in one pass that keeps no image.
 
-    The hash is over the 8-bit pixels, their shape and the labels, in order: equal for equal images wherever they lie
-    and however they are cut into batches.
+    keep: the features too, [N, D] in float32. The hash is over the 8-bit pixels, their shape and the labels, in order: equal
+    for equal images wherever they lie and however they are cut into batches.
     """
     moments, pixel_hash, label_hash = Moments(net.dim), hashlib.sha256(), hashlib.sha256()
     right, labelled, shape = 0, False, ()
+    kept: list[Tensor] = []
     for images, labels in batches:
         features, predicted = extract(net, images)
         moments.update(features)
+        if keep:
+            kept.append(features.float())
         pixels = to_uint8(images)
         shape = pixels.shape[1:]
         pixel_hash.update(pixels.tobytes())
@@ -52,7 +66,8 @@ def look(net: FeatureNet, batches: Iterable[Batch]) -> Seen:
             label_hash.update(labels.numpy().tobytes())
     accuracy = right / moments.count if labelled else None
     content = f"{list(shape)} {pixel_hash.hexdigest()} {label_hash.hexdigest()}"
-    return Seen(moments, accuracy, hashlib.sha256(content.encode()).hexdigest())
+    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    return Seen(moments, accuracy, sha256, torch.cat(kept) if keep else None)
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:

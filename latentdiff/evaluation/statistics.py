@@ -1,5 +1,7 @@
 """Mean and covariance of features in one streaming pass, and the Fréchet distance between two of them."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,18 @@ class Moments:
             raise ValueError(f"a covariance needs at least 2 rows, got {self.count}")
         return self._scatter / (self.count - 1)
 
+    @property
+    def scatter(self) -> Tensor:
+        """Sum of (x - mean)(x - mean)^T, [D, D]: what `of` takes."""
+        return self._scatter
+
+    @classmethod
+    def of(cls, count: int, mean: Tensor, scatter: Tensor) -> "Moments":
+        """Moments that were taken before."""
+        moments = cls(len(mean))
+        moments.count, moments.mean, moments._scatter = count, mean.double(), scatter.double()
+        return moments
+
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """Squared 2-Wasserstein distance of the Gaussians with the moments of a and b (1706.08500 eq. 6).
@@ -60,11 +74,20 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     the root is the sum of root eigenvalues of the symmetric C_a^{1/2} C_b C_a^{1/2}, which is right for singular
     covariances too (fewer rows than dimensions) and needs no offset on the diagonal.
     """
+    return distance_from(a)(b)
+
+
+def distance_from(a: Moments) -> Callable[[Moments], float]:
+    """frechet_distance(a, b) as a function of b, where many are measured against one a: its root is taken once."""
     root = _symmetric_root(a.covariance)  # [D, D]
-    eigenvalues = torch.linalg.eigvalsh(root @ b.covariance @ root)
-    cross = eigenvalues.clamp(min=0).sqrt().sum()
-    distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
-    return max(0.0, distance.item())
+
+    def distance(b: Moments) -> float:
+        eigenvalues = torch.linalg.eigvalsh(root @ b.covariance @ root)
+        cross = eigenvalues.clamp(min=0).sqrt().sum()
+        squared = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
+        return max(0.0, squared.item())
+
+    return distance
 
 
 def _symmetric_root(matrix: Tensor) -> Tensor:
