@@ -63,11 +63,12 @@ def scores(gallery: Gallery, images: Tensor, rows: Tensor) -> dict[str, Any]:
     """Shares of images [Q, 3, H, W] in [-1, 1] that show the pairs in `rows` [Q] of the data set.
 
     top1, top5: the wanted identity, in any style, is the nearest, or among the five nearest. style: the style head says
-    the wanted one.
+    the wanted one. top5_in_style: both at once.
     """
     embeddings, told = look(gallery.net, images)
     ranks = gallery.ranks(embeddings, gallery.pairs.identities[rows])
-    hits = {"top1": ranks < 1, "top5": ranks < 5, "style": told == gallery.pairs.styles[rows]}
+    styled = told == gallery.pairs.styles[rows]
+    hits = {"top1": ranks < 1, "top5": ranks < 5, "style": styled, "top5_in_style": (ranks < 5) & styled}
     return {"pictures": len(ranks)} | {name: hit.double().mean().item() for name, hit in hits.items()}
 
 
@@ -98,13 +99,14 @@ def nearest(gallery: Gallery, images: Tensor) -> dict[str, Any]:
 
 def markdown(table: Mapping[str, Any]) -> str:
     """The scores and distances of `judge_pictures` as tables, with table["protocol"] below."""
-    lines = ["| pictures | pairs | number | identity, top 1 | identity, top 5 | style |", "|---|---|---|---|---|---|"]
+    lines = ["| pictures | pairs | number | identity, top 1 | identity, top 5 | style | top 5 in the right style |"]
+    lines.append("|---|---|---|---|---|---|---|")
     groups = table["scores"]
     for what in (GENERATED, AUGMENTED, RECONSTRUCTED, SHUFFLED):
         for group, entries in groups.items():
             if what in entries:
                 score = entries[what]
-                shares = " | ".join(f"{100 * score[key]:.1f} %" for key in ("top1", "top5", "style"))
+                shares = " | ".join(f"{100 * score[key]:.1f} %" for key in ("top1", "top5", "style", "top5_in_style"))
                 lines.append(f"| {what} | {group} | {score['pictures']} | {shares} |")
     lines += ["", "| median distance to the nearest training picture | pixels | embedding |", "|---|---|---|"]
     for what, entry in table["nearest_training_picture"].items():
