@@ -186,7 +186,7 @@ def test_the_table_has_every_row_and_its_protocol(gallery):
     table = judge_pictures(gallery, drawn, reconstruct=lambda images: torch.ones_like(images))
     assert table["scores"]["seen"]["reconstructed real"]["top1"] < 1
     lines = markdown({"protocol": {"model": "m", "guidance_interval": None}, **table}).splitlines()
-    assert "| generated | held-out | 2 | 100.0 % | 100.0 % | 100.0 % |" in lines
+    assert "| generated | held-out | 2 | 100.0 % | 100.0 % | 100.0 % | 100.0 % |" in lines
     assert sum(line.startswith("| shuffled prompts |") for line in lines) == 2
     assert any(line.startswith("| real, held-out | 0.") for line in lines)
     assert lines[-1] == "model: m; guidance interval: None"
