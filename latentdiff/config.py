@@ -25,6 +25,7 @@ class DataConfig(Section):
     """Which images, and how they become the tensor the autoencoder sees."""
 
     source: str  # a folder, fashion-mnist, a table (parquet files, a folder of `datasets`, a Hub name) or WebDataset shards
+    streaming: bool = False  # read a table's parquet files where they lie, a row group at a time
     image_column: str | None = None  # of tables and shards; None: the usual names
     label_column: str | None = None
     text_column: str | None = None

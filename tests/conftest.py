@@ -1,6 +1,9 @@
 """Fixtures made once a session: a folder of stripes, a feature network, and a model of each stage trained on them."""
 
 import json
+import re
+import threading
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -100,3 +103,46 @@ def refused(here, capsys):
         return lines[0]
 
     return call
+
+
+@pytest.fixture
+def served(tmp_path):
+    """serve(ranges=True) -> the address of tmp_path on a loopback server, and the list of the ranges it was asked for."""
+    servers = []
+
+    def serve(ranges: bool = True) -> tuple[str, list[str | None]]:
+        asked: list[str | None] = []
+
+        class Handler(SimpleHTTPRequestHandler):
+            def __init__(self, *arguments):
+                super().__init__(*arguments, directory=str(tmp_path))
+
+            def log_message(self, *_):
+                pass
+
+            def do_GET(self):
+                wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or "")
+                path = Path(self.translate_path(self.path))
+                if not (ranges and wanted and path.is_file()):
+                    return super().do_GET()
+                asked.append(wanted[0])
+                part = path.read_bytes()[int(wanted[1]) : int(wanted[2]) + 1]
+                self.send_response(206)
+                self.send_header("Content-Length", str(len(part)))
+                self.send_header("Content-Range", f"bytes {wanted[1]}-{int(wanted[1]) + len(part) - 1}/{path.stat().st_size}")
+                self.end_headers()
+                self.wfile.write(part)
+
+            def end_headers(self):
+                self.send_header("Accept-Ranges", "bytes" if ranges else "none")
+                super().end_headers()
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", asked
+
+    yield serve
+    for server in servers:
+        server.shutdown()
+        server.server_close()

@@ -43,8 +43,11 @@ class ImageSource:
 
     Attributes: name (as the user wrote it), channels (1 or 3: what `read` returns), class_names (empty when
     unlabelled), labels (int64 [N] or None), captions (N tuples of one caption or more, or None), sizes (int64 [N, 2],
-    height and width as `read` returns them), bad ({file name: reason} of what was skipped).
+    height and width as `read` returns them), bad ({file name: reason} of what was skipped), blocks (how many of the images
+    lie together, one after another, where reading one reads them all; else None).
     """
+
+    blocks: tuple[int, ...] | None = None
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from latentdiff.errors import UserError
 from latentdiff.rng import derive_seed
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
+WINDOW = 4  # blocks whose samples are shuffled together
 
 
 class Indexed(Protocol):
@@ -32,10 +33,11 @@ def permutation(n: int, seed: int, *parts: int | str) -> torch.Tensor:
     return torch.from_numpy(np.argsort(_mix(np.arange(n), seed, *parts), kind="stable"))
 
 
-def stream(n: int, seed: int, start: int, count: int) -> torch.Tensor:
+def stream(n: int, seed: int, start: int, count: int, blocks: tuple[int, ...] | None = None) -> torch.Tensor:
     """Sample indices at positions start..start+count-1 of the endless concatenation of shuffled epochs. int64 [count].
 
-    Epoch e holds each of the n samples once, in the order permutation(n, seed, e).
+    Epoch e holds each of the n samples once, in the order permutation(n, seed, e). blocks: the samples lie in blocks of
+    these sizes, each read as a whole; then the blocks are shuffled, and the samples within windows of WINDOW blocks.
     """
     if n < 1:
         raise UserError("the data set has no images to draw from")
@@ -43,7 +45,7 @@ def stream(n: int, seed: int, start: int, count: int) -> torch.Tensor:
     while position < end:
         epoch, offset = divmod(position, n)
         take = min(n - offset, end - position)
-        pieces.append(_epoch_order(n, seed, epoch)[offset : offset + take])
+        pieces.append(_epoch_order(n, seed, epoch, blocks)[offset : offset + take])
         position += take
     return torch.cat(pieces)
 
@@ -104,13 +106,18 @@ class Batches:
     def _prepare(self, position: int) -> Batch:
         local = self.global_batch // self.world
         first = position + self.rank * local
-        indices = stream(len(self.dataset), self.seed, first, local)
+        indices = stream(len(self.dataset), self.seed, first, local, getattr(self.dataset, "blocks", None))
         return self.dataset.batch(indices, flips=coin_flips(self.seed, first, local) if self.flips else False)
 
 
 @lru_cache(maxsize=4)
-def _epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
-    return permutation(n, seed, "epoch", epoch)
+def _epoch_order(n: int, seed: int, epoch: int, blocks: tuple[int, ...] | None = None) -> torch.Tensor:
+    if blocks is None:
+        return permutation(n, seed, "epoch", epoch)
+    place = np.empty(len(blocks), dtype=np.int64)
+    place[permutation(len(blocks), seed, "blocks", epoch).numpy()] = np.arange(len(blocks))
+    window = np.repeat(place // WINDOW, blocks)  # [n]
+    return torch.from_numpy(np.lexsort((_mix(np.arange(n), seed, "epoch", epoch), window)))
 
 
 def _mix(values: np.ndarray, *parts: int | str) -> np.ndarray:

@@ -163,6 +163,14 @@ class ImageDataset:
         self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
+        self.blocks = None if source.blocks is None else self._blocks(source.blocks)
+
+    def _blocks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many of this data set's images lie in each of the source's blocks; they keep the source's order."""
+        block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[self.indices]
+        if bool((block.diff() < 0).any()):
+            raise ValueError("indices of a streamed source must keep its order")
+        return tuple(torch.bincount(block, minlength=len(sizes)).tolist())
 
     def __len__(self) -> int:
         return len(self.indices)

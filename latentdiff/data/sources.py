@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentdiff.data import tables, webshards
+from latentdiff.data import rowgroups, tables, webshards
 from latentdiff.data.files import inspect, leaves, one_line, read_idx
 from latentdiff.data.images import (
     IMAGE_SUFFIXES,
@@ -73,6 +73,7 @@ def open_source(
     channels: int | None = None,
     max_bad_share: float = 0.01,
     columns: Columns = USUAL_COLUMNS,
+    streaming: bool = False,
 ) -> ImageSource:
     """Opens the data set that one string names.
 
@@ -87,6 +88,7 @@ def open_source(
     applied.
     max_bad_share: the share of images that may be unreadable; they are named in `.bad` and skipped.
     columns: of tables and shards; see latentdiff.data.tables and latentdiff.data.webshards for the usual ones.
+    streaming: parquet is read where it lies and never stored; see latentdiff.data.rowgroups.
     """
     if channels not in (None, 1, 3):
         raise UserError(f"channels={channels}: valid are 1, 3 or none (taken from the data)")
@@ -95,6 +97,8 @@ def open_source(
     kind = kind_of(data)
     if kind not in ("table", "shards") and columns != USUAL_COLUMNS:
         raise UserError(f"data '{data}': image_column, label_column and text_column are for tables and shards alone")
+    if streaming:
+        return rowgroups.open_streamed(data, split, channels, max_bad_share, columns)
     if kind == "fashion-mnist":
         return _fashion_mnist(split, channels or 1)
     if kind == "table":
@@ -137,8 +141,10 @@ def _open_folder(data: str, split: str, channels: int | None, max_bad_share: flo
     return FolderSource(data, root, files, labels, class_names, captions, channels, max_bad_share)
 
 
-def splits(data: str) -> tuple[str, ...]:
+def splits(data: str, streaming: bool = False) -> tuple[str, ...]:
     """("train", "test") where the data set comes with a test split of its own, else ("train",)."""
+    if streaming:
+        return rowgroups.streamed_splits(data)
     kind, folder = kind_of(data), Path(data).expanduser()
     if kind == "table":
         return tables.table_splits(data)

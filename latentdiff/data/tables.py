@@ -11,7 +11,7 @@ import functools
 import glob
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -88,11 +88,24 @@ def open_table(data: str, split: str, channels: int | None, max_bad_share: float
     if split not in table_splits(data):
         raise UserError(f"data '{data}' has no test split; hold a share of its images out")
     table = _load(data, split)
+    image, labels, class_names, captions = describe(
+        table, lambda: table if split == "train" else _load(data, "train"), data, columns
+    )
+    return TableSource(data, table, image, labels, class_names, captions, channels, max_bad_share)
+
+
+def describe(
+    table: Any, load_train: Callable[[], Any], data: str, columns: Columns
+) -> tuple[str, list[int] | None, list[str], list[tuple[str, ...]] | None]:
+    """(the column of images, labels, class names, captions) of a table; classes are those of load_train()'s.
+
+    table: a datasets.Dataset, or what else has features, column_names and values(column).
+    """
     image = _image_column(table, columns.image, data)
     label = _column(table, columns.label, ("label",), _is_label, "label_column", "classes, whole numbers or strings", data)
     text = _column(table, columns.text, TEXT_COLUMNS, _is_text, "text_column", "strings or lists of strings", data)
     names = None if label is None else _label_names(table, label, data)
-    train = table if split == "train" or label is None else _load(data, "train")
+    train = table if label is None else load_train()
     if label is None or names is None:
         class_names, names = [], None
     elif label in train.column_names and hasattr(train.features[label], "names"):
@@ -103,9 +116,7 @@ def open_table(data: str, split: str, channels: int | None, max_bad_share: float
     if text is not None:
         texts = [captions_of(value, f"{data} row {row}") for row, value in enumerate(_values(table, text))]
         captions = all_or_none(texts, text, lambda row: f"{data} row {row}")
-    return TableSource(
-        data, table, image, numbered(names, class_names, data), class_names, captions, channels, max_bad_share
-    )  # fmt: skip
+    return image, numbered(names, class_names, data), class_names, captions
 
 
 def table_splits(data: str) -> tuple[str, ...]:
@@ -218,6 +229,8 @@ def _is_fetched(file: Path) -> bool:
 
 
 def _values(table: Any, column: str) -> list[Any]:
+    if hasattr(table, "values"):
+        return table.values(column)
     return table.with_format(None).select_columns([column])[:][column]
 
 

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import time
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -69,24 +70,34 @@ class Shard:
 
     def index(self, columns: Columns) -> list[Sample]:
         """Its samples, from the cache folder where this version was indexed before."""
-        stamps = {key: str(self.info[key]) for key in STAMPS if self.info.get(key) is not None}
-        file = self.file if self._storage else os.path.abspath(self.file)
-        identity = [FORMAT, file, stamps, columns.image, columns.label, columns.text]
-        path = _cache_folder() / (hashlib.sha256(json.dumps(identity).encode()).hexdigest() + ".json")
-        kept = _kept(path, identity)
-        if kept is not None:
-            return kept
+        return cached_index(self, [FORMAT, columns.image, columns.label, columns.text], lambda: self._look(columns))
+
+    def _look(self, columns: Columns) -> list[Sample]:
         if self.info.get("partial") is False:
             raise UserError(f"{self.file}: its server does not serve ranges of bytes, so no image can be read alone")
         try:
             with self.stream() as stream:
-                samples = index_shard(stream, self.info["size"], self.file, columns)
+                return index_shard(stream, self.info["size"], self.file, columns)
         except UserError:
             raise
         except Exception as error:
             raise UserError(f"{self.file}: cannot be read ({one_line(error)})") from error
-        _keep(path, identity, samples)
-        return samples
+
+    def identity(self) -> list[Any]:
+        """Which file it is, and which version of it as far as its storage tells."""
+        stamps = {key: str(self.info[key]) for key in STAMPS if self.info.get(key) is not None}
+        return [self.file if self._storage else os.path.abspath(self.file), stamps]
+
+
+def cached_index(shard: Shard, what: list[Any], look: Callable[[], list[Sample]]) -> list[Sample]:
+    """An index from the cache folder where this version of a file was indexed so before, else what look() finds, kept there."""
+    identity = [*what, *shard.identity()]
+    path = _cache_folder() / (hashlib.sha256(json.dumps(identity).encode()).hexdigest() + ".json")
+    kept = _kept(path, identity)
+    if kept is None:
+        kept = look()
+        _keep(path, identity, kept)
+    return kept
 
 
 class WebShardSource(EncodedImages):
@@ -132,7 +143,7 @@ def open_shards(data: str, channels: int | None, max_bad_share: float, columns: 
     UserError: a shard is missing, compressed, cut short or damaged; a sample has no image; or some have no label or
     caption although others do. The message names the shard and the sample.
     """
-    shards = [shard for name in expand(data) for shard in _shards(name, data)]
+    shards = [shard for name in expand(data) for shard in find_shards(name, data)]
     if not shards:
         raise UserError(f"data '{data}': no such shard")
     samples = [(k, sample) for k, found in enumerate(_indexes(shards, columns)) for sample in found]
@@ -156,7 +167,7 @@ def open_shards(data: str, channels: int | None, max_bad_share: float, columns: 
     )  # fmt: skip
 
 
-def _shards(name: str, data: str) -> list[Shard]:
+def find_shards(name: str, data: str) -> list[Shard]:
     """The shards of one name without braces, which may have * and ?."""
     if "://" not in name:
         path = str(Path(name).expanduser())

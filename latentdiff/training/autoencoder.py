@@ -132,7 +132,7 @@ def _work(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: 
         step=lambda step, lr: update(config, parts, accelerator, reading.at(step), step, lr), after=after,
         tensors=lambda: _tensors(parts), meta=lambda: {"ema_updates": parts.ema.updates},
         restore=lambda tensors, meta: _restore(output, parts, tensors, meta),
-        samples=lambda step: stream(len(images.train), config.seed, step * batch, batch),
+        samples=lambda step: stream(len(images.train), config.seed, step * batch, batch, images.train.blocks),
     )  # fmt: skip
 
 

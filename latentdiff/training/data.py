@@ -25,10 +25,10 @@ class Images:
 
     def __init__(self, config: DataConfig, multiple_of: int):
         columns = columns_of(config)
-        source = open_source(config.source, "train", config.channels, config.max_bad_share, columns)
+        source = open_source(config.source, "train", config.channels, config.max_bad_share, columns, config.streaming)
         rule = Preprocess(config.size, config.channels, config.fit, max(multiple_of, config.multiple_of))
-        if "test" in splits(config.source):
-            test = open_source(config.source, "test", config.channels, config.max_bad_share, columns)
+        if "test" in splits(config.source, config.streaming):
+            test = open_source(config.source, "test", config.channels, config.max_bad_share, columns, config.streaming)
             self.train = ImageDataset(source, rule)
             self.held_out = ImageDataset(test, self.train.preprocess)
         else:
@@ -39,6 +39,7 @@ class Images:
         self.bad = source.bad
         self.workers = config.workers
         self.flips = config.flips
+        self._shown: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def batches(self, seed: int, batch_size: int, start_step: int, accelerator) -> Batches:
         """Endless training batches of this process, from the given step on; batch_size is global."""
@@ -48,9 +49,11 @@ class Images:
         )  # fmt: skip
 
     def held_out_batch(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """`count` held-out images, spread evenly over the part: always the same ones."""
+        """`count` held-out images, spread evenly over the part: always the same ones, read once."""
         n = len(self.held_out)
-        return self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
+        if count not in self._shown:
+            self._shown[count] = self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
+        return self._shown[count]
 
     def held_out_captions(self, count: int) -> list[str] | None:
         """The first caption of each image of `held_out_batch`; None where the data have none."""

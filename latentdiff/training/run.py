@@ -223,12 +223,22 @@ def check_output(output: Path, config: Section, resume: bool) -> None:
     if not record.is_file():
         raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
     try:
-        before, now = _flat(json.loads(record.read_text())), _flat(config.model_dump(mode="json"))
+        before, now = _flat(_with_defaults(json.loads(record.read_text()), config)), _flat(config.model_dump(mode="json"))
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{record}: damaged ({' '.join(str(error).split())[:80]}), so nothing says what run this is") from None
     for key in sorted({**before, **now}):
         if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
             raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")
+
+
+def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:
+    """A run's config with the defaults of keys that came after it; as it is where it is not valid any more."""
+    from pydantic import ValidationError
+
+    try:
+        return type(config).model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
