@@ -18,6 +18,8 @@ from latentdiff.config import LoopConfig, parse_config
 from latentdiff.objective import Uncertainty
 from latentdiff.training import run, sharding, state, train
 
+pytestmark = pytest.mark.slow  # one fixture of many runs, most in several processes
+
 # As accelerate's launcher sets them; the last is its default, by which some processes might get no text encoder
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
 STEPS = 8
