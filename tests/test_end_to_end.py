@@ -105,6 +105,7 @@ def launch(config: Path, log: Path) -> subprocess.Popen:
         return subprocess.Popen(command, env=environment, stdout=stream, stderr=subprocess.STDOUT)
 
 
+@pytest.mark.slow
 def test_two_processes_train_both_stages(tmp_path, stripe_folder, autoencoder_run):
     # Plain gradient noise is not to be amplified: Adam's first steps are signs, so a large eps keeps them comparable
     same = {"optimizer__eps": 1e-3, "optimizer__lr": 1e-2, "train__steps": 4, "data__flips": True}

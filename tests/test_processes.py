@@ -66,7 +66,9 @@ def assert_equal_runs(first: Path, second: Path, step: int) -> None:
     assert lines(first) == lines(second)
 
 
-@pytest.mark.parametrize("stage", ["autoencoder", "vq", "diffusion", "weighted"])
+@pytest.mark.parametrize("stage", [
+    "autoencoder", pytest.param("vq", marks=pytest.mark.slow), "diffusion", pytest.param("weighted", marks=pytest.mark.slow),
+])  # fmt: skip
 def test_processes_and_pieces_take_the_steps_of_one(tmp_path, stripe_folder, autoencoder_run, stage):
     # Of the diffusion run the whole batch is 8; each of two processes has 4, each of four 2; pieces are of 3, 3 and 2
     ways = {"one": (1, {}), "pieces": (1, {"train__micro_batch": 3}), "two": (2, {"train__micro_batch": 2}), "four": (4, {})}
