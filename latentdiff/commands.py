@@ -276,8 +276,8 @@ def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> No
         raise UserError(f"--data {data}: its classes ({said}) are not the model's ({', '.join(names) or count}){advice}")
 
 
-def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns]:
-    """Preprocessing, held-out share and columns that a checkpoint was trained with, from its latentdiff.json."""
+def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, bool]:
+    """Preprocessing, held-out share, columns and streaming that a checkpoint was trained with, from its latentdiff.json."""
     from latentdiff.checkpoints import META, read_meta
     from latentdiff.data.images import Columns
     from latentdiff.data.preprocess import Preprocess
@@ -286,9 +286,9 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns]:
     if "config" not in meta:
         raise UserError(f"{folder}: was not trained here, so nothing says how images are prepared for it")
     data = meta["config"]["data"]
-    size = None if data["size"] is None else tuple(data["size"])
+    size, columns = data["size"] and tuple(data["size"]), (data.get(f"{name}_column") for name in ("image", "label", "text"))
     rule = Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
-    return rule, data["held_out"], Columns(*(data.get(f"{name}_column") for name in ("image", "label", "text")))
+    return rule, data["held_out"], Columns(*columns), data.get("streaming", False)
 
 
 def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[Any, np.ndarray | None]:

@@ -158,11 +158,10 @@ def open_table(out: Path, name: str, protocol: dict[str, Any]) -> dict[str, Any]
 
 def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
     """<out>/<name>.json and .md, each the old or the new one, never half of it."""
-    out.mkdir(parents=True, exist_ok=True)
-    for suffix, content in ((".json", json.dumps(table, indent=1) + "\n"), (".md", text)):
-        temporary = out / f".{name}{suffix}.tmp"
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(out / f"{name}{suffix}")
+    from latentdiff.writing import replace_text
+
+    replace_text(out / f"{name}.json", json.dumps(table, indent=1) + "\n")
+    replace_text(out / f"{name}.md", text)
 
 
 def markdown(table: dict[str, Any]) -> str:

@@ -169,6 +169,7 @@ def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, 
 def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
     from latentdiff.evaluation.retrieval import markdown
     from latentdiff.pictures import captioned_grid, save_png
+    from latentdiff.writing import replace_text
 
     rows, captions, names = [], [], []
     for kind, images in made.items():
@@ -182,6 +183,4 @@ def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], pro
     save_png(captioned_grid(rows, captions, names), out / "grid.png")
     texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": markdown(table)}
     for name, text in texts.items():
-        temporary = out / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(out / name)
+        replace_text(out / name, text)

@@ -24,23 +24,31 @@ def add_device(add) -> None:
     add.add_argument("--device", default="auto", metavar="D", help="cpu, cuda, cuda:1, mps ... (default: what is there)")
 
 
+def _add_sampling(add) -> None:
+    add.add_argument("--steps", type=int, metavar="S")
+    add.add_argument("--sampler", metavar="NAME")
+    add.add_argument("--guidance", type=float, metavar="G")
+    add_cost(add)
+    add.add_argument("--seed", type=int, default=0, metavar="K")
+
+
+def _add_features(add) -> None:
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+
+
 def _add_evaluate(commands) -> None:
     add = commands.add_parser("evaluate", help="measure generated images against a data set")
     add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
     add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
     add.add_argument("--samples", metavar="FILE", help="measure an npz, or a folder of images, instead of a model")
     add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
-    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    _add_features(add)
     add.add_argument("--cas-seeds", type=int, default=1, metavar="N", help="classifiers a side for CAS; 0 leaves it out")
     sets = "sets of images, from --seed on; values are means over them (default 1)"
     add.add_argument("--seeds", type=int, default=1, metavar="N", help=sets)
     cache = "where the data's features are kept (default: reference-cache beside --out)"
     add.add_argument("--reference-cache", metavar="DIR", help=cache)
-    add.add_argument("--steps", type=int, metavar="S")
-    add.add_argument("--sampler", metavar="NAME")
-    add.add_argument("--guidance", type=float, metavar="G")
-    add_cost(add)
-    add.add_argument("--seed", type=int, default=0, metavar="K")
+    _add_sampling(add)
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add_device(add)
     add.add_argument("--out", metavar="DIR", help="also write evaluation.json and .md, metrics.json and index.html there")
@@ -55,7 +63,7 @@ def _add_compare(commands) -> None:
     add.add_argument("--samplers", nargs="+", metavar="NAME", help="of a MODEL; or scheduler: the checkpoint's own")
     add.add_argument("--steps", nargs="+", type=int, default=[5, 10, 20, 50], metavar="S")
     add.add_argument("--num-images", type=int, default=1000, metavar="N", help="class-balanced images a cell (default 1000)")
-    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    _add_features(add)
     add.add_argument("--guidance", type=float, metavar="G")
     add_cost(add)
     add.add_argument("--seed", type=int, default=0, metavar="K")
@@ -73,7 +81,7 @@ def _add_tune(commands) -> None:
     add.add_argument("--samplers", nargs="+", metavar="NAME", help="what is searched; scheduler: the checkpoint's own")
     add.add_argument("--confirm-seeds", type=int, default=3, metavar="K", help="other seeds for the finalists (default 3)")
     add.add_argument("--max-evaluations", type=float, metavar="E", help="of the choice (default: what the default takes)")
-    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    _add_features(add)
     add.add_argument("--precision", default="float32", metavar="P", help="of the U-Net: float32 (default) or bfloat16")
     add.add_argument("--write", action="store_true", help="make the choice the checkpoint's default")
     add.add_argument("--seed", type=int, default=0, metavar="K")
@@ -120,11 +128,7 @@ def _add_judge(commands) -> None:
     add.add_argument("--data", required=True, metavar="DIR", help="pictures with styles and identities (prepare emoji)")
     add.add_argument("--judge", required=True, metavar="FOLDER", help="what training a config with stage: judge made")
     add.add_argument("--num-prompts", type=int, default=200, metavar="N", help="seen pairs (default 200), and all held-out")
-    add.add_argument("--steps", type=int, metavar="S")
-    add.add_argument("--sampler", metavar="NAME")
-    add.add_argument("--guidance", type=float, metavar="G")
-    add_cost(add)
-    add.add_argument("--seed", type=int, default=0, metavar="K")
+    _add_sampling(add)
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
     add_device(add)
     add.add_argument("--out", metavar="DIR", help="also write judge.json, judge.md and grid.png there")

@@ -15,6 +15,7 @@ from latentdiff.data.preprocess import ImageDataset, to_uint8
 from latentdiff.evaluation.report import shown
 from latentdiff.evaluation.sets import sample_set, without_padding
 from latentdiff.pictures import labelled_grid, save_png
+from latentdiff.writing import replace_text
 
 GRID, CLOSEST, PAGE = "samples.png", "closest.png", "index.html"
 COLUMNS, ROWS = 12, 20
@@ -39,9 +40,7 @@ def write_page(
     generated = sample_set(samples, labels, real)
     save_png(_grid(generated), folder / GRID)
     save_png(_closest(record["memorisation"], generated, real), folder / CLOSEST)
-    temporary = folder / f".{PAGE}.tmp"
-    temporary.write_text(page(record), encoding="utf-8")
-    temporary.replace(folder / PAGE)
+    replace_text(folder / PAGE, page(record))
     return [folder / name for name in (PAGE, GRID, CLOSEST)]
 
 

@@ -11,6 +11,7 @@ from typing import Any
 from latentdiff.checkpoints import META, library_versions, read_meta
 from latentdiff.errors import UserError
 from latentdiff.evaluation.report import shown
+from latentdiff.writing import replace_text
 
 FILE, FORMAT = "metrics.json", 1
 # What a value means: records that differ in one of these are not comparable. The rest is what is being compared.
@@ -87,12 +88,9 @@ def _values(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def write_record(record: Mapping[str, Any], folder: str | Path) -> Path:
     """<folder>/metrics.json, the old or the new one, never half of it."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{FILE}.tmp"
-    temporary.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(folder / FILE)
-    return folder / FILE
+    path = Path(folder) / FILE
+    replace_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    return path
 
 
 def is_record(what: str | Path) -> bool:

@@ -7,6 +7,7 @@ better there too.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -115,7 +116,7 @@ def present(pipeline: Any) -> Setting:
     }  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass
 class Space:
     """What is searched. guided: whether the model has an unconditional prediction to guide away from."""
 
@@ -135,6 +136,7 @@ class Space:
             setting["guidance_interval"] = [round(low, 2), round(high, 2)]
         return setting
 
+    @functools.cached_property
     def distributions(self) -> dict[str, Any]:
         import optuna
 
@@ -150,7 +152,7 @@ class Space:
         if self.guided:
             values |= {"guidance": setting["guidance"], "low": low, "high": high}
         inside = self.guided or setting["guidance"] == 1.0
-        for name, distribution in self.distributions().items():
+        for name, distribution in self.distributions.items():
             value = values[name]
             choices = getattr(distribution, "choices", None)
             inside &= value in choices if choices else distribution.low <= value <= distribution.high
@@ -193,7 +195,7 @@ def _tell(study: Any, space: Space, cell: dict[str, Any]) -> None:
     parameters = space.parameters(cell)
     if parameters is not None:
         values = [cell["evaluations"], cell["frechet"]]
-        told = optuna.trial.create_trial(params=parameters, distributions=space.distributions(), values=values)
+        told = optuna.trial.create_trial(params=parameters, distributions=space.distributions, values=values)
         study.add_trial(told)
 
 
@@ -249,11 +251,11 @@ def store(folder: Path, setting: Setting) -> None:
 
     The file is the old or the new one, never half of it.
     """
+    from latentdiff.folders import read_json
+    from latentdiff.writing import replace_text
+
     path = folder / INDEX
-    try:
-        index = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from None
+    index = read_json(path)
     scheduler = setting["sampler"] == "scheduler"
     index |= {
         "default_sampler": None if scheduler else setting["sampler"],
@@ -261,9 +263,7 @@ def store(folder: Path, setting: Setting) -> None:
         "default_guidance_scale": setting["guidance"],
         "default_guidance_interval": setting["guidance_interval"],
     }
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n")
-    temporary.replace(path)
+    replace_text(path, json.dumps(dict(sorted(index.items())), indent=2) + "\n")
 
 
 def markdown(table: dict[str, Any]) -> str:

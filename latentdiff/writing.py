@@ -1,4 +1,4 @@
-"""Generated images as files: a labelled grid, an npz, or a folder with a PNG an image; and whether they can be written."""
+"""What commands write: generated images as a grid, an npz or a folder, texts; and whether they can be written."""
 
 from __future__ import annotations
 
@@ -53,6 +53,14 @@ def check_out_folder(out: str | Path, flag: str = "--out") -> Path:
     if not os.access(above, os.W_OK):
         raise UserError(f"{flag} {out}: the folder {above} cannot be written to")
     return path
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file, whose folder is made: it is the old or the new one, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def write_file(path: Path, images: np.ndarray, names: list[str], labels: Sequence[int | None]) -> None:

@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from tiny_runs import diffusion_config
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
+from latentdiff.planning import plan
+from latentdiff.training import diffusion, train
 from latentdiff.training.attention import SHORT, attention_kernel
 
 
@@ -44,3 +47,19 @@ def test_both_kernels_agree():
     for one, other, true in zip(ours, torchs, exact, strict=True):
         assert (one - other).abs().max() < 0.03 * other.abs().max()  # bfloat16 rounds to 0.4 %, several times over
         assert (one - true).abs().max() < 0.03 * true.abs().max()
+
+
+def test_a_run_and_what_is_measured_before_it_take_the_same_kernel(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
+    asked = []
+
+    def recorded(device, precision, positions):
+        asked.append((device.type, precision, positions))
+        return attention_kernel(device, precision, positions)
+
+    monkeypatch.setattr(diffusion, "attention_kernel", recorded)
+    changes = {"train__precision": "bfloat16", "train__steps": 1}
+    train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, **changes))
+    (run,) = set(asked)
+    asked.clear()
+    plan(diffusion_config(stripe_folder, tmp_path / "plan", autoencoder_run, **changes), tmp_path / "plan.yaml")
+    assert asked and set(asked) == {run} and run[1] == "bfloat16"

@@ -10,11 +10,15 @@ import torch
 from PIL import Image
 from tiny_runs import autoencoder_config, diffusion_config, write_stripes
 
+from latentdiff.autoencoders.codec import LatentCodec
+from latentdiff.checkpoints import load
+from latentdiff.commands import data_rule
 from latentdiff.data import rowgroups
 from latentdiff.data.order import WINDOW, Batches, stream
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import held_out, open_source, splits
 from latentdiff.errors import UserError
+from latentdiff.evaluation.report import reference_sets
 from latentdiff.training import state, train
 
 pa = pytest.importorskip("pyarrow")
@@ -230,8 +234,8 @@ def striped_table(root):
     return root / "a.parquet"
 
 
-def test_both_stages_train_from_a_stream_and_go_on_bit_for_bit(tmp_path):
-    data = striped_table(tmp_path)
+def test_both_stages_train_from_a_stream_and_go_on_bit_for_bit(tmp_path, monkeypatch):
+    data, opened = striped_table(tmp_path), rowgroups.open_streamed
     kept = {"data__streaming": True, "train__save_minutes": 1e-9, "train__keep": 100}
     for name, lengths in (("whole", [8]), ("broken", [3, 8])):
         for resume, steps in enumerate(lengths):
@@ -245,6 +249,12 @@ def test_both_stages_train_from_a_stream_and_go_on_bit_for_bit(tmp_path):
     )
     model = train(diffusion_config(data, tmp_path / "stage2", tmp_path / "whole", data__streaming=True, train__steps=3))
     assert (model / "model_index.json").is_file()
+    seen = []
+    monkeypatch.setattr(rowgroups, "open_streamed", lambda *found: seen.append(found) or opened(*found))
+    pipeline = load(model)
+    held = reference_sets(str(data), *data_rule(model, LatentCodec(pipeline.vae)))[1]
+    assert seen and type(held.source).__name__ == "StreamedTable"  # what measures the model streams as its training did
+    assert reference_sets(str(tmp_path / "stripes"), *data_rule(model, LatentCodec(pipeline.vae)))  # a folder has no such thing
 
 
 def test_a_run_of_before_this_key_is_taken_up(tmp_path, stripe_folder):

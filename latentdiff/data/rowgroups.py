@@ -184,14 +184,15 @@ def open_streamed(data: str, split: str, channels: int | None, max_bad_share: fl
         import datasets  # noqa: F401
     except ImportError:
         raise UserError(f"data '{data}': tables need the datasets library; pip install latentdiff[data]") from None
-    if split not in streamed_splits(data):
+    parts = _parts(_listed(data))
+    if split not in parts:
         raise UserError(f"data '{data}' has no test split; hold a share of its images out")
-    rows = Rows([Parquet(shard) for shard in _split(_listed(data), split)], data)
+    rows = Rows([Parquet(shard) for shard in parts[split]], data)
     if not sum(sum(file.groups) for file in rows.files):
         raise UserError(f"data '{data}': the table has no rows")
 
     def train() -> Rows:
-        return rows if split == "train" else Rows([Parquet(shard) for shard in _split(_listed(data), "train")], data)
+        return rows if split == "train" else Rows([Parquet(shard) for shard in parts["train"]], data)
 
     image, labels, class_names, captions = describe(rows, train, data, columns)
     return StreamedTable(data, rows.files, image, labels, class_names, captions, channels, max_bad_share)
@@ -199,18 +200,12 @@ def open_streamed(data: str, split: str, channels: int | None, max_bad_share: fl
 
 def streamed_splits(data: str) -> tuple[str, ...]:
     """("train", "test") where files of both begin with these words, as the Hub names them, else ("train",)."""
-    found = _listed(data)
-    named = {word for word in ("train", "test") for shard in found if _stem(shard).startswith(word)}
-    return ("train", "test") if len(named) == 2 else ("train",)
+    return tuple(_parts(_listed(data)))
 
 
-def _split(shards: list[Shard], split: str) -> list[Shard]:
-    named = {word: [shard for shard in shards if _stem(shard).startswith(word)] for word in ("train", "test")}
-    return named[split] if all(named.values()) else shards
-
-
-def _stem(shard: Shard) -> str:
-    return shard.file.rsplit("/", 1)[-1]
+def _parts(shards: list[Shard]) -> dict[str, list[Shard]]:
+    named = {word: [s for s in shards if s.file.rsplit("/", 1)[-1].startswith(word)] for word in ("train", "test")}
+    return named if all(named.values()) else {"train": shards}
 
 
 def _listed(data: str) -> list[Shard]:

@@ -38,6 +38,16 @@ def is_table_name(data: str) -> bool:
     return ".parquet" in data or bool(HUB_NAME.fullmatch(data))
 
 
+class Loaded:
+    """A datasets.Dataset as `describe` asks a table."""
+
+    def __init__(self, table: Any):
+        self.table, self.features, self.column_names = table, table.features, table.column_names
+
+    def values(self, column: str) -> list[Any]:
+        return self.table.with_format(None).select_columns([column])[:][column]
+
+
 class TableSource(EncodedImages):
     """The rows of a `datasets.Dataset`; pixels stay on disk until they are read."""
 
@@ -88,8 +98,9 @@ def open_table(data: str, split: str, channels: int | None, max_bad_share: float
     if split not in table_splits(data):
         raise UserError(f"data '{data}' has no test split; hold a share of its images out")
     table = _load(data, split)
+    described = Loaded(table)
     image, labels, class_names, captions = describe(
-        table, lambda: table if split == "train" else _load(data, "train"), data, columns
+        described, lambda: described if split == "train" else Loaded(_load(data, "train")), data, columns
     )
     return TableSource(data, table, image, labels, class_names, captions, channels, max_bad_share)
 
@@ -99,7 +110,7 @@ def describe(
 ) -> tuple[str, list[int] | None, list[str], list[tuple[str, ...]] | None]:
     """(the column of images, labels, class names, captions) of a table; classes are those of load_train()'s.
 
-    table: a datasets.Dataset, or what else has features, column_names and values(column).
+    table: has features (of `datasets`), column_names and values(column).
     """
     image = _image_column(table, columns.image, data)
     label = _column(table, columns.label, ("label",), _is_label, "label_column", "classes, whole numbers or strings", data)
@@ -114,7 +125,7 @@ def describe(
         class_names = class_names_of(_label_names(train, label, data) if label in train.column_names else None)
     captions = None
     if text is not None:
-        texts = [captions_of(value, f"{data} row {row}") for row, value in enumerate(_values(table, text))]
+        texts = [captions_of(value, f"{data} row {row}") for row, value in enumerate(table.values(text))]
         captions = all_or_none(texts, text, lambda row: f"{data} row {row}")
     return image, numbered(names, class_names, data), class_names, captions
 
@@ -228,17 +239,11 @@ def _is_fetched(file: Path) -> bool:
     return any(file.resolve().is_relative_to(Path(place).expanduser().resolve()) for place in places)
 
 
-def _values(table: Any, column: str) -> list[Any]:
-    if hasattr(table, "values"):
-        return table.values(column)
-    return table.with_format(None).select_columns([column])[:][column]
-
-
 def _label_names(table: Any, column: str, data: str) -> list[str] | None:
     """The class of each row by name; None where no row has one. ClassLabel's -1 stands for none."""
     names = getattr(table.features[column], "names", None)
     values: list[str | None] = [
-        None if v is None or v == "" or (names and v < 0) else names[v] if names else str(v) for v in _values(table, column)
+        None if v is None or v == "" or (names and v < 0) else names[v] if names else str(v) for v in table.values(column)
     ]
     return all_or_none(values, column, lambda row: f"{data} row {row}")
 

@@ -40,19 +40,22 @@ def reference_sets(
     preprocess: Preprocess | None = None,
     held_out_share: float = 0.05,
     columns: Columns = USUAL_COLUMNS,
+    streaming: bool = False,
     split_seed: int = 0,
 ) -> tuple[ImageDataset, ImageDataset]:
     """(train, test) images of a data set, as the autoencoder sees them (preprocess) or as they are (None).
 
     test is the data set's own test split where it has one, else the share of its images that training held out.
-    columns: of a table or shards; a folder has none.
+    columns: of a table or shards; a folder has none. streaming: of a table (see open_source).
     """
     preprocess = preprocess or Preprocess()
-    columns = columns if kind_of(data) in ("table", "shards") else USUAL_COLUMNS
-    source = open_source(data, "train", preprocess.channels, columns=columns)
-    if "test" in splits(data):
+    kind, channels = kind_of(data), preprocess.channels
+    columns, streaming = columns if kind in ("table", "shards") else USUAL_COLUMNS, streaming and kind == "table"
+    source = open_source(data, "train", channels, columns=columns, streaming=streaming)
+    if "test" in splits(data, streaming):
         train = ImageDataset(source, preprocess)
-        return train, ImageDataset(open_source(data, "test", preprocess.channels, columns=columns), train.preprocess)
+        test = open_source(data, "test", channels, columns=columns, streaming=streaming)
+        return train, ImageDataset(test, train.preprocess)
     kept, apart = held_out(source, held_out_share, split_seed)
     return ImageDataset(source, preprocess, kept), ImageDataset(source, preprocess, apart)
 

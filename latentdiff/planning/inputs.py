@@ -16,7 +16,7 @@ from latentdiff.data.tables import HUB_NAME
 from latentdiff.errors import UserError
 from latentdiff.folders import read_json
 from latentdiff.training.autoencoder import _build
-from latentdiff.training.data import Images
+from latentdiff.training.data import Images, columns_of
 
 
 @dataclass
@@ -78,7 +78,7 @@ def find_images(data: DataConfig, factor: int, notes: Notes) -> Images | None:
 
 def _opens(data: DataConfig) -> bool:
     try:
-        open_source(data.source, "train", data.channels, data.max_bad_share)
+        open_source(data.source, "train", data.channels, data.max_bad_share, columns_of(data), data.streaming)
         return True
     except UserError:
         return False

@@ -6,6 +6,7 @@ import copy
 import math
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -190,14 +191,8 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
             state.load_into(parts.uncertainty, found["uncertainty"], str(output))
         state.restore_optimizer(parts.optimizer, found["optimizer"])
 
-    height, width = parts.latents.cache.latent_shape[1:]
-
-    def step(number: int, lr: float) -> tuple[dict[str, tuple[Tensor, int]], bool]:
-        with attention_kernel(accelerator.device, config.train.precision, height * width):
-            return _step(config, parts, accelerator, number, lr)
-
     return loop.Work(
-        step=step, after=after, tensors=tensors,
+        step=lambda step, lr: _step(config, parts, accelerator, step, lr), after=after, tensors=tensors,
         meta=lambda: {"ema_updates": parts.ema.updates}, restore=restore,
         samples=lambda step: _indices(config, parts, step),
     )  # fmt: skip
@@ -216,7 +211,13 @@ def _compile(config: DiffusionConfig, parts: Parts, accelerator: Any) -> None:
         with accelerator.autocast():
             return diffusion_loss(denoiser, x0, t, noise, **conditioning).mean()
 
-    compile_checked(parts.bare, [parts.bare], loss, config.train.precision)
+    with _attention(config, parts, accelerator):  # as in a step, or what is compiled there was not held against eager
+        compile_checked(parts.bare, [parts.bare], loss, config.train.precision)
+
+
+def _attention(config: DiffusionConfig, parts: Parts, accelerator: Any) -> AbstractContextManager[None]:
+    height, width = parts.latents.cache.latent_shape[1:]
+    return attention_kernel(accelerator.device, config.train.precision, height * width)
 
 
 def _indices(config: DiffusionConfig, parts: Parts, step: int) -> Tensor:
@@ -258,7 +259,7 @@ def _step(
         x0, noise, t = (drawn[name][piece] for name in ("x0", "noise", "t"))
         conditions = {name: value[piece] for name, value in drawn["conditions"].items()}
         set_keys(parts.dropout, config.seed, step, drawn["rows"][piece])
-        with loop.accumulating(wrapped, piece is pieces[-1]):
+        with loop.accumulating(wrapped, piece is pieces[-1]), _attention(config, parts, accelerator):
             loss = diffusion_loss(
                 parts.denoiser, x0.to(device), t.to(device), noise.to(device), config.weighting, config.min_snr_gamma,
                 **conditions,

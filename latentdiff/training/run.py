@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from latentdiff import processes
 from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
 from latentdiff.training import sharding
 
-SETTLED = 0.25  # seconds without Python's lock, thousands of times what the process group's thread needs
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
@@ -65,14 +65,10 @@ def check_kind(kind: str) -> None:
 
 
 def meet(accelerator: Any) -> None:
-    """Wait until every process is here, ahead of the process group's end.
-
-    Its thread needs Python's lock to let go of the last collective, and torch (2.13, gloo) ends the group with that lock
-    held and waits for the thread: unless the thread is done by then, both wait forever.
-    """
+    """Wait until every process is here and its thread has settled (see `processes.SETTLED`), ahead of the group's end."""
     accelerator.wait_for_everyone()
     if accelerator.num_processes > 1:
-        time.sleep(SETTLED)
+        time.sleep(processes.SETTLED)
 
 
 def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:

@@ -7,7 +7,6 @@ other, and with another run's of the same settings; what is quoted is `latentdif
 from __future__ import annotations
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -101,8 +100,9 @@ class Watch:
 
     def _seen(self, dataset: ImageDataset, count: int) -> Moments:
         """Moments of the features of `count` images, or all there are, spread evenly over a part and without its padding."""
-        rule = replace(dataset.preprocess, size=dataset.preprocess.content[2:], multiple_of=1)
-        plain = ImageDataset(dataset.source, rule, dataset.indices)
+        from latentdiff.evaluation.sets import without_padding
+
+        plain = without_padding(dataset)
         rows = torch.linspace(0, len(plain) - 1, min(count, len(plain))).long()
         return _moments(self._shared(len(rows), lambda numbers: self._features(plain.batch(rows[numbers])[0])))
 
