@@ -164,11 +164,12 @@ def test_bytes_are_read_about_once_and_nothing_is_stored(tmp_path, served):
     assert first(dataset.batch(range(len(dataset)))[0]) == list(range(3 * EACH))
     assert bytes_of(asked) < 1.05 * size
     asked.clear()
-    batches = Batches(dataset, 6, 0, workers=2)
+    source._kept.clear()  # what that pass left in memory would not be read
+    batches = Batches(dataset, 6, 0, workers=1)  # one thread, so that the same groups are read at each run of the test
     for _ in range(len(dataset) // 6):
         next(batches)
     batches.close()
-    assert 0.9 * size < bytes_of(asked) < 1.5 * size  # read ahead, the next epoch's first window among it
+    assert 0.9 * size < bytes_of(asked) < 1.3 * size  # all, and of the next epoch the window that is read ahead
     assert len(source._kept) <= 2 * WINDOW
     assert set(tmp_path.rglob("*")) == before
 
