@@ -17,6 +17,7 @@ from tiny_models import PictureVae, PointMassNet, tiny_unet, tiny_vae
 
 from latentdiff import samplers
 from latentdiff.autoencoders.codec import LatentCodec
+from latentdiff.generation import set_precision
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, PipelineInputError, denormalise
 
 NAMES = ["Trouser", "Bag", "7"]
@@ -319,6 +320,16 @@ def test_half_precision_weights_keep_the_sampling_in_float32():
 
 
 # --- the loop as seen from outside -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampler", [None, "dpmpp_3m"])
+def test_weights_cast_once_are_autocast_to_the_bit(sampler):
+    pipe, cast = random_pipe(), random_pipe()
+    pipe.unet.forward = torch.autocast("cpu", torch.bfloat16)(pipe.unet.forward)
+    set_precision(cast, "bfloat16")
+    assert {p.dtype for p in cast.unet.parameters()} == {torch.float32, torch.bfloat16}
+    ask = {"class_labels": [0, 1], "guidance_scale": 2.0, "num_inference_steps": 3, "sampler": sampler}
+    assert torch.equal(latents_of(pipe, generator=seeded(), **ask), latents_of(cast, generator=seeded(), **ask))
 
 
 def test_the_callback_sees_every_step_and_may_change_the_latents():

@@ -159,9 +159,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if cuts := self.cut_off(wanted[0] + (away[0] if scale != 1.0 else [])):
             taken = self.tokenizer.model_max_length
             _LOGGER.warning(f"The text encoder takes {taken} tokens of a prompt, so these parts are cut off: {cuts}")
-        told = self.conditioning(*wanted), self.conditioning(*away) if scale != 1.0 else {}
-        x = self._noise(len(wanted[0]), generator, latents)  # [B, c, h, w]
-        run = self._run_scheduler
+        device = self._execution_device  # a walk over all modules, a tenth of a one-image call where it is asked four times
+        told = self.conditioning(*wanted, device), self.conditioning(*away, device) if scale != 1.0 else {}
+        run, x = self._run_scheduler, self._noise(len(wanted[0]), generator, latents, device)  # [B, c, h, w]
         if sampler:
             try:  # not by an import statement: diffusers scans for those and would warn of a package this can do without
                 runs = importlib.import_module("latentdiff.samplers.of_pipeline")
@@ -230,9 +230,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         return [self.tokenizer.decode(row[taken:]).strip() for row in tokens if len(row) > taken]
 
     @torch.no_grad()
-    def conditioning(self, prompts: list[str | None], labels: list[int | None]) -> dict[str, torch.Tensor]:
+    def conditioning(self, prompts: list[str | None], labels: list[int | None], device=None) -> dict[str, torch.Tensor]:
         """What the U-Net is given for B images: class_labels [B], encoder_hidden_states [B, L, d], or neither."""
-        told, device = {}, self._execution_device
+        told, device = {}, device or self._execution_device
         if labels[0] is not None:
             told["class_labels"] = torch.tensor(labels, device=device)
         if self.text_encoder is not None:
@@ -244,15 +244,15 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             told["encoder_hidden_states"] = states.to(self.unet.dtype)
         return told
 
-    def _noise(self, count: int, generator: Any, latents: torch.Tensor | None) -> torch.Tensor:
+    def _noise(self, count: int, generator: Any, latents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
         """Unit-variance float32 noise [B, c, h, w], given or drawn."""
         shape = (count, *self.latent_shape)
         generators = len(generator) if isinstance(generator, list) else count
         require(generators == count, f"{generators} generators for {count} images: pass one, or one per image")
         if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         require(latents.shape == shape, f"latents of shape {list(latents.shape)}: this call needs {list(shape)}")
-        return latents.to(self._execution_device, torch.float32)
+        return latents.to(device, torch.float32)
 
     def _run_scheduler(self, noise, told, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The reverse process of the diffusers scheduler: unit-variance noise to normalised latents [B, c, h, w]."""
