@@ -1,4 +1,4 @@
-"""The Python functions behind `latentdiff encode`, `reconstruct`, `evaluate` and `likelihood`; others have their own module."""
+"""The Python functions behind `latentdiff encode`, `reconstruct` and `likelihood`; others have their own module."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import math
 import struct
 import sys
-import time
 import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
-from latentdiff import processes
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -107,110 +105,6 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
     return {"out": str(path), "images": scores}
 
 
-def evaluate(
-    model: str | Path | None,
-    data: str,
-    num_images: int = 5000,
-    samples: str | Path | None = None,
-    features: str | Path = DEFAULT_FEATURES,
-    out: str | Path | None = None,
-    cas_seeds: int = 1,
-    device: str = "auto",
-    seeds: int = 1,
-    reference_cache: str | Path | None = None,
-    **call: Any,
-) -> dict[str, Any] | None:
-    """Generate class-balanced images (or read `samples`, an npz or a folder of images) and measure them against a data set.
-
-    Several processes of a launcher share the generating; the first one measures, the others return None.
-    device: of the model and the feature network; auto, cpu, or torch's name of another. CAS trains on the CPU.
-    call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
-    seeds: how many sets of images, of seed, seed + 1 ...; values are means over them. reference_cache: where features of the
-    data are kept; None: reference-cache beside `out`.
-    The report, also written to `out` as JSON and Markdown, holds the distance in the feature network's space, its floor, the
-    reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
-    `latentdiff.evaluation.surroundings` measures, and the protocol. `out` gets the record and its page besides.
-    """
-    from latentdiff.autoencoders.codec import LatentCodec
-    from latentdiff.checkpoints import load, resolve_model
-    from latentdiff.data.preprocess import Preprocess
-    from latentdiff.evaluation import report as reports
-    from latentdiff.evaluation.features import load_features
-    from latentdiff.evaluation.sets import read_folder
-    from latentdiff.generation import place, set_precision
-    from latentdiff.records import weights_of
-    from latentdiff.training.features import train_classifier
-
-    counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
-    reference_cache = _check_evaluate(model, samples, counts, out, reference_cache)
-    started, seed = time.perf_counter(), call.pop("seed", 0)
-    found = processes.pick_device(device)
-    net = load_features(resolve_model(features, "--features", "model.safetensors"))
-    codec, protocol = None, dict[str, Any]()
-    made: dict[str, Any] = {"device": str(found)}
-    if model is None:
-        if processes.rank() > 0:
-            return None  # nothing is shared of images that are there
-        there = None if Path(str(samples)).is_dir() else read_npz(samples)
-        train, test = reports.reference_sets(data, Preprocess(channels=net.channels))
-        images, labels = there or read_folder(str(samples), train.class_names)
-        sets, protocol = [images], {"model": f"samples of {samples}"}
-    else:
-        pipeline = load(resolve_model(model))
-        pipeline.set_progress_bar_config(disable=True)
-        precision = call.pop("precision", "float32")
-        found = place(pipeline, device, call.get("sampler"))
-        set_precision(pipeline, precision)
-        codec = LatentCodec(pipeline.vae)
-        rule = data_rule(resolve_model(model), codec)
-        train, test = reports.reference_sets(data, *rule)
-        check_classes(pipeline, train, data)
-        processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
-        drawn = [_balanced(pipeline, num_images, seed=seed + k, **call) for k in range(seeds)]
-        sets, labels = [images for images, _ in drawn], drawn[0][1]
-        if sets[0] is None:
-            return None
-        protocol = {**stated(pipeline, str(model), seed=seed, **call), "precision": precision}
-        made = {"weights": weights_of(resolve_model(model)), "device": str(found)}
-    generated = time.perf_counter()
-    report = reports.evaluate_samples(
-        sets[0], labels, train, test, net.to(found), protocol=protocol, codec=codec, more=sets[1:],
-        train_classifier=train_classifier if cas_seeds else None, cas_seeds=range(cas_seeds), reference_cache=reference_cache,
-    )  # fmt: skip
-    if out is not None:
-        seconds = {"loading_and_generating": generated - started, "measuring": time.perf_counter() - generated}
-        _write_evaluation(out, report, made, seconds, sets[0], labels, train)
-    return report
-
-
-def _check_evaluate(model, samples, counts, out, reference_cache) -> str | Path | None:
-    """UserError for arguments of `evaluate` that mean nothing; returns where the reference is kept."""
-    from latentdiff.evaluation.reference import cache_beside
-    from latentdiff.writing import check_out_folder
-
-    num_images, batch_size, seeds, cas_seeds = counts
-    if (model is None) == (samples is None):
-        raise UserError("evaluate: give either MODEL or --samples, an .npz or a folder")
-    if num_images < 2 or min(batch_size, seeds) < 1 or cas_seeds < 0:
-        raise UserError("evaluate: --num-images must be at least 2, --batch-size, --seeds at least 1, --cas-seeds at least 0")
-    if samples is not None and seeds != 1:
-        raise UserError(f"--seeds {seeds}: --samples are of one seed; give MODEL to make images from several")
-    for folder, flag in ((out, "--out"), (reference_cache, "--reference-cache")):
-        if folder is not None:
-            check_out_folder(folder, flag)
-    return cache_beside(out) if reference_cache is None and out is not None else reference_cache
-
-
-def _write_evaluation(out, report, made, seconds, images, labels, train) -> None:
-    from latentdiff import page, records
-    from latentdiff.evaluation.report import write_report
-
-    record = records.make_record(report, made, seconds)
-    write_report(report, out)
-    page.write_page(record, out, images, labels, train)
-    records.write_record(record, out)
-
-
 def likelihood(
     model: str | Path,
     data: str,
@@ -289,22 +183,6 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
     size, columns = data["size"] and tuple(data["size"]), (data.get(f"{name}_column") for name in ("image", "label", "text"))
     rule = Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
     return rule, data["held_out"], Columns(*columns), data.get("streaming", False)
-
-
-def _balanced(pipeline, num_images: int, seed: int = 0, batch_size: int = 128, **call) -> tuple[Any, np.ndarray | None]:
-    """(uint8 [N, H, W, C] on the first process and None on others, labels [N] or None)."""
-    from tqdm import tqdm
-
-    from latentdiff.generation import every_class, generate_share
-
-    rows = every_class(pipeline)
-    if num_images % len(rows):
-        raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(rows)} classes")
-    part, each = processes.share(num_images, batch_size), num_images // len(rows)
-    hidden = processes.rank() > 0
-    with tqdm(total=part.stop - part.start, unit="image", desc="generating", delay=0.5, disable=hidden) as bar:
-        mine = generate_share(pipeline, rows, each, seed, batch_size, bar.update, **call)
-    return processes.gather(mine, num_images, batch_size), None if rows == [None] else np.repeat(rows, each)
 
 
 def stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:

@@ -9,6 +9,7 @@ def add_measures(commands) -> None:
     """Every command that measures a model."""
     _add_evaluate(commands)
     _add_compare(commands)
+    _add_card(commands)
     _add_tune(commands)
     _add_looks(commands)
     _add_judge(commands)
@@ -48,6 +49,11 @@ def _add_evaluate(commands) -> None:
     add.add_argument("--seeds", type=int, default=1, metavar="N", help=sets)
     cache = "where the data's features are kept (default: reference-cache beside --out)"
     add.add_argument("--reference-cache", metavar="DIR", help=cache)
+    curve = "guidance scales at which --curve-images more are drawn and measured"
+    add.add_argument("--guidance-curve", type=float, nargs="+", default=[], metavar="G", help=curve)
+    add.add_argument("--curve-images", type=int, default=1000, metavar="N", help="images a scale (default 1000)")
+    bits = "bound the bits per dimension of N held-out images too (default 0: not; some 1 s an image)"
+    add.add_argument("--bits-images", type=int, default=0, metavar="N", help=bits)
     _add_sampling(add)
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add_device(add)
@@ -70,6 +76,13 @@ def _add_compare(commands) -> None:
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add.add_argument("--out", default="comparison", metavar="DIR", help="comparison.json and .md; an unfinished one goes on")
     add.set_defaults(run=compare_command)
+
+
+def _add_card(commands) -> None:
+    add = commands.add_parser("card", help="put a record's values into a model card", description=card_command.__doc__)
+    add.add_argument("model", metavar="MODEL", help="the checkpoint that was measured")
+    add.add_argument("--record", required=True, metavar="RECORD", help="metrics.json of evaluate --out, or its folder")
+    add.set_defaults(run=card_command)
 
 
 def _add_tune(commands) -> None:
@@ -136,14 +149,16 @@ def _add_judge(commands) -> None:
 
 
 def evaluate_command(arguments) -> None:
-    from latentdiff.commands import dump, evaluate
+    from latentdiff.commands import dump
+    from latentdiff.evaluating import evaluate
 
     call = {"seed": arguments.seed, "batch_size": arguments.batch_size, "sampler": arguments.sampler}
     call |= {"num_inference_steps": arguments.steps, "guidance_scale": arguments.guidance, "precision": arguments.precision}
     call["guidance_interval"] = arguments.guidance_interval
     report = evaluate(
         arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
-        arguments.cas_seeds, arguments.device, arguments.seeds, arguments.reference_cache, **call,
+        arguments.cas_seeds, arguments.device, arguments.seeds, arguments.reference_cache, arguments.guidance_curve,
+        arguments.curve_images, arguments.bits_images, **call,
     )  # fmt: skip
     if report is not None:
         print(dump(report))
@@ -165,6 +180,13 @@ def compare_command(arguments) -> None:
         raise UserError(f"compare: {arguments.what[0]} is no record, and a MODEL needs {' and '.join(missing)}")
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "what")}
     print(markdown(compare(arguments.what[0], **options)), end="")
+
+
+def card_command(arguments) -> None:
+    """Values and protocol of a record go between <!-- evaluation --> and <!-- /evaluation --> of the model's README.md."""
+    from latentdiff.cards import fill_card
+
+    print(fill_card(arguments.model, arguments.record))
 
 
 def tune_command(arguments) -> None:

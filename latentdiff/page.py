@@ -89,6 +89,7 @@ def page(record: Mapping[str, Any]) -> str:
         f'<figure><img src="{CLOSEST}" alt="samples and training images"><figcaption>The samples that come closest to a '
         "training image: sample, nearest by features, nearest by pixels; at the left the distances.</figcaption></figure>",
         precision_recall(record["values"]),
+        guidance_plots(record.get("guidance_curve")),
         class_bars(record.get("per_class")),
         "".join(f"<p>Left out: {escape(name)} ({escape(why)}).</p>" for name, why in record["left_out"].items()),
         "<h2>How the samples were made</h2>", _facts(made), "<h2>Protocol</h2>", _facts(protocol),
@@ -143,6 +144,37 @@ def precision_recall(values: Mapping[str, Any], side: int = 300) -> str:
     drawn.append(f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">precision</text>')
     caption = "Precision against recall: samples blue, real images green."
     return _figure(edge + side + 20, side + 52, drawn, caption)
+
+
+def guidance_plots(curve: Mapping[str, Any] | None) -> str:
+    """Each measure of a guidance curve against the scale as SVG, side by side; a green line is what real images score."""
+    if not curve:
+        return ""
+    wide, side, edge = 250, 170, 48
+    names = [key for key in ("frechet", "label_accuracy", "precision", "recall") if curve["points"][0][key] is not None]
+    scales = [each["guidance"] for each in curve["points"]]
+    span = (min(scales), max(scales) if max(scales) > min(scales) else min(scales) + 1)
+    drawn = []
+    for k, name in enumerate(names):
+        values, floor = [each[name] for each in curve["points"]], curve["floor"][name]
+        low, high = min(*values, floor, 0 if name == "frechet" else 1), max(*values, floor)
+        high = high if high > low else low + 1
+        left, top = edge + k % 2 * (wide + edge), 24 + k // 2 * (side + 56)
+        at = [(left + wide * (s - span[0]) / (span[1] - span[0]), top + side * (high - v) / (high - low))
+              for s, v in zip(scales, values, strict=True)]  # fmt: skip
+        level = top + side * (high - floor) / (high - low)
+        drawn.append(f'<path d="M{left} {top}v{side}h{wide}" stroke="#888" fill="none"/>')
+        drawn.append(f'<path d="M{left} {level:.1f}h{wide}" stroke="{REAL}"/>')
+        drawn.append(f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in at)}" stroke="{OURS}" fill="none"/>')
+        for (x, y), scale, value in zip(at, scales, values, strict=True):
+            told = f"<title>{scale:g}: {value:.4f}</title>"
+            drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{OURS}">{told}</circle>')
+            drawn.append(f'<text x="{x:.1f}" y="{top + side + 15}" text-anchor="middle">{scale:g}</text>')
+        drawn.append(f'<text x="{left + wide / 2}" y="{top - 8}" text-anchor="middle">{name.replace("_", " ")}</text>')
+        for value, y in ((high, top + 5), (low, top + side)):
+            drawn.append(f'<text x="{left - 4}" y="{y}" text-anchor="end">{value:.3g}</text>')
+    caption = f"By guidance scale, {curve['images']} images each: samples blue, as many real images green."
+    return _figure(2 * (wide + edge) + 20, 24 + (len(names) + 1) // 2 * (side + 56), drawn, caption)
 
 
 def class_bars(table: Mapping[str, Any] | None, width: int = 640) -> str:

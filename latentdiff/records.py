@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,12 +15,15 @@ from latentdiff.evaluation.report import shown
 from latentdiff.writing import replace_text
 
 FILE, FORMAT = "metrics.json", 1
+NETWORKS = ("unet", "vae", "text_encoder")
 # What a value means: records that differ in one of these are not comparable. The rest is what is being compared.
 PROTOCOL = (
     "images", "seeds", "image_size", "class_counts", "class_balanced", "reference_sha256", "reference_images",
     "held_out_sha256", "held_out_images", "features", "features_sha256", "preparation", "draw_seed", "cas_seeds", "settings",
+    "likelihood",
 )  # fmt: skip
-UNMEASURED = {"cas_seeds": 0}  # a record without these measurements stands beside one that has them
+# A record without these measurements stands beside one that has them
+UNMEASURED: dict[str, Any] = {"cas_seeds": 0, "likelihood": {}}
 
 
 def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
@@ -35,6 +39,7 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         "features": reference["features"], "features_sha256": reference["features_sha256"],
         "preparation": _preparation(reference["preprocessing"]),
         "cas_seeds": len(report["metrics"].get("cas", {}).get("seeds", [])), "settings": dict(report["settings"]),
+        "likelihood": _bound(report.get("likelihood")),
     }  # fmt: skip
     samples = {key: value for key, value in stated.items() if key not in PROTOCOL}
     if "reconstruction" in report:
@@ -45,6 +50,8 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         "made": {**samples, **made, "data": reference["data"], "versions": library_versions()},
         "values": _values(report),
         "per_class": report.get("per_class"),
+        "guidance_curve": report.get("guidance_curve"),
+        "likelihood": report.get("likelihood"),
         "memorisation": report["memorisation"],
         "reconstruction": report.get("reconstruction"),
         "left_out": report["left_out"],
@@ -53,10 +60,19 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
     }
 
 
-def weights_of(folder: Path) -> str | None:
-    """Which weights a checkpoint holds: the average over its training, where its latentdiff.json says so."""
+def weights_of(folder: Path) -> dict[str, str | None]:
+    """Which weights a checkpoint holds: the average over its training, where its latentdiff.json says so, and their sha256.
+
+    Hashed are the safetensors files of its networks, named by their places in the folder.
+    """
     average = read_meta(folder).get("ema") if (folder / META).is_file() else None
-    return f"EMA, decay {average.get('decay')}" if isinstance(average, dict) else None
+    digest = hashlib.sha256()
+    for path in sorted(path for part in NETWORKS for path in (folder / part).glob("*.safetensors")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    said = f"EMA, decay {average.get('decay')}" if isinstance(average, dict) else None
+    return {"weights": said, "weights_sha256": digest.hexdigest()}
 
 
 def _preparation(rule: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,6 +80,14 @@ def _preparation(rule: Mapping[str, Any]) -> dict[str, Any]:
     scaled = rule["resample"] is not None
     return {"size": rule["content"][2:], "channels": rule["channels"], "fit": rule["fit"] if scaled else "as they are",
             "resample": rule["resample"]}  # fmt: skip
+
+
+def _bound(entry: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What bits per dimension mean: of which images, by which observation model and solver."""
+    if entry is None:
+        return {}
+    keys = ("split", "density", "images", "dims", "seed", "levels", "observation", "solver", "rtol", "divergence", "probes")
+    return {key: entry["protocol"][key] for key in keys}
 
 
 def _values(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -79,6 +103,11 @@ def _values(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 "value": each["share"], "floor": each["held_out"], "images": near["images"],
                 "floor_images": near["held_out_images"],
             }  # fmt: skip
+    if "likelihood" in report:
+        entry = report["likelihood"]
+        values["bits_per_dim"] = {"value": entry["bits_per_dim"], "images": entry["protocol"]["images"]} | (
+            {} if entry["stderr"] is None else {"stderr": entry["stderr"]}
+        )
     for name in ("psnr", "ssim"):
         if "reconstruction" in report:
             entry = report["reconstruction"]

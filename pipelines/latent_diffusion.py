@@ -244,9 +244,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             told["encoder_hidden_states"] = states.to(self.unet.dtype)
         return told
 
-    def _noise(self, count: int, generator: Any, latents: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    def _noise(self, count: int, generator: Any, latents: torch.Tensor | None, device=None) -> torch.Tensor:
         """Unit-variance float32 noise [B, c, h, w], given or drawn."""
-        shape = (count, *self.latent_shape)
+        shape, device = (count, *self.latent_shape), device or self._execution_device
         generators = len(generator) if isinstance(generator, list) else count
         require(generators == count, f"{generators} generators for {count} images: pass one, or one per image")
         if latents is None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from stripes import CLASSES
 
-from latentdiff import commands, generation, judging, processes
+from latentdiff import evaluating, generation, judging, processes
 from latentdiff.checkpoints import load
 from latentdiff.evaluation import report
 from latentdiff.evaluation.judge import JudgeNet
@@ -91,10 +91,10 @@ def test_evaluate_moves_the_pipeline_and_the_feature_network(model, stripe_folde
         assert places(net) == places(codec.vae) == {"meta"}
         raise Enough
 
-    monkeypatch.setattr(commands, "_balanced", make)
+    monkeypatch.setattr(evaluating, "_balanced", make)
     monkeypatch.setattr(report, "evaluate_samples", measure)
     with pytest.raises(Enough):
-        commands.evaluate(model, str(stripe_folder), 6, features=feature_folder)
+        evaluating.evaluate(model, str(stripe_folder), 6, features=feature_folder)
     assert seen == [{"meta"}]
 
 

@@ -11,9 +11,9 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "processes", "plain", "tensors", "rng", "networks", "folders", "mistakes", "config", "schedules", "prediction",
     "denoiser", "noise_levels", "objective", "guidance", "ode", "grids", "samplers", "likelihood", "autoencoders",
-    "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures", "writing", "records", "page", "generation",
-    "training", "planning", "commands", "facts", "comparison", "tuning", "agreement", "gallery", "judging", "measures", "cli",
-    "__main__",
+    "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures", "writing", "records", "cards", "page",
+    "generation", "training", "planning", "commands", "evaluating", "facts", "comparison", "tuning", "agreement", "gallery",
+    "judging", "measures", "cli", "__main__",
 ]
 # fmt: on
 ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it stands on none of the rooms

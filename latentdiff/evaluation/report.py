@@ -23,6 +23,7 @@ from latentdiff.data.images import Columns
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_source, splits
 from latentdiff.errors import UserError
+from latentdiff.evaluation import curve
 from latentdiff.evaluation.features import FeatureNet
 from latentdiff.evaluation.reference import see_reference
 from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, class_counts, look, read_batches
@@ -75,6 +76,7 @@ def evaluate_samples(
     batch: int = 250,
     more: Sequence[np.ndarray] = (),
     reference_cache: str | Path | None = None,
+    guided: tuple[Mapping[float, np.ndarray], np.ndarray | None] | None = None,
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
 ) -> dict[str, Any]:
     """Measure generated images against real ones; the report as JSON values.
@@ -95,6 +97,7 @@ def evaluate_samples(
         more: further sets like samples, from other seeds: values are then means over all sets, with their spread; CAS,
             per_class, memorisation and samples_sha256 are of the first alone.
         reference_cache: a folder for the features of train, which are there the next time.
+        guided: ({guidance scale: samples}, their labels), for "guidance_curve".
 
     Raises:
         UserError: samples, labels and data do not go together; the message says how.
@@ -125,6 +128,8 @@ def evaluate_samples(
         "settings": settings(generated.preprocess.channels or 1, generated.preprocess.content[2:]),
         "left_out": around.left_out,
     }
+    if guided is not None:
+        report["guidance_curve"] = curve.guidance_curve(net, reference, train, test, *guided, draw_seed, batch, log)
     classes = around.per_class(seen[0], generated)
     if classes is not None:
         report["per_class"] = classes
@@ -213,6 +218,13 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines += ["", *_nearness(report["memorisation"])]
     if "per_class" in report:
         lines += ["", *_classes(report["per_class"])]
+    if "guidance_curve" in report:
+        lines += ["", *curve.table(report["guidance_curve"])]
+    if "likelihood" in report:
+        entry = report["likelihood"]
+        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
+        images = entry["protocol"]["images"]
+        lines += ["", f"At most {entry['bits_per_dim']:.4f}{error} bits per dimension of {images} held-out images' pixels."]
     if report["left_out"]:
         lines += ["", *(f"Left out: {name} ({reason})." for name, reason in report["left_out"].items())]
     lines += ["", "| protocol | |", "|---|---|"]

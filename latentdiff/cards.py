@@ -1,0 +1,67 @@
+"""The numbers of a model card, filled from a record, so that none stands there without the protocol that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import UserError
+from latentdiff.evaluation import curve
+from latentdiff.evaluation.report import shown
+from latentdiff.records import PROTOCOL, read_record, weights_of
+from latentdiff.writing import replace_text
+
+CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
+# Said in the line of how the samples were made; what only a machine compares (hashes) stays in the record
+_MADE = ("sampler", "steps", "guidance", "guidance_interval", "seed", "precision", "weights")
+_PROTOCOL = tuple(field for field in PROTOCOL if not field.endswith("sha256") and field not in ("likelihood", "class_counts"))
+
+
+def fill_card(model: str | Path, record: str | Path) -> Path:
+    """Put a record's values and protocol between two comments of MODEL's README.md, in place of what stood there.
+
+    A card without the comments gets them at its end, one that is not there is made. UserError where the record is of other
+    weights than the model's, names none, or the card has one comment without the other.
+    """
+    from latentdiff.checkpoints import resolve_model
+
+    folder, found = resolve_model(model), read_record(record)
+    ours, theirs = weights_of(folder)["weights_sha256"], found["made"].get("weights_sha256")
+    if theirs != ours:
+        said = f"is of other weights ({theirs[:12]}, not {ours[:12]})" if theirs and ours else "names no weights"
+        raise UserError(f"--record {record}: {said}; give what latentdiff evaluate {model} --out wrote")
+    path = folder / CARD
+    text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
+    marks = text.count(BEGIN), text.count(END)
+    if marks == (0, 0):
+        text = f"{text.rstrip()}\n\n{BEGIN}\n{END}\n"
+    elif marks != (1, 1) or text.index(BEGIN) > text.index(END):
+        raise UserError(f"{path}: needs {BEGIN} and after it {END}, each once, or neither")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    replace_text(path, f"{before}{BEGIN}\n{section(found)}{END}{after}")
+    return path
+
+
+def section(record: Mapping[str, Any]) -> str:
+    """The values of a record as Markdown: each with its number of images, its floor, and below them the protocol."""
+    made, protocol = record["made"], record["protocol"]
+    lines = ["| | samples | real images | reconstructions | images |", "|---|---|---|---|---|"]
+    for name, entry in record["values"].items():
+        cells = [shown(entry), shown(entry, "floor"), shown(entry, "reconstruction"), str(entry.get("images", "–"))]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if record.get("guidance_curve"):
+        lines += ["", *curve.table(record["guidance_curve"])]
+    how = "; ".join(f"{key.replace('_', ' ')} {_said(made[key])}" for key in _MADE if made.get(key) is not None)
+    what = "; ".join(f"{field.replace('_', ' ')} {_said(protocol[field])}" for field in _PROTOCOL)
+    versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
+    lines += ["", f"Samples: {how}.", "", f"Protocol: data {made.get('data')}; {what}. Versions: {versions}."]
+    left = record.get("left_out") or {}
+    lines += ["", *(f"Left out: {name} ({why})." for name, why in left.items())] if left else []
+    return "\n".join(lines) + "\n"
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key.replace('_', ' ')} {_said(each)}" for key, each in value.items() if each is not None)
+    return " to ".join(map(str, value)) if isinstance(value, list) and len(value) == 2 else str(value)

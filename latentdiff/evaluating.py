@@ -1,0 +1,193 @@
+"""`latentdiff evaluate`: images of a model, or images that are there, measured against a data set and written down."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from latentdiff import processes
+from latentdiff.commands import DEFAULT_FEATURES, check_classes, data_rule, likelihood, read_npz, stated
+from latentdiff.errors import UserError
+
+if TYPE_CHECKING:
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.data.preprocess import ImageDataset
+
+
+class _Drawn(NamedTuple):
+    """Images to be measured: sets of uint8 [N, H, W, C] with labels [N] or None, real ones, and how they were made."""
+
+    sets: list[np.ndarray]
+    labels: np.ndarray | None
+    train: ImageDataset
+    test: ImageDataset
+    protocol: dict[str, Any]
+    made: dict[str, Any]
+    codec: LatentCodec | None = None
+    curve: tuple[dict[float, np.ndarray], np.ndarray | None] | None = None
+
+
+def evaluate(
+    model: str | Path | None,
+    data: str,
+    num_images: int = 5000,
+    samples: str | Path | None = None,
+    features: str | Path = DEFAULT_FEATURES,
+    out: str | Path | None = None,
+    cas_seeds: int = 1,
+    device: str = "auto",
+    seeds: int = 1,
+    reference_cache: str | Path | None = None,
+    guidance_curve: Sequence[float] = (),
+    curve_images: int = 1000,
+    bits_images: int = 0,
+    **call: Any,
+) -> dict[str, Any] | None:
+    """Generate class-balanced images (or read `samples`, an npz or a folder of images) and measure them against a data set.
+
+    Several processes of a launcher share the generating; the first one measures, the others return None.
+    device: of the model and the feature network; auto, cpu, or torch's name of another. CAS trains on the CPU.
+    call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
+    seeds: how many sets of images, of seed, seed + 1 ...; values are means over them. reference_cache: where features of the
+    data are kept; None: reference-cache beside `out`.
+    guidance_curve: scales at which curve_images more are drawn and measured. bits_images: held-out images whose bits per
+    dimension are bounded (`likelihood`), under their own class; 0: none.
+    The report, also written to `out` as JSON and Markdown, holds the distance in the feature network's space, its floor, the
+    reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
+    `latentdiff.evaluation.surroundings` measures, and the protocol. `out` gets the record and its page besides.
+    """
+    from latentdiff.checkpoints import resolve_model
+    from latentdiff.evaluation import report as reports
+    from latentdiff.evaluation.features import load_features
+    from latentdiff.training.features import train_classifier
+
+    counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
+    reference_cache = _check(model, samples, counts, out, reference_cache)
+    _check_further(model, guidance_curve, curve_images, bits_images)
+    started, seed = time.perf_counter(), call.pop("seed", 0)
+    net = load_features(resolve_model(features, "--features", "model.safetensors"))
+    if model is None:
+        drawn = None if processes.rank() > 0 else _there(samples, data, net.channels, device)  # nothing is shared of these
+    else:
+        drawn = _draw(model, data, num_images, seed, seeds, guidance_curve, curve_images, device, call)
+    if drawn is None:
+        return None
+    generated = time.perf_counter()
+    report = reports.evaluate_samples(
+        drawn.sets[0], drawn.labels, drawn.train, drawn.test, net.to(drawn.made["device"]), protocol=drawn.protocol,
+        codec=drawn.codec, more=drawn.sets[1:], train_classifier=train_classifier if cas_seeds else None,
+        cas_seeds=range(cas_seeds), reference_cache=reference_cache, guided=drawn.curve,
+    )  # fmt: skip
+    if bits_images and model is not None:
+        report["likelihood"] = likelihood(model, data, bits_images, seed=seed)
+    if out is not None:
+        seconds = {"loading_and_generating": generated - started, "measuring": time.perf_counter() - generated}
+        _write(out, report, drawn, seconds)
+    return report
+
+
+def _there(samples: str | Path | None, data: str, channels: int, device: str) -> _Drawn:
+    """Images that are in a file or a folder, beside the data set as it is."""
+    from latentdiff.data.preprocess import Preprocess
+    from latentdiff.evaluation.report import reference_sets
+    from latentdiff.evaluation.sets import read_folder
+
+    found = processes.pick_device(device)
+    there = None if Path(str(samples)).is_dir() else read_npz(samples)
+    train, test = reference_sets(data, Preprocess(channels=channels))
+    images, labels = there or read_folder(str(samples), train.class_names)
+    return _Drawn([images], labels, train, test, {"model": f"samples of {samples}"}, {"device": str(found)})
+
+
+def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, call) -> _Drawn | None:
+    """What a model draws, its share on each process; None on all but the first."""
+    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.evaluation.report import reference_sets
+    from latentdiff.generation import place, set_precision
+    from latentdiff.records import weights_of
+
+    folder = resolve_model(model)
+    pipeline = load(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    precision = call.pop("precision", "float32")
+    found = place(pipeline, device, call.get("sampler"))
+    set_precision(pipeline, precision)
+    codec = LatentCodec(pipeline.vae)
+    train, test = reference_sets(data, *data_rule(folder, codec))
+    check_classes(pipeline, train, data)
+    if scales and (pipeline.num_classes == 0 or pipeline.config.null_class is None):
+        raise UserError("--guidance-curve: this model has no guidance: it is told no class, or was trained without dropout")
+    processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
+    sets = [_balanced(pipeline, num_images, seed=seed + k, **call) for k in range(seeds)]
+    guided = {
+        scale: _balanced(pipeline, curve_images, "--curve-images", seed=seed, **call | {"guidance_scale": scale})
+        for scale in scales
+    }
+    if sets[0][0] is None:
+        return None
+    labels = next((labels for _, labels in guided.values()), None)
+    curve = ({scale: images for scale, (images, _) in guided.items()}, labels) if guided else None
+    protocol = {**stated(pipeline, str(model), seed=seed, **call), "precision": precision}
+    made = {**weights_of(folder), "device": str(found)}
+    return _Drawn([images for images, _ in sets], sets[0][1], train, test, protocol, made, codec, curve)
+
+
+def _balanced(
+    pipeline, num_images: int, flag: str = "--num-images", seed: int = 0, batch_size: int = 128, **call
+) -> tuple[Any, np.ndarray | None]:
+    """(uint8 [N, H, W, C] on the first process and None on others, labels [N] or None)."""
+    from tqdm import tqdm
+
+    from latentdiff.generation import every_class, generate_share
+
+    rows = every_class(pipeline)
+    if num_images % len(rows):
+        raise UserError(f"{flag} {num_images}: must be a multiple of the model's {len(rows)} classes")
+    part, each = processes.share(num_images, batch_size), num_images // len(rows)
+    hidden = processes.rank() > 0
+    with tqdm(total=part.stop - part.start, unit="image", desc="generating", delay=0.5, disable=hidden) as bar:
+        mine = generate_share(pipeline, rows, each, seed, batch_size, bar.update, **call)
+    return processes.gather(mine, num_images, batch_size), None if rows == [None] else np.repeat(np.asarray(rows), each)
+
+
+def _check(model, samples, counts, out, reference_cache) -> str | Path | None:
+    """UserError for arguments of `evaluate` that mean nothing; returns where the reference is kept."""
+    from latentdiff.evaluation.reference import cache_beside
+    from latentdiff.writing import check_out_folder
+
+    num_images, batch_size, seeds, cas_seeds = counts
+    if (model is None) == (samples is None):
+        raise UserError("evaluate: give either MODEL or --samples, an .npz or a folder")
+    if num_images < 2 or min(batch_size, seeds) < 1 or cas_seeds < 0:
+        raise UserError("evaluate: --num-images must be at least 2, --batch-size, --seeds at least 1, --cas-seeds at least 0")
+    if samples is not None and seeds != 1:
+        raise UserError(f"--seeds {seeds}: --samples are of one seed; give MODEL to make images from several")
+    for folder, flag in ((out, "--out"), (reference_cache, "--reference-cache")):
+        if folder is not None:
+            check_out_folder(folder, flag)
+    return cache_beside(out) if reference_cache is None and out is not None else reference_cache
+
+
+def _check_further(model, scales: Sequence[float], curve_images: int, bits_images: int) -> None:
+    if model is None and (scales or bits_images):
+        raise UserError(f"{'--guidance-curve' if scales else '--bits-images'}: of a MODEL; --samples have none")
+    wrong = [scale for scale in scales if not 0 <= scale < float("inf")]
+    if wrong or len(set(scales)) < len(scales):
+        raise UserError(f"--guidance-curve {' '.join(f'{s:g}' for s in scales)}: give different numbers, 0 or more; 1 is off")
+    if curve_images < 2 or bits_images < 0:
+        raise UserError("evaluate: --curve-images must be at least 2, --bits-images at least 0")
+
+
+def _write(out: str | Path, report: dict[str, Any], drawn: _Drawn, seconds: dict[str, float]) -> None:
+    from latentdiff import page, records
+    from latentdiff.evaluation.report import write_report
+
+    record = records.make_record(report, drawn.made, seconds)
+    write_report(report, out)
+    page.write_page(record, out, drawn.sets[0], drawn.labels, drawn.train)
+    records.write_record(record, out)
