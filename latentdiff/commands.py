@@ -19,6 +19,7 @@ from latentdiff.errors import UserError
 if TYPE_CHECKING:
     from latentdiff.data.images import Columns
     from latentdiff.data.preprocess import Preprocess
+    from latentdiff.evaluation.features import FeatureSpace
 
 # What numpy and zipfile raise on damaged archives; RuntimeError stands for encrypted ones and unknown methods
 UNPACKING_ERRORS = (OSError, ValueError, KeyError, EOFError, BadZipFile, RuntimeError, SyntaxError, TypeError, OverflowError,
@@ -160,6 +161,15 @@ def likelihood(
         )
     stated = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
     return {**report, "protocol": {**stated, **report["protocol"]}}
+
+
+def open_features(what: str | Path) -> FeatureSpace:
+    """The feature space that --features names: by path, one that ships, or a vision encoder's Hub name; see `spaces`."""
+    from latentdiff.checkpoints import resolve_model
+    from latentdiff.evaluation.spaces import HUB_NAME, open_space
+
+    on_hub = not Path(what).exists() and HUB_NAME.fullmatch(str(what)) and Path(what).parts[0] != "weights"
+    return open_space(what if on_hub else resolve_model(what, "--features", "model.safetensors"))
 
 
 def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> None:

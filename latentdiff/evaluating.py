@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latentdiff import processes
-from latentdiff.commands import DEFAULT_FEATURES, check_classes, data_rule, likelihood, read_npz, stated
+from latentdiff.commands import DEFAULT_FEATURES, check_classes, data_rule, likelihood, open_features, read_npz, stated
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,16 +60,14 @@ def evaluate(
     reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
     `latentdiff.evaluation.surroundings` measures, and the protocol. `out` gets the record and its page besides.
     """
-    from latentdiff.checkpoints import resolve_model
     from latentdiff.evaluation import report as reports
-    from latentdiff.evaluation.features import load_features
     from latentdiff.training.features import train_classifier
 
     counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
     reference_cache = _check(model, samples, counts, out, reference_cache)
     _check_further(model, guidance_curve, curve_images, bits_images)
     started, seed = time.perf_counter(), call.pop("seed", 0)
-    net = load_features(resolve_model(features, "--features", "model.safetensors"))
+    net = open_features(features)
     if model is None:
         drawn = None if processes.rank() > 0 else _there(samples, data, net.channels, device)  # nothing is shared of these
     else:

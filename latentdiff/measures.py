@@ -34,7 +34,8 @@ def _add_sampling(add) -> None:
 
 
 def _add_features(add) -> None:
-    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help="a feature network's folder")
+    about = "a feature network's folder, a vision encoder's folder or Hub name, or Inception's weights (see README)"
+    add.add_argument("--features", default="weights/fashion-mnist-features", metavar="F", help=about)
 
 
 def _add_evaluate(commands) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from latentdiff.data.preprocess import ImageDataset
-from latentdiff.evaluation.features import FeatureNet
+from latentdiff.evaluation.features import FeatureSpace
 from latentdiff.evaluation.neighbours import NEIGHBOURS, support
 from latentdiff.evaluation.scores import Seen, look, read_batches
 from latentdiff.evaluation.sets import matching_rows, sample_set, subset, without_padding
@@ -15,7 +15,7 @@ from latentdiff.evaluation.statistics import frechet_distance
 
 
 def guidance_curve(
-    net: FeatureNet,
+    net: FeatureSpace,
     reference: Seen,
     train: ImageDataset,
     test: ImageDataset,

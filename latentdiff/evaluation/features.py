@@ -50,7 +50,27 @@ class ResidualBlock(nn.Module):
         return F.relu(x + self.second(F.relu(self.first(x))))
 
 
-class FeatureNet(nn.Module):
+class FeatureSpace(nn.Module):
+    """What images are measured in: a frozen network from images in [-1, 1] to vectors, and what numbers from it are called.
+
+    channels: that it takes. dim: length of a vector. info: facts; class_names where it has a `head` of these classes.
+    """
+
+    name: str
+    info: dict[str, Any]
+    channels: int
+    dim: int
+
+    def features(self, x: Tensor) -> Tensor:
+        """[B, dim] of images [B, channels, H, W] in [-1, 1]."""
+        raise NotImplementedError
+
+    def fingerprint(self) -> str:
+        """Hex sha256 over all that the vectors depend on."""
+        raise NotImplementedError
+
+
+class FeatureNet(FeatureSpace):
     """A convolutional classifier of images [B, channels, H, W] in [-1, 1], any H, W >= 16.
 
     Three stages at full, half and quarter resolution, then a global mean. It is trained with batch normalisation
@@ -81,6 +101,7 @@ class FeatureNet(nn.Module):
         self.channels, self.classes, self.widths = channels, classes, tuple(widths)
         self.name, self.info = name, dict(info or {})
         a, b, c = self.widths
+        self.dim = c
         self.stage1 = nn.Sequential(Convolution(channels, a, 1, normed), nn.ReLU())
         self.stage2 = nn.Sequential(Convolution(a, b, 2, normed), nn.ReLU(), ResidualBlock(b, normed))
         self.stage3 = nn.Sequential(Convolution(b, c, 2, normed), nn.ReLU(), ResidualBlock(c, normed))
@@ -92,11 +113,6 @@ class FeatureNet(nn.Module):
             if isinstance(module, Convolution):
                 module.fold()
         return self.eval()
-
-    @property
-    def dim(self) -> int:
-        """D, the length of a feature vector."""
-        return self.widths[-1]
 
     def maps(self, x: Tensor) -> list[Tensor]:
         """Activations after the three stages: [B, w1, H, W], [B, w2, H/2, W/2], [B, w3, H/4, W/4] (rounded up)."""
@@ -169,8 +185,9 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
 
 
 @torch.no_grad()
-def extract(net: FeatureNet, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Features [B, D] and predicted classes [B] (int64), on the CPU, of images [B, C, H, W] in [-1, 1]."""
-    device = net.head.weight.device
+def extract(net: FeatureSpace, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Features [B, D] and, of a network with a head, predicted classes [B] (int64), on the CPU, of images in [-1, 1]."""
+    device = next(net.parameters()).device
     features = net.features(match_channels(images.to(device), net.channels))  # [B, D]
-    return features.cpu(), net.head(features).argmax(dim=1).cpu()
+    head = getattr(net, "head", None)
+    return features.cpu(), None if head is None else head(features).argmax(dim=1).cpu()

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff.data.preprocess import ImageDataset
-from latentdiff.evaluation.features import FeatureNet
+from latentdiff.evaluation.features import FeatureSpace
 from latentdiff.evaluation.scores import Seen, look, read_batches
 from latentdiff.evaluation.statistics import Moments
 
@@ -29,7 +29,7 @@ def cache_beside(out: str | Path) -> Path | None:
 
 
 def see_reference(
-    net: FeatureNet, images: ImageDataset, batch: int, folder: str | Path | None, log: Callable[[str], None]
+    net: FeatureSpace, images: ImageDataset, batch: int, folder: str | Path | None, log: Callable[[str], None]
 ) -> Seen:
     """What net sees in images, features kept: read from folder where it is there, else looked at and written there.
 

@@ -24,7 +24,7 @@ from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_source, splits
 from latentdiff.errors import UserError
 from latentdiff.evaluation import curve
-from latentdiff.evaluation.features import FeatureNet
+from latentdiff.evaluation.features import FeatureSpace
 from latentdiff.evaluation.reference import see_reference
 from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, class_counts, look, read_batches
 from latentdiff.evaluation.sets import matching_rows, sample_set, subset, without_padding
@@ -66,7 +66,7 @@ def evaluate_samples(
     labels: np.ndarray | None,
     train: ImageDataset,
     test: ImageDataset,
-    net: FeatureNet,
+    net: FeatureSpace,
     *,
     protocol: Mapping[str, Any] | None = None,
     codec: LatentCodec | None = None,
@@ -148,8 +148,9 @@ class Yardstick:
     """
 
     def __init__(
-        self, net: FeatureNet, train: ImageDataset, test: ImageDataset, labels: np.ndarray | None, count: int, batch: int = 250
-    ):
+        self, net: FeatureSpace, train: ImageDataset, test: ImageDataset, labels: np.ndarray | None, count: int,
+        batch: int = 250,
+    ):  # fmt: skip
         self.net, self.batch, self.train = net, batch, without_padding(train)
         rows = matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
         self.reference = look(net, read_batches(self.train, batch))
@@ -169,7 +170,7 @@ class Yardstick:
 
 
 def _metrics(
-    net: FeatureNet, train: ImageDataset, reference: Seen, seen: Seen, floor: Seen, log: Callable[[str], None]
+    net: FeatureSpace, train: ImageDataset, reference: Seen, seen: Seen, floor: Seen, log: Callable[[str], None]
 ) -> dict[str, dict[str, Any]]:
     """The Fréchet distance and the label accuracy."""
     frechet: dict[str, Any] = {
@@ -285,7 +286,7 @@ def _cas(
     }  # fmt: skip
 
 
-def _reconstruction(net: FeatureNet, codec: LatentCodec, images: ImageDataset, batch: int) -> dict[str, Any]:
+def _reconstruction(net: FeatureSpace, codec: LatentCodec, images: ImageDataset, batch: int) -> dict[str, Any]:
     """Feature moments, PSNR in dB and SSIM of images decoded from their posterior mean, in 8 bits, without padding."""
     errors: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
     crop = images.preprocess.crop_content
@@ -316,7 +317,7 @@ def _protocol(
     return record
 
 
-def _reference(train: ImageDataset, seen: Seen, net: FeatureNet) -> dict[str, Any]:
+def _reference(train: ImageDataset, seen: Seen, net: FeatureSpace) -> dict[str, Any]:
     return {
         "data": train.source.name,
         "images": len(train),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.data.preprocess import ImageDataset, to_uint8
-from latentdiff.evaluation.features import FeatureNet, extract
+from latentdiff.evaluation.features import FeatureNet, FeatureSpace, extract
 from latentdiff.evaluation.statistics import Moments, frechet_distance
 
 # Trains a classifier on labelled images from a seed. Training is a lower room, so the trainer is handed in; generated
@@ -25,7 +25,7 @@ def read_batches(dataset: ImageDataset, size: int = 250) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Seen:
-    """One pass of a network over images: feature moments, share classified right (None: unlabelled), content hash.
+    """One pass of a network over images: feature moments, share classified right (None: no labels or no head), content hash.
 
     features: float32 [N, D] where they were to be kept.
     """
@@ -43,7 +43,7 @@ class Seen:
         return self.features
 
 
-def look(net: FeatureNet, batches: Iterable[Batch], keep: bool = False) -> Seen:
+def look(net: FeatureSpace, batches: Iterable[Batch], keep: bool = False) -> Seen:
     """Feature moments, label accuracy and hash of a stream of batches, in one pass that keeps no image.
 
     keep: the features too, [N, D] in float32. The hash is over the 8-bit pixels, their shape and the labels, in order: equal
@@ -61,9 +61,10 @@ def look(net: FeatureNet, batches: Iterable[Batch], keep: bool = False) -> Seen:
         shape = pixels.shape[1:]
         pixel_hash.update(pixels.tobytes())
         if labels is not None:
+            label_hash.update(labels.numpy().tobytes())
+        if labels is not None and predicted is not None:
             labelled = True
             right += int((predicted == labels).sum())
-            label_hash.update(labels.numpy().tobytes())
     accuracy = right / moments.count if labelled else None
     content = f"{list(shape)} {pixel_hash.hexdigest()} {label_hash.hexdigest()}"
     sha256 = hashlib.sha256(content.encode()).hexdigest()
@@ -83,11 +84,11 @@ def class_counts(dataset: ImageDataset) -> list[int]:
     return torch.bincount(dataset.labels, minlength=len(dataset.class_names)).tolist()
 
 
-def label_accuracy(net: FeatureNet, dataset: ImageDataset) -> float:
+def label_accuracy(net: FeatureSpace, dataset: ImageDataset) -> float:
     """Share of a labelled data set's images that net assigns to their labels; in [0, 1]."""
     accuracy = look(net, read_batches(dataset)).accuracy
     if accuracy is None:
-        raise ValueError(f"data '{dataset.source.name}' has no labelled images")
+        raise ValueError(f"data '{dataset.source.name}' has no labelled images, or {net.name} tells no classes")
     return accuracy
 
 
