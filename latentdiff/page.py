@@ -90,7 +90,7 @@ def page(record: Mapping[str, Any]) -> str:
         "training image: sample, nearest by features, nearest by pixels; at the left the distances.</figcaption></figure>",
         precision_recall(record["values"]),
         guidance_plots(record.get("guidance_curve")),
-        class_bars(record.get("per_class")),
+        class_bars(record.get("per_class")), accuracy_bars(record.get("per_class")),
         "".join(f"<p>Left out: {escape(name)} ({escape(why)}).</p>" for name, why in record["left_out"].items()),
         "<h2>How the samples were made</h2>", _facts(made), "<h2>Protocol</h2>", _facts(protocol),
         "<h2>Seconds</h2>", _facts(record["seconds"]),
@@ -181,7 +181,18 @@ def class_bars(table: Mapping[str, Any] | None, width: int = 640) -> str:
     """The Fréchet distance of each class as SVG: a bar of the samples and one of real images."""
     if not table or not table["classes"]:
         return ""
-    classes = table["classes"]
+    few = f" Fewer than {table['fewest_images']} images: {', '.join(map(str, table['left_out']))}." if table["left_out"] else ""
+    return _bars(table["classes"], width, f"Fréchet distance of each class: samples blue, real images green.{few}")
+
+
+def accuracy_bars(table: Mapping[str, Any] | None, width: int = 640) -> str:
+    """The share of each class that is classified right as SVG: a bar of the samples and one of real images."""
+    if not table or not table.get("label_accuracy"):
+        return ""
+    return _bars(table["label_accuracy"], width, "Label accuracy of each class: samples blue, real images green.")
+
+
+def _bars(classes: Mapping[str, Any], width: int, caption: str) -> str:
     edge, room, line = 150, width - 150 - 90, 34
     most = max(max(entry["value"], entry["floor"] or 0) for entry in classes.values())
     most = most if most > 0 and math.isfinite(most) else 1.0
@@ -193,8 +204,6 @@ def class_bars(table: Mapping[str, Any] | None, width: int = 640) -> str:
                 top, long = k * line + 3 + 13 * n, room * value / most
                 drawn.append(f'<rect x="{edge}" y="{top}" width="{long:.1f}" height="11" fill="{colour}"/>')
                 drawn.append(f'<text x="{edge + long + 5:.1f}" y="{top + 10}">{value:.3g}</text>')
-    few = f" Fewer than {table['fewest_images']} images: {', '.join(map(str, table['left_out']))}." if table["left_out"] else ""
-    caption = f"Fréchet distance of each class: samples blue, real images green.{few}"
     return _figure(width, len(classes) * line + 6, drawn, caption)
 
 

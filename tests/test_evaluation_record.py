@@ -84,7 +84,11 @@ def test_values_do_not_depend_on_the_batch_size(net, report):
 
 
 def test_classes_are_measured_alone_where_they_are_many_enough(net, report):
-    assert report["per_class"] == {"fewest_images": 32, "classes": report["per_class"]["classes"], "left_out": {}}
+    table = report["per_class"]
+    assert table["fewest_images"] == 32 and table["left_out"] == {}
+    assert table["label_accuracy"].keys() == table["classes"].keys()
+    mean = sum(each["value"] for each in table["label_accuracy"].values()) / 3  # as many of each
+    assert mean == pytest.approx(report["metrics"]["label_accuracy" + NET]["value"], abs=1e-12)
     entry = report["per_class"]["classes"]["down"]
     assert entry["images"] == entry["floor_images"] == 40 and 0 < entry["value"] < 5 * entry["floor"]
     pixels, labels = stripe_pixels(120, seed=3)
@@ -92,6 +96,9 @@ def test_classes_are_measured_alone_where_they_are_many_enough(net, report):
     few = np.concatenate([np.flatnonzero(labels < 2), np.flatnonzero(labels == 2)[:31]])
     wrong = evaluate(pixels[few], labels[few], net)["per_class"]
     assert wrong["left_out"] == {"blank": 31} and wrong["classes"].keys() == {"across", "down"}
+    told = wrong["label_accuracy"]
+    assert told["blank"]["images"] == 31 and told["down"]["value"] < 0.2 < 0.8 < told["across"]["value"]
+    assert told["down"]["floor"] > 0.8 and told["down"]["floor_images"] > 0
     assert wrong["classes"]["down"]["value"] > 10 * entry["value"] > wrong["classes"]["across"]["value"]
     assert "per_class" not in evaluate(pixels, None, net)
 
@@ -168,7 +175,7 @@ def test_the_page_stands_alone_and_shows_everything(record, tmp_path):
     found = Page(text)
     assert sorted(found.sources) == ["closest.png", "data:,", "samples.png"]
     assert "script" not in found.tags and "http" not in text
-    assert found.tags.count("svg") == 2 and found.tags.count("rect") == 6 and found.tags.count("circle") == 2
+    assert found.tags.count("svg") == 3 and found.tags.count("rect") == 12 and found.tags.count("circle") == 2
     for part in ("a <model>", "recall" + NET, record["protocol"]["features_sha256"], "EMA, decay 0.9", *CLASSES):
         assert part in found.text
     with Image.open(tmp_path / "closest.png") as picture:
@@ -194,11 +201,14 @@ def test_the_plots_hold_the_values(record):
     record["values"]["recall" + NET] |= {"value": 0.5, "floor": 1.0, "by_seed": [0.25, 0.75]}
     record["values"]["precision" + NET] |= {"value": 0.5, "floor": 0.0, "by_seed": [1.0, 0.0]}
     record["per_class"]["classes"] = {"a & b": {"value": 4.0, "floor": 1.0}, "c": {"value": 2.0, "floor": None}}
+    del record["per_class"]["label_accuracy"]
     text = page(record)
     places = [tuple(map(float, each)) for each in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', text)]
     assert places == [(45 + 75, 10), (45 + 225, 310), (345, 310)]
     long = [float(width) for width in re.findall(r'<rect [^>]*width="([\d.]+)"', text)]
     assert long == [400, 100, 200] and "a &amp; b" in text
+    record["per_class"]["label_accuracy"] = {"b": {"value": 0.5, "floor": 1.0}}
+    assert 'width="200.0"' in page(record) and "Label accuracy of each class" in page(record)
     record["per_class"] = None
     del record["values"]["recall" + NET]
     assert "<svg" not in page(record)

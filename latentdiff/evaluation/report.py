@@ -130,7 +130,7 @@ def evaluate_samples(
     }
     if guided is not None:
         report["guidance_curve"] = curve.guidance_curve(net, reference, train, test, *guided, draw_seed, batch, log)
-    classes = around.per_class(seen[0], generated)
+    classes = around.per_class(seen[0], generated, f"label_accuracy[{net.name}]" in metrics)
     if classes is not None:
         report["per_class"] = classes
     if codec is not None:
@@ -265,6 +265,10 @@ def _classes(table: Mapping[str, Any]) -> list[str]:
     if table["left_out"]:
         few = ", ".join(f"{name} ({count})" for name, count in table["left_out"].items())
         lines.append(f"| fewer than {table['fewest_images']} images: {few} | – | – | – |")
+    if "label_accuracy" in table:
+        lines += ["", "| class | label accuracy | real images | samples |", "|---|---|---|---|"]
+        for name, entry in table["label_accuracy"].items():
+            lines.append(f"| {name} | {shown(entry)} | {shown(entry, 'floor')} | {entry['images']} |")
     return lines
 
 

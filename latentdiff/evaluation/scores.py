@@ -27,13 +27,14 @@ def read_batches(dataset: ImageDataset, size: int = 250) -> Iterator[Batch]:
 class Seen:
     """One pass of a network over images: feature moments, share classified right (None: no labels or no head), content hash.
 
-    features: float32 [N, D] where they were to be kept.
+    features: float32 [N, D] where they were to be kept; then right: bool [N], classified right, where accuracy is there.
     """
 
     moments: Moments
     accuracy: float | None
     sha256: str
     features: Tensor | None = None
+    right: Tensor | None = None
 
     @property
     def kept(self) -> Tensor:
@@ -50,7 +51,8 @@ def look(net: FeatureSpace, batches: Iterable[Batch], keep: bool = False) -> See
     for equal images wherever they lie and however they are cut into batches.
     """
     moments, pixel_hash, label_hash = Moments(net.dim), hashlib.sha256(), hashlib.sha256()
-    right, labelled, shape = 0, False, ()
+    shape: tuple[int, ...] = ()
+    right: list[Tensor] = []
     kept: list[Tensor] = []
     for images, labels in batches:
         features, predicted = extract(net, images)
@@ -63,12 +65,12 @@ def look(net: FeatureSpace, batches: Iterable[Batch], keep: bool = False) -> See
         if labels is not None:
             label_hash.update(labels.numpy().tobytes())
         if labels is not None and predicted is not None:
-            labelled = True
-            right += int((predicted == labels).sum())
-    accuracy = right / moments.count if labelled else None
+            right.append(predicted == labels)
+    told = torch.cat(right) if right else None
+    accuracy = None if told is None else int(told.sum()) / moments.count
     content = f"{list(shape)} {pixel_hash.hexdigest()} {label_hash.hexdigest()}"
     sha256 = hashlib.sha256(content.encode()).hexdigest()
-    return Seen(moments, accuracy, sha256, torch.cat(kept) if keep else None)
+    return Seen(moments, accuracy, sha256, torch.cat(kept) if keep else None, told if keep else None)
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:

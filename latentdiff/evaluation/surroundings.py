@@ -117,11 +117,11 @@ class Surroundings:
         ours = {name: (pair[0], found[name]["held_out_median"]) for name, pair in spaces.items()}
         return {**found, "closest": memorisation.worst(ours["features"], ours["pixels"])}
 
-    def per_class(self, seen: Seen, samples: ImageDataset) -> dict[str, Any] | None:
-        """The Fréchet distance of each class's samples to its training images.
+    def per_class(self, seen: Seen, samples: ImageDataset, told: bool = False) -> dict[str, Any] | None:
+        """The Fréchet distance of each class's samples to its training images, and the share classified right.
 
-        Only of classes with CLASS_ROWS images a dimension; the others are in left_out, with their number of samples. None
-        without labels.
+        The distance only of classes with CLASS_ROWS images a dimension; the others are in left_out, with their number of
+        samples. The share where told: the network knows these classes. None without labels.
         """
         if samples.labels is None or self.train.labels is None or self.held_out.labels is None:
             return None
@@ -143,7 +143,20 @@ class Surroundings:
                 "value": frechet_distance(ours, real), "images": ours.count,
                 "floor": frechet_distance(floor, real) if floor.count >= least else None, "floor_images": floor.count,
             }  # fmt: skip
+        if told and seen.right is not None and self.floor.right is not None:
+            table["label_accuracy"] = self._recognised(seen.right, samples)
         return table
+
+    def _recognised(self, right: Tensor, samples: ImageDataset) -> Entries:
+        """{class: {value, images, floor, floor_images}}: shares of its samples and of held-out images classified right."""
+        found: Entries = {}
+        for c, name in enumerate(self.train.class_names):
+            ours, real = right[samples.labels == c], self.floor.right[self.held_out.labels == c]
+            if len(ours):
+                share = real.double().mean().item() if len(real) else None
+                found[name] = {"value": ours.double().mean().item(), "images": len(ours)}
+                found[name] |= {"floor": share, "floor_images": len(real)}
+        return found
 
 
 def over_seeds(found: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
