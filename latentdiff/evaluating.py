@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from latentdiff.data.preprocess import ImageDataset
 
 
+BATCH = 250  # images that a feature network sees at a time
+
+
 class _Drawn(NamedTuple):
     """Images to be measured: sets of uint8 [N, H, W, C] with labels [N] or None, real ones, and how they were made."""
 
@@ -49,7 +52,8 @@ def evaluate(
 ) -> dict[str, Any] | None:
     """Generate class-balanced images (or read `samples`, an npz or a folder of images) and measure them against a data set.
 
-    Several processes of a launcher share the generating; the first one measures, the others return None.
+    Several processes of a launcher share the generating and the look at the reference; the first one measures, the others
+    return None.
     device: of the model and the feature network; auto, cpu, or torch's name of another. CAS trains on the CPU.
     call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
     seeds: how many sets of images, of seed, seed + 1 ...; values are means over them. reference_cache: where features of the
@@ -61,6 +65,8 @@ def evaluate(
     `latentdiff.evaluation.surroundings` measures, and the protocol. `out` gets the record and its page besides.
     """
     from latentdiff.evaluation import report as reports
+    from latentdiff.evaluation.reference import see_reference
+    from latentdiff.evaluation.sets import without_padding
     from latentdiff.training.features import train_classifier
 
     counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
@@ -74,11 +80,14 @@ def evaluate(
         drawn = _draw(model, data, num_images, seed, seeds, guidance_curve, curve_images, device, call)
     if drawn is None:
         return None
-    generated = time.perf_counter()
+    generated, net = time.perf_counter(), net.to(drawn.made["device"])
+    reference = see_reference(net, without_padding(drawn.train), BATCH, reference_cache, reports.say, model is not None)
+    if reference is None:
+        return None
     report = reports.evaluate_samples(
-        drawn.sets[0], drawn.labels, drawn.train, drawn.test, net.to(drawn.made["device"]), protocol=drawn.protocol,
+        drawn.sets[0], drawn.labels, drawn.train, drawn.test, net, protocol=drawn.protocol,
         codec=drawn.codec, more=drawn.sets[1:], train_classifier=train_classifier if cas_seeds else None,
-        cas_seeds=range(cas_seeds), reference_cache=reference_cache, guided=drawn.curve,
+        cas_seeds=range(cas_seeds), reference=reference, guided=drawn.curve, batch=BATCH,
     )  # fmt: skip
     if bits_images and model is not None:
         report["likelihood"] = likelihood(model, data, bits_images, seed=seed)
@@ -92,17 +101,18 @@ def _there(samples: str | Path | None, data: str, channels: int, device: str) ->
     """Images that are in a file or a folder, beside the data set as it is."""
     from latentdiff.data.preprocess import Preprocess
     from latentdiff.evaluation.report import reference_sets
-    from latentdiff.evaluation.sets import read_folder
+    from latentdiff.evaluation.sets import read_folder, sample_set, without_padding
 
     found = processes.pick_device(device)
     there = None if Path(str(samples)).is_dir() else read_npz(samples)
     train, test = reference_sets(data, Preprocess(channels=channels))
     images, labels = there or read_folder(str(samples), train.class_names)
+    sample_set(images, labels, without_padding(train))  # what does not go together is said before anything is looked at
     return _Drawn([images], labels, train, test, {"model": f"samples of {samples}"}, {"device": str(found)})
 
 
-def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, call) -> _Drawn | None:
-    """What a model draws, its share on each process; None on all but the first."""
+def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, call) -> _Drawn:
+    """What a model draws, its share on each process; the first one alone then has the images."""
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.evaluation.report import reference_sets
@@ -126,8 +136,6 @@ def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, ca
         scale: _balanced(pipeline, curve_images, "--curve-images", seed=seed, **call | {"guidance_scale": scale})
         for scale in scales
     }
-    if sets[0][0] is None:
-        return None
     labels = next((labels for _, labels in guided.values()), None)
     curve = ({scale: images for scale, (images, _) in guided.items()}, labels) if guided else None
     protocol = {**stated(pipeline, str(model), seed=seed, **call), "precision": precision}

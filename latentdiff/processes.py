@@ -94,6 +94,18 @@ def meet() -> None:
         dist.barrier(_group())
 
 
+def agree(value: bool) -> bool:
+    """What the first process says, on all of them."""
+    if count() == 1:
+        return value
+    import torch
+    import torch.distributed as dist
+
+    said = torch.tensor([value], dtype=torch.uint8)
+    dist.broadcast(said, 0, _group())
+    return bool(said.item())
+
+
 def gather(mine: np.ndarray, total: int, batch: int) -> np.ndarray | None:
     """All `total` images [total, ...] on the first process, in order; None on the others, which are then done.
 

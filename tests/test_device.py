@@ -8,7 +8,7 @@ from stripes import CLASSES
 
 from latentdiff import evaluating, generation, judging, processes
 from latentdiff.checkpoints import load
-from latentdiff.evaluation import report
+from latentdiff.evaluation import reference, report
 from latentdiff.evaluation.judge import JudgeNet
 from latentdiff.generation import image_generators
 from latentdiff.rng import randn_like
@@ -87,11 +87,16 @@ def test_evaluate_moves_the_pipeline_and_the_feature_network(model, stripe_folde
         seen.append(places(pipeline.unet) | places(pipeline.vae))
         return torch.zeros(num_images, 16, 16, 1).byte().numpy(), None
 
-    def measure(images, labels, train, test, net, *, codec, **options):
-        assert places(net) == places(codec.vae) == {"meta"}
+    def see(net, *_):
+        assert places(net) == {"meta"}
+        return net
+
+    def measure(images, labels, train, test, net, *, codec, reference, **options):
+        assert reference is net and places(codec.vae) == {"meta"}
         raise Enough
 
     monkeypatch.setattr(evaluating, "_balanced", make)
+    monkeypatch.setattr(reference, "see_reference", see)
     monkeypatch.setattr(report, "evaluate_samples", measure)
     with pytest.raises(Enough):
         evaluating.evaluate(model, str(stripe_folder), 6, features=feature_folder)

@@ -13,6 +13,7 @@ from PIL import Image
 from stripes import CLASSES, stripe_pixels, stripes
 from tiny_runs import write_stripes
 
+from latentdiff import processes
 from latentdiff.errors import UserError
 from latentdiff.evaluation import reference, sets
 from latentdiff.evaluation.features import FeatureNet, load_features
@@ -334,6 +335,32 @@ def test_the_reference_is_looked_at_once(net, tmp_path, monkeypatch):
     see(seed=2), see(net=FeatureNet(1, 3, (8, 8, 16)).eval()), see(channels=3)
     assert len(looks) == 4 and len(list((tmp_path / "kept").iterdir())) == 4
     assert all(re.fullmatch(r"reference-[0-9a-f]{24}\.safetensors", path.name) for path in (tmp_path / "kept").iterdir())
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, monkeypatch, world):
+    images, sent = stripes(60, 1), {}
+    alone = reference.see_reference(net, images, 25, None, print)
+
+    def gather(mine, total, batch):  # the others have sent theirs when the first one gathers
+        sent.setdefault(place[0], []).append(mine)
+        if place[0]:
+            return None
+        column = len(sent[0]) - 1
+        return np.concatenate([sent[k][column] for k in range(world)])
+
+    place = [0]
+    monkeypatch.setattr(processes, "count", lambda: world)
+    monkeypatch.setattr(processes, "rank", lambda: place[0])
+    monkeypatch.setattr(processes, "agree", lambda value: value)
+    monkeypatch.setattr(processes, "gather", gather)
+    for place[0] in reversed(range(world)):
+        found = reference.see_reference(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
+        assert (found is None) == (place[0] > 0)
+    assert sum(len(each[0]) for each in sent.values()) == 60 and len(sent[0][0]) == 25 * (2 if world == 2 else 1)
+    assert found.sha256 == alone.sha256 and torch.equal(found.kept, alone.kept)
+    assert torch.equal(found.moments.covariance, alone.moments.covariance) and found.moments.count == 60
+    assert reference.see_reference(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256  # as it was kept
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "renamed", "nonsense"])

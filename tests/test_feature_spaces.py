@@ -17,7 +17,9 @@ from tiny_runs import write_stripes
 from latentdiff.errors import UserError
 from latentdiff.evaluation import spaces
 from latentdiff.evaluation.features import extract
+from latentdiff.evaluation.reference import see_reference
 from latentdiff.evaluation.report import evaluate_samples
+from latentdiff.evaluation.sets import without_padding
 from latentdiff.evaluation.spaces import open_inception, open_space
 from latentdiff.records import make_record, read_record
 
@@ -84,12 +86,13 @@ def test_a_report_in_such_a_space_says_which_and_tells_no_classes(dino, tmp_path
     space = open_space(dino)
     pixels, labels = stripe_pixels(60, seed=3)
     quiet = {"log": lambda line: None, "train": stripes(90, 1), "test": stripes(60, 2)}
-    report = evaluate_samples(pixels, labels.numpy(), net=space, reference_cache=tmp_path, **quiet)
+    report = evaluate_samples(pixels, labels.numpy(), net=space, **quiet)
     entry = report["metrics"]["frechet[dino]"]
     assert 0 <= entry["value"] < 3 * entry["floor"] and not any("accuracy" in name for name in report["metrics"])
     protocol = make_record(report, {}, {})["protocol"]
     assert protocol["features"] == "dino" and protocol["features_sha256"] == space.fingerprint()
-    again = evaluate_samples(pixels, labels.numpy(), net=space, reference_cache=tmp_path, **quiet)
+    kept = [see_reference(space, without_padding(quiet["train"]), 250, tmp_path, quiet["log"]) for _ in range(2)]
+    again = evaluate_samples(pixels, labels.numpy(), net=space, reference=kept[1], **quiet)
     assert again["metrics"] == report["metrics"]  # by way of the cached reference
     with torch.no_grad():
         space.encoder.layernorm.weight.add_(1e-3)

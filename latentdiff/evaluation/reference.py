@@ -8,16 +8,18 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from latentdiff.data.preprocess import ImageDataset
-from latentdiff.evaluation.features import FeatureSpace
-from latentdiff.evaluation.scores import Seen, look, read_batches
+from latentdiff import processes
+from latentdiff.data.preprocess import ImageDataset, to_uint8
+from latentdiff.evaluation.features import FeatureSpace, extract
+from latentdiff.evaluation.scores import Seen, content_hash, digests, look, read_batches
 from latentdiff.evaluation.statistics import Moments
 
-FORMAT = 1
+FORMAT = 2
 
 
 def cache_beside(out: str | Path) -> Path | None:
@@ -29,15 +31,31 @@ def cache_beside(out: str | Path) -> Path | None:
 
 
 def see_reference(
-    net: FeatureSpace, images: ImageDataset, batch: int, folder: str | Path | None, log: Callable[[str], None]
-) -> Seen:
+    net: FeatureSpace, images: ImageDataset, batch: int, folder: str | Path | None, log: Callable[[str], None],
+    shared: bool = False,
+) -> Seen | None:  # fmt: skip
     """What net sees in images, features kept: read from folder where it is there, else looked at and written there.
 
     folder: None keeps nothing on disk. The file's name is the hash of data, preprocessing and network, so that nothing
-    stands for anything else; one that is damaged is made again.
+    stands for anything else; one that is damaged is made again. shared: all processes of a launcher call this; they share
+    the looking by whole batches, so that the numbers are those of one, and all but the first get None.
     """
-    if folder is None:
-        return look(net, read_batches(images, batch), keep=True)
+    path, identity, found = None, dict[str, Any](), None
+    shared = shared and processes.count() > 1
+    if folder is not None and processes.rank() == 0:
+        path, identity, found = _kept(net, images, folder, log)
+    if processes.agree(found is not None) if shared else found is not None:
+        return found
+    seen = _shared_look(net, images, batch) if shared else look(net, read_batches(images, batch), keep=True)
+    if seen is not None and path is not None:
+        _write(path, seen, identity)
+    return seen
+
+
+def _kept(
+    net: FeatureSpace, images: ImageDataset, folder: str | Path, log: Callable[[str], None]
+) -> tuple[Path, dict[str, Any], Seen | None]:
+    """The file of these images' features, what it is of, and what it holds if it is there and whole."""
     identity = {
         "format": FORMAT, "data": images.fingerprint(), "preprocessing": images.preprocess.describe(),
         "features": net.fingerprint(), "images": len(images), "dimensions": net.dim,
@@ -45,13 +63,32 @@ def see_reference(
     path = Path(folder) / f"reference-{_hash(identity)[:24]}.safetensors"
     if path.is_file():
         found = _read(path, identity)
-        if found is not None:
-            log(f"evaluate: reference features from {path}")
-            return found
-        log(f"evaluate: {path} is damaged and is made again")
-    seen = look(net, read_batches(images, batch), keep=True)
-    _write(path, seen, identity)
-    return seen
+        said = "is damaged and is made again" if found is None else "holds the features of the reference"
+        log(f"evaluate: {path} {said}")
+        return path, identity, found
+    return path, identity, None
+
+
+def _shared_look(net: FeatureSpace, images: ImageDataset, batch: int) -> Seen | None:
+    """`look` with its batches shared over processes; on the first process what one alone would see, on others None."""
+    mine, parts = processes.share(len(images), batch), list[tuple[np.ndarray, np.ndarray]]()
+    shape: tuple[int, ...] = ()
+    for start in range(mine.start, mine.stop, batch):
+        x, _ = images.batch(range(start, min(start + batch, mine.stop)))
+        pixels = to_uint8(x)
+        shape = pixels.shape[1:]
+        parts.append((extract(net, x)[0].float().numpy(), digests(pixels)))
+    empty = [(np.empty((0, net.dim), np.float32), np.empty((0, 32), np.uint8))]
+    columns = [np.concatenate(column) for column in zip(*(parts or empty), strict=True)]
+    features, hashes = (processes.gather(column, len(images), batch) for column in columns)
+    if features is None or hashes is None:
+        return None
+    kept, moments = torch.from_numpy(features), Moments(net.dim)
+    for part in kept.split(batch):
+        moments.update(part)
+    labels = b"" if images.labels is None else images.labels.numpy().tobytes()
+    found = (hashlib.sha256(each).hexdigest() for each in (hashes.tobytes(), labels))
+    return Seen(moments, None, content_hash(shape, *found), kept)
 
 
 def _hash(identity: dict[str, Any]) -> str:

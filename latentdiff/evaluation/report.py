@@ -25,7 +25,6 @@ from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_sourc
 from latentdiff.errors import UserError
 from latentdiff.evaluation import curve
 from latentdiff.evaluation.features import FeatureSpace
-from latentdiff.evaluation.reference import see_reference
 from latentdiff.evaluation.scores import ClassifierTrainer, Seen, cas, class_counts, look, read_batches
 from latentdiff.evaluation.sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.evaluation.statistics import frechet_distance
@@ -34,6 +33,10 @@ from latentdiff.evaluation.surroundings import Surroundings, over_seeds, setting
 REPORT_NAME = "evaluation"
 # What a reader needs to repeat a number; what the caller cannot tell stays null and is shown as "not stated".
 PROTOCOL_FIELDS = ("model", "sampler", "steps", "guidance", "seed")
+
+
+def say(line: str) -> None:
+    print(line, file=sys.stderr)
 
 
 def reference_sets(
@@ -75,9 +78,9 @@ def evaluate_samples(
     draw_seed: int = 0,
     batch: int = 250,
     more: Sequence[np.ndarray] = (),
-    reference_cache: str | Path | None = None,
+    reference: Seen | None = None,
     guided: tuple[Mapping[float, np.ndarray], np.ndarray | None] | None = None,
-    log: Callable[[str], None] = lambda line: print(line, file=sys.stderr),
+    log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
     """Measure generated images against real ones; the report as JSON values.
 
@@ -96,7 +99,7 @@ def evaluate_samples(
         draw_seed: which real images make the floor and CAS's real side, and subsets of images.
         more: further sets like samples, from other seeds: values are then means over all sets, with their spread; CAS,
             per_class, memorisation and samples_sha256 are of the first alone.
-        reference_cache: a folder for the features of train, which are there the next time.
+        reference: what net sees in train without padding, features kept, where that is known (`see_reference`).
         guided: ({guidance scale: samples}, their labels), for "guidance_curve".
 
     Raises:
@@ -110,7 +113,7 @@ def evaluate_samples(
     floor_rows = matching_rows(test, generated.labels, len(generated), draw_seed)
     held_out_images = subset(test_content, floor_rows)
     log(f"evaluate: features of {len(train)} reference images, {len(generated)} samples, {len(floor_rows)} test images")
-    reference = see_reference(net, train_content, batch, reference_cache, log)
+    reference = reference or look(net, read_batches(train_content, batch), keep=True)
     seen = [look(net, read_batches(each, batch), keep=True) for each in sets]
     floor = look(net, read_batches(held_out_images, batch), keep=True)
     metrics = over_seeds([_metrics(net, train, reference, each, floor, log) for each in seen])

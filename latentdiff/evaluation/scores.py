@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -47,8 +48,8 @@ class Seen:
 def look(net: FeatureSpace, batches: Iterable[Batch], keep: bool = False) -> Seen:
     """Feature moments, label accuracy and hash of a stream of batches, in one pass that keeps no image.
 
-    keep: the features too, [N, D] in float32. The hash is over the 8-bit pixels, their shape and the labels, in order: equal
-    for equal images wherever they lie and however they are cut into batches.
+    keep: the features too, [N, D] in float32. The hash is over the hashes of the images' 8-bit pixels, their shape and the
+    labels, in order: equal for equal images wherever they lie and however they are cut into batches.
     """
     moments, pixel_hash, label_hash = Moments(net.dim), hashlib.sha256(), hashlib.sha256()
     shape: tuple[int, ...] = ()
@@ -61,16 +62,25 @@ def look(net: FeatureSpace, batches: Iterable[Batch], keep: bool = False) -> See
             kept.append(features.float())
         pixels = to_uint8(images)
         shape = pixels.shape[1:]
-        pixel_hash.update(pixels.tobytes())
+        pixel_hash.update(digests(pixels).tobytes())
         if labels is not None:
             label_hash.update(labels.numpy().tobytes())
         if labels is not None and predicted is not None:
             right.append(predicted == labels)
     told = torch.cat(right) if right else None
     accuracy = None if told is None else int(told.sum()) / moments.count
-    content = f"{list(shape)} {pixel_hash.hexdigest()} {label_hash.hexdigest()}"
-    sha256 = hashlib.sha256(content.encode()).hexdigest()
+    sha256 = content_hash(shape, pixel_hash.hexdigest(), label_hash.hexdigest())
     return Seen(moments, accuracy, sha256, torch.cat(kept) if keep else None, told if keep else None)
+
+
+def digests(pixels: np.ndarray) -> np.ndarray:
+    """sha256 of each image of uint8 [B, H, W, C], as uint8 [B, 32]."""
+    found = b"".join(hashlib.sha256(image.tobytes()).digest() for image in pixels)
+    return np.frombuffer(found, np.uint8).reshape(len(pixels), 32)
+
+
+def content_hash(shape: Sequence[int], pixels: str, labels: str) -> str:
+    return hashlib.sha256(f"{list(shape)} {pixels} {labels}".encode()).hexdigest()
 
 
 def frechet(features_a: Tensor, features_b: Tensor) -> float:
