@@ -9,20 +9,21 @@ from typing import Any
 from latentdiff.errors import UserError
 from latentdiff.evaluation import curve
 from latentdiff.evaluation.report import shown
-from latentdiff.records import PROTOCOL, read_record, weights_of
+from latentdiff.records import PROTOCOLS, read_record, weights_of
 from latentdiff.writing import replace_text
 
 CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
 # Said in the line of how the samples were made; what only a machine compares (hashes) stays in the record
 _MADE = ("sampler", "steps", "guidance", "guidance_interval", "seed", "precision", "weights")
-_PROTOCOL = tuple(field for field in PROTOCOL if not field.endswith("sha256") and field not in ("likelihood", "class_counts"))
+_UNSAID = ("likelihood", "class_counts")
 
 
 def fill_card(model: str | Path, record: str | Path) -> Path:
-    """Put a record's values and protocol between two comments of MODEL's README.md, in place of what stood there.
+    """Put the values and protocol of a record of `evaluate` or `judge` between two comments of MODEL's README.md.
 
-    A card without the comments gets them at its end, one that is not there is made. UserError where the record is of other
-    weights than the model's, names none, or the card has one comment without the other.
+    They replace what stood there. A card without the comments gets them at its end, one that is not there is made.
+    UserError where the record is of other weights than the model's, names none, or the card has one comment without the
+    other.
     """
     from latentdiff.checkpoints import resolve_model
 
@@ -30,7 +31,7 @@ def fill_card(model: str | Path, record: str | Path) -> Path:
     ours, theirs = weights_of(folder)["weights_sha256"], found["made"].get("weights_sha256")
     if theirs != ours:
         said = f"is of other weights ({theirs[:12]}, not {ours[:12]})" if theirs and ours else "names no weights"
-        raise UserError(f"--record {record}: {said}; give what latentdiff evaluate {model} --out wrote")
+        raise UserError(f"--record {record}: {said}; give what latentdiff {found['kind']} {model} --out wrote")
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
     marks = text.count(BEGIN), text.count(END)
@@ -53,7 +54,8 @@ def section(record: Mapping[str, Any]) -> str:
     if record.get("guidance_curve"):
         lines += ["", *curve.table(record["guidance_curve"])]
     how = "; ".join(f"{key.replace('_', ' ')} {_said(made[key])}" for key in _MADE if made.get(key) is not None)
-    what = "; ".join(f"{field.replace('_', ' ')} {_said(protocol[field])}" for field in _PROTOCOL)
+    fields = (f for f in PROTOCOLS[record["kind"]] if not f.endswith("sha256") and f not in _UNSAID)
+    what = "; ".join(f"{field.replace('_', ' ')} {_said(protocol[field])}" for field in fields)
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
     lines += ["", f"Samples: {how}.", "", f"Protocol: data {made.get('data')}; {what}. Versions: {versions}."]
     left = record.get("left_out") or {}

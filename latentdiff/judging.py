@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,9 @@ def judge(
 ) -> dict[str, Any] | None:
     """Scores, ceiling, chance and memorisation of a model's pictures of num_prompts seen pairs and all held-out ones.
 
-    One picture a pair, from the prompt "<style> style, <name>"; with `out` its files judge.json, judge.md and grid.png
-    are written, the last with pictures of free prompts too, uncurated. What the numbers are: `evaluation.retrieval`.
+    One picture a pair, from the prompt "<style> style, <name>"; with `out` its files judge.json, judge.md, metrics.json (the
+    record) and grid.png are written, the last with pictures of free prompts too, uncurated. What the numbers are:
+    `evaluation.retrieval`.
     steps, sampler, guidance, guidance_interval: None are the checkpoint's.  device: of model and judge; auto, cpu, or torch's
     name of another. Several processes of a launcher share the drawing; the first one judges, the others return None.
 
@@ -59,6 +61,7 @@ def judge(
     from latentdiff.evaluation.retrieval import MILD, chosen_rows
     from latentdiff.generation import place, set_precision
     from latentdiff.guidance import check_interval
+    from latentdiff.records import make_judge_record, weights_of, write_record
     from latentdiff.writing import check_out_folder
 
     if num_prompts < 2 or batch_size < 1 or (steps is not None and steps < 1):
@@ -68,6 +71,7 @@ def judge(
     if out is not None:
         check_out_folder(out)
     processes.pick_device(device)
+    started = time.perf_counter()
     net = load_judge(resolve_model(judge, "--judge", "model.safetensors"))
     pipeline = load(resolve_model(model))
     if pipeline.text_encoder is None:
@@ -86,6 +90,7 @@ def judge(
     made = draw(pipeline, prompts, seed, batch_size, **call)
     if made is None:
         return None
+    drawn = time.perf_counter()
     protocol = stated(pipeline, str(model), seed=seed, **call)
     protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
     protocol |= {"strength_of_augmentation": MILD, "trained_on_this_train_part": trained_on(resolve_model(model), str(data))}
@@ -93,6 +98,9 @@ def judge(
     table = {"protocol": protocol, **measure(gallery, made, rows, seed, codec.reconstruct if whole else None)}
     if out is not None:
         _write(Path(out), table, made, _prompts(gallery.pairs, rows, free=True))
+        seconds = {"loading_and_drawing": drawn - started, "judging": time.perf_counter() - drawn}
+        how = {**weights_of(resolve_model(model)), "device": str(found)}
+        write_record(make_judge_record(table, gallery.pairs.fingerprint(), net.fingerprint(), how, seconds), out)
     return table
 
 

@@ -145,7 +145,7 @@ def _add_judge(commands) -> None:
     _add_sampling(add)
     add.add_argument("--batch-size", type=int, default=64, metavar="B")
     add_device(add)
-    add.add_argument("--out", metavar="DIR", help="also write judge.json, judge.md and grid.png there")
+    add.add_argument("--out", metavar="DIR", help="also write judge.json and .md, metrics.json and grid.png there")
     add.set_defaults(run=judge_command)
 
 

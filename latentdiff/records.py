@@ -22,6 +22,9 @@ PROTOCOL = (
     "held_out_sha256", "held_out_images", "features", "features_sha256", "preparation", "draw_seed", "cas_seeds", "settings",
     "likelihood",
 )  # fmt: skip
+# The same of a record of `judge`
+JUDGED = ("seen_pairs", "held_out_pairs", "pairs_sha256", "judge_sha256", "prompts", "strength_of_augmentation")
+PROTOCOLS = {"evaluate": PROTOCOL, "judge": JUDGED}
 # A record without these measurements stands beside one that has them
 UNMEASURED: dict[str, Any] = {"cas_seeds": 0, "likelihood": {}}
 
@@ -46,6 +49,7 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         samples["autoencoder_sha256"] = report["reconstruction"]["autoencoder_sha256"]
     return {
         "format": FORMAT,
+        "kind": "evaluate",
         "protocol": {field: known[field] for field in PROTOCOL},
         "made": {**samples, **made, "data": reference["data"], "versions": library_versions()},
         "values": _values(report),
@@ -58,6 +62,35 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         "class_names": reference["class_names"],
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
     }
+
+
+def make_judge_record(
+    table: Mapping[str, Any], pairs_sha256: str, judge_sha256: str, made: Mapping[str, Any], seconds: Mapping[str, float]
+) -> dict[str, Any]:
+    """The record of a table of `judge`: shares with the augmented real pictures' as their floor, and nearest distances."""
+    stated, values = table["protocol"], dict[str, Any]()
+    for group, entries in table["scores"].items():
+        ours, real, chance = (entries[what] for what in ("generated", "augmented real", "shuffled prompts"))
+        for key in (key for key in ours if key != "pictures"):
+            counts = {"images": ours["pictures"], "floor_images": real["pictures"]}
+            values[f"{key}[{group}]"] = {"value": ours[key], "floor": real[key], "chance": chance[key]} | counts
+    real = table["nearest_training_picture"]["real, held-out"]
+    for what, entry in table["nearest_training_picture"].items():
+        for space in ("pixels", "embedding") if entry is not real else ():
+            values[f"nearest_training_picture_{space}[{what}]"] = {
+                "value": entry[space], "images": entry["pictures"], "floor": real[space], "floor_images": real["pictures"]
+            }  # fmt: skip
+    known = {
+        **{f"{group.replace('-', '_')}_pairs": entries["generated"]["pictures"] for group, entries in table["scores"].items()},
+        "pairs_sha256": pairs_sha256, "judge_sha256": judge_sha256,
+        **{key: stated[key] for key in ("prompts", "strength_of_augmentation")},
+    }  # fmt: skip
+    samples = {key: value for key, value in stated.items() if key not in (*JUDGED, "judge")}
+    return {
+        "format": FORMAT, "kind": "judge", "protocol": {field: known[field] for field in JUDGED},
+        "made": {**samples, **made, "versions": library_versions()}, "values": values,
+        "seconds": {key: round(value, 1) for key, value in seconds.items()},
+    }  # fmt: skip
 
 
 def weights_of(folder: Path) -> dict[str, str | None]:
@@ -142,7 +175,9 @@ def read_record(what: str | Path) -> dict[str, Any]:
     for part in ("protocol", "made", "values"):
         if not isinstance(record.get(part), dict):
             raise UserError(f"{path}: {part} is missing; write the record anew by latentdiff evaluate --out")
-    missing = [field for field in PROTOCOL if field not in record["protocol"]]
+    if record.get("kind") not in list(PROTOCOLS):
+        raise UserError(f"{path}: kind is {_short(record.get('kind'))}; valid are {', '.join(PROTOCOLS)}")
+    missing = [field for field in PROTOCOLS[record["kind"]] if field not in record["protocol"]]
     if missing:
         raise UserError(f"{path}: protocol.{missing[0]} is missing; a value without its protocol says nothing")
     for name, entry in record["values"].items():
@@ -175,7 +210,9 @@ def compare_records(paths: Sequence[str | Path]) -> str:
 
 def check_alike(name: str, record: Mapping[str, Any], other_name: str, other: Mapping[str, Any]) -> None:
     """UserError naming the first field of the protocol in which two records differ."""
-    for field in PROTOCOL:
+    if record["kind"] != other["kind"]:
+        raise UserError(f"compare: {name} is of latentdiff {record['kind']}, {other_name} of latentdiff {other['kind']}")
+    for field in PROTOCOLS[record["kind"]]:
         ours, theirs = record["protocol"][field], other["protocol"][field]
         if ours == theirs or (field in UNMEASURED and UNMEASURED[field] in (ours, theirs)):
             continue
@@ -208,7 +245,8 @@ def _side_by_side(names: list[str], records: list[dict[str, Any]]) -> str:
         floor = next((shown(entry, "floor") for entry in entries if entry is not None), "–")
         values = ["–" if entry is None else shown(entry) for entry in entries]
         lines.append(f"| {name} | {' | '.join(values)} | {floor} |")
-    stated = "; ".join(f"{field.replace('_', ' ')} {_short(records[0]['protocol'][field])}" for field in PROTOCOL)
+    fields = {field: records[0]["protocol"][field] for field in PROTOCOLS[records[0]["kind"]]}
+    stated = "; ".join(f"{field.replace('_', ' ')} {_short(value)}" for field, value in fields.items())
     return "\n".join([*lines, "", f"One protocol: {stated}."]) + "\n"
 
 

@@ -23,6 +23,7 @@ from latentdiff.evaluation.augmentation import augment
 from latentdiff.evaluation.judge import Gallery, JudgeNet, load_judge, look, open_gallery
 from latentdiff.evaluation.retrieval import augmented_scores, chosen_rows, judge_pictures, markdown, nearest
 from latentdiff.judging import FREE_PROMPTS, _check_pictures, draw, measure
+from latentdiff.records import read_record
 from latentdiff.training import train
 from latentdiff.training.judge import fit_judge
 
@@ -295,7 +296,7 @@ def text_model(tmp_path_factory, shapes) -> Path:
     return train(diffusion_config(shapes, root / "second", first, **data, **changes))
 
 
-def test_the_command_draws_measures_and_writes(run, here, text_model, shapes, judge_folder):
+def test_the_command_draws_measures_and_writes(run, refused, here, text_model, shapes, judge_folder):
     command = ("judge", text_model, "--data", shapes, "--judge", judge_folder, "--num-prompts", "4", "--steps", "2")
     command += ("--batch-size", "3", "--guidance", "2", "--sampler", "euler")
     printed = run(*command, "--out", "out")
@@ -305,12 +306,23 @@ def test_the_command_draws_measures_and_writes(run, here, text_model, shapes, ju
     assert table["scores"]["seen"]["augmented real"]["top1"] > 0.5
     stated = {"sampler": "euler", "steps": 2, "guidance": 2.0, "seed": 0, "judge": load_judge(judge_folder).fingerprint()[:16]}
     assert table["protocol"].items() >= stated.items()
-    assert sorted(p.name for p in Path("out").iterdir()) == ["grid.png", "judge.json", "judge.md"]
+    assert sorted(p.name for p in Path("out").iterdir()) == ["grid.png", "judge.json", "judge.md", "metrics.json"]
     assert json.loads(Path("out/judge.json").read_text()) == table
     assert "judge: " + stated["judge"] in Path("out/judge.md").read_text()
     with Image.open("out/grid.png") as grid:
         assert grid.width >= 6 * 2 * SIDE and grid.height >= 4 * 2 * SIDE  # seen, held-out, and two rows of free prompts
     assert len(FREE_PROMPTS) == 12
+    record, score = read_record("out"), table["scores"]["seen"]
+    entry = record["values"]["top5[seen]"]
+    assert entry == {"value": score["generated"]["top5"], "floor": score["augmented real"]["top5"], "images": 4,
+                     "floor_images": 4, "chance": score["shuffled prompts"]["top5"]}  # fmt: skip
+    assert record["made"].items() >= {"steps": 2, "sampler": "euler", "guidance": 2.0, "seed": 0}.items()
+    run(*command, "--seed", "1", "--out", "other")
+    assert "top5_in_style[held-out]" in run("compare", "out", "other")
+    run(*(3 if each == "4" else each for each in command), "--out", "fewer")
+    assert "compare: seen_pairs is 4 in out and 3 in fewer" in refused("compare", "out", "fewer")
+    (here / "odd.json").write_text(json.dumps(record | {"kind": []}))
+    assert "odd.json: kind is []; valid are evaluate, judge" in refused("compare", "odd.json", "out")
     again = json.loads(run(*command, "--batch-size", "4"))
     for kind, entries in table["nearest_training_picture"].items():
         assert again["nearest_training_picture"][kind] == pytest.approx(entries, abs=1e-3)
@@ -370,7 +382,8 @@ def test_several_processes_judge_as_one(tmp_path, text_model, shapes, judge_fold
         assert result["codes"] == [0] * world, result["stderr"]
         assert json.loads(result["stdout"]) == json.loads((outs[world] / "judge.json").read_text())
     (one, table), (several, other) = ((tree(out), json.loads((out / "judge.json").read_text())) for out in outs.values())
-    assert {path.name for path in one} == {path.name for path in several} == {"grid.png", "judge.json", "judge.md"}
+    names = {"grid.png", "judge.json", "judge.md", "metrics.json"}
+    assert {path.name for path in one} == {path.name for path in several} == names
     assert one[outs[1] / "grid.png"] == several[outs[2] / "grid.png"]  # which shows every picture
     assert (table["scores"], table["protocol"]) == (other["scores"], other["protocol"])
     for kind, entries in table["nearest_training_picture"].items():
