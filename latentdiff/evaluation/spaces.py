@@ -136,20 +136,24 @@ class Inception(FeatureSpace):
 def open_inception(path: str | Path, sha256: str = "6726825d") -> Inception:
     """The Inception whose weights lie in a file; sha256: how the file's hash begins.
 
-    UserError for another file, and where torch-fidelity is not installed.  The file is read as tensors alone before
-    torch-fidelity reads it.
+    UserError for another file, and where torch-fidelity is not installed.  Nothing but tensors is read from the file: not
+    by torch-fidelity, which would take any pickle.
     """
     path = Path(path)
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith(sha256):
         raise UserError(f"--features {path}: its sha256 begins {digest[:8]}, that of {INCEPTION_FILE} {sha256}; give that file")
-    build = _fidelity().FeatureExtractorInceptionV3
+    module: Any = _fidelity()
+    download = module.load_state_dict_from_url
     try:
-        torch.load(path, weights_only=True)  # refuses all that is not a tensor
-        extractor = build("inception-v3-compat", ["2048"], feature_extractor_weights_path=str(path))
+        weights = torch.load(path, weights_only=True)
+        module.load_state_dict_from_url = lambda *_, **__: weights
+        extractor = module.FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
     except Exception as error:
         raise UserError(f"--features {path}: cannot be read as Inception's weights ({_line(error)})") from None
+    finally:
+        module.load_state_dict_from_url = download
     return Inception(extractor.eval().requires_grad_(False)).eval()
 
 

@@ -48,8 +48,8 @@ def memory() -> dict[str, float]:
     return found
 
 
-def read_cache(folder: Path) -> dict[str, float]:
-    """Read shuffled batches for SECONDS."""
+def read_cache(folder: Path, seconds: float = SECONDS) -> dict[str, float]:
+    """Read shuffled batches for so many seconds."""
     from latentdiff.data.cache import open_cache
     from latentdiff.rng import randn
 
@@ -59,7 +59,7 @@ def read_cache(folder: Path) -> dict[str, float]:
     opened = time.monotonic() - began
     generator, step, largest = torch.Generator().manual_seed(0), 0, 0.0
     began = time.monotonic()
-    while time.monotonic() - began < SECONDS:
+    while time.monotonic() - began < seconds:
         mean, std = cache.moments(stream(len(cache), 0, step * BATCH, BATCH))
         z = mean + std * randn(mean.shape, generator)
         assert z.shape == (BATCH, *SHAPE)
@@ -89,6 +89,6 @@ def main(counts: list[int]) -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--read"]:
-        print(json.dumps(read_cache(Path(sys.argv[2]))))
+        print(json.dumps(read_cache(Path(sys.argv[2]), *map(float, sys.argv[3:]))))
     else:
         main([int(text) for text in sys.argv[1:]] or list(COUNTS))
