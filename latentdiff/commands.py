@@ -27,9 +27,7 @@ UNPACKING_ERRORS = (OSError, ValueError, KeyError, EOFError, BadZipFile, Runtime
 DEFAULT_FEATURES = "weights/fashion-mnist-features"
 
 
-def encode(
-    config_path: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
-) -> Path:
+def encode(config_path: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None) -> Path:
     """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder.
 
     part: "K/N", K from 1 to N, builds every N-th shard alone; the job that finds none missing finishes the cache.
@@ -147,8 +145,7 @@ def likelihood(
     null = pipeline.config.null_class
     if unconditional and pipeline.num_classes > 0 and null is None:
         raise UserError("--unconditional: this model was trained without class dropout and has no null class")
-    if pipeline.text_encoder is not None and pipeline.config.null_prompt is None:
-        raise UserError(f"{model}: was trained without text dropout, so it has no likelihood without prompts")
+    check_likelihood(pipeline, str(model))
     denoiser = Denoiser.from_pipeline(pipeline)
 
     def denoiser_for(labels: torch.Tensor | None, count: int) -> Any:
@@ -161,6 +158,12 @@ def likelihood(
         )
     stated = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
     return {**report, "protocol": {**stated, **report["protocol"]}}
+
+
+def check_likelihood(pipeline: Any, model: str) -> None:
+    """UserError for a model that has no likelihood of images without prompts."""
+    if pipeline.text_encoder is not None and pipeline.config.null_prompt is None:
+        raise UserError(f"{model}: was trained without text dropout, so it has no likelihood without prompts")
 
 
 def open_features(what: str | Path) -> FeatureSpace:

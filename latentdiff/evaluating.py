@@ -10,15 +10,26 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latentdiff import processes
-from latentdiff.commands import DEFAULT_FEATURES, check_classes, data_rule, likelihood, open_features, read_npz, stated
+from latentdiff.commands import (
+    DEFAULT_FEATURES,
+    check_classes,
+    check_likelihood,
+    data_rule,
+    likelihood,
+    open_features,
+    read_npz,
+    stated,
+)
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.data.preprocess import ImageDataset
+    from latentdiff.generation import Subject
 
 
 BATCH = 250  # images that a feature network sees at a time
+CURVE_IMAGES = 1000  # at most, of each guidance scale, where nothing is said
 
 
 class _Drawn(NamedTuple):
@@ -32,6 +43,21 @@ class _Drawn(NamedTuple):
     made: dict[str, Any]
     codec: LatentCodec | None = None
     curve: tuple[dict[float, np.ndarray], np.ndarray | None] | None = None
+    prompts: Sequence[str] = ()
+
+
+class _Wanted(NamedTuple):
+    """What is drawn: `each` images of each subject; the classes of prompts, those of all images [N], and facts on prompts."""
+
+    subjects: list[Subject]
+    each: int
+    beside: list[int] | None
+    labels: np.ndarray | None
+    prompts: dict[str, Any]
+
+    @property
+    def total(self) -> int:
+        return len(self.subjects) * self.each
 
 
 def evaluate(
@@ -46,11 +72,15 @@ def evaluate(
     seeds: int = 1,
     reference_cache: str | Path | None = None,
     guidance_curve: Sequence[float] = (),
-    curve_images: int = 1000,
+    curve_images: int | None = None,
     bits_images: int = 0,
+    prompts: str | None = None,
     **call: Any,
 ) -> dict[str, Any] | None:
-    """Generate class-balanced images (or read `samples`, an npz or a folder of images) and measure them against a data set.
+    """Generate images (or read `samples`, an npz or a folder of images) and measure them against a data set.
+
+    A model told classes draws as many of each; one that reads text draws captions of the data (`draw_prompts`), and where
+    it is told classes too, each under its image's class.
 
     Several processes of a launcher share the generating and the look at the reference; the first one measures, the others
     return None.
@@ -58,8 +88,9 @@ def evaluate(
     call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
     seeds: how many sets of images, of seed, seed + 1 ...; values are means over them. reference_cache: where features of the
     data are kept; None: reference-cache beside `out`.
-    guidance_curve: scales at which curve_images more are drawn and measured. bits_images: held-out images whose bits per
-    dimension are bounded (`likelihood`), under their own class; 0: none.
+    guidance_curve: scales at which curve_images more are drawn and measured; None: num_images, but at most CURVE_IMAGES or
+    a little less. bits_images: held-out images whose bits per dimension are bounded (`likelihood`), under their own class
+    (a text model's under the empty prompt); 0: none. prompts: test or train, whose captions are drawn; None: test.
     The report, also written to `out` as JSON and Markdown, holds the distance in the feature network's space, its floor, the
     reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
     `latentdiff.evaluation.surroundings` measures, and the protocol. `out` gets the record and its page besides.
@@ -71,13 +102,14 @@ def evaluate(
 
     counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
     reference_cache = _check(model, samples, counts, out, reference_cache)
-    _check_further(model, guidance_curve, curve_images, bits_images)
+    _check_further(model, guidance_curve, curve_images, bits_images, prompts)
     started, seed = time.perf_counter(), call.pop("seed", 0)
     net = open_features(features)
     if model is None:
         drawn = None if processes.rank() > 0 else _there(samples, data, net.channels, device)  # nothing is shared of these
     else:
-        drawn = _draw(model, data, num_images, seed, seeds, guidance_curve, curve_images, device, call)
+        numbers = num_images, seeds, curve_images, bits_images
+        drawn = _draw(model, data, numbers, seed, guidance_curve, prompts, device, call)
     if drawn is None:
         return None
     generated, net = time.perf_counter(), net.to(drawn.made["device"])
@@ -91,6 +123,9 @@ def evaluate(
     )  # fmt: skip
     if bits_images and model is not None:
         report["likelihood"] = likelihood(model, data, bits_images, seed=seed)
+    asked = {"cas": cas_seeds, "guidance_curve": guidance_curve, "bits_per_dim": bits_images}
+    flags = {"cas": "--cas-seeds 0", "guidance_curve": "without --guidance-curve", "bits_per_dim": "without --bits-images"}
+    report["left_out"] |= {name: flag for name, flag in flags.items() if not asked[name]}
     if out is not None:
         seconds = {"loading_and_generating": generated - started, "measuring": time.perf_counter() - generated}
         _write(out, report, drawn, seconds)
@@ -111,7 +146,7 @@ def _there(samples: str | Path | None, data: str, channels: int, device: str) ->
     return _Drawn([images], labels, train, test, {"model": f"samples of {samples}"}, {"device": str(found)})
 
 
-def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, call) -> _Drawn:
+def _draw(model, data, counts, seed, scales, prompts, device, call) -> _Drawn:
     """What a model draws, its share on each process; the first one alone then has the images."""
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.checkpoints import load, resolve_model
@@ -119,7 +154,7 @@ def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, ca
     from latentdiff.generation import place, set_precision
     from latentdiff.records import weights_of
 
-    folder = resolve_model(model)
+    folder, (num_images, seeds, curve_images, bits_images) = resolve_model(model), counts
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
     precision = call.pop("precision", "float32")
@@ -128,37 +163,73 @@ def _draw(model, data, num_images, seed, seeds, scales, curve_images, device, ca
     codec = LatentCodec(pipeline.vae)
     train, test = reference_sets(data, *data_rule(folder, codec))
     check_classes(pipeline, train, data)
-    if scales and (pipeline.num_classes == 0 or pipeline.config.null_class is None):
-        raise UserError("--guidance-curve: this model has no guidance: it is told no class, or was trained without dropout")
+    if scales and not _can_be_guided(pipeline):
+        raise UserError("--guidance-curve: this model has no guidance: it is told nothing, or was trained without dropout")
+    if bits_images:
+        check_likelihood(pipeline, str(model))  # now, and not when all else is done
+    if prompts is not None and pipeline.text_encoder is None:
+        raise UserError(f"--prompts {prompts}: this model reads no text; leave it out")
+    part = prompts or "test"
+    images = {"test": test, "train": train}[part]
+    wanted = _wanted(pipeline, num_images, "--num-images", images, part, data)
+    fewer = _curve_images(pipeline, curve_images, num_images) if scales else num_images
+    few = _wanted(pipeline, fewer, "--curve-images", images, part, data)
     processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
-    sets = [_balanced(pipeline, num_images, seed=seed + k, **call) for k in range(seeds)]
-    guided = {
-        scale: _balanced(pipeline, curve_images, "--curve-images", seed=seed, **call | {"guidance_scale": scale})
-        for scale in scales
-    }
-    labels = next((labels for _, labels in guided.values()), None)
-    curve = ({scale: images for scale, (images, _) in guided.items()}, labels) if guided else None
+    sets = [_make(pipeline, wanted, seed=seed + k, **call) for k in range(seeds)]
+    guided = {s: _make(pipeline, few, f"guidance {s:g}", seed=seed, **call | {"guidance_scale": s}) for s in scales}
     protocol = {**stated(pipeline, str(model), seed=seed, **call), "precision": precision}
+    if wanted.prompts:
+        protocol["prompts"] = wanted.prompts
     made = {**weights_of(folder), "device": str(found)}
-    return _Drawn([images for images, _ in sets], sets[0][1], train, test, protocol, made, codec, curve)
+    texts = [str(text) for text in wanted.subjects] if wanted.prompts else ()
+    curve = (guided, few.labels) if guided else None
+    return _Drawn(sets, wanted.labels, train, test, protocol, made, codec, curve, texts)
 
 
-def _balanced(
-    pipeline, num_images: int, flag: str = "--num-images", seed: int = 0, batch_size: int = 128, **call
-) -> tuple[Any, np.ndarray | None]:
-    """(uint8 [N, H, W, C] on the first process and None on others, labels [N] or None)."""
+def _can_be_guided(pipeline) -> bool:
+    """Whether a model is told something, and was trained without it too."""
+    classed, texted, config = pipeline.num_classes > 0, pipeline.text_encoder is not None, pipeline.config
+    unlearnt = classed and config.null_class is None or texted and config.null_prompt is None
+    return (classed or texted) and not unlearnt
+
+
+def _curve_images(pipeline, asked: int | None, num_images: int) -> int:
+    if asked is not None:
+        return asked
+    classes = 1 if pipeline.text_encoder is not None else max(1, pipeline.num_classes)
+    return max(min(num_images, CURVE_IMAGES) // classes * classes, classes)
+
+
+def _wanted(pipeline, count: int, flag: str, images: ImageDataset, part: str, data: str) -> _Wanted:
+    """Class-balanced images, or captions of `images`, the part of the data of that name."""
+    from latentdiff.evaluation.prompts import draw_prompts
+    from latentdiff.generation import every_class
+
+    if pipeline.text_encoder is not None:
+        check_classes(pipeline, images, data)
+        found = draw_prompts(images, count, part, data)
+        classes = found.labels if pipeline.num_classes else None
+        beside, labels = (None, None) if classes is None else (classes.tolist(), classes.numpy())
+        return _Wanted([*found.texts], 1, beside, labels, found.facts)
+    rows = every_class(pipeline)
+    if count % len(rows):
+        raise UserError(f"{flag} {count}: must be a multiple of the model's {len(rows)} classes")
+    each = count // len(rows)
+    return _Wanted(rows, each, None, None if rows == [None] else np.repeat(np.asarray(rows), each), {})
+
+
+def _make(pipeline, wanted: _Wanted, doing: str = "", seed: int = 0, batch_size: int = 128, **call) -> Any:
+    """What is wanted, uint8 [N, H, W, C], on the first process; None on others."""
     from tqdm import tqdm
 
-    from latentdiff.generation import every_class, generate_share
+    from latentdiff.generation import generate_share
 
-    rows = every_class(pipeline)
-    if num_images % len(rows):
-        raise UserError(f"{flag} {num_images}: must be a multiple of the model's {len(rows)} classes")
-    part, each = processes.share(num_images, batch_size), num_images // len(rows)
-    hidden = processes.rank() > 0
-    with tqdm(total=part.stop - part.start, unit="image", desc="generating", delay=0.5, disable=hidden) as bar:
-        mine = generate_share(pipeline, rows, each, seed, batch_size, bar.update, **call)
-    return processes.gather(mine, num_images, batch_size), None if rows == [None] else np.repeat(np.asarray(rows), each)
+    part, hidden = processes.share(wanted.total, batch_size), processes.rank() > 0
+    doing = ", ".join(filter(None, ("generating", doing)))
+    with tqdm(total=part.stop - part.start, unit="image", desc=doing, delay=0.5, disable=hidden) as bar:
+        call["label"] = wanted.beside
+        mine = generate_share(pipeline, wanted.subjects, wanted.each, seed, batch_size, bar.update, **call)
+    return processes.gather(mine, wanted.total, batch_size)
 
 
 def _check(model, samples, counts, out, reference_cache) -> str | Path | None:
@@ -179,13 +250,17 @@ def _check(model, samples, counts, out, reference_cache) -> str | Path | None:
     return cache_beside(out) if reference_cache is None and out is not None else reference_cache
 
 
-def _check_further(model, scales: Sequence[float], curve_images: int, bits_images: int) -> None:
+def _check_further(model, scales: Sequence[float], curve_images: int | None, bits_images: int, prompts: str | None) -> None:
+    if prompts not in (None, "test", "train"):
+        raise UserError(f"--prompts {prompts}: valid are test and train")
+    if model is None and prompts is not None:
+        raise UserError("--prompts: of a MODEL; --samples are made")
     if model is None and (scales or bits_images):
         raise UserError(f"{'--guidance-curve' if scales else '--bits-images'}: of a MODEL; --samples have none")
     wrong = [scale for scale in scales if not 0 <= scale < float("inf")]
     if wrong or len(set(scales)) < len(scales):
         raise UserError(f"--guidance-curve {' '.join(f'{s:g}' for s in scales)}: give different numbers, 0 or more; 1 is off")
-    if curve_images < 2 or bits_images < 0:
+    if (curve_images is not None and curve_images < 2) or bits_images < 0:
         raise UserError("evaluate: --curve-images must be at least 2, --bits-images at least 0")
 
 
@@ -195,5 +270,5 @@ def _write(out: str | Path, report: dict[str, Any], drawn: _Drawn, seconds: dict
 
     record = records.make_record(report, drawn.made, seconds)
     write_report(report, out)
-    page.write_page(record, out, drawn.sets[0], drawn.labels, drawn.train)
+    page.write_page(record, out, drawn.sets[0], drawn.labels, drawn.train, drawn.prompts)
     records.write_record(record, out)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 Subject = int | str | None  # what an image is to show: a class's embedding row, a prompt, or nothing in particular
 # guide(subjects of a batch) -> guidance(denoiser) -> denoiser
 Guide = Callable[[list[Subject]], Callable[[Any], Any]]
-
 
 
 def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:
@@ -71,7 +71,7 @@ def class_beside(pipeline: LatentDiffusionPipeline, label: str | int | None, row
 def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:
     """What class-balanced samples are of: each class, or [None] of an unconditional model. UserError for text alone."""
     if pipeline.text_encoder is not None and not pipeline.num_classes:
-        raise UserError("MODEL: it is told what to draw by text and has no classes; measure it with latentdiff judge")
+        raise UserError("MODEL: it is told by text what to draw and has no classes; measure it by latentdiff evaluate or judge")
     return list(range(pipeline.num_classes)) or [None]
 
 
@@ -88,6 +88,15 @@ def image_generators(seed: int, subject: Subject, start: int, count: int) -> lis
     """
     label = -1 if subject is None else subject
     return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
+
+
+def numbered(rows: Sequence[Subject], num_images: int) -> list[tuple[Subject, int, int]]:
+    """(subject, its number, its place in rows), num_images of each; a subject named again counts on, so none comes twice."""
+    drawn, wanted = Counter[Subject](), list[tuple[Subject, int, int]]()
+    for place, row in enumerate(rows):
+        wanted += [(row, drawn[row] + k, place) for k in range(num_images)]
+        drawn[row] += num_images
+    return wanted
 
 
 # What samplers.sample takes besides the sampler's own options, and a call has other ways to give
@@ -181,33 +190,36 @@ def generate_batches(
     seed: int = 0,
     batch_size: int = 128,
     guide: Guide | None = None,
-    label: int | None = None,
+    label: int | None | Sequence[int] = None,
     part: slice = slice(None),
     **call: Any,
 ) -> Iterator[tuple[np.ndarray, list[Subject]]]:
     """Yield (uint8 [B, H, W, C], rows [B]): `num_images` for each row, in order; `call` goes to the pipeline.
 
     rows: classes, prompts or None, as `subjects` gives them.  guide: guide(classes [B]) is the pipeline's guidance for a
-    batch.  label: the class of every prompt.  part: only these of all the images. An image depends on the checkpoint, the
-    call, the seed, its subject and its number within that, not on batch_size. UserError for what the pipeline refuses.
+    batch.  label: the class of every prompt, or one for each of rows.  part: only these of all the images. An image depends
+    on the checkpoint, the call, the seed, its subject and its number within that, not on batch_size. UserError for what the
+    pipeline refuses.
     """
     null, away = pipeline.config.null_class, (call.get("negative_prompt") or "").strip()
+    beside = list(label) if isinstance(label, Sequence) else [label] * len(rows)
     # Of what names nothing, guidance changes nothing: only a call of nothing else is the pipeline's to refuse
-    named = {row for row in rows if label is not None or (row.strip() if isinstance(row, str) else row not in (None, null))}
-    wanted = [(row, k) for row in rows for k in range(num_images)][part]
+    told = zip(rows, beside, strict=True)
+    named = {r for r, c in told if c is not None or (r.strip() if isinstance(r, str) else r not in (None, null))}
+    wanted = numbered(rows, num_images)[part]
     for start in range(0, len(wanted), batch_size):
         batch = wanted[start : start + batch_size]
-        generators = [image_generators(seed, row, k, 1)[0] for row, k in batch]
-        labels = [row for row, _ in batch]
-        told = {**call, "class_labels": [label if isinstance(row, str) else row for row in labels]}
+        generators = [image_generators(seed, row, k, 1)[0] for row, k, _ in batch]
+        labels = [row for row, _, _ in batch]
+        asked = {**call, "class_labels": [beside[place] if isinstance(row, str) else row for row, _, place in batch]}
         if any(isinstance(row, str) for row in labels):
-            told["prompt"] = [row if isinstance(row, str) else None for row in labels]
+            asked["prompt"] = [row if isinstance(row, str) else None for row in labels]
         if guide is not None:
-            told["guidance"] = guide(told["class_labels"])
+            asked["guidance"] = guide(asked["class_labels"])
         if named and not away and named.isdisjoint(labels):
-            told["guidance_scale"] = 1.0
+            asked["guidance_scale"] = 1.0
         try:
-            out = pipeline(**told, generator=generators, output_type="np").images  # [B, H, W, C]
+            out = pipeline(**asked, generator=generators, output_type="np").images  # [B, H, W, C]
         except UserError:
             raise
         except ValueError as error:

@@ -43,7 +43,7 @@ def _add_evaluate(commands) -> None:
     add.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint (or give --samples)")
     add.add_argument("--data", required=True, metavar="D", help="a folder, fashion-mnist, a table or shards (see README)")
     add.add_argument("--samples", metavar="FILE", help="measure an npz, or a folder of images, instead of a model")
-    add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced images (default 5000)")
+    add.add_argument("--num-images", type=int, default=5000, metavar="N", help="class-balanced, or of captions (default 5000)")
     _add_features(add)
     add.add_argument("--cas-seeds", type=int, default=1, metavar="N", help="classifiers a side for CAS; 0 leaves it out")
     sets = "sets of images, from --seed on; values are means over them (default 1)"
@@ -52,9 +52,11 @@ def _add_evaluate(commands) -> None:
     add.add_argument("--reference-cache", metavar="DIR", help=cache)
     curve = "guidance scales at which --curve-images more are drawn and measured"
     add.add_argument("--guidance-curve", type=float, nargs="+", default=[], metavar="G", help=curve)
-    add.add_argument("--curve-images", type=int, default=1000, metavar="N", help="images a scale (default 1000)")
+    add.add_argument("--curve-images", type=int, metavar="N", help="images a scale (default: --num-images, up to 1000)")
     bits = "bound the bits per dimension of N held-out images too (default 0: not; some 1 s an image)"
     add.add_argument("--bits-images", type=int, default=0, metavar="N", help=bits)
+    part = "whose captions a model that reads text draws: test (default: the held-out images) or train"
+    add.add_argument("--prompts", metavar="PART", help=part)
     _add_sampling(add)
     add.add_argument("--batch-size", type=int, default=128, metavar="B")
     add_device(add)
@@ -83,6 +85,7 @@ def _add_card(commands) -> None:
     add = commands.add_parser("card", help="put a record's values into a model card", description=card_command.__doc__)
     add.add_argument("model", metavar="MODEL", help="the checkpoint that was measured")
     add.add_argument("--record", required=True, metavar="RECORD", help="metrics.json of evaluate --out, or its folder")
+    add.add_argument("--metadata", action="store_true", help="also in the front matter's model-index, which the Hub reads")
     add.set_defaults(run=card_command)
 
 
@@ -159,7 +162,7 @@ def evaluate_command(arguments) -> None:
     report = evaluate(
         arguments.model, arguments.data, arguments.num_images, arguments.samples, arguments.features, arguments.out,
         arguments.cas_seeds, arguments.device, arguments.seeds, arguments.reference_cache, arguments.guidance_curve,
-        arguments.curve_images, arguments.bits_images, **call,
+        arguments.curve_images, arguments.bits_images, arguments.prompts, **call,
     )  # fmt: skip
     if report is not None:
         print(dump(report))
@@ -187,7 +190,7 @@ def card_command(arguments) -> None:
     """Values and protocol of a record go between <!-- evaluation --> and <!-- /evaluation --> of the model's README.md."""
     from latentdiff.cards import fill_card
 
-    print(fill_card(arguments.model, arguments.record))
+    print(fill_card(arguments.model, arguments.record, arguments.metadata))
 
 
 def tune_command(arguments) -> None:

@@ -14,7 +14,7 @@ import torch
 from latentdiff.data.preprocess import ImageDataset, to_uint8
 from latentdiff.evaluation.report import shown
 from latentdiff.evaluation.sets import sample_set, without_padding
-from latentdiff.pictures import labelled_grid, save_png
+from latentdiff.pictures import captioned_grid, labelled_grid, save_png
 from latentdiff.writing import replace_text
 
 GRID, CLOSEST, PAGE = "samples.png", "closest.png", "index.html"
@@ -28,17 +28,19 @@ img{max-width:100%;image-rendering:pixelated}figure{margin:1.5rem 0}svg text{fon
 
 
 def write_page(
-    record: Mapping[str, Any], folder: str | Path, samples: np.ndarray, labels: np.ndarray | None, train: ImageDataset
-) -> list[Path]:
+    record: Mapping[str, Any], folder: str | Path, samples: np.ndarray, labels: np.ndarray | None, train: ImageDataset,
+    prompts: Sequence[str] = (),
+) -> list[Path]:  # fmt: skip
     """Write index.html, samples.png and closest.png; returns their paths.
 
-    samples: those that the record is of (the first seed's), uint8 [N, H, W, C]; train: the reference.
+    samples: those that the record is of (the first seed's), uint8 [N, H, W, C]; train: the reference. prompts: of each sample,
+    where it was told by text what to draw.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     real = without_padding(train)
     generated = sample_set(samples, labels, real)
-    save_png(_grid(generated), folder / GRID)
+    save_png(_told(generated, prompts) if prompts else _grid(generated), folder / GRID)
     save_png(_closest(record["memorisation"], generated, real), folder / CLOSEST)
     replace_text(folder / PAGE, page(record))
     return [folder / name for name in (PAGE, GRID, CLOSEST)]
@@ -55,6 +57,14 @@ def _grid(generated: ImageDataset) -> Any:
         names = [generated.class_names[c] for c in present]
     rows = [list(_pixels(generated, row)) for row in chosen[:ROWS]]
     return labelled_grid(rows, names[:ROWS], _scale(generated))
+
+
+def _told(generated: ImageDataset, prompts: Sequence[str]) -> Any:
+    """Samples from all over the set, each above its prompt."""
+    shown = sorted(set(np.linspace(0, len(generated) - 1, COLUMNS // 2 * 6).round().astype(int).tolist()))
+    rows = [shown[start : start + COLUMNS // 2] for start in range(0, len(shown), COLUMNS // 2)]
+    captions = [[prompts[k] for k in row] for row in rows]
+    return captioned_grid([list(_pixels(generated, row)) for row in rows], captions, [""] * len(rows), _scale(generated))
 
 
 def _closest(entry: Mapping[str, Any], generated: ImageDataset, train: ImageDataset) -> Any:
@@ -79,17 +89,18 @@ def _scale(images: ImageDataset) -> int:
 def page(record: Mapping[str, Any]) -> str:
     """The whole page as HTML; what it shows beside itself are the two pictures in its folder."""
     protocol, made = record["protocol"], record["made"]
+    shown = "Samples with their prompts." if protocol["prompts"] else "Samples, the first of each class."
     title = f"{made.get('model') or 'samples'} against {made.get('data')}"
     parts = [
         f"<h1>{escape(title)}</h1>",
         f"<p>{protocol['images']} images from each of {protocol['seeds']} seed(s), against {protocol['reference_images']} "
         f"training images; real images: {protocol['held_out_images']} held-out ones, measured alike (the floor).</p>",
         _table(("", "samples", "real images", "reconstructions", "images"), _rows(record["values"])),
-        f'<figure><img src="{GRID}" alt="samples"><figcaption>Samples, the first of each class.</figcaption></figure>',
+        f'<figure><img src="{GRID}" alt="samples"><figcaption>{shown}</figcaption></figure>',
         f'<figure><img src="{CLOSEST}" alt="samples and training images"><figcaption>The samples that come closest to a '
         "training image: sample, nearest by features, nearest by pixels; at the left the distances.</figcaption></figure>",
         precision_recall(record["values"]),
-        guidance_plots(record.get("guidance_curve")),
+        guidance_plots(record.get("guidance_curve")), recall_curve(record.get("guidance_curve")),
         class_bars(record.get("per_class")), accuracy_bars(record.get("per_class")),
         "".join(f"<p>Left out: {escape(name)} ({escape(why)}).</p>" for name, why in record["left_out"].items()),
         "<h2>How the samples were made</h2>", _facts(made), "<h2>Protocol</h2>", _facts(protocol),
@@ -129,20 +140,40 @@ def precision_recall(values: Mapping[str, Any], side: int = 300) -> str:
         return ""
     seeds = zip(across.get("by_seed", [across["value"]]), up.get("by_seed", [up["value"]]), strict=True)
     points = [(r, p, OURS, "samples") for r, p in seeds] + [(across["floor"], up["floor"], REAL, "real images")]
+    return _square(points, "Precision against recall: samples blue, real images green.", side)
+
+
+def recall_curve(curve: Mapping[str, Any] | None, side: int = 300) -> str:
+    """Precision against recall as SVG along a guidance curve, its scales in order, and the real images."""
+    if not curve or any(each[axis] is None for each in curve["points"] for axis in _AXES):
+        return ""
+    points = [(each["recall"], each["precision"], OURS, f"{each['guidance']:g}") for each in curve["points"]]
+    if None not in (floor := [curve["floor"][axis] for axis in _AXES]):
+        points.append((*floor, REAL, "real images"))
+    caption = f"Precision against recall by guidance scale, {curve['images']} images each: samples blue, real images green."
+    return _square(points, caption, side, joined=len(curve["points"]))
+
+
+def _square(points: Sequence[tuple[float, float, str, str]], caption: str, side: int, joined: int = 0) -> str:
+    """Points (recall, precision, colour, name) as SVG, each axis from 0 to 1; the first `joined` of them named, on a line."""
     edge, drawn = 45, []
     for k in range(6):
         at = side * k / 5
         drawn.append(f'<path d="M{edge + at:.0f} 10v{side}M{edge} {10 + at:.0f}h{side}" stroke="#ddd"/>')
         drawn.append(f'<text x="{edge + at:.0f}" y="{side + 26}" text-anchor="middle">{k / 5:.1f}</text>')
         drawn.append(f'<text x="{edge - 6}" y="{14 + at:.0f}" text-anchor="end">{1 - k / 5:.1f}</text>')
-    for r, p, colour, what in points:
-        x, y = edge + side * r, 10 + side * (1 - p)
+    places = [(edge + side * r, 10 + side * (1 - p)) for r, p, _, _ in points]
+    if joined:
+        line = "L".join(f"{x:.1f} {y:.1f}" for x, y in places[:joined])
+        drawn.append(f'<path d="M{line}" stroke="{OURS}" fill="none"/>')
+        for (x, y), (_, _, _, what) in zip(places[:joined], points, strict=False):  # into the square from where they lie
+            drawn.append(f'<text x="{x - 8:.1f}" y="{y + (18 if y < 40 else -6):.1f}" text-anchor="end">{what}</text>')
+    for (x, y), (r, p, colour, what) in zip(places, points, strict=True):
         told = f"<title>{what}: {r:.3f}, {p:.3f}</title>"
         drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}">{told}</circle>')
     drawn.append(f'<text x="{edge + side / 2:.0f}" y="{side + 44}" text-anchor="middle">recall</text>')
     middle = 10 + side // 2
     drawn.append(f'<text x="12" y="{middle}" text-anchor="middle" transform="rotate(-90 12 {middle})">precision</text>')
-    caption = "Precision against recall: samples blue, real images green."
     return _figure(edge + side + 20, side + 52, drawn, caption)
 
 
@@ -157,14 +188,15 @@ def guidance_plots(curve: Mapping[str, Any] | None) -> str:
     drawn = []
     for k, name in enumerate(names):
         values, floor = [each[name] for each in curve["points"]], curve["floor"][name]
-        low, high = min(*values, floor, 0 if name == "frechet" else 1), max(*values, floor)
+        real = [] if floor is None else [floor]
+        low, high = min(*values, *real, 0 if name == "frechet" else 1), max(*values, *real)
         high = high if high > low else low + 1
         left, top = edge + k % 2 * (wide + edge), 24 + k // 2 * (side + 56)
         at = [(left + wide * (s - span[0]) / (span[1] - span[0]), top + side * (high - v) / (high - low))
               for s, v in zip(scales, values, strict=True)]  # fmt: skip
-        level = top + side * (high - floor) / (high - low)
         drawn.append(f'<path d="M{left} {top}v{side}h{wide}" stroke="#888" fill="none"/>')
-        drawn.append(f'<path d="M{left} {level:.1f}h{wide}" stroke="{REAL}"/>')
+        for level in (top + side * (high - each) / (high - low) for each in real):
+            drawn.append(f'<path d="M{left} {level:.1f}h{wide}" stroke="{REAL}"/>')
         drawn.append(f'<path d="M{"L".join(f"{x:.1f} {y:.1f}" for x, y in at)}" stroke="{OURS}" fill="none"/>')
         for (x, y), scale, value in zip(at, scales, values, strict=True):
             told = f"<title>{scale:g}: {value:.4f}</title>"

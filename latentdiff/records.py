@@ -20,7 +20,7 @@ NETWORKS = ("unet", "vae", "text_encoder")
 PROTOCOL = (
     "images", "seeds", "image_size", "class_counts", "class_balanced", "reference_sha256", "reference_images",
     "held_out_sha256", "held_out_images", "features", "features_sha256", "preparation", "draw_seed", "cas_seeds", "settings",
-    "likelihood",
+    "likelihood", "prompts",
 )  # fmt: skip
 # The same of a record of `judge`
 JUDGED = ("seen_pairs", "held_out_pairs", "pairs_sha256", "judge_sha256", "prompts", "strength_of_augmentation")
@@ -42,7 +42,7 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         "features": reference["features"], "features_sha256": reference["features_sha256"],
         "preparation": _preparation(reference["preprocessing"]),
         "cas_seeds": len(report["metrics"].get("cas", {}).get("seeds", [])), "settings": dict(report["settings"]),
-        "likelihood": _bound(report.get("likelihood")),
+        "likelihood": _bound(report.get("likelihood")), "prompts": stated.get("prompts") or {},
     }  # fmt: skip
     samples = {key: value for key, value in stated.items() if key not in PROTOCOL}
     if "reconstruction" in report:
@@ -102,8 +102,11 @@ def weights_of(folder: Path) -> dict[str, str | None]:
     digest = hashlib.sha256()
     for path in sorted(path for part in NETWORKS for path in (folder / part).glob("*.safetensors")):
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        content = hashlib.sha256()
         with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+            for part in iter(lambda: file.read(1 << 20), b""):
+                content.update(part)
+        digest.update(content.digest())
     said = f"EMA, decay {average.get('decay')}" if isinstance(average, dict) else None
     return {"weights": said, "weights_sha256": digest.hexdigest()}
 
@@ -177,6 +180,8 @@ def read_record(what: str | Path) -> dict[str, Any]:
             raise UserError(f"{path}: {part} is missing; write the record anew by latentdiff evaluate --out")
     if record.get("kind") not in list(PROTOCOLS):
         raise UserError(f"{path}: kind is {_short(record.get('kind'))}; valid are {', '.join(PROTOCOLS)}")
+    if record["kind"] == "evaluate":
+        record["protocol"].setdefault("prompts", {})  # evaluate was of models that read none, before it was of others
     missing = [field for field in PROTOCOLS[record["kind"]] if field not in record["protocol"]]
     if missing:
         raise UserError(f"{path}: protocol.{missing[0]} is missing; a value without its protocol says nothing")

@@ -83,9 +83,9 @@ def test_generate_moves_the_pipeline(model, here, monkeypatch, on_meta):
 def test_evaluate_moves_the_pipeline_and_the_feature_network(model, stripe_folder, feature_folder, monkeypatch, on_meta):
     seen = []
 
-    def make(pipeline, num_images, **call):
+    def make(pipeline, wanted, **call):
         seen.append(places(pipeline.unet) | places(pipeline.vae))
-        return torch.zeros(num_images, 16, 16, 1).byte().numpy(), None
+        return torch.zeros(wanted.total, 16, 16, 1).byte().numpy()
 
     def see(net, *_):
         assert places(net) == {"meta"}
@@ -95,7 +95,7 @@ def test_evaluate_moves_the_pipeline_and_the_feature_network(model, stripe_folde
         assert reference is net and places(codec.vae) == {"meta"}
         raise Enough
 
-    monkeypatch.setattr(evaluating, "_balanced", make)
+    monkeypatch.setattr(evaluating, "_make", make)
     monkeypatch.setattr(reference, "see_reference", see)
     monkeypatch.setattr(report, "evaluate_samples", measure)
     with pytest.raises(Enough):

@@ -249,7 +249,7 @@ def test_another_protocol_is_refused_and_the_field_named(refused, record, tmp_pa
         value = other["protocol"][field]
         other["protocol"][field] = {**value, next(iter(value)): 77} if isinstance(value, dict) else [value, 1]
 
-    record["protocol"] |= {"cas_seeds": 1, "likelihood": {"images": 20}}
+    record["protocol"] |= {"cas_seeds": 1, "likelihood": {"images": 20}, "prompts": {"sha256": "a"}}
     a, b = two(tmp_path, record, change)
     said = refused("compare", a, b)
     assert f"compare: {field}" in said and f"in {a}" in said and f"in {b}" in said and "unlike protocols" in said

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from processes import carry_out, command
 from stripes import CLASSES
-from tiny_runs import tree
+from tiny_runs import tree, write_stripes
 
 from latentdiff import processes
 from latentdiff.cli import main
@@ -38,10 +38,12 @@ def jobs(folder: Path, model: Path, data: Path, features: Path) -> dict[tuple[st
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory, model, stripe_folder, feature_folder) -> tuple[Path, dict]:
+def done(tmp_path_factory, model, feature_folder) -> tuple[Path, dict]:
     """(folder with one folder for each number of processes, {(name, world): result})."""
     folder = tmp_path_factory.mktemp("shared")
-    wanted = jobs(folder, model, stripe_folder, feature_folder)
+    data = write_stripes(folder / "data" / "train", 600).parent  # so many that several processes have some to look at
+    write_stripes(data / "test", 24, seed=1)
+    wanted = jobs(folder, model, data, feature_folder)
     return folder, dict(zip(wanted, carry_out(list(wanted.values())), strict=True))
 
 
@@ -90,9 +92,10 @@ def test_measured_numbers_are_those_of_one_process(done, world):
     one, several = (json.loads((done[0] / str(count) / "measured" / "evaluation.json").read_text()) for count in (1, world))
     assert one["protocol"] == several["protocol"] and one["protocol"]["images"] == 15  # which has a hash of the samples
     # Of the same pixels: what is left is where memory lies, which moves float32 features in their last bit
-    for part in ("metrics", "reconstruction"):
+    assert one["reference"] == several["reference"] and one["reference"]["images"] == 600  # with hashes of its images
+    for part, rel in (("metrics", 1e-6), ("reconstruction", 1e-6), ("distribution", 1e-4), ("memorisation", 1e-4)):
         assert len(numbers(one[part])) >= 3
-        assert numbers(one[part]) == pytest.approx(numbers(several[part]), rel=1e-6), part
+        assert numbers(one[part]) == pytest.approx(numbers(several[part]), rel=rel), part
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
+from tqdm import tqdm
 
 from latentdiff.data.preprocess import ImageDataset
 from latentdiff.evaluation.neighbours import BLOCK, nearest
@@ -47,7 +48,7 @@ def cosine_distance(features: Tensor, train: Tensor) -> float:
 def pixel_nearness(images: ImageDataset, others: ImageDataset, train: ImageDataset) -> tuple[Nearness, Nearness]:
     """Of two sets of images in one pass through train: root mean square over pixels whose range is 1, in float32."""
     queries = torch.cat([rows for dataset in (images, others) for rows in pixel_rows(dataset)])  # [N, P]
-    found = nearest(queries, pixel_rows(train))
+    found = nearest(queries, pixel_rows(train, "nearest in pixels"))
     distances = torch.cat([
         (part - _flat(train.batch(rows)[0])).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
         for part, rows in zip(queries.split(BLOCK), found.split(BLOCK), strict=True)
@@ -56,10 +57,16 @@ def pixel_nearness(images: ImageDataset, others: ImageDataset, train: ImageDatas
     return Nearness(distances[:count], found[:count]), Nearness(distances[count:], found[count:])
 
 
-def pixel_rows(dataset: ImageDataset) -> Iterator[Tensor]:
-    """Images as rows of at most PIXELS values in [-1, 1], BLOCK of them at a time: float32 [b, P]."""
-    for start in range(0, len(dataset), BLOCK):
-        yield _flat(dataset.batch(range(start, min(start + BLOCK, len(dataset))))[0])
+def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
+    """Images as rows of at most PIXELS values in [-1, 1], BLOCK of them at a time: float32 [b, P].
+
+    doing: shown with a bar on stderr where it takes a while.
+    """
+    with tqdm(total=len(dataset), unit="image", desc=doing, delay=0.5, disable=not doing) as bar:
+        for start in range(0, len(dataset), BLOCK):
+            rows = range(start, min(start + BLOCK, len(dataset)))
+            yield _flat(dataset.batch(rows)[0])
+            bar.update(len(rows))
 
 
 def compared_size(channels: int, height: int, width: int) -> tuple[int, int, int]:

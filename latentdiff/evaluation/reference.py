@@ -19,7 +19,7 @@ from latentdiff.evaluation.features import FeatureSpace, extract
 from latentdiff.evaluation.scores import Seen, content_hash, digests, look, read_batches
 from latentdiff.evaluation.statistics import Moments
 
-FORMAT = 2
+FORMAT, LOOKING = 2, "features of the reference"
 
 
 def cache_beside(out: str | Path) -> Path | None:
@@ -46,7 +46,7 @@ def see_reference(
         path, identity, found = _kept(net, images, folder, log)
     if processes.agree(found is not None) if shared else found is not None:
         return found
-    seen = _shared_look(net, images, batch) if shared else look(net, read_batches(images, batch), keep=True)
+    seen = _shared_look(net, images, batch) if shared else look(net, read_batches(images, batch, LOOKING), keep=True)
     if seen is not None and path is not None:
         _write(path, seen, identity)
     return seen
@@ -71,10 +71,8 @@ def _kept(
 
 def _shared_look(net: FeatureSpace, images: ImageDataset, batch: int) -> Seen | None:
     """`look` with its batches shared over processes; on the first process what one alone would see, on others None."""
-    mine, parts = processes.share(len(images), batch), list[tuple[np.ndarray, np.ndarray]]()
-    shape: tuple[int, ...] = ()
-    for start in range(mine.start, mine.stop, batch):
-        x, _ = images.batch(range(start, min(start + batch, mine.stop)))
+    parts, shape = list[tuple[np.ndarray, np.ndarray]](), tuple[int, ...]()
+    for x, _ in read_batches(images, batch, LOOKING, processes.share(len(images), batch)):
         pixels = to_uint8(x)
         shape = pixels.shape[1:]
         parts.append((extract(net, x)[0].float().numpy(), digests(pixels)))

@@ -114,8 +114,8 @@ def evaluate_samples(
     held_out_images = subset(test_content, floor_rows)
     log(f"evaluate: features of {len(train)} reference images, {len(generated)} samples, {len(floor_rows)} test images")
     reference = reference or look(net, read_batches(train_content, batch), keep=True)
-    seen = [look(net, read_batches(each, batch), keep=True) for each in sets]
-    floor = look(net, read_batches(held_out_images, batch), keep=True)
+    seen = [look(net, read_batches(each, batch, "features of samples"), keep=True) for each in sets]
+    floor = look(net, read_batches(held_out_images, batch, "features of test images"), keep=True)
     metrics = over_seeds([_metrics(net, train, reference, each, floor, log) for each in seen])
     frechet = metrics[f"frechet[{net.name}]"]
     if train_classifier is not None and generated.labels is not None:
@@ -299,7 +299,7 @@ def _reconstruction(net: FeatureSpace, codec: LatentCodec, images: ImageDataset,
     crop = images.preprocess.crop_content
 
     def decoded() -> Iterator[tuple[Tensor, None]]:
-        for x, _ in read_batches(images, batch):
+        for x, _ in read_batches(images, batch, "reconstructing"):
             y = codec.decode(codec.normalise(codec.moments(x)[0])).cpu()
             levels = ((y.clamp(-1, 1) + 1) * 127.5).round()  # what an image file can hold
             y, x = crop(levels / 127.5 - 1), crop(x)

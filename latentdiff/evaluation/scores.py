@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
+from latentdiff import processes
 from latentdiff.data.preprocess import ImageDataset, to_uint8
 from latentdiff.evaluation.features import FeatureNet, FeatureSpace, extract
 from latentdiff.evaluation.statistics import Moments, frechet_distance
@@ -18,10 +20,17 @@ ClassifierTrainer = Callable[[ImageDataset, int], FeatureNet]
 Batch = tuple[Tensor, Tensor | None]
 
 
-def read_batches(dataset: ImageDataset, size: int = 250) -> Iterator[Batch]:
-    """Successive (images [b, C, H, W] in [-1, 1], labels [b] | None) of a data set, b <= size."""
-    for start in range(0, len(dataset), size):
-        yield dataset.batch(range(start, min(start + size, len(dataset))))
+def read_batches(dataset: ImageDataset, size: int = 250, doing: str = "", part: slice = slice(None)) -> Iterator[Batch]:
+    """Successive (images [b, C, H, W] in [-1, 1], labels [b] | None) of a data set, b <= size.
+
+    doing: shown with a bar on stderr, by the first process, where it takes a while; "" shows nothing. part: only these images.
+    """
+    wanted = range(len(dataset))[part]
+    with tqdm(total=len(wanted), unit="image", desc=doing, delay=0.5, disable=not doing or processes.rank() > 0) as bar:
+        for start in range(0, len(wanted), size):
+            rows = wanted[start : start + size]
+            yield dataset.batch(rows)
+            bar.update(len(rows))
 
 
 @dataclass(frozen=True)

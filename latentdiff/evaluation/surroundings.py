@@ -94,7 +94,10 @@ class Surroundings:
             self.left_out["frechet_of_infinite"] = f"{images} images; needs {least} for {seen.kept.shape[1]} features"
         else:
             entries["frechet_of_infinite"] = {
-                "value": limit.value, "stderr": limit.stderr, "images": images, "sizes": list(limit.sizes)
+                "value": limit.value,
+                "stderr": limit.stderr,
+                "images": images,
+                "sizes": list(limit.sizes),
             }
         entries["penalised_frechet"] = self._penalised(seen, images)
         return entries
