@@ -198,7 +198,7 @@ def _numbers(entry: Mapping[str, Any]) -> bool:
 
 
 def compare_records(paths: Sequence[str | Path]) -> str:
-    """Records side by side as Markdown: how the samples were made, then every value, and the floor that they share.
+    """Records side by side as Markdown: how the samples were made, then every value, and its floor.
 
     UserError for fewer than two, for what is no record, and, naming the field, where protocols differ.
     """
@@ -247,9 +247,9 @@ def _side_by_side(names: list[str], records: list[dict[str, Any]]) -> str:
     lines.append(f"| seconds | {' | '.join(_said(each) if each else '–' for each in seconds)} | – |")
     for name in dict.fromkeys(name for record in records for name in record["values"]):
         entries = [record["values"].get(name) for record in records]
-        floor = next((shown(entry, "floor") for entry in entries if entry is not None), "–")
+        floors = dict.fromkeys(shown(entry, "floor") for entry in entries if entry is not None)  # a judge's are of its seed
         values = ["–" if entry is None else shown(entry) for entry in entries]
-        lines.append(f"| {name} | {' | '.join(values)} | {floor} |")
+        lines.append(f"| {name} | {' | '.join(values)} | {', '.join(floors)} |")
     fields = {field: records[0]["protocol"][field] for field in PROTOCOLS[records[0]["kind"]]}
     stated = "; ".join(f"{field.replace('_', ' ')} {_short(value)}" for field, value in fields.items())
     return "\n".join([*lines, "", f"One protocol: {stated}."]) + "\n"
