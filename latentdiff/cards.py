@@ -88,7 +88,7 @@ def section(record: Mapping[str, Any]) -> str:
         lines += ["", *curve.table(record["guidance_curve"])]
     how = "; ".join(f"{key.replace('_', ' ')} {_said(made[key])}" for key in _MADE if made.get(key) is not None)
     fields = (f for f in PROTOCOLS[record["kind"]] if not f.endswith("sha256") and f not in _UNSAID and protocol[f] != {})
-    what = "; ".join(f"{field.replace('_', ' ')} {_said(protocol[field])}" for field in fields)
+    what = "; ".join(f"{field.replace('_', ' ')} {_said(protocol[field], '×')}" for field in fields)
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
     lines += ["", f"Samples: {how}.", "", f"Protocol: data {made.get('data')}; {what}. Versions: {versions}."]
     left = record.get("left_out") or {}
@@ -96,8 +96,8 @@ def section(record: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _said(value: Any) -> str:
+def _said(value: Any, between: str = " to ") -> str:
     if isinstance(value, Mapping):
         parts = ((key, each) for key, each in value.items() if each is not None and not key.endswith("sha256"))
-        return ", ".join(f"{key.replace('_', ' ')} {_said(each)}" for key, each in parts)
-    return " to ".join(map(str, value)) if isinstance(value, list) and len(value) == 2 else str(value)
+        return ", ".join(f"{key.replace('_', ' ')} {_said(each, between)}" for key, each in parts)
+    return between.join(map(str, value)) if isinstance(value, list) and len(value) == 2 else str(value)
