@@ -120,6 +120,8 @@ class AutoencoderConfig(Section):
     data: DataConfig
     model: ModelConfig
     initial_logvar: float | None = -5.0  # AutoencoderKL: where the posterior's log-variance starts
+    # Train the decoder of model.pretrained alone: its latents stay as they are, and so do caches and U-Nets made of them
+    freeze_encoder: bool = False
     revive_dead_codes: bool = True  # VQModel: after each epoch
     loss: Stage1Loss = Stage1Loss()
     optimizer: OptimizerConfig = OptimizerConfig()

@@ -34,7 +34,7 @@ class PlainCodec:
         tilted = pooled * torch.arange(1.0, pooled.shape[-1] + 1)
         return torch.cat([pooled, tilted], 1), torch.cat([0.1 + 0 * pooled, 0.5 + pooled.abs()], 1)
 
-    def fingerprint(self):
+    def fingerprint(self, latents_only=False):
         return hashlib.sha256(str(self.gain).encode()).hexdigest()
 
 

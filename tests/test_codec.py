@@ -142,6 +142,14 @@ def test_the_fingerprint_is_of_weights_and_config(tmp_path):
     with torch.no_grad():
         vae.decoder.conv_out.bias[0] += 1e-6
     second = LatentCodec(vae).fingerprint()
+    of_latents = LatentCodec(vae).fingerprint(latents_only=True)
+    with torch.no_grad():
+        vae.decoder.conv_in.weight.zero_()
+        vae.post_quant_conv.bias.zero_()
+    assert LatentCodec(vae).fingerprint(latents_only=True) == of_latents != LatentCodec(vae).fingerprint()
+    with torch.no_grad():
+        vae.quant_conv.bias[0] += 1e-6
+    assert LatentCodec(vae).fingerprint(latents_only=True) != of_latents
     set_normaliser(vae, torch.zeros(4), torch.full((4,), 2.0))
     third = LatentCodec(vae).fingerprint()
     assert len({first, second, third}) == 3

@@ -75,12 +75,14 @@ class LatentCodec:
         """decode(normalise(posterior mean)): [B, C, H, W] in, the same out."""
         return self.decode(self.normalise(self.moments(images)[0]))
 
-    def fingerprint(self) -> str:
-        """sha256 over the weights and the config: what a latent cache depends on."""
+    def fingerprint(self, latents_only: bool = False) -> str:
+        """sha256 over the weights and the config; latents_only: without the decoder's weights, which no latent depends on."""
         digest = hashlib.sha256()
         config = {k: v for k, v in sorted(dict(self.vae.config).items()) if not k.startswith("_")}
         digest.update(json.dumps(config, sort_keys=True, default=list).encode())
         for name, tensor in sorted(self.vae.state_dict().items()):
+            if latents_only and name.startswith(("decoder.", "post_quant_conv.")):
+                continue
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()

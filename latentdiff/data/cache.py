@@ -46,7 +46,7 @@ class Codec(Protocol):
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
-    def fingerprint(self) -> str: ...
+    def fingerprint(self, latents_only: bool = False) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class LatentCache:
 def identity(codec: Codec, dataset: ImageDataset) -> Identity:
     """What a cache of these latents must have been made of; give it to open_cache as `expect`."""
     return {
-        "autoencoder": codec.fingerprint(),
+        "autoencoder": codec.fingerprint(latents_only=True),
         "preprocessing": dataset.preprocess.describe(),
         "data": dataset.fingerprint(),
     }

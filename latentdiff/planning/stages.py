@@ -33,7 +33,7 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
     codec = LatentCodec(vae)
     images = find_images(config.data, codec.factor, notes)
     shape = image_shape(config.data, images, codec.factor, notes)
-    vae.train().requires_grad_(True)
+    autoencoder.to_train(config, vae)
     parts = autoencoder._parts(config, vae, codec.factor, accelerator)
     facts = data_facts(config, images, shape)
     facts["parameters"] = parameters(autoencoder=vae, discriminator=parts.critic, perceptual_frozen=parts.perceptual)

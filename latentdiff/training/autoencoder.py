@@ -12,6 +12,7 @@ from latentdiff.autoencoders.build import TRAINABLE, build_autoencoder, freeze, 
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.discriminator import PatchDiscriminator
 from latentdiff.autoencoders.losses import Stage1Weights
+from latentdiff.autoencoders.report import LatentStatistics
 from latentdiff.autoencoders.vq import CodeUsage, revive_dead_codes
 from latentdiff.config import AutoencoderConfig
 from latentdiff.data.order import stream
@@ -35,7 +36,7 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     vae = _build(config)
     factor = LatentCodec(vae).factor
     images = Images(config.data, factor)
-    vae.train().requires_grad_(True)
+    to_train(config, vae)
     accelerator = run.start_accelerator(config.train)
     parts = _parts(config, vae, factor, accelerator)
     if config.train.compile:
@@ -62,9 +63,20 @@ def _build(config: AutoencoderConfig) -> nn.Module:
                 f"stage 1 trains {' or '.join(TRAINABLE)} with data.channels={config.data.channels}"
             )
         return vae
+    if config.freeze_encoder:
+        raise UserError("freeze_encoder: needs model.pretrained, an autoencoder whose encoder is trained")
     if config.model.type is None:
         raise UserError("model: set type (AutoencoderKL or VQModel) with config, or pretrained")
     return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
+
+
+def to_train(config: AutoencoderConfig, vae: nn.Module) -> None:
+    """Have gradients reach what the config trains: everything, or all behind the latents."""
+    vae.train().requires_grad_(True)
+    if config.freeze_encoder:
+        for name in ("encoder", "quant_conv", "quantize"):
+            if getattr(vae, name, None) is not None:
+                getattr(vae, name).requires_grad_(False)
 
 
 def _parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) -> Parts:
@@ -178,7 +190,7 @@ def _end_of_epoch(config, parts: Parts, accelerator, step: int) -> dict[str, flo
     """Revive the codes that the epoch left unused, say how much was used and revived."""
     usage = parts.usage
     values = {"codes/used": usage.usage(), "codes/perplexity": usage.perplexity(), "codes/revived": 0.0}
-    if config.revive_dead_codes and parts.latents is not None:
+    if config.revive_dead_codes and not config.freeze_encoder and parts.latents is not None:
         # Every process draws the same codes from the same latents, so the codebooks stay equal
         shared = accelerator.gather(parts.latents.float().contiguous())
         generator = torch.Generator().manual_seed(derive_seed(config.seed, "revive", step))
@@ -214,37 +226,46 @@ def picture(vae: nn.Module, images: Images, path: Path, count: int = 16) -> None
     """Held-out images above their reconstructions, written while training."""
     from latentdiff.pictures import save_rows
 
-    training = vae.training
+    training, learning = vae.training, [parameter.requires_grad for parameter in vae.parameters()]
     x, _ = images.held_out_batch(count)
     device = next(vae.parameters()).device
     codec = LatentCodec(vae)
     crop = images.preprocess.crop_content
     save_rows([crop(x), crop(codec.reconstruct(x.to(device)).cpu())], path)
-    vae.train(training).requires_grad_(training)
+    vae.train(training)
+    for parameter, learns in zip(vae.parameters(), learning, strict=True):
+        parameter.requires_grad_(learns)
 
 
 def _finish(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any, output: Path) -> None:
     """Measure the latents of the averaged weights over the training set, store the normaliser, save, report.
 
-    Every process measures its share of the images; the main one writes.
+    Every process measures its share of the images; the main one writes. A frozen encoder keeps its normaliser.
     """
-    from latentdiff.autoencoders.report import LatentStatistics, stage1_report, write_report
+    from latentdiff.autoencoders.report import stage1_report, write_report
 
     vae = parts.bare.vae
     parts.ema.copy_to(vae)
-    codec = LatentCodec(freeze(vae))
-    own = LatentStatistics(codec.latent_channels)
-    for x in sweep(images.train, config.train.batch_size, accelerator.process_index, accelerator.num_processes):
-        own.update(*codec.moments(x))
-    if accelerator.num_processes > 1:
-        gathered = accelerator.gather(own.state()[None].to(accelerator.device)).cpu()
-        own = LatentStatistics(codec.latent_channels)
-        for state_of_one in gathered:
-            own.merge(LatentStatistics.from_state(state_of_one))
+    freeze(vae)
+    if not config.freeze_encoder:
+        measured = _measure(config, images, LatentCodec(vae), accelerator)
+        store_normaliser(vae, measured.mean.float(), measured.std.float())
     if not accelerator.is_main_process:
         return
-    store_normaliser(vae, own.mean.float(), own.std.float())
     vae.save_pretrained(output / "autoencoder", safe_serialization=True)
     codec = LatentCodec(load_autoencoder(str(output / "autoencoder")))
     report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
     write_report(output, report, pairs)
+
+
+def _measure(config: AutoencoderConfig, images: Images, codec: LatentCodec, accelerator: Any) -> LatentStatistics:
+    """Mean and deviation of the raw latents of all training images, the same on every process."""
+    own = LatentStatistics(codec.latent_channels)
+    for x in sweep(images.train, config.train.batch_size, accelerator.process_index, accelerator.num_processes):
+        own.update(*codec.moments(x))
+    if accelerator.num_processes == 1:
+        return own
+    whole = LatentStatistics(codec.latent_channels)
+    for state_of_one in accelerator.gather(own.state()[None].to(accelerator.device)).cpu():
+        whole.merge(LatentStatistics.from_state(state_of_one))
+    return whole
