@@ -153,6 +153,9 @@ def test_the_fingerprint_is_of_weights_and_config(tmp_path):
     set_normaliser(vae, torch.zeros(4), torch.full((4,), 2.0))
     third = LatentCodec(vae).fingerprint()
     assert len({first, second, third}) == 3
+    encoded = LatentCodec(vae).fingerprint(latents_only=True)
+    set_normaliser(vae, torch.ones(4), torch.ones(4))  # raw latents know nothing of it
+    assert LatentCodec(vae).fingerprint(latents_only=True) == encoded
 
 
 def test_a_new_autoencoder_starts_with_the_posterior_asked_for():

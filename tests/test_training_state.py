@@ -195,6 +195,17 @@ def test_the_average_follows_its_formula():
     assert ema.decay_at(1) == pytest.approx(1 - 2**-0.75) and ema.decay_at(10**6) == 0.9
 
 
+def test_the_average_of_a_frozen_weight_is_the_weight_to_the_bit():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[0].requires_grad_(False).weight.fill_(-0.0)
+    ema = Ema(net, decay=0.9, power=0.75)
+    with torch.no_grad():
+        net[1].weight += 1.0
+    before = ema.average["1.weight"].clone()
+    ema.update(net)
+    assert ema.average["0.weight"].signbit().all() and not torch.equal(ema.average["1.weight"], before)
+
+
 def test_a_restored_average_goes_on_the_same():
     nets = [nn.Linear(2, 2) for _ in range(3)]
     first = Ema(nets[0], 0.99, 0.75)

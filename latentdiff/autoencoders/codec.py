@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 
+NORMALISER = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # its keys in an autoencoder's config
+
 
 class LatentCodec:
     """A frozen diffusers autoencoder with its latent normaliser.
@@ -76,9 +78,11 @@ class LatentCodec:
         return self.decode(self.normalise(self.moments(images)[0]))
 
     def fingerprint(self, latents_only: bool = False) -> str:
-        """sha256 over the weights and the config; latents_only: without the decoder's weights, which no latent depends on."""
+        """sha256 over the weights and the config; latents_only: without what no raw latent depends on (decoder, normaliser)."""
         digest = hashlib.sha256()
         config = {k: v for k, v in sorted(dict(self.vae.config).items()) if not k.startswith("_")}
+        if latents_only:
+            config = {k: v for k, v in config.items() if k not in NORMALISER}
         digest.update(json.dumps(config, sort_keys=True, default=list).encode())
         for name, tensor in sorted(self.vae.state_dict().items()):
             if latents_only and name.startswith(("decoder.", "post_quant_conv.")):

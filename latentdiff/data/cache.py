@@ -37,7 +37,7 @@ from latentdiff.data.shards import (
 from latentdiff.errors import UserError
 from latentdiff.rng import Generators, randn
 
-FORMAT = 1
+FORMAT = 2  # 1 told autoencoders apart by decoder and normaliser too
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 

@@ -11,13 +11,14 @@ from latentdiff.training.sharding import fill, local, split
 class Ema:
     """Keeps avg <- d avg + (1 - d) w with d = min(decay, 1 - (1 + k)^-power) at update k = 1, 2, ...
 
-    Only floating-point parameters and buffers are averaged; others follow the model. Of a sharded module's each process
-    averages its rows.
+    Only floating-point parameters and buffers are averaged; others follow the model, and parameters frozen from the start
+    stay to the bit (averaging makes 0.0 of -0.0). Of a sharded module's each process averages its rows.
     """
 
     def __init__(self, module: nn.Module, decay: float, power: float):
         self.decay, self.power, self.updates = decay, power, 0
         self.average = {key: value.detach().clone() for key, value in module.state_dict().items()}
+        self.frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
     def decay_at(self, update: int) -> float:
         return min(self.decay, 1.0 - (1.0 + update) ** -self.power)
@@ -28,6 +29,8 @@ class Ema:
         rate = 1.0 - self.decay_at(self.updates)
         averages, values = [], []
         for key, value in module.state_dict().items():
+            if key in self.frozen:
+                continue
             average, value = local(self.average[key]), local(value.detach())
             if value.is_floating_point():
                 averages.append(average)
