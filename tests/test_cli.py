@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_runs import autoencoder_tree, diffusion_tree, tree, write_stripes, write_yaml
 
 from latentdiff import samplers
@@ -186,8 +187,9 @@ def test_a_truncated_training_state_is_named(refused, diffusion_run, autoencoder
 def test_a_cache_of_another_autoencoder_is_refused(refused, diffusion_run, autoencoder_run, stripe_folder, tmp_path):
     shutil.copytree(diffusion_run / "latents", tmp_path / "latents")
     shutil.copytree(autoencoder_run / "autoencoder", tmp_path / "other")
-    path = tmp_path / "other" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "scaling_factor": 1.01}))
+    path = tmp_path / "other" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(path)
+    save_file({**weights, "encoder.conv_in.bias": weights["encoder.conv_in.bias"] + 0.01}, path)
     tree_ = diffusion_tree(stripe_folder, tmp_path / "run", tmp_path / "other", cache__folder=str(tmp_path / "latents"))
     config = write_yaml(tmp_path / "d.yaml", tree_)
     for command in ("train", "encode"):
