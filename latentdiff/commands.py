@@ -35,22 +35,26 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
     from latentdiff.training import run
-    from latentdiff.training.latents import cache_folder, encode_part, prepare_latents, progress_bar
+    from latentdiff.training.latents import cache_folder, encode_part, open_inputs, prepare_latents, progress_bar
+    from latentdiff.training.unets import check_latents, check_unet
 
     config = load_config(resolve_config(config_path), overrides)
     if not isinstance(config, DiffusionConfig):
         raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     job = None if part is None else _part(part)
+    check_unet(config)
     accelerator = run.start_accelerator(config.train)
-    announce = run.announcement(accelerator, config.train)
+    opened = open_inputs(config, accelerator.device)
+    check_latents(config, *opened)  # latents that the U-Net cannot take are not worth the time
+    announce = run.announcement(accelerator, config.train, "float32", "encode")  # a frozen encoder is never cast
     if job is not None:
         with progress_bar("encoding", progress, announce) as report:
-            missing = encode_part(config, job[0] - 1, job[1], accelerator.device, report)
+            missing = encode_part(config, job[0] - 1, job[1], opened, report)
         done = f"{missing} shards of other parts are missing" if missing else "the cache is finished"
         print(f"part {part}: {done}", file=sys.stderr)
         return cache_folder(config)
     with progress_bar("encoding", progress and accelerator.is_main_process, announce) as report:
-        prepare_latents(config, accelerator, report)
+        prepare_latents(config, accelerator, report, opened)
     return cache_folder(config)
 
 
@@ -194,7 +198,7 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
         raise UserError(f"{folder}: was not trained here, so nothing says how images are prepared for it")
     data = meta["config"]["data"]
     size, columns = data["size"] and tuple(data["size"]), (data.get(f"{name}_column") for name in ("image", "label", "text"))
-    rule = Preprocess(size, data["channels"], data["fit"], max(codec.factor, data["multiple_of"]))
+    rule = Preprocess(size, data["channels"], data["fit"], math.lcm(codec.factor, data["multiple_of"]))
     return rule, data["held_out"], Columns(*columns), data.get("streaming", False)
 
 

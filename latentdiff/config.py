@@ -73,7 +73,7 @@ class EmaConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(gt=0)
     batch_size: int = Field(64, gt=0)  # global: over all processes together
-    precision: Literal["float32", "bfloat16"] = "float32"
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured as the run starts, and kept
     threads: int | None = Field(None, gt=0)  # CPU threads per process; None: torch's choice
     log_every: int = Field(20, gt=0)
     picture_every: int = Field(500, gt=0)

@@ -116,7 +116,7 @@ def tree(data, output, autoencoder, **changes):
         "data": {"source": str(data), "size": [SIZE, SIZE], "channels": 1, "held_out": 0.25},
         "model": {"widths": [8, 16]},
         "optimizer": {"lr": 1e-2},
-        "train": {"steps": 60, "batch_size": 16, "threads": 1, "log_every": 10},
+        "train": {"steps": 60, "precision": "float32", "batch_size": 16, "threads": 1, "log_every": 10},
     }
     return change(base, changes)
 

@@ -110,8 +110,8 @@ def test_two_processes_train_both_stages(tmp_path, stripe_folder, autoencoder_ru
     # Plain gradient noise is not to be amplified: Adam's first steps are signs, so a large eps keeps them comparable
     same = {"optimizer__eps": 1e-3, "optimizer__lr": 1e-2, "train__steps": 4, "data__flips": True}
     trees = {
-        "stage1": autoencoder_tree(stripe_folder, tmp_path / "stage1", train__steps=10, loss__adversarial=0.5,
-                                   loss__discriminator_channels=4, loss__discriminator_layers=1),
+        "stage1": autoencoder_tree(stripe_folder, tmp_path / "stage1", train__steps=10, train__precision="auto",
+                                   loss__adversarial=0.5, loss__discriminator_channels=4, loss__discriminator_layers=1),
         "stage2": diffusion_tree(stripe_folder, tmp_path / "stage2", autoencoder_run, **same),
     }  # fmt: skip
     configs = {name: write_yaml(tmp_path / f"{name}.yaml", tree) for name, tree in trees.items()}
@@ -123,7 +123,9 @@ def test_two_processes_train_both_stages(tmp_path, stripe_folder, autoencoder_ru
         log = (tmp_path / f"{name}.log").read_text()
         assert code == 0, log
         lines = [line for line in log.splitlines() if line.startswith("latentdiff")]
-        assert len(lines) == 1 and re.match(r"latentdiff train: 2 process\(es\), device cpu.*precision float32", lines[0]), log
+        measured = r"(float32|bfloat16) \(auto: measured" if name == "stage1" else "float32, "  # one process measures for both
+        assert len(lines) == 1, log
+        assert re.match(rf"latentdiff train: 2 process\(es\), device cpu.*precision {measured}", lines[0]), log
         assert "global batch 8" in lines[0]
     # Stage 2 draws everything for the global batch, so two processes take the steps of one
     two, one = (state.load_state(tmp_path / name)[0] for name in ("stage2", "alone"))

@@ -169,7 +169,7 @@ def config(tmp_path, **model):
     return parse_config({
         "stage": "features", "output": str(tmp_path / "run"), "name": "my-features", "model": model,
         "data": {"source": str(tmp_path / "images"), "channels": 1},
-        "train": {"steps": 3, "batch_size": 8},
+        "train": {"steps": 3, "precision": "float32", "batch_size": 8},
     })  # fmt: skip
 
 

@@ -90,7 +90,7 @@ def judge_folder(tmp_path_factory, shapes) -> Path:
 
 
 def judge_tree(data: Path, output: Path, **changes) -> dict:
-    train = {"steps": 150, "batch_size": 12, "threads": 1}
+    train = {"steps": 150, "batch_size": 12, "precision": "float32", "threads": 1}
     tree = {"stage": "judge", "output": str(output), "data": {"source": str(data)}, "train": train}
     return tree | {"model": {"widths": list(SMALL["widths"]), "dim": SMALL["dim"]}, "strength": 0.5} | changes
 

@@ -15,7 +15,7 @@ from latentdiff.conditioning import build_text_encoder
 from latentdiff.config import LoopConfig
 from latentdiff.facts import info
 from latentdiff.planning.dry_run import Memory, dry_run
-from latentdiff.planning.random_data import Vocabulary
+from latentdiff.training.random_data import Vocabulary
 
 CPU = torch.device("cpu")
 

@@ -34,7 +34,7 @@ def autoencoder_tree(data: Path, output: Path, **changes: Any) -> dict[str, Any]
         "loss": {"l1": 1.0, "l2": 1.0, "kl": 1e-5},
         "optimizer": {"lr": 5e-3},
         "ema": {"decay": 0.9},
-        "train": {"steps": 6, "batch_size": 8, "threads": 1, "log_every": 1, "picture_every": 1000},
+        "train": {"steps": 6, "batch_size": 8, "precision": "float32", "threads": 1, "log_every": 1, "picture_every": 1000},
     }  # fmt: skip
     return change(tree, changes)
 
@@ -51,7 +51,7 @@ def diffusion_tree(data: Path, output: Path, autoencoder: Path, **changes: Any) 
             "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}},
         "optimizer": {"lr": 5e-3},
         "ema": {"decay": 0.9},
-        "train": {"steps": 6, "batch_size": 8, "threads": 1, "log_every": 1, "picture_every": 1000},
+        "train": {"steps": 6, "batch_size": 8, "precision": "float32", "threads": 1, "log_every": 1, "picture_every": 1000},
         "sample": {"steps": 2, "per_class": 1},
     }  # fmt: skip
     return change(tree, changes)

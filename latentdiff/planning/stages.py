@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from latentdiff.errors import UserError
 from latentdiff.planning.dry_run import Memory, dry_run
 from latentdiff.planning.facts import data_facts, encoding, parameters, without_impossible_guidance
 from latentdiff.planning.inputs import Notes, find_images, first_stage, image_shape, is_here, latent_shape
-from latentdiff.planning.random_data import STAND_IN, RandomCache, random_conditions
-from latentdiff.training import autoencoder, conditions, diffusion, run
+from latentdiff.training import autoencoder, conditions, diffusion, precision, run
 from latentdiff.training.conditions import Conditions
+from latentdiff.training.data import Images
 from latentdiff.training.latents import Latents
+from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.reconstruction import update
 from latentdiff.training.unets import find_start, make_unet
 
@@ -28,14 +30,20 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
         notes.unknown["model"] = f"{where}: no autoencoder there, nor in the Hub's cache; what it costs follows from it"
         return data_facts(config, find_images(config.data, 1, notes), None)
     accelerator = run.start_accelerator(config.train)
-    memory = Memory(accelerator.device)
     vae = autoencoder._build(config)
     codec = LatentCodec(vae)
     images = find_images(config.data, codec.factor, notes)
     shape = image_shape(config.data, images, codec.factor, notes)
     autoencoder.to_train(config, vae)
+    words: str = config.train.precision
+    if shape is not None:
+        trial = partial(autoencoder.trial_steps, config, vae, shape)
+        config, words = precision.resolve(config, Path(config.output), accelerator, trial)
+        accelerator = run.start_accelerator(config.train)
+    memory = Memory(accelerator.device)
     parts = autoencoder._parts(config, vae, codec.factor, accelerator)
     facts = data_facts(config, images, shape)
+    facts["precision"] = words
     facts["parameters"] = parameters(autoencoder=vae, discriminator=parts.critic, perceptual_frozen=parts.perceptual)
     if shape is None:
         notes.unknown["step"] = "the shape of the images is not known"
@@ -74,9 +82,13 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
     accelerator = run.start_accelerator(config.train)
     codec.vae.to(accelerator.device)
     cached = encoding(config, codec, images, notes, trained)
-    told = random_conditions(config, images, notes)
+    classes = class_count(config, images, notes) if conditions.takes(config.condition, "class") else 1
+    told = random_conditions(config, images, classes)
     if not _shapes_agree(config, latents, told, notes):
         return facts | cached | {"parameters": parameters(autoencoder_frozen=codec.vae)}
+    trial = partial(diffusion.trial_steps, config, codec, images, latents, classes)
+    config, facts["precision"] = precision.resolve(config, Path(config.output), accelerator, trial)
+    accelerator = run.start_accelerator(config.train)
     memory = Memory(accelerator.device)
     cache: Any = RandomCache(latents, len(images.train) if images else STAND_IN)
     parts = diffusion._parts(config, Latents(codec, images, cache), told, accelerator)  # type: ignore[arg-type]
@@ -91,6 +103,15 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
     if "hours" in measured and "hours" in cached:
         measured["hours"] = cached.pop("hours") | measured["hours"]
     return facts | cached | measured
+
+
+def class_count(config: DiffusionConfig, images: Images | None, notes: Notes) -> int:
+    if images is not None:
+        return len(images.class_names)
+    if config.model.pretrained is not None:
+        return max(1, (find_start(config).config.get("num_class_embeds") or 1) - (config.condition.dropout > 0))
+    notes.unknown["classes"] = "the images are not there; the U-Net is built for one class"
+    return 1
 
 
 def _of_batch(config: Any, batch: int) -> Any:

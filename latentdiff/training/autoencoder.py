@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from latentdiff.training import loop, run, state
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images, sweep
 from latentdiff.training.ema import Ema
+from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.reconstruction import Parts, Stage1, draw_noise, update
 
 
@@ -38,12 +41,15 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     images = Images(config.data, factor)
     to_train(config, vae)
     accelerator = run.start_accelerator(config.train)
+    trial = partial(trial_steps, config, vae, (config.data.channels, *images.preprocess.padded_size))
+    config, precision = resolve(config, output, accelerator, trial, resume)
+    accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
     parts = _parts(config, vae, factor, accelerator)
     if config.train.compile:
         _compile(config, images, parts, accelerator)
     work = _work(config, images, parts, accelerator, output)
     progress = loop.resume(output, work, accelerator) if resume else loop.Progress()
-    run.announcement(accelerator, config.train)()
+    run.announcement(accelerator, config.train, precision)()
     if accelerator.is_main_process:
         run.write_config(output, config)
     with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
@@ -52,6 +58,23 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     run.meet(accelerator)
     accelerator.end_training()
     return output / "autoencoder"
+
+
+def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int, int], alone: OneProcess) -> Step:
+    """Steps of a copy of the autoencoder on random images of this shape [C, H, W], as most of the run's steps are."""
+    vae = copy.deepcopy(vae)
+    factor = LatentCodec(vae).factor
+    to_train(config, vae)
+    parts = _parts(config, vae, factor, alone)
+    start, steps = config.loss.adversarial_start, config.train.steps
+    number = start if config.loss.adversarial > 0 and 2 * start < steps else 0
+
+    def step(precision: str, batch: int) -> None:
+        alone.precision = precision
+        x = torch.rand(batch, *shape, device=alone.device) * 2 - 1
+        update(named(config, precision, batch), parts, alone, x, number, config.optimizer.lr)
+
+    return step
 
 
 def _build(config: AutoencoderConfig) -> nn.Module:
@@ -140,10 +163,15 @@ def _work(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: 
             reading.close()
         return metrics
 
+    def restore(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+        check_state(meta, config, output)
+        _restore(output, parts, tensors, meta)
+
     return loop.Work(
         step=lambda step, lr: update(config, parts, accelerator, reading.at(step), step, lr), after=after,
-        tensors=lambda: _tensors(parts), meta=lambda: {"ema_updates": parts.ema.updates},
-        restore=lambda tensors, meta: _restore(output, parts, tensors, meta),
+        tensors=lambda: _tensors(parts),
+        meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision},
+        restore=restore,
         samples=lambda step: stream(len(images.train), config.seed, step * batch, batch, images.train.blocks),
     )  # fmt: skip
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import ClassifierConfig
 from latentdiff.data.order import coin_flips, stream
 from latentdiff.errors import UserError
@@ -18,8 +20,10 @@ from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.tensors import widen
 from latentdiff.training import run
-from latentdiff.training.latents import Latents, prepare_latents, progress_bar
+from latentdiff.training.data import Images
+from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
 from latentdiff.training.meters import Averages
+from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
 
 LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the usable time interval, where held-out latents are classified
 
@@ -45,11 +49,15 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
         LatentClassifier(1, 2, stated, **config.model)  # what it refuses is refused before anything is encoded
     except TypeError as error:
         raise UserError(f"model: a classifier has only widths, a list of two numbers ({error})") from None
-    announce = run.announcement(accelerator, config.train)
-    with progress_bar("encoding", True, announce) as progress:
-        latents = prepare_latents(config, accelerator, progress)
-    if latents.cache.labels is None:
+    codec, images = open_inputs(config, accelerator.device)
+    if images.train.labels is None:
         raise UserError(f"data.source {config.data.source}: has no classes to tell apart; add class folders")
+    config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, codec, images))
+    accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
+    announce = run.announcement(accelerator, config.train, precision)
+    with progress_bar("encoding", True, announce) as progress:
+        latents = prepare_latents(config, accelerator, progress, (codec, images))
+    assert latents.cache.labels is not None  # the images have them
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         classes = len(latents.images.class_names)
@@ -63,6 +71,20 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
     shown = ", ".join(f"{a:.3f} at t {t:.2f}" for t, a in zip(held["t"], held["accuracy"], strict=True))
     print(f"classifier: accuracy on {held['images']} held-out images: {shown}", file=sys.stderr)
     return output / "classifier"
+
+
+def _trial_steps(config: ClassifierConfig, codec: LatentCodec, images: Images, alone: OneProcess) -> Step:
+    """Steps of such a classifier on random latents."""
+    shape, classes = latent_shape(codec, images), len(images.class_names)
+    net = LatentClassifier(shape[0], classes, {"name": config.schedule.name, **config.schedule.params}, **config.model)
+    low, high = net.schedule.t_min, net.schedule.t_max
+
+    def loss(module: nn.Module, batch: int) -> Tensor:
+        t = low + (high - low) * torch.rand(batch, dtype=torch.float64, device=alone.device)
+        labels = torch.randint(classes, (batch,), device=alone.device)
+        return -module(torch.randn(batch, *shape, device=alone.device), t, labels).mean()
+
+    return plain_steps(alone, net, loss)
 
 
 def _fit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -26,7 +27,7 @@ class Images:
     def __init__(self, config: DataConfig, multiple_of: int):
         columns = columns_of(config)
         source = open_source(config.source, "train", config.channels, config.max_bad_share, columns, config.streaming)
-        rule = Preprocess(config.size, config.channels, config.fit, max(multiple_of, config.multiple_of))
+        rule = Preprocess(config.size, config.channels, config.fit, math.lcm(multiple_of, config.multiple_of))
         if "test" in splits(config.source, config.streaming):
             test = open_source(config.source, "test", config.channels, config.max_bad_share, columns, config.streaming)
             self.train = ImageDataset(source, rule)

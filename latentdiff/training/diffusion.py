@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.order import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
@@ -26,11 +27,14 @@ from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditions, loop, run, sharding, state, watching
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compilation import compile_checked
+from latentdiff.training.data import Images
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
-from latentdiff.training.latents import Latents, prepare_latents, progress_bar
+from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
+from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.publishing import picture, pipeline_parts, publish, published_scheduler
-from latentdiff.training.unets import check_unet, make_unet
+from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
+from latentdiff.training.unets import check_latents, check_unet, make_unet
 
 BUCKETS = 4  # of the training time interval, for the loss by noise level
 
@@ -70,9 +74,15 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     run.check_output(output, config, resume)
     _check(config)
     accelerator = run.start_accelerator(config.train, shards=True)
-    announce = run.announcement(accelerator, config.train)
+    codec, images = open_inputs(config, accelerator.device)
+    conditions.check_data(config, images)
+    check_latents(config, codec, images)
+    trial = partial(trial_steps, config, codec, images, latent_shape(codec, images), len(images.class_names))
+    config, precision = resolve(config, output, accelerator, trial, resume)
+    accelerator = run.start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
+    announce = run.announcement(accelerator, config.train, precision)
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
-        latents = prepare_latents(config, accelerator, progress, partial(conditions.check_data, config))
+        latents = prepare_latents(config, accelerator, progress, (codec, images))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         told = conditions.prepare_conditions(config, latents, accelerator, progress, resume)
     parts = _parts(config, latents, told, accelerator)
@@ -95,6 +105,27 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     run.meet(accelerator)
     accelerator.end_training()
     return output / "model"
+
+
+def trial_steps(
+    config: DiffusionConfig,
+    codec: LatentCodec,
+    images: Images | None,
+    shape: tuple[int, int, int],
+    class_count: int,
+    alone: OneProcess,
+) -> Step:
+    """Steps of a U-Net as the run will have it, on random latents [c, h, w], labels and captions: before any is encoded."""
+    told = random_conditions(config, images, class_count)
+    cache: Any = RandomCache(shape, len(images.train) if images else STAND_IN)
+    parts = _parts(config, Latents(codec, images, cache), told, alone)  # type: ignore[arg-type]
+    parts.network.train()
+
+    def step(precision: str, batch: int) -> None:
+        alone.precision = precision
+        _step(named(config, precision, batch), parts, alone, 0, config.optimizer.lr)
+
+    return step
 
 
 def _check(config: DiffusionConfig) -> None:
@@ -185,6 +216,7 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
         return found | ({"uncertainty": parts.uncertainty.state_dict()} if parts.uncertainty is not None else {})
 
     def restore(found: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
+        check_state(meta, config, output)
         state.load_into(parts.bare, found["model"], str(output))
         parts.ema.restore(found["ema"], meta["ema_updates"])
         if parts.uncertainty is not None:
@@ -193,7 +225,7 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
 
     return loop.Work(
         step=lambda step, lr: _step(config, parts, accelerator, step, lr), after=after, tensors=tensors,
-        meta=lambda: {"ema_updates": parts.ema.updates}, restore=restore,
+        meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision}, restore=restore,
         samples=lambda step: _indices(config, parts, step),
     )  # fmt: skip
 

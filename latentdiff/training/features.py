@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from latentdiff.evaluation.features import FeatureNet
 from latentdiff.evaluation.scores import label_accuracy
 from latentdiff.training import run
 from latentdiff.training.data import Images
+from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
 
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
@@ -37,7 +39,8 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
     accelerator = run.start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: features trains in one process; start it without accelerate launch")
-    run.announcement(accelerator, config.train)()
+    config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, images.train))
+    run.announcement(accelerator, config.train, precision)()
     net = train_features(
         images.train,
         test=images.held_out,
@@ -71,7 +74,7 @@ def train_features(
     flips: bool = True,
     name: str = "features",
     device: str | torch.device = "cpu",
-    precision: str = "bfloat16",
+    precision: str = "float32",
     workers: int = 0,
 ) -> FeatureNet:
     """Train a FeatureNet to tell the classes of dataset; return it folded, frozen and in eval mode.
@@ -144,6 +147,19 @@ def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> 
     rows = (offset[0, :, None] + torch.arange(H))[:, None, :, None]  # [B, 1, H, 1]
     columns = (offset[1, :, None] + torch.arange(W))[:, None, None, :]  # [B, 1, 1, W]
     return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None], rows, columns]
+
+
+def _trial_steps(config: FeaturesConfig, dataset: ImageDataset, alone: OneProcess) -> Step:
+    """Steps of such a network on random images of the data's shape."""
+    images, _ = dataset.batch([0])
+    classes = max(1, len(dataset.class_names))
+    net = FeatureNet(images.shape[1], classes, **config.model, normed=True)
+
+    def loss(module: nn.Module, batch: int) -> Tensor:
+        x = torch.rand(batch, *images.shape[1:], device=alone.device) * 2 - 1
+        return F.cross_entropy(module(x).float(), torch.randint(classes, (batch,), device=alone.device))
+
+    return plain_steps(alone, net, loss)
 
 
 def _parameter_groups(net: nn.Module) -> list[dict[str, object]]:

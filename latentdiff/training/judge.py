@@ -6,11 +6,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from latentdiff.evaluation.judge import WIDTHS, JudgeNet, open_gallery
 from latentdiff.evaluation.retrieval import HELD_OUT, MILD, SEEN, augmented_scores
 from latentdiff.rng import derive_seed
 from latentdiff.training import run
+from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
 
 WEIGHT_DECAY = 0.05
 STYLE_WEIGHT = 1.0  # of the second head in the loss
@@ -46,7 +48,8 @@ def train_judge(config: JudgeConfig, resume: bool = False) -> Path:
     accelerator = run.start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: judge trains in one process; start it without accelerate launch")
-    run.announcement(accelerator, config.train)()
+    config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, pairs))
+    run.announcement(accelerator, config.train, precision)()
     net = fit_judge(
         pairs,
         steps=config.train.steps,
@@ -80,7 +83,7 @@ def fit_judge(
     widths: Sequence[int] = WIDTHS,
     dim: int = 192,
     device: str | torch.device = "cpu",
-    precision: str = "bfloat16",
+    precision: str = "float32",
 ) -> JudgeNet:
     """Train a JudgeNet on all pictures of pairs, of both parts; return it folded, frozen and in eval mode.
 
@@ -133,6 +136,20 @@ def _fit(
         cycle.step()
         bar.set_postfix({"loss": f"{loss.item():.3f}"}, refresh=False)
     net.to(memory_format=torch.contiguous_format)
+
+
+def _trial_steps(config: JudgeConfig, pairs: Pairs, alone: OneProcess) -> Step:
+    """Steps of such a network on pictures of the data, undisturbed."""
+    net = JudgeNet(pairs.identity_names, pairs.style_names, normed=True, **{"widths": WIDTHS, "dim": 192, **config.model})
+
+    def loss(module: nn.Module, batch: int) -> Tensor:
+        rows = torch.randint(len(pairs), (batch,))
+        images = pairs.images(rows).to(alone.device, memory_format=torch.channels_last)
+        identity, style = module(images)
+        first = F.cross_entropy(identity.float(), pairs.identities[rows].to(alone.device))
+        return first + STYLE_WEIGHT * F.cross_entropy(style.float(), pairs.styles[rows].to(alone.device))
+
+    return plain_steps(alone, net.to(memory_format=torch.channels_last), loss)
 
 
 def _batches(count: int, batch: int, seed: int) -> Iterator[Tensor]:

@@ -26,15 +26,15 @@ def encode_part(
     config: DiffusionConfig | ClassifierConfig,
     rank: int,
     world: int,
-    device: torch.device,
+    opened: tuple[LatentCodec, Images],
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
     """Build one of `world` parts of a config's latent cache, at any time and anywhere; returns how many shards are missing.
 
-    Whoever finds none missing marks the cache as finished.
+    opened: what `open_inputs` gave. Whoever finds none missing marks the cache as finished.
     """
-    codec = _codec(config, device)
-    images, folder = Images(config.data, codec.factor), cache_folder(config)
+    codec, images = opened
+    folder = cache_folder(config)
     size = config.cache.shard_size
     made_of = build_shards(codec, images.train, folder, config.data.flips, config.cache.batch_size, "float16", size, progress,
                            rank, world)  # fmt: skip
@@ -64,17 +64,15 @@ def prepare_latents(
     config: DiffusionConfig | ClassifierConfig,
     accelerator,
     progress: Callable[[int, int], None] | None = None,
-    check: Callable[[Images], None] = lambda images: None,
+    opened: tuple[LatentCodec, Images] | None = None,
 ) -> Latents:
     """Load the first stage, build its latent cache or open a finished one, and check the normaliser against it.
 
-    check: called with the images before any is encoded; may refuse them.
+    opened: what `open_inputs` gave, where the caller had to look at it first.
     UserError where the cache belongs to another autoencoder, preprocessing or data, and where the stored normaliser
     is contradicted by the latents.
     """
-    codec = _codec(config, accelerator.device)
-    images = Images(config.data, codec.factor)
-    check(images)
+    codec, images = opened or open_inputs(config, accelerator.device)
     cache = build_cache(
         codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
         shard_size=config.cache.shard_size, progress=progress, rank=accelerator.process_index,
@@ -89,13 +87,20 @@ def prepare_latents(
     return latents
 
 
-def _codec(config: DiffusionConfig | ClassifierConfig, device: torch.device) -> LatentCodec:
+def open_inputs(config: DiffusionConfig | ClassifierConfig, device: torch.device) -> tuple[LatentCodec, Images]:
+    """The frozen first stage on its device, and the images as it takes them; nothing is encoded."""
     codec = LatentCodec(load_autoencoder(config.autoencoder).to(device))
     if codec.image_channels != config.data.channels:
         raise UserError(
             f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
         )
-    return codec
+    return codec, Images(config.data, codec.factor)
+
+
+def latent_shape(codec: LatentCodec, images: Images) -> tuple[int, int, int]:
+    """(c, h, w) of the latents of these images."""
+    height, width = images.preprocess.padded_size
+    return codec.latent_channels, height // codec.factor, width // codec.factor
 
 
 def check_normaliser(latents: Latents, name: str) -> None:

@@ -20,7 +20,7 @@ from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
 from latentdiff.training import sharding
 
-PRECISIONS = {"float32": "no", "bfloat16": "bf16"}
+PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what can be asked for: accelerate's name for it
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
     "output", "optimizer.", "sample.", "evaluate.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
@@ -33,6 +33,7 @@ FREE_ON_RESUME = (
 def start_accelerator(train: TrainConfig, shards: bool = False):
     """An Accelerator at the config's precision; `announcement` says what it has, once nothing can be refused.
 
+    Where the precision is auto it is float32, until `precision.resolve` has named one: then start another.
     shards: whether the run can shard its network, where the launcher asks for that.
     """
     from accelerate import Accelerator, InitProcessGroupKwargs
@@ -45,7 +46,7 @@ def start_accelerator(train: TrainConfig, shards: bool = False):
         torch.set_num_threads(train.threads)
     limit = timedelta(minutes=getattr(train, "timeout_minutes", 30.0))
     handlers = [InitProcessGroupKwargs(timeout=limit)]
-    accelerator = Accelerator(mixed_precision=PRECISIONS[train.precision], kwargs_handlers=handlers)
+    accelerator = Accelerator(mixed_precision=PRECISIONS.get(train.precision, "no"), kwargs_handlers=handlers)
     check_kind(str(accelerator.distributed_type.value))
     if train.batch_size % accelerator.num_processes:
         raise UserError(
@@ -71,14 +72,19 @@ def meet(accelerator: Any) -> None:
         time.sleep(processes.SETTLED)
 
 
-def announcement(accelerator, train: TrainConfig) -> Callable[[], None]:
-    """A function that prints, the first time it is called, what the run really has: processes, device, precision."""
+def announcement(
+    accelerator, train: TrainConfig, precision: str | None = None, command: str = "train"
+) -> Callable[[], None]:
+    """A function that prints, the first time it is called, what the run really has: processes, device, precision.
+
+    precision: in words, with the reason for it; None: the config's.
+    """
 
     @functools.cache
     def announce() -> None:
         accelerator.print(
-            f"latentdiff train: {accelerator.num_processes} process(es), device {accelerator.device}, "
-            f"precision {train.precision}, global batch {train.batch_size}, "
+            f"latentdiff {command}: {accelerator.num_processes} process(es), device {accelerator.device}, "
+            f"precision {precision or train.precision}, global batch {train.batch_size}, "
             f"{torch.get_num_threads()} CPU thread(s) per process"
             + (", the network sharded over them (FSDP2)" if sharding.sharded(accelerator) else ""),
             file=sys.stderr,
@@ -219,12 +225,25 @@ def check_output(output: Path, config: Section, resume: bool) -> None:
     if not record.is_file():
         raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
     try:
-        before, now = _flat(_with_defaults(json.loads(record.read_text()), config)), _flat(config.model_dump(mode="json"))
+        key = first_difference(json.loads(record.read_text()), config)
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{record}: damaged ({' '.join(str(error).split())[:80]}), so nothing says what run this is") from None
+    if key is not None:
+        raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")
+
+
+def first_difference(record: dict[str, Any], config: Section) -> str | None:
+    """The first key by which a run's record is of another run than the config's; None where it is of the same.
+
+    A precision of auto differs from none: the run keeps the one that it has.
+    """
+    before, now = _flat(_with_defaults(record, config)), _flat(config.model_dump(mode="json"))
     for key in sorted({**before, **now}):
+        if key == "train.precision" and now.get(key) == "auto":
+            continue
         if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
-            raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")
+            return key
+    return None
 
 
 def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from torch import nn
 
 from latentdiff import prediction as predictions
 from latentdiff.autoencoders.build import checked_arguments, diffusers_class
+from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.conditioning import states_width
 from latentdiff.config import DiffusionConfig
 from latentdiff.errors import UserError
@@ -17,6 +18,8 @@ from latentdiff.folders import load_part, part_class, quiet, read_json, weight_f
 from latentdiff.guidance import check_same_path
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditions
+from latentdiff.training.data import Images
+from latentdiff.training.latents import latent_shape
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 # Of the U-Net: never typed twice
@@ -36,6 +39,14 @@ def check_unet(config: DiffusionConfig) -> None:
     if found is not None:  # else it is looked at once it is loaded
         _check_channels(config, start, int(found.get("vq_embed_dim") or found.get("latent_channels", 4)))
     weight_files(start.folder)
+
+
+def check_latents(config: DiffusionConfig, codec: LatentCodec, images: Images) -> None:
+    """UserError, before anything is encoded, where the U-Net's levels do not divide the latents that there will be."""
+    start = None if config.model.pretrained is None else find_start(config)
+    widths = config.model.config.get("block_out_channels", (0,) * 4) if start is None else start.config["block_out_channels"]
+    key = "model.config.block_out_channels" if start is None else "model.pretrained"
+    _check_sides(latent_shape(codec, images), len(widths), key, codec.factor)
 
 
 def make_unet(
@@ -93,13 +104,21 @@ def build_unet(
         raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
 
 
-def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str) -> None:
+def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, factor: int | None = None) -> None:
+    """factor: image sides over latent sides, where it is known, for advice in numbers."""
     _, h, w = latent_shape
-    if h % 2 ** (levels - 1) or w % 2 ** (levels - 1):
-        raise UserError(
-            f"{key}: {levels} levels need latents divisible by {2 ** (levels - 1)}, they are {h}x{w}; use fewer levels or "
-            "raise data.multiple_of with fit=pad"
+    divisor = 2 ** (levels - 1)
+    if h % divisor == 0 and w % divisor == 0:
+        return
+    advice = "use fewer levels, or another data.size"
+    if factor is not None:
+        least = factor * divisor
+        sides = [-(-side // divisor) * least for side in (h, w)]
+        advice = (
+            f"use fewer levels; or set data.size={sides} with data.fit=crop, or data.multiple_of={least} with data.fit=pad "
+            "(latents encoded before are then of another size: name another cache.folder)"
         )
+    raise UserError(f"{key}: {levels} levels need latents divisible by {divisor}, they are {h}x{w}; {advice}")
 
 
 @dataclass(frozen=True)

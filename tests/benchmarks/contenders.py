@@ -54,7 +54,7 @@ class Setting:
 
         settings = [f"data.source={self.folder / 'pictures'}", f"autoencoder={WEIGHTS / 'vae'}", "normaliser=measured",
                     f"output={self.folder / 'stage2'}", f"cache.folder={self.folder / 'latents'}",
-                    f"train.batch_size={self.batch}", "sample.guidance_interval=null"]  # fmt: skip
+                    f"train.batch_size={self.batch}", "train.precision=bfloat16", "sample.guidance_interval=null"]  # fmt: skip
         config = load_config(CONFIGS / "diffusion.yaml", settings)
         accelerator = run.start_accelerator(config.train)
         return config, prepare_latents(config, accelerator), accelerator
@@ -134,7 +134,7 @@ def our_stage1(setting: Setting) -> Contender:
     from latentdiff.training.data import Images
 
     settings = [f"data.source={setting.folder / 'pictures'}", f"output={setting.folder / 'stage1'}",
-                f"train.batch_size={setting.batch // 2}", "loss.perceptual=0"]  # fmt: skip
+                f"train.batch_size={setting.batch // 2}", "train.precision=bfloat16", "loss.perceptual=0"]  # fmt: skip
     config = load_config(CONFIGS / "autoencoder-kl.yaml", settings)
     vae = autoencoder._build(config)
     accelerator = run.start_accelerator(config.train)

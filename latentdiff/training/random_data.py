@@ -11,10 +11,8 @@ from torch import Tensor
 from latentdiff.conditioning import LONGEST, OWN_LENGTH, ClassCondition, _text_config, build_text_encoder, states_width
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.captions import Captions
-from latentdiff.planning.inputs import Notes
 from latentdiff.training.conditions import Conditions, TextCondition, takes
 from latentdiff.training.data import Images
-from latentdiff.training.unets import find_start
 
 STAND_IN = 4096  # images, where it is not known how many there are
 
@@ -55,26 +53,17 @@ class Vocabulary:
         return self.size
 
 
-def random_conditions(config: DiffusionConfig, images: Images | None, notes: Notes) -> Conditions:
+def random_conditions(config: DiffusionConfig, images: Images | None, class_count: int) -> Conditions:
     """As many labels and captions as there are images, drawn and dropped as training does."""
     count = len(images.train) if images else STAND_IN
     classes = labels = text = None
     if takes(config.condition, "class"):
-        classes = ClassCondition(_class_count(config, images, notes), config.condition.dropout)
+        classes = ClassCondition(class_count, config.condition.dropout)
         labels = torch.randint(classes.num_classes, (count,))
     if takes(config.condition, "text"):
         found = images.train.captions() if images else None
         text = _text(config, Captions(found or [("a caption",)] * count))
     return Conditions(classes, labels, text)
-
-
-def _class_count(config: DiffusionConfig, images: Images | None, notes: Notes) -> int:
-    if images is not None:
-        return len(images.class_names)
-    if config.model.pretrained is not None:
-        return max(1, (find_start(config).config.get("num_class_embeds") or 1) - (config.condition.dropout > 0))
-    notes.unknown["classes"] = "the images are not there; the U-Net is built for one class"
-    return 1
 
 
 def _text(config: DiffusionConfig, captions: Captions) -> TextCondition:

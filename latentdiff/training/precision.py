@@ -1,0 +1,224 @@
+"""The precision a run trains in. `train.precision: auto` is measured once, on the machine where the run starts, and then kept.
+
+A processor without bfloat16 instructions takes several times as long in bfloat16 as in float32; one with them takes less.
+Nothing but a measurement tells which it is, so a few steps of the run's own network are timed in each.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.config import Section
+from latentdiff.errors import UserError
+from latentdiff.training import run
+
+AUTO = "auto"
+TIE = 1.05  # float32 is kept unless another precision is faster by more than this factor
+PROBE = 8  # samples of the first steps timed: enough where one precision is far slower than the other
+CLEAR = 2.0  # a factor between two precisions that a larger batch does not turn round
+ROUNDS = 3  # steps timed in each precision, in turns
+PATIENCE = 6.0  # seconds after which no further round begins
+
+# step(precision, batch): one training step on `batch` random samples. A trial makes it, with parts of its own.
+Step = Callable[[str, int], None]
+Trial = Callable[["OneProcess"], Step]
+
+
+class OneProcess:
+    """What the trainers ask of an Accelerator, for one process by itself, in a precision that can be switched.
+
+    The main process measures while the others wait, so nothing here may call for them.
+    """
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, device: torch.device):
+        from accelerate.utils import DistributedType
+
+        self.device, self.precision, self.distributed_type = device, "float32", DistributedType.NO
+
+    def autocast(self, *options: Any) -> torch.autocast:
+        return torch.autocast(self.device.type, getattr(torch, self.precision), enabled=self.precision != "float32")
+
+    def prepare(self, *objects: Any) -> Any:
+        """Modules on the device and under autocast, as accelerate has them; optimizers as they are."""
+        for module in objects:
+            if isinstance(module, nn.Module):
+                module.to(self.device)
+                self._cast(module)
+        return objects if len(objects) > 1 else objects[0]
+
+    def _cast(self, module: nn.Module) -> None:
+        from accelerate.utils import convert_outputs_to_fp32
+
+        forward = module.forward
+
+        def under_autocast(*inputs: Any, **keywords: Any) -> Any:
+            with self.autocast():
+                return forward(*inputs, **keywords)
+
+        module.forward = convert_outputs_to_fp32(under_autocast)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def reduce(self, tensor: Tensor, reduction: str = "sum") -> Tensor:
+        return tensor
+
+
+def choose_precision(timings: Mapping[str, float]) -> str:
+    """The precision to train in, given {precision: seconds a sample}: the fastest, but float32 where that is as good as tied.
+
+    float32 is taken up to a factor TIE above the fastest: its results are the more exact ones, and noise decides nothing.
+    """
+    fastest = min(timings, key=lambda name: timings[name])
+    if "float32" in timings and timings["float32"] <= TIE * timings[fastest]:
+        return "float32"
+    return fastest
+
+
+def resolve(config: Any, output: Path, accelerator: Any, trial: Trial, resume: bool = False) -> tuple[Any, str]:
+    """(the config with its precision named, what the run's first line says of it). Every process calls it, all get the same.
+
+    Where the config says auto, a run that goes on, or starts again in the folder of the same run, keeps what was chosen
+    (run.json). Else the main process measures the trial's steps, on what one process takes through the network at once.
+    """
+    if config.train.precision != AUTO:
+        return config, config.train.precision
+    answer: list[Any] = [None]
+    if accelerator.is_main_process:
+        kept = _recorded(config, output, resume)
+        if kept is not None:
+            answer = [(kept, f"{kept} (auto: kept from {output / 'run.json'})")]
+        else:
+            answer = [measure(trial, accelerator.device, _largest_batch(config.train, accelerator.num_processes))]
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(answer)
+    chosen, words = answer[0]
+    return named(config, chosen), words
+
+
+def named(config: Any, precision: str, batch: int | None = None) -> Any:
+    """A copy of the config with this precision and, where given, this batch size."""
+    changes: dict[str, Any] = {"precision": precision} | ({} if batch is None else {"batch_size": batch})
+    return config.model_copy(update={"train": config.train.model_copy(update=changes)})
+
+
+def _largest_batch(train: Any, processes: int) -> int:
+    """Samples that one process takes through the network at once."""
+    share = max(1, train.batch_size // processes)
+    return min(share, getattr(train, "micro_batch", None) or share)
+
+
+def check_state(meta: Mapping[str, Any], config: Any, output: Path) -> None:
+    """UserError where a training state was made in another precision than the run goes on in."""
+    before = meta.get("precision", config.train.precision)
+    if before != config.train.precision:
+        raise UserError(
+            f"{output / 'state'}: was made with train.precision={before}, and {output / 'run.json'} says "
+            f"{config.train.precision}; set train.precision there to {before}"
+        )
+
+
+def _recorded(config: Section, output: Path, resume: bool) -> str | None:
+    """The precision in run.json, where that is the record of this same run. Before auto there was a default: float32."""
+    try:
+        record = json.loads((output / "run.json").read_text(encoding="utf-8"))
+        before = record["train"].get("precision", "float32")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    if before not in run.PRECISIONS or not (resume or run.first_difference(record, config) is None):
+        return None
+    return before
+
+
+def candidates(device: torch.device) -> list[str]:
+    """The precisions that are worth measuring on a device."""
+    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return ["float32"]
+    return list(run.PRECISIONS)
+
+
+def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:
+    """(the precision chosen, what is said of it), from steps timed in each precision in turns, after one that warms up.
+
+    It takes a few seconds: a small batch decides where one precision is far slower, else the whole `batch` does. The
+    global random state is left as it was.
+    """
+    names = candidates(device)
+    if len(names) == 1:
+        return names[0], f"{names[0]} (auto: the device computes in no other)"
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        try:
+            timings = _timed(trial(OneProcess(device)), device, names, batch)
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            # A network that is to be sharded may not fit one device. A GPU has bfloat16 for it, and it saves memory
+            chosen = "bfloat16" if device.type == "cuda" else "float32"
+            timings, words = {}, f"{chosen} (auto: not measured, the network alone fills the memory)"
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    if not timings:
+        return chosen, words
+    chosen = choose_precision(timings)
+    others = ", ".join(f"{1 / seconds:.3g} in {name}" for name, seconds in timings.items() if name != chosen)
+    return chosen, f"{chosen} (auto: measured {1 / timings[chosen]:.3g} img/s against {others})"
+
+
+def _timed(step: Step, device: torch.device, names: list[str], batch: int) -> dict[str, float]:
+    """{precision: seconds a sample}, medians over rounds, of a small batch where that is clear and else of the whole one."""
+    began, timings = time.perf_counter(), dict[str, float]()
+    for size in dict.fromkeys((min(PROBE, batch), batch)):
+        seconds: dict[str, list[float]] = {name: [] for name in names}
+        for name in names:
+            step(name, size)
+        for _ in range(ROUNDS):
+            for name in names:
+                seconds[name].append(_seconds(step, name, size, device) / size)
+            if time.perf_counter() - began > PATIENCE:
+                break
+        timings = {name: statistics.median(several) for name, several in seconds.items()}
+        if max(timings.values()) > CLEAR * min(timings.values()) or time.perf_counter() - began > PATIENCE:
+            break
+    return timings
+
+
+def _seconds(step: Step, name: str, size: int, device: torch.device) -> float:
+    start = time.perf_counter()
+    step(name, size)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def plain_steps(alone: OneProcess, network: nn.Module, loss: Callable[[nn.Module, int], Tensor]) -> Step:
+    """Steps of a trainer that has one network and AdamW. loss(network, batch) -> scalar, of random inputs."""
+    network.to(alone.device).train()
+    optimizer = torch.optim.AdamW(network.parameters(), fused=True)
+
+    def step(precision: str, batch: int) -> None:
+        alone.precision = precision
+        with alone.autocast():
+            value = loss(network, batch)
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
