@@ -30,8 +30,9 @@ def agreement(
 ) -> dict[str, Any]:
     """Mean squared errors of each model's x0 estimate of held-out latents, and its distance from the first model's.
 
-    models: one or more checkpoints over the same autoencoder.  Latents are the posterior means of `num_images` test
-    images, normalised to unit variance; classes are given; the noise is the same for all.  Both numbers are means over
+    models: one or more checkpoints over the same autoencoder.  Latents are draws from the posteriors of `num_images` test
+    images, as in training (means, where the models were trained on means), normalised to unit variance; classes are given;
+    draws and noise are the same for all.  Both numbers are means over
     latent dimensions and images, [mean, standard error over images]; None where a log-SNR is beyond a process's interval.
     Returns {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}, errors and distances one for each log-SNR.
     UserError where the models' autoencoders, preprocessing or classes are not the same, for data of other classes, and
@@ -42,14 +43,14 @@ def agreement(
 
     if num_images < 2 or batch_size < 1 or not all(map(math.isfinite, log_snrs)):
         raise UserError("agreement: --num-images must be at least 2, --batch-size at least 1, every one of --log-snrs finite")
-    loaded, codec, test = _load(models, data)
+    loaded, codec, use_mean, test = _load(models, data)
     if num_images > len(test):
         raise UserError(f"--num-images {num_images}: --data {data} has {len(test)} test images")
     errors: list[list[list[Tensor]]] = [[[] for _ in log_snrs] for _ in loaded]
     distances: list[list[list[Tensor]]] = [[[] for _ in log_snrs] for _ in loaded]
     for rows in permutation(len(test), seed, "agreement")[:num_images].split(batch_size):
         images, labels = test.batch(rows)
-        x0 = codec.normalise(codec.moments(images)[0])
+        x0 = codec.latents(images, generators(derive_seed(seed, "agreement", "posterior"), rows.tolist()), use_mean)
         noise = randn(x0.shape, generators(derive_seed(seed, "agreement"), rows.tolist())).to(x0)
         for j, log_snr in enumerate(log_snrs):
             first: Tensor | None = None
@@ -66,7 +67,8 @@ def agreement(
         {"model": str(name), "errors": [_mean(e) for e in errors[i]], "distances": [_mean(d) for d in distances[i]]}
         for i, name in enumerate(models)
     ]
-    protocol = {"data": data, "images": num_images, "seed": seed, "autoencoder": codec.fingerprint()}
+    latents = "posterior means" if use_mean else "posterior draws"
+    protocol = {"data": data, "images": num_images, "seed": seed, "latents": latents, "autoencoder": codec.fingerprint()}
     return {"log_snrs": list(log_snrs), "models": rows_of, "protocol": protocol}
 
 
@@ -83,11 +85,11 @@ def estimate(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **conditi
     return denoiser(add_noise(schedule, x0, noise, t), t, **conditioning).x0
 
 
-def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]], Any, Any]:
-    """([(pipeline, denoiser)], their one codec, the test images as it sees them)."""
+def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]], Any, bool, Any]:
+    """([(pipeline, denoiser)], their one codec, whether they were trained on posterior means, the test images)."""
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.checkpoints import load, resolve_model
-    from latentdiff.commands import check_classes, data_rule
+    from latentdiff.commands import check_classes, data_rule, trained_on_means
     from latentdiff.denoiser import Denoiser
     from latentdiff.evaluation.report import reference_sets
 
@@ -100,7 +102,7 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
         codec = LatentCodec(pipeline.vae)
         told = {
             "autoencoder": codec.fingerprint(), "preprocessing and held-out share": data_rule(resolve_model(name), codec),
-            "number of classes": pipeline.num_classes,
+            "number of classes": pipeline.num_classes, "cache.use_mean": trained_on_means(resolve_model(name)),
         }  # fmt: skip
         first = told if not loaded else first
         for what in told:
@@ -110,7 +112,7 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     test = reference_sets(data, *first["preprocessing and held-out share"])[1]
     for pipeline, _ in loaded:
         check_classes(pipeline, test, data)
-    return loaded, codec, test
+    return loaded, codec, first["cache.use_mean"], test
 
 
 def _mean(parts: list[Tensor]) -> list[float] | None:

@@ -202,6 +202,14 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
     return rule, data["held_out"], Columns(*columns), data.get("streaming", False)
 
 
+def trained_on_means(folder: Path) -> bool:
+    """Whether a checkpoint's denoiser was trained on posterior means instead of draws (cache.use_mean)."""
+    from latentdiff.checkpoints import META, read_meta
+
+    meta = read_meta(folder) if (folder / META).is_file() else {}
+    return bool(meta.get("config", {}).get("cache", {}).get("use_mean", False))
+
+
 def stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
     """The protocol line of generated samples, the checkpoint's defaults filled in."""
     from latentdiff.samplers import default_steps

@@ -44,23 +44,27 @@ class ClassCondition:
 
     Args:
         num_classes: real classes, rows 0 .. num_classes - 1.
-        dropout: probability with which training replaces a label by the null class. 0: there is no null class, and a
-            network trained so cannot be guided.
+        dropout: probability with which training replaces a label by the null class.
+        joint: probability with which training drops class and text together. Where both are 0 there is no null class, and
+            a network trained so cannot be guided.
     """
 
     num_classes: int
     dropout: float = 0.1
+    joint: float = 0.0
 
     def __post_init__(self) -> None:
         if self.num_classes < 1:
             raise UserError(f"num_classes {self.num_classes}: a class condition needs at least one class")
         if not 0 <= self.dropout < 1:
             raise UserError(f"class dropout {self.dropout}: must be at least 0 and below 1")
+        if not 0 <= self.joint < 1:
+            raise UserError(f"joint dropout {self.joint}: must be at least 0 and below 1")
 
     @property
     def null_class(self) -> int | None:
         """The row that stands for "no class": num_classes, or None without dropout."""
-        return self.num_classes if self.dropout > 0 else None
+        return self.num_classes if self.dropout > 0 or self.joint > 0 else None
 
     @property
     def num_embeddings(self) -> int:

@@ -162,10 +162,12 @@ class TextConfig(Section):
 
 
 class ConditionConfig(Section):
-    """What the U-Net is told of an image. With class+text each is dropped on its own."""
+    """What the U-Net is told of an image. With class+text each is dropped on its own, and both at once besides."""
 
     type: Literal["class", "text", "class+text", "none"] = "class"
     dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose class is replaced by the null class
+    # class+text: share of samples that lose both, which guidance needs. None: 0.1 where each is dropped on its own, else 0
+    joint_dropout: float | None = Field(None, ge=0, le=1)
     text: TextConfig = TextConfig()
 
 

@@ -38,6 +38,7 @@ def gallery(
     """
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.commands import trained_on_means
     from latentdiff.writing import check_out_folder
 
     folder, out = resolve_model(model), check_out_folder(out)
@@ -51,7 +52,7 @@ def gallery(
     stage = Stage(pipeline, seed, steps, sampler)
     pictures = {
         "trajectory": trajectory(stage),
-        "interpolation": interpolation(stage, *_pairs(folder, data, pipeline)),
+        "interpolation": interpolation(stage, *_pairs(folder, data, pipeline), trained_on_means(folder)),
         "guidance": [stage.draw(stage.guided(scale)) for scale in SCALES],
     }
     if (folder / CLASSIFIER).is_dir():
@@ -70,6 +71,7 @@ class Stage:
         from latentdiff.rng import generators, randn
 
         self.pipeline, self.codec, self.steps, self.sampler = pipeline, LatentCodec(pipeline.vae), steps, sampler
+        self.seed = seed
         self.labels = torch.arange(pipeline.num_classes)  # [K]
         self.null = torch.full_like(self.labels, pipeline.config.null_class)
         self.denoiser = Denoiser.from_pipeline(pipeline)
@@ -117,12 +119,18 @@ def trajectory(stage: Stage) -> list[Tensor]:
     return [stage.decode(seen[k]) for k in kept]
 
 
-def interpolation(stage: Stage, first: Tensor, second: Tensor) -> list[Tensor]:
-    """The two images [K, C, H, W] of each class at the ends, and decodings from the arc between their encodings."""
+def interpolation(stage: Stage, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
+    """The two images [K, C, H, W] of each class at the ends, and decodings from the arc between their encodings.
+
+    What is encoded is a draw from each posterior, as the denoiser was trained on: the encodings of means are too small to be
+    noise.  use_mean: the means, where it was trained on those.
+    """
+    from latentdiff.rng import derive_seed, generators
     from latentdiff.samplers import encode, sample, slerp
 
     denoiser = stage.guided(1.0)  # guidance has no inverse worth the name: the ODE of the conditional model itself
-    ends = [stage.codec.normalise(stage.codec.moments(images)[0]) for images in (first, second)]
+    draws = [generators(derive_seed(stage.seed, "posterior", side), stage.labels.tolist()) for side in (0, 1)]
+    ends = [stage.codec.latents(images, draw, use_mean) for images, draw in zip((first, second), draws, strict=True)]
     noises = [encode(denoiser, z, "heun", stage.steps) for z in ends]
     arc = [slerp(noises[0], noises[1], w) for w in np.linspace(0, 1, COLUMNS - 2).tolist()]
     between = [stage.decode(sample(denoiser, noise, "heun", stage.steps)) for noise in arc]

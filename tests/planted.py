@@ -1,6 +1,7 @@
 """Planted bugs: a function's wrong twin, and a denoiser that lies, to show that a test would see the difference."""
 
 import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ def planted(function: Callable, *changes: tuple[str, str], **helpers: Callable) 
     helpers: what the twin finds under these names in place of what stands beside the original.
     """
     function = inspect.unwrap(function)
-    source = inspect.getsource(function)
+    source = textwrap.dedent(inspect.getsource(function))  # a method stands indented
     for old, new in changes:
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {function.__name__}"
         source = source.replace(old, new)

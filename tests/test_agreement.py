@@ -8,6 +8,7 @@ import torch
 from exact import Mixture, exact, mixture
 
 from latentdiff.agreement import agreement, estimate, markdown
+from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.checkpoints import META, load
 from latentdiff.schedules import make_schedule
 
@@ -61,3 +62,21 @@ def test_the_command_measures_models_on_one_autoencoder(run, refused, model, her
     meta["config"]["data"]["held_out"] = 0.5
     (other / META).write_text(json.dumps(meta))
     assert "has another preprocessing and held-out share than" in refused(*ask)
+
+
+def test_the_latents_are_draws_unless_the_model_was_trained_on_means(model, stripe_folder, tmp_path, monkeypatch):
+    """With a posterior as wide as the prior, draws are other latents and means are what they were."""
+    on_means = shutil.copytree(model, tmp_path / "means")
+    meta = json.loads((on_means / META).read_text())
+    meta["config"]["cache"]["use_mean"] = True
+    (on_means / META).write_text(json.dumps(meta))
+
+    def ask(name) -> tuple[float, str]:
+        found = agreement([name], str(stripe_folder), 8, [0.0])
+        return found["models"][0]["errors"][0][0], found["protocol"]["latents"]
+
+    before, moments = {name: ask(name) for name in (model, on_means)}, LatentCodec.moments
+    assert [kind for _, kind in before.values()] == ["posterior draws", "posterior means"]
+    assert before[model][0] == ask(model)[0]
+    monkeypatch.setattr(LatentCodec, "moments", lambda self, x: (moments(self, x)[0], torch.ones_like(moments(self, x)[1])))
+    assert ask(on_means) == before[on_means] and ask(model)[0] > 1.2 * before[model][0]

@@ -133,6 +133,68 @@ def test_what_cannot_be_folded_keeps_its_weights_and_gets_a_normaliser(make):
     assert float(normalised.square().mean() + noise.square().mean()) == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("place", [".", "vae"])
+def test_vq_latents_are_normalised_channel_by_channel(tmp_path, place):
+    torch.manual_seed(0)
+    vae = tiny_vq()
+    with torch.no_grad():  # channels of quite different spread and centre
+        vae.quant_conv.weight *= torch.tensor([0.1, 1.0, 10.0])[:, None, None, None]
+        vae.quant_conv.bias.copy_(torch.tensor([0.5, -1.0, 3.0]))
+    raw = LatentCodec(vae).moments(images(n=64))[0]
+    store_normaliser(vae, raw.mean((0, 2, 3)), raw.std((0, 2, 3), correction=0))
+    vae.save_pretrained(tmp_path / place)
+    loaded = load_autoencoder(str(tmp_path))
+    codec = LatentCodec(loaded)
+    z = codec.normalise(raw)
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), rtol=0, atol=1e-4)
+    torch.testing.assert_close(z.std((0, 2, 3), correction=0), torch.ones(3), rtol=1e-4, atol=0)
+    torch.testing.assert_close(denormalise(z, loaded.config), raw, rtol=1e-4, atol=1e-5)  # as the pipeline does it
+    config = json.loads((tmp_path / place / "config.json").read_text())
+    assert config["scaling_factor"] == 1.0 and len(config["latents_mean"]) == len(config["latents_std"]) == 3
+
+
+def test_a_vq_model_with_one_scale_for_all_channels_still_loads(tmp_path):
+    torch.manual_seed(0)
+    tiny_vq(scaling_factor=0.5).save_pretrained(tmp_path)
+    codec = LatentCodec(load_autoencoder(str(tmp_path)))
+    z = torch.randn(2, 3, 4, 6)
+    torch.testing.assert_close(codec.normalise(z), 0.5 * z)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "AutoencoderTiny"])
+def test_gradients_reach_latents_through_the_decoder(name):
+    """The slope along a random direction, against a difference quotient in float64."""
+    make, _, channels, *_ = KINDS[name]
+    torch.manual_seed(0)
+    codec = LatentCodec(make())
+    z, direction = torch.randn(2, channels, 4, 4), torch.randn(2, channels, 4, 4)
+    assert not codec.decode(z).requires_grad  # nothing is kept where nobody asks
+    at = z.clone().requires_grad_()
+    codec.decode(at).square().sum().backward()
+    assert all(parameter.grad is None for parameter in codec.vae.parameters())
+
+    def value(step):
+        return codec.decode(z + step * direction).double().square().sum()
+
+    step = 1e-3  # float32: the quotient's error is about eps |value| / step = 1e-7 1e2 / 1e-3
+    slope = float((value(step) - value(-step)) / (2 * step))
+    assert float((at.grad * direction).sum()) == pytest.approx(slope, rel=0.02, abs=0.1)
+
+
+def test_a_draw_of_latents_is_the_posterior_s():
+    torch.manual_seed(0)
+    vae = tiny_vae(scaling_factor=0.5, shift_factor=0.1)
+    codec, x = LatentCodec(vae), images()
+    mean, std = codec.moments(x)
+    noise = torch.randn(mean.shape, generator=torch.Generator().manual_seed(3))
+    drawn = codec.latents(x, torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, codec.normalise(mean + std * noise))
+    assert torch.equal(codec.latents(x, use_mean=True), codec.normalise(mean))
+    alone = codec.latents(x[1:2], [torch.Generator().manual_seed(8)])
+    many = codec.latents(x, [torch.Generator().manual_seed(k) for k in (7, 8, 9)])
+    torch.testing.assert_close(alone, many[1:2], rtol=1e-4, atol=1e-5)
+
+
 def test_the_fingerprint_is_of_weights_and_config(tmp_path):
     torch.manual_seed(0)
     vae = tiny_vae()

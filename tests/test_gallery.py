@@ -10,6 +10,7 @@ from latentdiff.denoiser import Denoiser
 from latentdiff.gallery import COLUMNS, SCALES, STRENGTHS, Stage, _pairs, classifier_columns, interpolation, trajectory
 from latentdiff.generation import generate_batches
 from latentdiff.guidance import LatentClassifier
+from latentdiff.rng import derive_seed, generators
 
 
 @pytest.fixture
@@ -68,3 +69,19 @@ def test_what_cannot_be_shown_is_refused(refused, model, stripe_folder, here):
     assert "--sampler eular: unknown; valid: ancestral" in refused(*ask, "--sampler", "eular")
     (here / "file").write_text("")
     assert "--out file: is a file" in refused(*ask, "--out", "file")
+
+
+def test_what_is_encoded_are_draws_unless_the_model_was_trained_on_means(stage, model, stripe_folder):
+    pair = _pairs(model, str(stripe_folder), stage.pipeline)
+    stage.steps = 2
+    draws, again, means = interpolation(stage, *pair), interpolation(stage, *pair), interpolation(stage, *pair, use_mean=True)
+    mean, std = stage.codec.moments(pair[0])
+    assert torch.equal(means[0], stage.decode(stage.codec.normalise(mean))) and torch.equal(draws[0], again[0])
+    noise = (stage.codec.denormalise(_encoded(stage, pair[0])) - mean) / std
+    assert abs(float(noise.std()) - 1) < 5 / noise.numel() ** 0.5
+    assert torch.equal(draws[0], stage.decode(_encoded(stage, pair[0]))) and not torch.equal(draws[0], means[0])
+
+
+def _encoded(stage, images):
+    draw = generators(derive_seed(stage.seed, "posterior", 0), stage.labels.tolist())
+    return stage.codec.latents(images, draw)

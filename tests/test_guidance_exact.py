@@ -265,3 +265,31 @@ def test_an_operator_of_images_and_a_nonlinear_one():
         exact(m, s), lambda v: point.tanh() + slope * (v - point), 0.5 * torch.ones_like(x), 1.0, 0.5, covariance=True
     )
     torch.testing.assert_close(one(x, t).x0, tangent(x, t).x0)
+
+
+def test_an_observation_of_the_decoded_image_guides():
+    """A linear decoder D: what is observed is D x0, and with the covariance the posterior is Kalman's."""
+    from tiny_models import tiny_vae
+
+    from latentdiff.autoencoders.codec import LatentCodec
+
+    class Linear(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = tiny_vae().config
+            self.weight = torch.nn.Parameter(operator()[0].float())  # [2, 4]
+
+        def decode(self, z):
+            out = (z.flatten(1) @ self.weight.T).reshape(len(z), 1, 1, 2)
+            return type("Out", (), {"sample": out})
+
+    s, prior, y = make_schedule("vp"), gaussian(4), Y.reshape(1, 1, 1, 2).expand(3, -1, -1, -1)
+    codec = LatentCodec(Linear())
+    score = Denoiser.from_score(lambda x, t: prior.score(x.flatten(1), s, t).view_as(x), s)
+    guide = Reconstruction(score, codec.decode, y, 1.0, noise_std=NOISE_STD, covariance=True)
+    x, t = states(3, (4, 1, 1)), times(s)
+    truth = prior.given(operator()[0], Y, NOISE_STD)
+    with torch.no_grad():
+        found = guide(x, t).score
+    # decode works in float32, eps 1.2e-7; (noise_std^2 + A C A^T)^-1 magnifies that by at most |A C A^T| / noise_std^2, some 20
+    torch.testing.assert_close(found.flatten(1), truth.score(x.flatten(1), s, t), rtol=1e-4, atol=1e-4)

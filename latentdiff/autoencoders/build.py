@@ -140,10 +140,12 @@ def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
 def set_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
     """Put measured statistics [c] of raw latents into the config, leaving every weight as it is.
 
-    Per channel where the class has latents_mean and latents_std; else by the one scaling_factor the class knows,
-    1 / sqrt(mean over channels of E[z^2]), which gives the latents unit second moment overall.
+    Per channel for AutoencoderKL and VQModel; else by the one scaling_factor the class knows,
+    1 / sqrt(mean over channels of E[z^2]), which gives the latents unit second moment overall.  VQModel's own config has no
+    latents_mean and latents_std, but keeps them, and no stock pipeline diffuses its latents in our layout.  They cannot be
+    folded into its convolutions, as AutoencoderKL's are: in a space stretched by channel another code is the nearest.
     """
-    if hasattr(vae.config, "latents_mean"):
+    if hasattr(vae.config, "latents_mean") or type(vae).__name__ == "VQModel":
         vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
     else:
         vae.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
+from latentdiff.rng import Generators, randn
 
 NORMALISER = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # its keys in an autoencoder's config
 
@@ -35,12 +36,11 @@ class LatentCodec:
     def device(self) -> torch.device:
         return next(self.vae.parameters()).device
 
-    @torch.no_grad()
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, raw (not normalised), each [B, c, h, w].
 
         images: [B, C, H, W] in [-1, 1]. Autoencoders without a posterior (VQModel, AutoencoderTiny,
-        AutoencoderDC) give their latents and a standard deviation of zero.
+        AutoencoderDC) give their latents and a standard deviation of zero.  Gradients reach images that require them.
         """
         if images.ndim != 4 or images.shape[1] != self.image_channels:
             raise UserError(
@@ -59,6 +59,16 @@ class LatentCodec:
         latents = (out.latents if hasattr(out, "latents") else out.latent).float().contiguous()
         return latents, torch.zeros_like(latents)
 
+    def latents(self, images: Tensor, generator: Generators = None, use_mean: bool = False) -> Tensor:
+        """Normalised latents [B, c, h, w] of images [B, C, H, W] in [-1, 1]: one draw from each posterior.
+
+        A denoiser is trained on draws, so that is what it has to be measured on: posterior means are smoother.
+        use_mean: the posterior means, for a denoiser that was trained on those (cache.use_mean).  generator: as in
+        latentdiff.rng.randn.
+        """
+        mean, std = self.moments(images)
+        return self.normalise(mean if use_mean else mean + std * randn(std.shape, generator).to(std))
+
     def normalise(self, z: Tensor) -> Tensor:
         """Raw latents [B, c, h, w] to the space the denoiser works in."""
         return (z - self.shift.to(z)[:, None, None]) * self.scale.to(z)[:, None, None]
@@ -67,9 +77,12 @@ class LatentCodec:
         """The inverse of normalise."""
         return z / self.scale.to(z)[:, None, None] + self.shift.to(z)[:, None, None]
 
-    @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        """Images [B, C, H, W], about [-1, 1] and not clipped, from normalised latents [B, c, h, w]."""
+        """Images [B, C, H, W], about [-1, 1] and not clipped, from normalised latents [B, c, h, w].
+
+        Gradients reach a z that requires them, as in guidance by an observation of the image.  The weights are frozen, so
+        that nothing is kept for a backward pass otherwise.
+        """
         raw = self.denormalise(z.to(self.device).float())
         return self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
 

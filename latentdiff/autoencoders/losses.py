@@ -22,7 +22,7 @@ class Stage1Weights:
 
     `l1`, `l2` and `perceptual` are means over the values of an image; `kl` multiplies the nats of a whole image, summed
     over its latent. (Where both are sums, as in 2112.10752, 1e-6 there is 1e-6 / (C·H·W) here.) `commitment` multiplies
-    the quantiser's own loss.
+    the quantiser's own loss, |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 in means over the latent (VQ-VAE, 1711.00937, eq. 3).
     `adversarial` multiplies the adaptive weight when `adaptive` is on, and the term is absent before step
     `adversarial_start`.
     """

@@ -109,7 +109,8 @@ def class_count(config: DiffusionConfig, images: Images | None, notes: Notes) ->
     if images is not None:
         return len(images.class_names)
     if config.model.pretrained is not None:
-        return max(1, (find_start(config).config.get("num_class_embeds") or 1) - (config.condition.dropout > 0))
+        null = config.condition.dropout > 0 or conditions.joint_dropout(config.condition) > 0
+        return max(1, (find_start(config).config.get("num_class_embeds") or 1) - null)
     notes.unknown["classes"] = "the images are not there; the U-Net is built for one class"
     return 1
 

@@ -140,7 +140,8 @@ def _info(config: ClassifierConfig, net: LatentClassifier, latents: Latents, dev
     """What is kept beside the weights: classes, how it was trained, and what it knows of held-out images by noise level."""
     images, labels = latents.images.held_out_batch(config.validation_images)
     assert labels is not None  # the training part has them
-    x0 = torch.cat([latents.codec.normalise(latents.codec.moments(chunk)[0]).cpu() for chunk in images.split(128)])
+    posterior, use_mean = torch.Generator().manual_seed(derive_seed("validation", "posterior")), config.cache.use_mean
+    x0 = torch.cat([latents.codec.latents(chunk, posterior, use_mean).cpu() for chunk in images.split(128)])
     noise = randn(x0.shape, torch.Generator().manual_seed(derive_seed("validation")))
     low, high = net.schedule.t_min, net.schedule.t_max
     held: dict[str, Any] = {"images": len(x0), "t": [], "accuracy": [], "nats": []}

@@ -1,7 +1,8 @@
-"""What stage 2 tells the U-Net of each image: class, caption or both, each dropped on its own, drawn per sample."""
+"""What stage 2 tells the U-Net of each image: class, caption or both, dropped on their own and together, per sample."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,17 +29,46 @@ from latentdiff.rng import rand
 from latentdiff.training.data import Images
 from latentdiff.training.latents import Latents
 
+JOINT_DROPOUT = 0.1  # of class+text where the config names none: as much as of each on its own
 
 def takes(condition: ConditionConfig, kind: str) -> bool:
     """Whether "class" or "text" is among what the config conditions on."""
     return kind in condition.type.split("+")
 
 
+def joint_dropout(condition: ConditionConfig) -> float:
+    """The share of samples that lose class and text together; 0 where the config does not condition on both.
+
+    Guidance holds the conditional prediction against the one without any condition. Dropped independently, at 0.1 each, both
+    are missing from one sample in a hundred, which is too few to learn that prediction from.
+    """
+    if condition.type != "class+text":
+        return 0.0
+    if condition.joint_dropout is None:
+        return JOINT_DROPOUT if condition.dropout > 0 and condition.text.dropout > 0 else 0.0
+    return condition.joint_dropout
+
+
+def as_begun(config: DiffusionConfig, output: Path) -> DiffusionConfig:
+    """The config of a run that is resumed, with the joint dropout it began with where the config leaves that open.
+
+    A run.json without the key was written before there was one, when nothing was dropped together.
+    """
+    if "joint_dropout" in config.condition.model_fields_set:
+        return config
+    try:
+        began = json.loads((output / "run.json").read_text())["condition"].get("joint_dropout", 0.0)
+        condition = ConditionConfig.model_validate({**config.condition.model_dump(), "joint_dropout": began})
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError):
+        return config  # run.check_output says what is wrong with it
+    return config.model_copy(update={"condition": condition})
+
+
 def guidance(config: DiffusionConfig) -> float:
     """The scale that pictures and the published pipeline use; UserError where it asks for what training leaves out."""
     condition, asked = config.condition, config.sample.guidance
     kept = [("dropout", "class", condition.dropout), ("text.dropout", "text", condition.text.dropout)]
-    never = [key for key, kind, share in kept if takes(condition, kind) and share == 0]
+    never = [key for key, kind, share in kept if takes(condition, kind) and share == 0 and joint_dropout(condition) == 0]
     if condition.type == "none" or never:
         if asked not in (None, 1.0):
             why = f"condition.{never[0]} is 0" if never else "condition.type is none"
@@ -54,7 +84,12 @@ def check(config: DiffusionConfig) -> None:
     """UserError, before anything is encoded, for guidance, dropout, prompts or a text encoder that cannot be or do nothing."""
     _refuse_unused(config)
     condition, wanted = config.condition, config.condition.text
-    for key, kind, share in (("dropout", "class", condition.dropout), ("text.dropout", "caption", wanted.dropout)):
+    shares = [
+        ("dropout", "class", condition.dropout),
+        ("text.dropout", "caption", wanted.dropout),
+        ("joint_dropout", "class and caption", condition.joint_dropout),
+    ]
+    for key, kind, share in shares:
         if share == 1:
             raise UserError(
                 f"condition.{key}: 1 drops every {kind}, so nothing would be learnt of them; set it below 1, or take them "
@@ -63,7 +98,7 @@ def check(config: DiffusionConfig) -> None:
     guidance(config)
     if not takes(condition, "text"):
         return
-    if wanted.dropout == 0 and not all(text.strip() for text in config.sample.prompts):
+    if wanted.dropout == 0 and joint_dropout(condition) == 0 and not all(text.strip() for text in config.sample.prompts):
         raise UserError(
             "sample.prompts: an empty prompt stands for no text, which with condition.text.dropout 0 the model never learns; "
             "leave it out, or set condition.text.dropout to 0.1"
@@ -84,6 +119,11 @@ def _refuse_unused(config: DiffusionConfig) -> None:
     told = [f"condition.text.{key}" for key in fields if getattr(condition.text, key) != fields[key].default]
     told += ["sample.prompts"] if config.sample.prompts else []
     dropped = ["condition.dropout"] if condition.dropout != ConditionConfig.model_fields["dropout"].default else []
+    if condition.joint_dropout and condition.type != "class+text":
+        raise UserError(
+            f"condition.joint_dropout: condition.type is {condition.type}, so there are no two conditions to drop together; "
+            "leave it out, or set condition.type to class+text"
+        )
     for kind, keys in (("text", told), ("class", dropped)):
         if keys and not takes(condition, kind):
             instead = "; captions are dropped by condition.text.dropout" if keys == dropped and condition.type == "text" else ""
@@ -135,27 +175,34 @@ class TextCondition:
 
 @dataclass
 class Conditions:
-    """All that a run conditions on. labels: int64 [N] of the training images, where classes count."""
+    """All that a run conditions on. labels: int64 [N] of the training images, where classes count.
+
+    joint: share of samples that lose class and text together, besides those that lose either on its own.
+    """
 
     classes: ClassCondition | None
     labels: Tensor | None
     text: TextCondition | None
+    joint: float = 0.0
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """What is random about the conditions of a global batch: uniform numbers [batch] by name."""
-        names = ["class", *(["caption", "text"] if self.text else [])]
+        # "joint" comes last, so that the others are the same numbers with and without it
+        names = ["class", *(["caption", "text"] if self.text else []), *(["joint"] if self.joint > 0 else [])]
         return {name: rand((batch,), generator) for name in names}
 
     def __call__(self, indices: Tensor, draws: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
         """Keywords of the network for training images [B], each condition dropped where its number says so."""
         conditioning: dict[str, Tensor] = {}
+        both = draws["joint"] < self.joint if self.joint > 0 else torch.zeros(len(indices), dtype=torch.bool)  # [B]
         if self.classes is not None and self.labels is not None:
             labels = self.labels[indices]
             if self.classes.null_class is not None:
-                labels = torch.where(draws["class"] < self.classes.dropout, self.classes.null_class, labels)
+                dropped = (draws["class"] < self.classes.dropout) | both
+                labels = torch.where(dropped, self.classes.null_class, labels)
             conditioning |= self.classes(labels, device)
         if self.text is not None:
-            rows = self.text.captions.draw(indices, draws["caption"], draws["text"] < self.text.dropout)
+            rows = self.text.captions.draw(indices, draws["caption"], (draws["text"] < self.text.dropout) | both)
             conditioning |= {name: value.to(device) for name, value in self.text.rows(rows).items()}
         return conditioning
 
@@ -198,13 +245,13 @@ def prepare_conditions(
     """
     condition, classes, text = config.condition, None, None
     if takes(condition, "class"):
-        classes = ClassCondition(len(latents.images.class_names), condition.dropout)
+        classes = ClassCondition(len(latents.images.class_names), condition.dropout, joint_dropout(condition))
     if takes(condition, "text"):
         found = latents.images.train.captions(latents.cache.manifest["unreadable"])
         text = _text(config, Captions(found or []), accelerator, progress, resume)
         if accelerator.is_main_process:
             _say_what_is_cut(text)
-    return Conditions(classes, latents.cache.labels, text)
+    return Conditions(classes, latents.cache.labels, text, joint_dropout(condition))
 
 
 def _say_what_is_cut(text: TextCondition) -> None:
@@ -257,12 +304,12 @@ def network_of(unet: nn.Module, conditions: Conditions) -> nn.Module:
 
 def pipeline_pieces(network: nn.Module, conditions: Conditions, class_names: list[str]) -> dict[str, Any]:
     """U-Net, text encoder, tokenizer, class names and what stands for "nothing", as the pipeline takes them."""
-    joint, text, classes = isinstance(network, PromptedUNet), conditions.text, conditions.classes
+    together, text, classes = isinstance(network, PromptedUNet), conditions.text, conditions.classes
     return {
-        "unet": network.unet if joint else network,
-        "text_encoder": network.text_encoder if joint else text and text.prompts.encoder,
+        "unet": network.unet if together else network,
+        "text_encoder": network.text_encoder if together else text and text.prompts.encoder,
         "tokenizer": text and text.prompts.tokenizer,
         "class_names": class_names if classes else None,
         "null_class": classes.null_class if classes else None,
-        "null_prompt": NULL_PROMPT if text and text.dropout > 0 else None,
+        "null_prompt": NULL_PROMPT if text and (text.dropout > 0 or conditions.joint > 0) else None,
     }

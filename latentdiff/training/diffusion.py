@@ -21,7 +21,7 @@ from latentdiff.data.order import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
-from latentdiff.objective import Uncertainty, diffusion_loss
+from latentdiff.objective import Uncertainty, diffusion_loss, loss_weight
 from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditions, loop, run, sharding, state, watching
@@ -36,6 +36,7 @@ from latentdiff.training.publishing import picture, pipeline_parts, publish, pub
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.unets import check_latents, check_unet, make_unet
 
+VALIDATION = 2  # which definition of the validation loss a state's best value is of; 1 had posterior means and no weights
 BUCKETS = 4  # of the training time interval, for the loss by noise level
 
 
@@ -71,6 +72,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     config puts it.
     """
     output = Path(config.output)
+    config = conditions.as_begun(config, output) if resume else config
     run.check_output(output, config, resume)
     _check(config)
     accelerator = run.start_accelerator(config.train, shards=True)
@@ -222,10 +224,20 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
         if parts.uncertainty is not None:
             state.load_into(parts.uncertainty, found["uncertainty"], str(output))
         state.restore_optimizer(parts.optimizer, found["optimizer"])
+        watched = config.train.best or ""
+        if watched.startswith("validation/") and meta.get("validation") != VALIDATION and meta.get("best") is not None:
+            # Held against the new numbers, the old ones would say that nothing improves any more, or that everything does
+            meta["best"] = None
+            if accelerator.is_main_process:
+                print(
+                    f"warning: {watched} was computed otherwise when this state was saved; train.best begins anew",
+                    file=sys.stderr,
+                )
 
     return loop.Work(
         step=lambda step, lr: _step(config, parts, accelerator, step, lr), after=after, tensors=tensors,
-        meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision}, restore=restore,
+        meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision, "validation": VALIDATION},
+        restore=restore,
         samples=lambda step: _indices(config, parts, step),
     )  # fmt: skip
 
@@ -321,11 +333,11 @@ def _by_noise_level(schedule: NoiseSchedule, t: Tensor, loss: Tensor) -> dict[st
 
 
 def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
-    """Held-out latents with fixed noise and stratified t: the same numbers at every step and in every run."""
+    """Held-out latents, drawn as those of training are, with fixed noises and stratified t: the same numbers at every step."""
     images, labels = parts.latents.images.held_out_batch(config.validation_images)
-    codec = parts.latents.codec
-    x0 = torch.cat([codec.normalise(codec.moments(chunk)[0]).cpu() for chunk in images.split(128)])
-    generator = torch.Generator().manual_seed(derive_seed("validation"))
+    codec, generator = parts.latents.codec, torch.Generator().manual_seed(derive_seed("validation"))
+    posterior = torch.Generator().manual_seed(derive_seed("validation", "posterior"))
+    x0 = torch.cat([codec.latents(chunk, posterior, config.cache.use_mean).cpu() for chunk in images.split(128)])
     t = parts.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
     texts = parts.latents.images.held_out_captions(config.validation_images)
     return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **parts.conditions.of(labels, texts, "cpu")}
@@ -335,18 +347,37 @@ def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
 def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str, Tensor]) -> dict[str, float]:
     """Validation loss of the raw and of the averaged weights; each process computes its share of the samples.
 
+    validation/loss_raw and loss_ema are means of what training minimises: weighted, corrected for the levels' density, and
+    balanced by the learned uncertainty where there is one. validation/error_raw and error_ema are the plain squared error
+    of the prediction, logged where that is another number.
     Both are computed by `average`, the averaged weights last: a sharded network would have to be run alike on all processes.
     """
     values, count = {}, len(held["x0"])
+    names = ("loss", "error") if _weighs(config, parts) else ("loss",)
     mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
     denoiser = Denoiser(unet_model(parts.average, parts.schedule), parts.schedule, config.prediction)
     for name, weights in (("raw", parts.bare.state_dict()), ("ema", parts.ema.state())):
         sharding.fill(parts.average, weights)
-        losses = torch.zeros(count, device=accelerator.device)
+        found = torch.zeros(len(names), count, device=accelerator.device)
         for rows in mine.split(128) if len(mine) else ():
             batch = {key: value[rows].to(accelerator.device) for key, value in held.items()}
+            x0, t, noise = (batch.pop(key) for key in ("x0", "t", "noise"))
             with accelerator.autocast():
-                loss = diffusion_loss(denoiser, batch.pop("x0"), batch.pop("t"), batch.pop("noise"), **batch)
-            losses[rows.to(losses.device)] = loss
-        values[f"validation/loss_{name}"] = float(accelerator.reduce(losses, "sum").mean())
+                error = diffusion_loss(denoiser, x0, t, noise, **batch)
+            found[:, rows.to(found.device)] = torch.stack([_minimised(config, parts, error, t), error])[: len(names)]
+        for kind, mean in zip(names, accelerator.reduce(found, "sum").mean(1).tolist(), strict=True):
+            values[f"validation/{kind}_{name}"] = mean
     return values
+
+
+def _minimised(config: DiffusionConfig, parts: Parts, error: Tensor, t: Tensor) -> Tensor:
+    """What training minimises, [B], for the prediction's squared errors [B] at t [B]."""
+    weight = loss_weight(config.weighting, config.prediction, parts.schedule, t, config.min_snr_gamma)
+    loss = error * weight.to(error) * parts.levels.correction(t).to(error)
+    return loss if parts.uncertainty is None else parts.uncertainty(loss, t)
+
+
+def _weighs(config: DiffusionConfig, parts: Parts) -> bool:
+    """Whether what is minimised is another number than the squared error of the prediction."""
+    t = parts.levels.midpoints(2)
+    return config.weighting != "none" or not bool((parts.levels.correction(t) == 1).all())

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.conditioning import LONGEST, OWN_LENGTH, ClassCondition, _text_config, build_text_encoder, states_width
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.captions import Captions
-from latentdiff.training.conditions import Conditions, TextCondition, takes
+from latentdiff.training.conditions import Conditions, TextCondition, joint_dropout, takes
 from latentdiff.training.data import Images
 
 STAND_IN = 4096  # images, where it is not known how many there are
@@ -56,14 +56,15 @@ class Vocabulary:
 def random_conditions(config: DiffusionConfig, images: Images | None, class_count: int) -> Conditions:
     """As many labels and captions as there are images, drawn and dropped as training does."""
     count = len(images.train) if images else STAND_IN
+    joint = joint_dropout(config.condition)
     classes = labels = text = None
     if takes(config.condition, "class"):
-        classes = ClassCondition(class_count, config.condition.dropout)
+        classes = ClassCondition(class_count, config.condition.dropout, joint)
         labels = torch.randint(classes.num_classes, (count,))
     if takes(config.condition, "text"):
         found = images.train.captions() if images else None
         text = _text(config, Captions(found or [("a caption",)] * count))
-    return Conditions(classes, labels, text)
+    return Conditions(classes, labels, text, joint)
 
 
 def _text(config: DiffusionConfig, captions: Captions) -> TextCondition:

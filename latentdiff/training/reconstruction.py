@@ -24,6 +24,10 @@ class Stage1(nn.Module):
         super().__init__()
         self.vae = vae
         self.discrete = hasattr(vae, "quantize")
+        if self.discrete:
+            # |sg(z) - e|^2 + beta |z - sg(e)|^2, VQ-VAE (1711.00937) eq. 3, beta 0.25: diffusers' default, kept for old
+            # weights' sake, has beta on the first term, which is the codebook's
+            vae.quantize.legacy = False
 
     def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
         """images [B, C, H, W] -> reconstruction, with mean and logvar (KL) or commitment, codes [n] and latents (VQ).

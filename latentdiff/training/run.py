@@ -250,6 +250,10 @@ def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:
     """A run's config with the defaults of keys that came after it; as it is where it is not valid any more."""
     from pydantic import ValidationError
 
+    condition = tree.get("condition", {})
+    if "condition" in type(config).model_fields and isinstance(condition, dict):
+        # Before there was this key, class and text were never dropped together
+        tree = {**tree, "condition": {"joint_dropout": 0.0, **condition}}
     try:
         return type(config).model_validate(tree).model_dump(mode="json")
     except ValidationError:
