@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from latentdiff import processes
-from latentdiff.errors import UserError
+from latentdiff import processes, signals
+from latentdiff.errors import ReportedElsewhere, UserError
 from latentdiff.measures import add_cost, add_device, add_measures
 
 DEFAULT_MODEL = "weights/fashion-mnist"
@@ -22,21 +23,57 @@ class Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point of the console script; exits with 0, or 2 on bad usage or input."""
+    """Entry point of the console script; exits with 0, 2 on bad usage or input, 130 on Ctrl-C, 75 on other signals."""
+    signals.typed = list(sys.argv[1:] if argv is None else argv)
+    errors, sys.stderr = sys.stderr, _Forgiving(sys.stderr)
     try:
-        arguments = _parsed(argv)
-        _quiet_libraries()
-        arguments.run(arguments)
+        _run(argv)
+    finally:
+        signals.typed, sys.stderr = None, errors
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    try:
+        with signals.watched(lambda: ""):
+            arguments = _parsed(argv)
+            _quiet_libraries()
+            arguments.run(arguments)
+            sys.stdout.flush()
+    except ReportedElsewhere:
+        sys.exit(2)
     except UserError as error:
         _say_once(" ".join(str(error).split()))
         sys.exit(2)
+    except BrokenPipeError:  # whoever read stdout, such as `head`, has enough of it
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python would complain when it flushes stdout at its end
+        sys.exit(0)
     except OSError as error:  # a full disk, a folder that cannot be written: the file is named, the trace helps nobody
         _say_once(f"{error.filename or 'file'}: {error.strerror or error}")
         sys.exit(2)
-    except KeyboardInterrupt:
-        if processes.rank() == 0:
+    except KeyboardInterrupt as end:
+        if processes.rank() == 0 and not isinstance(end, signals.Interrupted):
             print("latentdiff: interrupted", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(signals.INTERRUPTED)
+
+
+class _Forgiving:
+    """stderr that may be lost: a closed terminal, or `2>&1 | head`, is no reason to lose work."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):
+            return self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
 
 
 def _say_once(text: str) -> None:

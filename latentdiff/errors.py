@@ -7,3 +7,7 @@ class UserError(ValueError):
     The message names the file, field or flag at fault and what would be valid. The command line prints it
     without a traceback and exits with status 2; library callers may catch it as a ValueError.
     """
+
+
+class ReportedElsewhere(UserError):
+    """The same mistake in the other processes of a launch: the first one prints it, and these end with status 2 in silence."""

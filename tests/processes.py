@@ -91,6 +91,7 @@ def start(wanted: dict[str, Any], rank: int, world: int, port: int, log: int, ou
     code = 1
     try:
         os.environ |= wanted.get("environment", {})
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         if world > 1:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
                            "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)}  # fmt: skip

@@ -9,8 +9,9 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # fmt: off
 ORDER = [
-    "errors", "processes", "plain", "tensors", "rng", "networks", "folders", "mistakes", "config", "schedules", "prediction",
-    "denoiser", "noise_levels", "objective", "guidance", "ode", "grids", "samplers", "likelihood", "autoencoders",
+    "errors", "processes", "locks", "signals", "plain", "tensors", "rng", "networks", "folders", "mistakes", "config",
+    "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids", "samplers", "likelihood",
+    "autoencoders",
     "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures", "writing", "records", "cards", "page",
     "generation", "training", "planning", "commands", "evaluating", "facts", "comparison", "tuning", "agreement", "gallery",
     "judging", "measures", "cli", "__main__",

@@ -128,17 +128,19 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path, stripe_folder,
             assert float((b[part][key] - value).abs().max()) <= 1e-5, f"{part} {key}"
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1"])
-def test_a_signal_saves_the_state_and_exits_75(tmp_path, stripe_folder, autoencoder_run, name):
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGHUP", 75), ("SIGTERM", 75), ("SIGUSR1", 75)])
+def test_a_signal_saves_the_state_and_says_how_to_go_on(tmp_path, stripe_folder, autoencoder_run, name, code):
     config = config_of(
         "diffusion", "run", tmp_path, stripe_folder, autoencoder_run, train__steps=100000, train__save_minutes=60.0
     )
     once = str(tmp_path / "run" / "metrics.jsonl")
     (result,) = carry_out([job(config, kill_after=0.2, once=once, signal=name)])
-    assert result["codes"] == [75], result["stderr"]
+    assert result["codes"] == [code], result["stderr"]
     (folder,) = state.state_folders(tmp_path / "run")
     step = int(folder.name.removeprefix("step-"))
-    assert 0 < step < 100000 and f"stopped by {name} after step {step}; go on with --resume" in result["stderr"]
+    by = "Ctrl-C" if name == "SIGINT" else name
+    line = f"latentdiff: stopped by {by}; the state of step {step} is saved; go on with: latentdiff train {config} --resume\n"
+    assert 0 < step < 100000 and line in result["stderr"]
     assert state.load_state(tmp_path / "run")[1]["step"] == step
     assert lines(tmp_path / "run")[-1]["step"] <= step
 

@@ -1,8 +1,6 @@
 """The training loop's parts: dropout by sample, averages over processes, steps that are not finite, the compile check."""
 
 import json
-import os
-import signal
 from functools import partial
 from types import SimpleNamespace
 
@@ -205,29 +203,6 @@ def test_a_bad_adversary_leaves_the_autoencoder_where_it_was(tmp_path, stripe_fo
     assert meta["skipped"] == 4 and meta["ema_updates"] == 2
     assert {int(v) for k, v in saved["optimizer"].items() if k.endswith(".step")} == {2}
     assert not saved.get("discriminator_optimizer")
-
-
-# Signals
-
-
-def test_the_first_signal_is_noted_and_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
-    with loop.watched_signals() as seen:
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert seen == [signal.SIGTERM] and loop.signal_names(seen) == "SIGTERM"
-    assert signal.getsignal(signal.SIGTERM) == before
-
-
-def test_a_second_signal_ends_the_process_once_it_is_not_the_same_one(monkeypatch):
-    sent = []
-    monkeypatch.setattr(loop.os, "kill", lambda pid, number: sent.append(number))
-    with loop.watched_signals() as seen:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)  # by the launcher and by the scheduler, at once
-        assert len(seen) == 2 and not sent
-        monkeypatch.setattr(loop, "GRACE", -1.0)
-        signal.raise_signal(signal.SIGUSR1)
-        assert sent == [signal.SIGUSR1] and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
 
 
 # Pieces, checkpointing, the best state

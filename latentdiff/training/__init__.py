@@ -4,11 +4,23 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from latentdiff import signals
 from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig, JudgeConfig
 
 
 def train(config: Config, resume: bool = False) -> Path:
-    """Run the trainer that the config's stage names; returns the folder of what it made."""
+    """Run the trainer that the config's stage names; returns the folder of what it made.
+
+    A signal ends the run as `latentdiff.signals` says: by Interrupted (a KeyboardInterrupt) after Ctrl-C, else by Stopped (a
+    SystemExit), with the state saved. Torch's count of threads and its global random numbers are afterwards as before.
+    """
+    from latentdiff.training import run
+
+    with run.settings_kept(), signals.watched(lambda: run.goes_on(config)):
+        return _train(config, resume)
+
+
+def _train(config: Config, resume: bool) -> Path:
     if isinstance(config, AutoencoderConfig):
         from latentdiff.training.autoencoder import train_autoencoder
 

@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import signal
-import threading
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,22 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff import signals
 from latentdiff.config import AutoencoderConfig, DiffusionConfig
 from latentdiff.errors import UserError
 from latentdiff.training import run, sharding, state
 from latentdiff.training.meters import Averages, Values
 
-STOPPED = 75  # exit status of a run that a signal stopped, its state saved: EX_TEMPFAIL, "try again"
 SLOWEST = 2.0**-6  # of the configured learning rate: what cannot go on at it stops
-GRACE = 2.0  # seconds in which a second signal is taken for the same one, sent by a launcher and by the scheduler
-SIGNALS = ("SIGTERM", "SIGUSR1")  # what schedulers send ahead of the end of a job's time
-
-
-class Stopped(SystemExit):
-    """A signal asked the run to stop; the state is on disk."""
-
-    def __init__(self) -> None:
-        super().__init__(STOPPED)
 
 
 @dataclass
@@ -93,12 +81,12 @@ def run_loop(
     output: Path,
     progress: Progress,
 ) -> None:
-    """Steps until train.steps. Stopped, the state saved, on SIGTERM or SIGUSR1; a second signal ends the process at once.
+    """Steps until train.steps. `signals.Stopped` or `signals.Interrupted`, the state saved, after a signal.
 
     UserError where more than train.bad_steps steps in a row were not finite and train.on_bad is stop.
     """
     train, clock = config.train, run.SaveClock(config.train.save_minutes)
-    with watched_signals() as seen:
+    with signals.watched() as watch, watch.deferred():
         while progress.step < train.steps:
             step = progress.step
             lr = progress.rate * run.learning_rate(config.optimizer, step, train.steps)
@@ -120,13 +108,12 @@ def run_loop(
                 journal.log(done, metrics)
             best = _improves(train.best, metrics, progress)
             # Within a bad stretch nothing is saved by the clock: a roll-back is to lead to before it
-            due, stop = agree(accelerator, progress.in_a_row == 0 and clock.due(), bool(seen))
+            due, stop = agree(accelerator, progress.in_a_row == 0 and clock.due(), watch)
             if due or stop or last or best:
                 save(output, work, progress, accelerator, train.keep, best)
-            if stop and not last:
+            if stop:
                 run.meet(accelerator)
-                journal.say(f"stopped by {signal_names(seen)} after step {done}; go on with --resume")
-                raise Stopped
+                watch.stop(stop)
 
 
 def _improves(metric: str | None, metrics: dict[str, float], progress: Progress) -> bool:
@@ -164,42 +151,20 @@ def _skip(config, work: Work, accelerator, journal: run.Journal, output: Path, p
     return True
 
 
-def agree(accelerator: Any, due: bool, stop: bool) -> tuple[bool, bool]:
-    """Whether to save (the main process's clock says) and whether to stop (any process was told to): alike on all."""
+def agree(accelerator: Any, due: bool, watch: signals.Watch) -> tuple[bool, int | None]:
+    """(whether to save, which signal says to stop), alike on all processes.
+
+    The main process's clock says when to save. Any process may have got a signal; Ctrl-C goes before the others.
+    """
+    own = watch.seen[0] if watch else None
     if accelerator.num_processes == 1:
-        return due, stop
-    flags = torch.tensor([float(due and accelerator.is_main_process), float(stop)], device=accelerator.device)
-    due_sum, stop_sum = accelerator.reduce(flags, "sum").tolist()
-    return due_sum > 0, stop_sum > 0
-
-
-@contextlib.contextmanager
-def watched_signals() -> Iterator[list[int]]:
-    """Within the block the first of SIGNALS is only noted in the list given; one GRACE later does what it always does."""
-    seen: list[int] = []
-    first: list[float] = []
-    watched = [getattr(signal, name) for name in SIGNALS if hasattr(signal, name)]
-    if threading.current_thread() is not threading.main_thread():
-        yield seen  # handlers belong to the main thread
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if seen and time.monotonic() - first[0] > GRACE:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        first.append(time.monotonic())
-        seen.append(number)
-
-    before = {number: signal.signal(number, note) for number in watched}
-    try:
-        yield seen
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def signal_names(seen: list[int]) -> str:
-    return signal.Signals(seen[0]).name if seen else "a signal to another process"
+        return due, own
+    said = [due and accelerator.is_main_process, own is not None and own != signal.SIGINT, own == signal.SIGINT]
+    flags = torch.tensor(said, dtype=torch.float32, device=accelerator.device)
+    due_sum, stop_sum, interrupted_sum = accelerator.reduce(flags, "sum").tolist()
+    if interrupted_sum > 0:
+        return due_sum > 0, int(signal.SIGINT)
+    return due_sum > 0, (own or int(signal.SIGTERM)) if stop_sum > 0 else None
 
 
 def shares(count: int, micro: int | None) -> list[slice]:

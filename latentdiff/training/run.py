@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff import processes
+from latentdiff import processes, signals
 from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
-from latentdiff.training import sharding
+from latentdiff.training import sharding, state
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what can be asked for: accelerate's name for it
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
@@ -266,6 +267,29 @@ def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def goes_on(config: Section) -> str:
+    """What a user does to go on with a run that a signal ended: the command, or the call under the Python API."""
+    output = Path(config.output)  # type: ignore[attr-defined]
+    step = state.newest_step(output)
+    if step is None:
+        line = signals.command(python="train(config)", without=("--resume",))
+        return f"no state was saved yet; start again with: {line}"
+    return f"the state of step {step} is saved; go on with: {signals.command(['--resume'], 'train(config, resume=True)')}"
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """What a run changes for the whole process comes back at the end: torch's threads and global random numbers."""
+    threads = torch.get_num_threads()
+    devices = range(torch.accelerator.device_count()) if torch.accelerator.is_available() else ()
+    kind = torch.accelerator.current_accelerator()
+    with torch.random.fork_rng(list(devices), device_type=kind.type if kind is not None else "cuda"):
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def write_config(output: Path, config: Section) -> None:

@@ -115,6 +115,12 @@ def state_folders(output: Path) -> list[Path]:
     return [folder for folder in _step_folders(output) if (folder / "state.json").is_file()]
 
 
+def newest_step(output: Path) -> int | None:
+    """The step of the newest state whose files have the right lengths; None where there is none."""
+    whole = [folder for folder in state_folders(output) if damage(folder, quick=True) is None]
+    return int(whole[-1].name.removeprefix("step-")) if whole else None
+
+
 def _step_folders(output: Path) -> list[Path]:
     found = [p for p in (output / "state").glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
