@@ -84,7 +84,10 @@ class TrainConfig(Section):
 class LoopConfig(TrainConfig):
     """What the trainers of the two stages have besides. None of it changes what a healthy run computes."""
 
-    micro_batch: int | None = Field(None, gt=0)  # samples a process takes through the network at once; None: its whole share
+    # float16: for GPUs without bfloat16. The loss is scaled, so that small gradients do not vanish
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    # Samples a process takes through the network at once. None: its whole share; auto: the most that fit in memory
+    micro_batch: PositiveInt | Literal["auto"] | None = None
     gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
     compile: bool = False  # torch.compile of the network alone, held against eager before it is used
     bad_steps: int = Field(10, ge=0)  # in a row, skipped for a loss or gradient that is not finite, before on_bad

@@ -14,7 +14,8 @@ from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 from latentdiff.conditioning import build_text_encoder
 from latentdiff.config import LoopConfig
 from latentdiff.facts import info
-from latentdiff.planning.dry_run import Memory, dry_run
+from latentdiff.planning.dry_run import dry_run
+from latentdiff.training.memory import Memory
 from latentdiff.training.random_data import Vocabulary
 
 CPU = torch.device("cpu")

@@ -72,7 +72,12 @@ def generator_loss(fake_logits: Tensor) -> Tensor:
 
 
 def adaptive_weight(
-    reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, maximum: float = 1e4, reduce: Reduce | None = None
+    reconstruction: Tensor,
+    adversarial: Tensor,
+    last_layer: Tensor,
+    maximum: float = 1e4,
+    reduce: Reduce | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
     """|∇_L reconstruction| / (|∇_L adversarial| + 1e-6), at most `maximum` (2012.09841, eq. 7); detached scalar.
 
@@ -81,12 +86,13 @@ def adaptive_weight(
     one piece and may not be run twice. The graph is kept for the caller's own backward pass.
 
     With several processes, `reduce` averages a tensor over them, so that every one finds the weight that a single
-    process with the whole batch finds.
+    process with the whole batch finds. `scale` multiplies the losses on the way back and is divided out again: in float16
+    small gradients would vanish.
     """
 
     def gradient_norm(loss: Tensor) -> Tensor:
-        (g,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
-        g = g.float()
+        (g,) = torch.autograd.grad(loss * scale, last_layer, retain_graph=True)
+        g = g.float() / scale
         if reduce is None:
             return g.norm()
         # A shared weight's gradient is the mean of the processes'; images of one process are not those of another.
@@ -134,13 +140,14 @@ def stage1_terms(
     last_layer: Tensor | None = None,
     reduce: Reduce | None = None,
     factor: Tensor | None = None,
+    scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """The autoencoder's loss at a step: scalars by name, `total` among them (the only one to run backward from).
 
     images, reconstruction: [B, C, H, W]. moments: the posterior's (mean, logvar) of a KL autoencoder. commitment: the
     scalar that diffusers' VQModel.decode returns. perceptual: (reconstruction, images) -> [B]. discriminator: the bare
     module, not its DDP wrapper; its parameters receive no gradient here. last_layer: see `adaptive_weight`. factor: the
-    adaptive weight, where it is known already, as of a batch that goes through in pieces.
+    adaptive weight, where it is known already, as of a batch that goes through in pieces. scale: see `adaptive_weight`.
 
     Terms: l1, l2, perceptual, kl (nats per image), commitment, adversarial, adaptive_weight (a factor, not a
     term). A term whose weight is 0, or that has not started, is absent; KL and commitment are present when what they
@@ -173,7 +180,7 @@ def stage1_terms(
         if weights.adaptive and torch.is_grad_enabled():
             assert last_layer is not None
             if factor is None:
-                factor = adaptive_weight(likeness, terms["adversarial"], last_layer, weights.adaptive_max, reduce)
+                factor = adaptive_weight(likeness, terms["adversarial"], last_layer, weights.adaptive_max, reduce, scale)
             terms["adaptive_weight"] = factor
         else:
             factor = torch.ones_like(total)

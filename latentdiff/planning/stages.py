@@ -12,13 +12,15 @@ import torch
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import AutoencoderConfig, DiffusionConfig
 from latentdiff.errors import UserError
-from latentdiff.planning.dry_run import Memory, dry_run
+from latentdiff.planning.dry_run import dry_run
 from latentdiff.planning.facts import data_facts, encoding, parameters, without_impossible_guidance
 from latentdiff.planning.inputs import Notes, find_images, first_stage, image_shape, is_here, latent_shape
 from latentdiff.training import autoencoder, conditions, diffusion, precision, run
 from latentdiff.training.conditions import Conditions
 from latentdiff.training.data import Images
 from latentdiff.training.latents import Latents
+from latentdiff.training.memory import Memory
+from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.reconstruction import update
 from latentdiff.training.unets import find_start, make_unet
@@ -39,6 +41,7 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
     if shape is not None:
         trial = partial(autoencoder.trial_steps, config, vae, shape)
         config, words = precision.resolve(config, Path(config.output), accelerator, trial)
+        config = find_micro_batch(config, accelerator, trial)
         accelerator = run.start_accelerator(config.train)
     memory = Memory(accelerator.device)
     parts = autoencoder._parts(config, vae, codec.factor, accelerator)
@@ -88,6 +91,7 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
         return facts | cached | {"parameters": parameters(autoencoder_frozen=codec.vae)}
     trial = partial(diffusion.trial_steps, config, codec, images, latents, classes)
     config, facts["precision"] = precision.resolve(config, Path(config.output), accelerator, trial)
+    config = find_micro_batch(config, accelerator, trial)
     accelerator = run.start_accelerator(config.train)
     memory = Memory(accelerator.device)
     cache: Any = RandomCache(latents, len(images.train) if images else STAND_IN)

@@ -24,6 +24,8 @@ from latentdiff.training import loop, run, state
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images, sweep
 from latentdiff.training.ema import Ema
+from latentdiff.training.loss_scale import LossScale
+from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.reconstruction import Parts, Stage1, draw_noise, update
 
@@ -43,6 +45,7 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     accelerator = run.start_accelerator(config.train)
     trial = partial(trial_steps, config, vae, (config.data.channels, *images.preprocess.padded_size))
     config, precision = resolve(config, output, accelerator, trial, resume)
+    config = find_micro_batch(config, accelerator, trial)
     accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
     parts = _parts(config, vae, factor, accelerator)
     if config.train.compile:
@@ -131,7 +134,7 @@ def _parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) 
         network, bare, optimizer, Ema(bare.vae, config.ema.decay, config.ema.power),
         Stage1Weights(**{name: getattr(loss, name) for name in fields}),
         perceptual, critic_network, critic, critic_optimizer, CodeUsage(vae.quantize.n_e) if bare.discrete else None,
-        factor,
+        factor, LossScale(config.train.precision, accelerator.device),
     )  # fmt: skip
 
 
@@ -173,6 +176,7 @@ def _work(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: 
         meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision},
         restore=restore,
         samples=lambda step: stream(len(images.train), config.seed, step * batch, batch, images.train.blocks),
+        lowered=parts.scale.lowered,
     )  # fmt: skip
 
 
@@ -235,6 +239,8 @@ def _tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
         tensors["discriminator_optimizer"] = state.optimizer_tensors(parts.critic_optimizer)
     if parts.usage is not None:
         tensors["codes"] = {"counts": parts.usage.counts}
+    if parts.scale.enabled:
+        tensors["loss_scale"] = parts.scale.state()
     return tensors
 
 
@@ -247,6 +253,7 @@ def _restore(output: Path, parts: Parts, tensors: dict[str, dict[str, Tensor]], 
         state.restore_optimizer(parts.critic_optimizer, tensors.get("discriminator_optimizer", {}))
     if parts.usage is not None:
         parts.usage.counts.copy_(tensors["codes"]["counts"])
+    parts.scale.restore(tensors.get("loss_scale", {}))
 
 
 @torch.no_grad()

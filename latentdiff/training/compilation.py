@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # of a tensor's largest absolute value
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.05}  # of a tensor's largest absolute value
 
 
 def compile_checked(

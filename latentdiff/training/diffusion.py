@@ -31,6 +31,8 @@ from latentdiff.training.data import Images
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
+from latentdiff.training.loss_scale import LossScale
+from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.publishing import picture, pipeline_parts, publish, published_scheduler
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
@@ -63,6 +65,7 @@ class Parts:
     uncertainty: Uncertainty | None
     balance: Callable[[Tensor, Tensor], Tensor]
     dropout: list[SampleDropout]
+    scale: LossScale
 
 
 def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
@@ -81,6 +84,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     check_latents(config, codec, images)
     trial = partial(trial_steps, config, codec, images, latent_shape(codec, images), len(images.class_names))
     config, precision = resolve(config, output, accelerator, trial, resume)
+    config = find_micro_batch(config, accelerator, trial)
     accelerator = run.start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
     announce = run.announcement(accelerator, config.train, precision)
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
@@ -138,6 +142,13 @@ def _check(config: DiffusionConfig) -> None:
     check_unet(config)
     if config.train.compile and sharding.asked():
         raise UserError("train.compile: a network sharded by accelerate launch --use_fsdp runs uncompiled; set it to false")
+    if config.train.precision == "float16" and sharding.asked():
+        raise UserError("train.precision: float16 is not supported by accelerate launch --use_fsdp; use bfloat16 or float32")
+    if config.train.micro_batch == "auto" and sharding.asked():
+        raise UserError(
+            "train.micro_batch: auto tries one process by itself, which a network sharded by accelerate launch --use_fsdp may "
+            "not fit; give a number"
+        )
 
 
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
@@ -162,8 +173,9 @@ def _parts(config: DiffusionConfig, latents: Latents, told: conditions.Condition
     denoiser = Denoiser(unet_model(network, schedule), schedule, config.prediction)
     ema = Ema(bare, config.ema.decay, config.ema.power)
     return Parts(
-        latents, told, schedule, levels, network, bare, average, optimizer, ema, denoiser, uncertainty, balance, dropout
-    )
+        latents, told, schedule, levels, network, bare, average, optimizer, ema, denoiser, uncertainty, balance, dropout,
+        LossScale(config.train.precision, accelerator.device),
+    )  # fmt: skip
 
 
 def _shared_out(
@@ -215,7 +227,8 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
     def tensors() -> dict[str, dict[str, Tensor]]:
         found = {"model": parts.bare.state_dict(), "ema": parts.ema.state()}
         found["optimizer"] = state.optimizer_tensors(parts.optimizer)
-        return found | ({"uncertainty": parts.uncertainty.state_dict()} if parts.uncertainty is not None else {})
+        found |= {"uncertainty": parts.uncertainty.state_dict()} if parts.uncertainty is not None else {}
+        return found | ({"loss_scale": parts.scale.state()} if parts.scale.enabled else {})
 
     def restore(found: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
         check_state(meta, config, output)
@@ -224,6 +237,7 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
         if parts.uncertainty is not None:
             state.load_into(parts.uncertainty, found["uncertainty"], str(output))
         state.restore_optimizer(parts.optimizer, found["optimizer"])
+        parts.scale.restore(found.get("loss_scale", {}))
         watched = config.train.best or ""
         if watched.startswith("validation/") and meta.get("validation") != VALIDATION and meta.get("best") is not None:
             # Held against the new numbers, the old ones would say that nothing improves any more, or that everything does
@@ -239,6 +253,7 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
         meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision, "validation": VALIDATION},
         restore=restore,
         samples=lambda step: _indices(config, parts, step),
+        lowered=parts.scale.lowered,
     )  # fmt: skip
 
 
@@ -310,16 +325,19 @@ def _step(
             )  # [B], B samples in this piece
             loss = loss * parts.levels.correction(t).to(loss)
             total = parts.balance(loss, t.to(device)).sum() / count
-            accelerator.backward(total)
+            accelerator.backward(parts.scale.scaled(total))
         losses.append(loss.detach())
         totals.append(total.detach())
+    parts.scale.unscale(parts.optimizer)
     norm = run.gradient_norm(parts.bare, config.optimizer.clip)
     learnt = [p.grad for p in parts.uncertainty.parameters()] if parts.uncertainty is not None else []
     if good := math.isfinite(norm) and all(bool(g.isfinite().all()) for g in learnt if g is not None):
         parts.optimizer.step()
+        parts.scale.stepped()
         parts.ema.update(parts.bare)
     parts.optimizer.zero_grad(set_to_none=True)
     values = {"loss": (torch.stack(totals).sum(), count), "gradient_norm": (torch.tensor(norm), 1)}
+    values |= parts.scale.logged()
     return values | _by_noise_level(parts.schedule, drawn["t"], torch.cat(losses)), good
 
 

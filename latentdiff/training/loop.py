@@ -32,6 +32,7 @@ class Work:
     tensors() -> the training state's tensors by name, sharded or whole.  meta() -> its JSON values.
     restore(tensors, meta) takes them back, whole.
     samples(step) -> indices of the training images in the global batch.
+    lowered() -> whether a step that was not finite is worth another try, with a smaller loss scale (float16).
     """
 
     step: Callable[[int, float], tuple[Values, bool]]
@@ -40,6 +41,7 @@ class Work:
     meta: Callable[[], dict[str, Any]]
     restore: Callable[[dict[str, dict[str, Tensor]], dict[str, Any]], None]
     samples: Callable[[int], Tensor]
+    lowered: Callable[[], bool] = lambda: False
 
 
 @dataclass
@@ -91,6 +93,8 @@ def run_loop(
             step = progress.step
             lr = progress.rate * run.learning_rate(config.optimizer, step, train.steps)
             values, finite = work.step(step, lr)
+            while not finite and work.lowered():
+                values, finite = work.step(step, lr)
             progress.step += 1
             if finite:
                 progress.averages.add(values)
@@ -167,9 +171,9 @@ def agree(accelerator: Any, due: bool, watch: signals.Watch) -> tuple[bool, int 
     return due_sum > 0, (own or int(signal.SIGTERM)) if stop_sum > 0 else None
 
 
-def shares(count: int, micro: int | None) -> list[slice]:
-    """The rows of a process's `count` samples, in pieces of at most `micro`."""
-    size = micro or count
+def shares(count: int, micro: int | str | None) -> list[slice]:
+    """The rows of a process's `count` samples, in pieces of at most `micro`; whole where that is None, or not found yet."""
+    size = micro if isinstance(micro, int) else count
     return [slice(start, min(count, start + size)) for start in range(0, count, size)]
 
 

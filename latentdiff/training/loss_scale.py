@@ -54,6 +54,10 @@ class LossScale:
         self.scaler.update()
         return self.factor() >= LEAST
 
+    def logged(self) -> dict[str, Tensor]:
+        """What a step reports of it: nothing without a factor."""
+        return {"loss_scale": torch.tensor(self.factor())} if self.enabled else {}
+
     def state(self) -> dict[str, Tensor]:
         """For a training state: the factor, and how many steps it has gone well. Empty without a factor."""
         if not self.enabled:

@@ -26,6 +26,7 @@ TIE = 1.05  # float32 is kept unless another precision is faster by more than th
 PROBE = 8  # samples of the first steps timed: enough where one precision is far slower than the other
 CLEAR = 2.0  # a factor between two precisions that a larger batch does not turn round
 ROUNDS = 3  # steps timed in each precision, in turns
+SAFE = 32  # samples that are timed where it is not known yet how many fit in memory
 PATIENCE = 6.0  # seconds after which no further round begins
 
 # step(precision, batch): one training step on `batch` random samples. A trial makes it, with parts of its own.
@@ -121,7 +122,9 @@ def named(config: Any, precision: str, batch: int | None = None) -> Any:
 def _largest_batch(train: Any, processes: int) -> int:
     """Samples that one process takes through the network at once."""
     share = max(1, train.batch_size // processes)
-    return min(share, getattr(train, "micro_batch", None) or share)
+    micro = getattr(train, "micro_batch", None)
+    # What fits in memory is looked for once the precision is known; until then a modest batch
+    return min(share, SAFE if micro == AUTO else micro or share)
 
 
 def check_state(meta: Mapping[str, Any], config: Any, output: Path) -> None:
@@ -150,7 +153,7 @@ def candidates(device: torch.device) -> list[str]:
     """The precisions that are worth measuring on a device."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         return ["float32"]
-    return list(run.PRECISIONS)
+    return ["float32", "bfloat16"]  # float16 needs care with the range of numbers, so it is asked for by name
 
 
 def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:

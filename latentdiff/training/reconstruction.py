@@ -15,6 +15,7 @@ from latentdiff.config import AutoencoderConfig
 from latentdiff.rng import derive_seed, randn
 from latentdiff.training import loop, run
 from latentdiff.training.ema import Ema
+from latentdiff.training.loss_scale import LossScale
 
 
 class Stage1(nn.Module):
@@ -60,6 +61,7 @@ class Parts:
     critic_optimizer: Any
     usage: CodeUsage | None  # of a VQModel's codes in this epoch, over all processes
     factor: int  # image sides over latent sides
+    scale: LossScale
     latents: Tensor | None = None  # of the last batch, for codes to be revived with
 
 
@@ -87,11 +89,13 @@ def update(
         with loop.accumulating([parts.network], k + 1 == len(pieces)):
             out = parts.network(images, drawn)
             terms = _terms(parts, accelerator, images, out, step, factor)
-            accelerator.backward(terms["total"] * (len(images) / count))
+            accelerator.backward(parts.scale.scaled(terms["total"] * (len(images) / count)))
         reconstructions.append(out["reconstruction"].detach().float())
         outs.append({name: out[name].detach() for name in ("codes", "latents") if name in out})
         _count_in(values, terms, len(images))
+    parts.scale.unscale(parts.optimizer)
     norm = run.gradient_norm(parts.bare, config.optimizer.clip)
+    values |= parts.scale.logged()
     values["gradient_norm"] = (torch.tensor(norm), 1)
     optimizers, good = [parts.optimizer], math.isfinite(norm)
     if good and parts.critic is not None and parts.weights.adversarial_at(step):
@@ -103,6 +107,7 @@ def update(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     if good:
+        parts.scale.stepped()
         parts.ema.update(parts.bare.vae)
     if good and parts.usage is not None:
         parts.usage.update(accelerator.gather(torch.cat([out["codes"] for out in outs])))
@@ -119,7 +124,7 @@ def _terms(parts: Parts, accelerator: Any, images: Tensor, out: dict[str, Tensor
             images, out["reconstruction"].float(), parts.weights, step,
             moments=None if parts.bare.discrete else (out["mean"], out["logvar"]), commitment=out.get("commitment"),
             perceptual=parts.perceptual, discriminator=parts.critic, last_layer=parts.bare.vae.decoder.conv_out.weight,
-            reduce=across_processes if accelerator.num_processes > 1 else None, factor=factor,
+            reduce=across_processes if accelerator.num_processes > 1 else None, factor=factor, scale=parts.scale.factor(),
         )  # fmt: skip
 
 
@@ -138,9 +143,10 @@ def _adaptive_factor(parts: Parts, accelerator: Any, pieces: list[tuple[Tensor, 
             reconstruction = parts.network(images, drawn)["reconstruction"].float()
             with accelerator.autocast():
                 both = likeness_and_adversarial(images, reconstruction, weights, parts.critic, parts.perceptual)
+            scale = parts.scale.factor()
             for k, loss in enumerate(both):
-                (gradient,) = torch.autograd.grad(loss, last, retain_graph=k == 0)
-                sums[k] += gradient * (len(images) / total)
+                (gradient,) = torch.autograd.grad(loss * scale, last, retain_graph=k == 0)
+                sums[k] += gradient * (len(images) / total / scale)
     likeness, adversarial = (accelerator.reduce(value, "mean").norm() for value in sums)
     return (likeness / (adversarial + 1e-6)).clamp(0.0, weights.adaptive_max)
 
@@ -156,8 +162,9 @@ def _critic_gradient(
         with loop.accumulating([parts.critic_network], k + 1 == len(reconstructions)):
             with accelerator.autocast():
                 terms = discriminator_terms(parts.critic_network, real, fake)
-            accelerator.backward(terms["total"] * (len(real) / count))
+            accelerator.backward(parts.scale.scaled(terms["total"] * (len(real) / count)))
         _count_in(values, {f"discriminator_{name}": value for name, value in terms.items()}, len(real))
+    parts.scale.unscale(parts.critic_optimizer)
     return run.gradient_norm(parts.critic, config.optimizer.clip)
 
 

@@ -21,7 +21,7 @@ from latentdiff.config import OptimizerConfig, Section, TrainConfig
 from latentdiff.errors import UserError
 from latentdiff.training import sharding, state
 
-PRECISIONS = {"float32": "no", "bfloat16": "bf16"}  # what can be asked for: accelerate's name for it
+PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what can be asked for: accelerate's name for it
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
     "output", "optimizer.", "sample.", "evaluate.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
@@ -48,6 +48,9 @@ def start_accelerator(train: TrainConfig, shards: bool = False):
     limit = timedelta(minutes=getattr(train, "timeout_minutes", 30.0))
     handlers = [InitProcessGroupKwargs(timeout=limit)]
     accelerator = Accelerator(mixed_precision=PRECISIONS.get(train.precision, "no"), kwargs_handlers=handlers)
+    if train.precision == "float16":
+        accelerator.native_amp = True  # accelerate would leave a CPU in float32, where torch can do it
+        accelerator.scaler = None  # its own scaler takes one optimizer at a time; `LossScale` has one factor for all
     check_kind(str(accelerator.distributed_type.value))
     if train.batch_size % accelerator.num_processes:
         raise UserError(
