@@ -88,15 +88,14 @@ def config_of(name: str, clock: Any, folder: Path, **overrides: Any) -> Any:
 
 def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """(config, parts, accelerator, latent shape) of the trainer on random latents and conditions."""
-    from latentdiff.planning.inputs import Notes
-    from latentdiff.planning.random_data import STAND_IN, RandomCache, random_conditions
     from latentdiff.training import diffusion, run
     from latentdiff.training.latents import Latents
+    from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
     shape = SHAPES[next(key for key in SHAPES if key in name)]
     accelerator = run.start_accelerator(config.train)
-    told = random_conditions(config, None, Notes())
+    told = random_conditions(config, None, 10)
     codec: Any = SimpleNamespace(normalise=lambda z: z)  # random latents are of unit variance already
     images: Any = None
     cache: Any = RandomCache(shape, STAND_IN)
