@@ -160,7 +160,8 @@ def fits(limit: int, tried: list[int]):
 def test_the_largest_that_fits_is_found(limit, found):
     tried: list[int] = []
     assert micro_batch.largest(13, fits(limit, tried)) == found
-    assert tried == [size for size in (1, 2, 4, 7, 13) if size <= found or size == next(s for s in (1, 2, 4, 7, 13) if s > found)]
+    sizes = [1, 2, 4, 7, 13]
+    assert tried == sizes[: sizes.index(found) + 2]  # up to the first that did not fit
 
 
 def test_nothing_fits_is_said_in_a_line_and_other_errors_come_through():
