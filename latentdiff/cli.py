@@ -178,11 +178,13 @@ def _add_others(commands) -> None:
     add.add_argument("model", metavar="MODEL", help="a checkpoint or an autoencoder's folder")
     add.add_argument("images", nargs="+", metavar="IMAGE")
     add.add_argument("--out", default="reconstructions.png", metavar="PATH", help="a .png file")
+    own = "each image at its file's size, instead of brought to the model's size as in training"
+    add.add_argument("--own-size", action="store_true", help=own)
     add.set_defaults(run=reconstruct_command)
 
     add = commands.add_parser("info", help="what a model, a latent cache, a config or a data set is")
     add.add_argument("what", metavar="MODEL|CACHE|CONFIG|DATA", help="of a CONFIG also what its run will cost")
-    add.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of a CONFIG")
+    add.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of a CONFIG, or data.KEY of a DATA")
     add.set_defaults(run=info_command)
 
 
@@ -215,7 +217,7 @@ def encode_command(arguments) -> None:
 def reconstruct_command(arguments) -> None:
     from latentdiff.commands import dump, reconstruct
 
-    print(dump(reconstruct(arguments.model, arguments.images, arguments.out)))
+    print(dump(reconstruct(arguments.model, arguments.images, arguments.out, arguments.own_size)))
 
 
 def prepare_command(arguments) -> None:

@@ -54,7 +54,8 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
         print(f"part {part}: {done}", file=sys.stderr)
         return cache_folder(config)
     with progress_bar("encoding", progress and accelerator.is_main_process, announce) as report:
-        prepare_latents(config, accelerator, report, opened)
+        latents = prepare_latents(config, accelerator, report, opened)
+    latents.images.say()
     return cache_folder(config)
 
 
@@ -66,19 +67,21 @@ def _part(text: str) -> tuple[int, int]:
     return int(number), int(count)
 
 
-def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png") -> dict[str, Any]:
+def reconstruct(
+    model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
+) -> dict[str, Any]:
     """Images beside what the model's first stage makes of them, as a PNG; returns PSNR (dB) and SSIM per image.
 
-    model: a checkpoint or an autoencoder's folder. Images are cropped at the bottom and right to what its factor
-    divides. UserError for an image that cannot be read, naming it.
+    Images are read and brought to the model's size as in its training (`prepared` says what that did to each); where
+    training took images of one size alone, others are cropped to it. own_size: at the file's own size instead, cropped at
+    the bottom and right to what the autoencoder's factor divides; also where nothing says how the model was trained.
+    model: a checkpoint, a run of stage 1 or an autoencoder's folder.
+    UserError for an image that cannot be read, naming it.
     """
-    from PIL import Image
-
     from latentdiff.autoencoders.build import load_autoencoder
     from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.autoencoders.report import psnr, ssim
     from latentdiff.checkpoints import resolve_model
-    from latentdiff.data.files import DECODING_ERRORS, refuse_bomb
     from latentdiff.data.preprocess import to_uint8
     from latentdiff.pictures import save_png, tile
     from latentdiff.writing import check_out
@@ -86,26 +89,71 @@ def reconstruct(model: str | Path, images: list[str | Path], out: str | Path = "
     path = check_out(out, len(images))
     if path.suffix != ".png":
         raise UserError(f"--out {out}: must end in .png")
-    codec = LatentCodec(load_autoencoder(str(resolve_model(model))))
+    folder = resolve_model(model)
+    codec = LatentCodec(load_autoencoder(str(folder)))
+    data = None if own_size else _data_of(folder)
+    rule = None if data is None else _preprocess(data, codec)
     rows, scores = [], []
     for name in images:
-        try:
-            with Image.open(name) as file:
-                refuse_bomb(file)
-                array = np.asarray(file.convert("L" if codec.image_channels == 1 else "RGB"))
-        except DECODING_ERRORS as error:
-            raise UserError(f"{name}: cannot be read as an image ({' '.join(str(error).split())})") from None
-        array = array.reshape(*array.shape[:2], -1)
-        height, width = (side // codec.factor * codec.factor for side in array.shape[:2])
-        if min(height, width) == 0:
-            raise UserError(f"{name}: smaller than {codec.factor}x{codec.factor}, the least this autoencoder takes")
-        x = torch.from_numpy(array[:height, :width].copy()).permute(2, 0, 1)[None].float() / 127.5 - 1  # [1, C, H, W]
+        x, content, prepared = _prepare_image(Path(name), rule, codec)  # x: [1, C, H, W]
         y = codec.reconstruct(x).clamp(-1, 1)
+        top, left, height, width = content
+        x, y = (image[..., top : top + height, left : left + width] for image in (x, y))
         rows.append(np.concatenate([to_uint8(x)[0], to_uint8(y)[0]], axis=1))
         score = ssim(y, x)[0].item() if min(height, width) >= 11 else None
-        scores.append({"image": str(name), "psnr_db": psnr(y, x)[0].item(), "ssim": score})
+        scores.append({"image": str(name), "prepared": prepared, "psnr_db": psnr(y, x)[0].item(), "ssim": score})
     save_png(tile([[row] for row in rows], scale=1), path)
     return {"out": str(path), "images": scores}
+
+
+def _prepare_image(
+    file: Path, rule: Preprocess | None, codec: Any
+) -> tuple[torch.Tensor, tuple[int, int, int, int], dict[str, Any]]:
+    """(float32 [1, C, H, W] in [-1, 1], (top, left, height, width) of the content, what was done) of one image file."""
+    from dataclasses import replace
+
+    from latentdiff.data.files import DECODING_ERRORS, WHITE, decode, one_line
+    from latentdiff.data.framing import framing_facts
+    from latentdiff.data.images import ImageSource
+    from latentdiff.data.preprocess import SCALED, Preprocess, to_uint8
+
+    try:
+        array = decode(file, codec.image_channels, rule.background if rule else WHITE)
+    except DECODING_ERRORS as error:
+        raise UserError(f"{file}: cannot be read as an image ({one_line(error)})") from None
+    facts: dict[str, Any] = {"file_size": list(array.shape[:2])}
+    if rule is None or rule.size is None:
+        height, width = (side // codec.factor * codec.factor for side in array.shape[:2])
+        if min(height, width) == 0:
+            raise UserError(f"{file}: smaller than {codec.factor}x{codec.factor}, the least this autoencoder takes")
+        array = array[:height, :width]
+        rule, done = Preprocess((height, width), codec.image_channels), {"size": [height, width], "framing": "own size"}
+    else:
+        size = rule.content[2:]
+        scaling = rule if rule.framing in SCALED else Preprocess(size, codec.image_channels, "crop")
+        if array.shape[:2] == size:
+            done = {"size": list(size), "framing": rule.framing}
+        else:
+            image = ImageSource(str(file), codec.image_channels, [], None, None, np.array([array.shape[:2]]))
+            done = framing_facts(image, scaling)
+        if rule.framing not in SCALED:
+            array = to_uint8(scaling(array)[None])[0]
+        rule = replace(rule, channels=codec.image_channels)
+    return rule(array)[None], rule.content, facts | done
+
+
+def _data_of(folder: Path) -> dict[str, Any] | None:
+    """The data section that a model was trained with: of a checkpoint, of a run, or of the run that an autoencoder lies in."""
+    from latentdiff.checkpoints import META, read_meta
+    from latentdiff.folders import read_json
+
+    if (folder / META).is_file():
+        config = read_meta(folder).get("config")
+    else:
+        records = [folder / "run.json", *([folder.parent / "run.json"] if folder.name == "autoencoder" else [])]
+        config = next((read_json(record) for record in records if record.is_file()), None)
+    data = config.get("data") if isinstance(config, dict) else None
+    return data if isinstance(data, dict) and "size" in data else None
 
 
 def likelihood(
@@ -183,23 +231,37 @@ def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> No
     """UserError where a data set's classes are not those of a model that has some, or its images have no labels."""
     theirs, names, count = list(images.class_names), pipeline.class_names, pipeline.num_classes
     if count and (images.labels is None or len(theirs) != count or (names and names != theirs)):
-        said = ", ".join(theirs) if images.labels is not None else "its images have none"
+        said = ", ".join(theirs) if images.labels is not None else images.source.unlabelled or "its images have none"
         raise UserError(f"--data {data}: its classes ({said}) are not the model's ({', '.join(names) or count}){advice}")
 
 
-def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, bool]:
-    """Preprocessing, held-out share, columns and streaming that a checkpoint was trained with, from its latentdiff.json."""
+def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, bool, str, float]:
+    """How a checkpoint's images were read, from its latentdiff.json: the arguments of `reference_sets` after the data.
+
+    They are preprocessing, held-out share, columns, streaming, held-out rule and the share of unreadable images allowed.
+    """
     from latentdiff.checkpoints import META, read_meta
     from latentdiff.data.images import Columns
-    from latentdiff.data.preprocess import Preprocess
 
     meta = read_meta(folder) if (folder / META).is_file() else {}
     if "config" not in meta:
         raise UserError(f"{folder}: was not trained here, so nothing says how images are prepared for it")
     data = meta["config"]["data"]
-    size, columns = data["size"] and tuple(data["size"]), (data.get(f"{name}_column") for name in ("image", "label", "text"))
-    rule = Preprocess(size, data["channels"], data["fit"], math.lcm(codec.factor, data["multiple_of"]))
-    return rule, data["held_out"], Columns(*columns), data.get("streaming", False)
+    columns = (data.get(f"{name}_column") for name in ("image", "label", "text"))
+    split = data.get("held_out_rule", "random")  # the only one that earlier versions had
+    allowed = data.get("max_bad_share", 0.01)
+    return _preprocess(data, codec), data["held_out"], Columns(*columns), data.get("streaming", False), split, allowed
+
+
+def _preprocess(data: dict[str, Any], codec: Any) -> Preprocess:
+    """The preprocessing of a recorded data section, not resolved."""
+    from latentdiff.data.files import WHITE
+    from latentdiff.data.preprocess import Preprocess
+
+    size = data["size"] and tuple(data["size"])
+    framing = data["framing"] if "framing" in data else data["fit"]  # its name in earlier versions
+    background = tuple(data.get("background", WHITE))
+    return Preprocess(size, data["channels"], framing, math.lcm(codec.factor, data["multiple_of"]), background=background)
 
 
 def trained_on_means(folder: Path) -> bool:

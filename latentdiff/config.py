@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
+from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
+from latentdiff import processes
 from latentdiff.errors import UserError
 from latentdiff.mistakes import explain, override, similar_config
 from latentdiff.plain import read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
+BOTH_NAMES = "data.fit is the old name of data.framing, and both are given; leave data.fit out"
+Level = Annotated[int, Field(ge=0, le=255)]  # of red, green or blue
 
 
 class Section(BaseModel):
@@ -26,17 +32,36 @@ class DataConfig(Section):
 
     source: str  # a folder, fashion-mnist, a table (parquet files, a folder of `datasets`, a Hub name) or WebDataset shards
     streaming: bool = False  # read a table's parquet files where they lie, a row group at a time
-    image_column: str | None = None  # of tables and shards; None: the usual names
+    image_column: str | None = None  # of tables, shards and metadata.jsonl/.csv; None: the usual names
     label_column: str | None = None
     text_column: str | None = None
     size: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of the content; None: the images' own size
     channels: Literal[1, 3] = 3
-    fit: Literal["exact", "resize", "crop", "pad"] = "exact"
+    framing: Literal["exact", "resize", "crop", "pad", "letterbox"] = "exact"  # how images come to one shape; was named fit
+    background: tuple[Level, Level, Level] = (255, 255, 255)  # under transparency and around a letterbox: a name or [r, g, b]
     multiple_of: int = Field(1, gt=0)  # sides are padded or checked to a multiple of this and of the autoencoder's factor
     held_out: float = Field(0.05, gt=0, lt=1)  # share kept from training where the source has no test split
-    max_bad_share: float = Field(0.01, ge=0, lt=1)  # unreadable images tolerated before the run refuses to start
+    held_out_rule: Literal["per_class", "random"] = "per_class"  # per_class never takes a class's only image
+    max_bad_share: float = Field(0.01, ge=0, lt=1)  # of images that may be unreadable, one at least; 0: none
     flips: bool = False  # mirror images left-right at random
     workers: int = Field(0, ge=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, value: Any) -> Any:
+        if isinstance(value, dict) and "fit" in value and "framing" not in value:
+            value = {("framing" if key == "fit" else key): each for key, each in value.items()}
+        return value
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _color(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            try:
+                return ImageColor.getrgb(value)[:3]
+            except ValueError:
+                raise ValueError("not a colour; write a name such as white, '#rrggbb' or [red, green, blue]") from None
+        return value
 
 
 class ModelConfig(Section):
@@ -305,13 +330,40 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
         raise UserError(f"{path}: expected a mapping with a 'stage' key, one of {', '.join(STAGES)}")
     for item in overrides or []:
         override(tree, item)
-    return parse_config(tree, str(path))
+    config = parse_config(tree, str(path))
+    if "fit" in (tree.get("data") or {}) and processes.rank() == 0:
+        print(f"warning: {path}: data.fit has a new name, data.framing; the old one still works", file=sys.stderr)
+    return config
+
+
+def parse_data(tree: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
+    """A data section given as a dict, with overrides `data.key=value`. UserError in one line for a mistake."""
+    whole = {"data": dict(tree)}
+    for item in overrides:
+        override(whole, item)
+    if {"fit", "framing"} <= set(whole["data"]):
+        raise UserError(BOTH_NAMES)
+    try:
+        return DataConfig.model_validate(whole["data"])
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise UserError(f"data.{key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+
+
+def keep_split(config: Config, record: dict[str, Any]) -> None:
+    """Let a run that goes on keep the held-out images that it began with, where its record is older than data.held_out_rule."""
+    data = record.get("data")
+    if isinstance(config.data, DataConfig) and isinstance(data, dict) and "held_out_rule" not in data:
+        config.data.held_out_rule = "random"
 
 
 def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
     """Validate a config given as a dict; `where` begins the error message."""
     if not isinstance(tree.get("stage"), str) or tree["stage"] not in STAGES:
         raise UserError(f"{where}: stage: {tree.get('stage')!r} is not one of {', '.join(STAGES)}")
+    if isinstance(tree.get("data"), dict) and {"fit", "framing"} <= set(tree["data"]):
+        raise UserError(f"{where}: {BOTH_NAMES}")
     try:
         return TypeAdapter(AnyConfig).validate_python(tree)
     except ValidationError as error:

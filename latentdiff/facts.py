@@ -13,30 +13,43 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentdiff.config import DataConfig
+from latentdiff.data.accounts import printable
 from latentdiff.data.images import EncodedImages, ImageSource, in_threads
 from latentdiff.errors import UserError
 
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")
 FEW = 5  # of many that are listed
+FOLDER_SIZE = (64, 64)  # of the images in configs/folder
+MANY_CAPTIONS = 20_000  # beyond which tokens are counted of some of them, spread evenly
 MANY_PIXELS = 10**9  # beyond which a report does not decode every image
 
 
 def info(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a latent cache, a config or a data set.
 
-    overrides: key=value of a config, as training takes them.
+    overrides: key=value of a config, as training takes them; for a data set those of its section data, such as
+    data.size=[64,64] or data.text_column=caption.
     """
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):
         return _config_info(path, list(overrides))
-    if overrides:
+    if overrides and not all(item.startswith("data.") for item in overrides):
         raise UserError(f"unrecognized arguments: {' '.join(overrides)}; key=value overrides a CONFIG, a .yaml file")
+    facts = _folder_info(what, path, overrides)
+    if overrides and "data" not in facts:
+        raise UserError(f"unrecognized arguments: {' '.join(overrides)}; data.key=value is for a CONFIG or a data set")
+    return facts
+
+
+def _folder_info(what: str, path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """Facts about anything but a config."""
     from latentdiff.checkpoints import INDEX, resolve_model
     from latentdiff.data.shards import shard_path
     from latentdiff.data.sources import is_data_name
 
     if not path.is_dir() and is_data_name(what):
-        return _data_info(what)
+        return _data_info(what, overrides)
     folder = path if path.is_dir() else resolve_model(what)
     if (folder / INDEX).is_file():
         return _model_info(folder)
@@ -50,7 +63,7 @@ def info(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         return {"features": what, "name": net.name, "dimensions": net.dim, "parameters": size, **net.info}
     if any((folder / part / "config.json").is_file() for part in ("", "autoencoder", "vae")):
         return _autoencoder_info(what)
-    return _data_info(what)
+    return _data_info(what, overrides)
 
 
 def _config_info(path: Path, overrides: list[str]) -> dict[str, Any]:
@@ -98,10 +111,21 @@ def _cache_info(folder: Path) -> dict[str, Any]:
     }
 
 
-def _data_info(what: str) -> dict[str, Any]:
-    from latentdiff.data.sources import open_source, splits
+def _data_info(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a data set holds and what became of each of its files; read as a config with these overrides reads it.
 
-    sources = {split: open_source(what, split, max_bad_share=0.999) for split in splits(what)}
+    Framing is shown for data.size and data.framing, by default those of configs/folder: cropped to 64x64.
+    """
+    from latentdiff.config import parse_data
+    from latentdiff.data.sources import kind_of, open_source, splits
+    from latentdiff.training.data import columns_of
+
+    data = parse_data({"source": what}, overrides)
+    channels = data.channels if "channels" in data.model_fields_set else None  # else as the images have them
+    sources = {
+        split: open_source(what, split, channels, 0.999, columns_of(data), data.streaming, data.background)
+        for split in splits(what, data.streaming)
+    }
     compared, pictures = _pictures(sources)  # reads the images, and so finds more that cannot be read
     facts: dict[str, Any] = {"data": what}
     for split, source in sources.items():
@@ -118,13 +142,32 @@ def _data_info(what: str) -> dict[str, Any]:
             "most_common_sizes": [{"size": sizes[k].tolist(), "images": int(times[k])} for k in most],
             "classes": dict(zip(source.class_names, counts, strict=True)) if counts else {},
             "captions": None if source.captions is None else _caption_facts(source.captions),
-            "unreadable": source.bad,
+            "unreadable": {printable(file): reason for file, reason in source.bad.items()},
+            "files": source.account.with_unreadable(source.bad).as_json(),
             "duplicates": _repeated_facts(repeated, sum(len(names) - 1 for names in repeated), compared),
         }
+        if source.unlabelled:
+            facts[split]["no_classes"] = source.unlabelled
+        if data.size is not None or kind_of(what) != "fashion-mnist":
+            facts[split]["framing"] = _framing(source, data)
     if len(sources) > 1:
         both = [places for places in pictures.values() if len(places) > 1]
         facts["in_both_splits"] = _repeated_facts(both, len(both), compared)
     return facts
+
+
+def _framing(source: ImageSource, data: DataConfig) -> dict[str, Any]:
+    """What data.framing does to the images; with the message of a framing that does not take them."""
+    from latentdiff.data.framing import framing_facts, framing_lines
+    from latentdiff.data.preprocess import Preprocess
+
+    framing = "crop" if data.size is None and data.framing == "exact" else data.framing
+    try:
+        rule = Preprocess(data.size or FOLDER_SIZE, None, framing, data.multiple_of, background=data.background)
+        facts = framing_facts(source, rule.for_source(source))
+    except UserError as error:
+        return {"size": list(data.size or FOLDER_SIZE), "framing": framing, "refused": str(error)}
+    return facts | {"in_words": framing_lines(facts)}
 
 
 def _repeated_facts(groups: list[Any], images: int, compared: str) -> dict[str, Any]:
@@ -137,10 +180,18 @@ def _repeated_facts(groups: list[Any], images: int, compared: str) -> dict[str, 
 
 
 def _caption_facts(captions: list[tuple[str, ...]]) -> dict[str, Any]:
-    texts = [text for several in captions for text in several]
+    """Of all captions; tokens as a text encoder of one's own counts them with the config's default length and vocabulary."""
+    from latentdiff.conditioning import OWN_LENGTH, train_tokenizer
+    from latentdiff.config import TextConfig
+    from latentdiff.data.captions import token_facts
+
+    texts = [text for several in captions for text in several if text]
     words = [len(text.split()) for text in texts]
     lengths = {"min": min(words), "median": statistics.median(words), "max": max(words)}
-    return {"captions": len(texts), "distinct": len(set(texts)), "words": lengths}
+    facts = {"captions": len(texts), "distinct": len(set(texts)), "words": lengths}
+    few = texts[:: -(-len(texts) // MANY_CAPTIONS)]
+    tokenizer = train_tokenizer(few, TextConfig().vocabulary, OWN_LENGTH)
+    return facts | {"tokens": token_facts(few, tokenizer, OWN_LENGTH)}
 
 
 def _pictures(sources: dict[str, ImageSource]) -> tuple[str, dict[bytes, dict[str, list[str]]]]:
@@ -163,7 +214,7 @@ def _pictures(sources: dict[str, ImageSource]) -> tuple[str, dict[bytes, dict[st
         names = getattr(source, "files", None)
         for i, digest in zip(suspects[split], digests, strict=True):
             if digest is not None:
-                pictures.setdefault(digest, {}).setdefault(split, []).append(names[i] if names else str(i))
+                pictures.setdefault(digest, {}).setdefault(split, []).append(printable(names[i]) if names else str(i))
     return compared, pictures
 
 

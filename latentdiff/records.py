@@ -114,8 +114,9 @@ def weights_of(folder: Path) -> dict[str, str | None]:
 def _preparation(rule: Mapping[str, Any]) -> dict[str, Any]:
     """How the reference's images came to their size: what is compared is without padding, so that is no part of it."""
     scaled = rule["resample"] is not None
-    return {"size": rule["content"][2:], "channels": rule["channels"], "fit": rule["fit"] if scaled else "as they are",
-            "resample": rule["resample"]}  # fmt: skip
+    prepared = {"size": rule["content"][2:], "channels": rule["channels"], "fit": rule["fit"] if scaled else "as they are"}
+    filled = {"background": rule["background"]} if "background" in rule else {}  # of a letterbox
+    return prepared | {"resample": rule["resample"]} | filled
 
 
 def _bound(entry: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -111,7 +111,7 @@ def test_another_autoencoder_preprocessing_or_data_is_named_and_refused(tmp_path
     before = sorted((path.name, path.read_bytes()) for path in tmp_path.iterdir())
     for codec, dataset, said in [
         (PlainCodec(2.0), make_dataset(), r"other autoencoder weights \(\w{12}, now \w{12}\);"),
-        (PlainCodec(), make_dataset(fit="pad", multiple_of=16), r"other preprocessing \(padded_size .* now \[16"),
+        (PlainCodec(), make_dataset(framing="pad", multiple_of=16), r"other preprocessing \(padded_size .* now \[16"),
         (PlainCodec(), make_dataset(seed=1), r"other data \(\w{12}, now \w{12}\);"),
         (PlainCodec(2.0), make_dataset(seed=1), "other autoencoder weights .* and other data "),
     ]:

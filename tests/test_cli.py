@@ -215,11 +215,12 @@ def test_mistakes_in_a_config_are_named(refused, stripe_folder, tmp_path):
 
 def test_corrupt_images_are_skipped_up_to_the_share_and_refused_above_it(refused, run, tmp_path):
     data = write_stripes(tmp_path / "data")
-    bad = sorted(data.rglob("*.png"))[3]
-    bad.write_bytes(b"not a picture")
+    bad, worse = sorted(data.rglob("*.png"))[3:5]
+    for path in (bad, worse):
+        path.write_bytes(b"not a picture")
     config = write_yaml(tmp_path / "a.yaml", autoencoder_tree(data, tmp_path / "run", train__steps=1))
     message = refused("train", config)
-    assert str(bad) in message and "1 of 48 images cannot be read" in message and "max_bad_share" in message
+    assert str(bad) in message and "2 of 48 images cannot be read" in message and "max_bad_share" in message
     run("train", config, "data.max_bad_share=0.05")
     assert (tmp_path / "run" / "report.json").is_file()
 
@@ -316,7 +317,9 @@ def test_info_reports_on_captions_and_on_what_both_splits_have(run, tmp_path):
             leaked = folder / files[0]
     shutil.copy(leaked, folder / files[0])
     facts = json.loads(run("info", tmp_path / "data"))
+    tokens = facts["train"]["captions"].pop("tokens")
     assert facts["train"]["captions"] == {"captions": 4, "distinct": 3, "words": {"min": 1, "median": 1.5, "max": 5}}
+    assert tokens == {"captions": 4, "longest": 7, "limit": 32, "cut": 0, "longest_caption": "a longer caption of five"}
     assert facts["test"]["captions"]["words"] == {"min": 1, "median": 1, "max": 1}
     both = {"train": [leaked.relative_to(tmp_path / "data" / "train").as_posix()], "test": [files[0]]}
     assert facts["in_both_splits"] == {"images": 1, "groups": 1, "first": [both], "compared": "pixels"}
@@ -346,8 +349,32 @@ def test_evaluate_refuses_data_of_other_classes(refused, model, feature_folder, 
 def test_reconstruct_takes_images_of_several_sizes(run, here, model):
     for size in (24, 16):
         Image.fromarray(np.full((size, size, 3), 9 * size, np.uint8)).save(here / f"{size}.png")
-    report = json.loads(run("reconstruct", model, "24.png", "16.png"))
+    report = json.loads(run("reconstruct", model, "24.png", "16.png", "--own-size"))
     assert np.asarray(Image.open(here / report["out"])).shape[:2] == (2 * 26, 48 + 2)
+    assert report["images"][0]["prepared"] == {"file_size": [24, 24], "size": [24, 24], "framing": "own size"}
+
+
+def test_reconstruct_reads_images_as_training_does(run, here, model, autoencoder_run):
+    wide = np.zeros((16, 32), np.uint16)
+    wide[:, 8:24] = 65535 // 2  # 16 bit, and what matters in the middle
+    Image.fromarray(wide).save(here / "wide.png")
+    Image.new("LA", (16, 16), (0, 0)).save(here / "clear.png")
+    turned = np.zeros((32, 16), np.uint8)
+    turned[8:24] = 200
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(turned).save(here / "turned.jpg", exif=exif, quality=100)
+    for what in (model, autoencoder_run, autoencoder_run / "autoencoder"):  # each says how it was trained
+        report = json.loads(run("reconstruct", what, "wide.png", "clear.png", "turned.jpg"))
+        picture = np.asarray(Image.open(here / report["out"])).astype(int)
+        assert picture.shape[:2] == (3 * 18, 32 + 2)
+        levels = picture[..., 0] if picture.ndim == 3 else picture
+        assert levels[:16, :16].min() == levels[:16, :16].max() == 127
+        assert (levels[18:34, :16] == 255).all() and abs(levels[36:52, :16] - 200).max() <= 3
+        prepared = [row["prepared"] for row in report["images"]]
+        assert prepared[0]["file_size"] == [16, 32] and prepared[0]["size"] == [16, 16] and prepared[0]["framing"] == "crop"
+        assert prepared[0]["cut"]["worst"] == 0.5 and prepared[2]["file_size"] == [16, 32]
+        assert prepared[1] == {"file_size": [16, 16], "size": [16, 16], "framing": "exact"}
 
 
 def test_evaluate_measures_samples(run, here, samples, feature_folder, tmp_path):

@@ -170,7 +170,7 @@ class Page(HTMLParser):
 
 def test_the_page_stands_alone_and_shows_everything(record, tmp_path):
     pixels, labels = stripe_pixels(120, seed=3)
-    write_page(record, tmp_path, pixels, labels.numpy(), stripes(240, 1, fit="pad", multiple_of=8))
+    write_page(record, tmp_path, pixels, labels.numpy(), stripes(240, 1, framing="pad", multiple_of=8))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["closest.png", "index.html", "samples.png"]
     text = (tmp_path / "index.html").read_text()
     found = Page(text)

@@ -82,7 +82,7 @@ def test_the_floor_has_the_samples_mix_of_classes_and_says_when_it_is_smaller(ne
 
 def test_reconstructions_stand_beside_the_floor(net):
     pixels, labels = stripe_pixels(60, seed=3)
-    padded = {"fit": "pad", "multiple_of": 8}
+    padded = {"framing": "pad", "multiple_of": 8}
     sets = {"train": stripes(150, 1, **padded), "test": stripes(90, 2, **padded)}
     codec = Codec(1)
     perfect = evaluate(pixels, labels.numpy(), net, codec=codec, **sets)

@@ -58,7 +58,7 @@ def test_operations_are_of_one_sample_forward_and_backward(plan, stripe_folder, 
     small = plan(config)["flops_per_sample"]
     assert plan(config, "train.batch_size=2")["flops_per_sample"] == small
     # Convolutions alone: four times the pixels, four times the work
-    assert plan(config, "data.size=[32,32]", "data.fit=resize")["flops_per_sample"] == 4 * small
+    assert plan(config, "data.size=[32,32]", "data.framing=resize")["flops_per_sample"] == 4 * small
     vae = torch.nn.Conv2d(1, 8, 3, padding=1)  # the network's first layer: 2 x 9 x 8 operations a pixel, twice over at least
     assert small > 2 * 2 * 9 * vae.out_channels * 16 * 16
 
@@ -187,7 +187,7 @@ def test_guidance_that_is_not_trained_is_warned_of(plan, stripe_folder, autoenco
 
 def test_shapes_that_disagree_are_warned_of(plan, stripe_folder, autoencoder_run, diffusion_run, tmp_path):
     config = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run)
-    facts = plan(config, "data.size=[18,18]", "data.fit=resize")  # latents 9x9 for two levels
+    facts = plan(config, "data.size=[18,18]", "data.framing=resize")  # latents 9x9 for two levels
     assert any(w.startswith("model.config.block_out_channels") and "9x9" in w for w in facts["warnings"])
     assert "disagree" in facts["unknown"]["step"] and "step" not in facts
     start = shutil.copytree(diffusion_run / "model" / "unet", tmp_path / "start")

@@ -111,13 +111,14 @@ def test_misfits_are_refused_with_the_settings_that_would_do():
     square, wide = np.zeros((8, 8, 1), np.uint8), np.zeros((8, 12, 1), np.uint8)
     for call, said in [
         (lambda: Preprocess((28, 28), multiple_of=8),
-         r"not a multiple of 8: set fit=pad, or size=\[24, 24\] or size=\[32, 32\]"),
-        (lambda: Preprocess().for_source(Mixed(square, wide)), r"2 sizes \(8x8 … 8x12\): set size=.* fit=resize or"),
-        (lambda: Preprocess((8, 8)).for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with fit=exact: set"),
-        (lambda: Preprocess((16, 16), fit="pad").for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with"),
-        (lambda: Preprocess((4, 4), fit="pad").for_source(Mixed(square)), "8x8 does not fit 4x4 with fit=pad"),
+         r"not a multiple of 8: set framing=pad, or size=\[24, 24\] or size=\[32, 32\]"),
+        (lambda: Preprocess().for_source(Mixed(square, wide)), r"2 sizes \(8x8 … 8x12\): set data.size=.* data.framing=crop"),
+        (lambda: Preprocess((8, 8)).for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with framing=exact"),
+        (lambda: Preprocess((16, 16), framing="pad").for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with"),
+        (lambda: Preprocess((4, 4), framing="pad").for_source(Mixed(square)),
+         "8x8 does not fit 4x4 with framing=pad.* set data.framing to one of crop .*, letterbox "),
         (lambda: Preprocess(multiple_of=5).for_source(Mixed(square)), "8x8 is not a multiple of 5"),
-        (lambda: Preprocess(fit="cover"), "fit 'cover': valid are exact, resize, crop, pad"),
+        (lambda: Preprocess(framing="cover"), "framing 'cover': valid are exact, resize, crop, pad, letterbox"),
         (lambda: Preprocess(pad_mode="grey"), "valid are constant, edge, reflect"),
         (lambda: Preprocess(channels=4), "channels=4"),
         (lambda: Preprocess((8,)), "height, width"),
@@ -131,7 +132,7 @@ def test_misfits_are_refused_with_the_settings_that_would_do():
 def test_dataset_of_mixed_sizes_and_a_subset():
     levels = {(8, 8, 1): 0, (8, 12, 1): 255, (5, 5, 1): 51}
     source = Mixed(*(np.full(shape, level, np.uint8) for shape, level in levels.items()))
-    dataset = ImageDataset(source, Preprocess((4, 4), fit="crop"), indices=[2, 1])
+    dataset = ImageDataset(source, Preprocess((4, 4), framing="crop"), indices=[2, 1])
     images, labels = dataset.batch([0, 1])
     assert len(dataset) == 2 and labels is None and images.shape == (2, 1, 4, 4)
     assert images[0].unique().tolist() == pytest.approx([51 / 127.5 - 1]) and (images[1] == 1).all()
@@ -148,9 +149,9 @@ def test_dataset_flips_each_its_own():
 
 def test_description_and_fingerprint_tell_what_changes_the_pixels():
     source = ArraySource("x", np.zeros((3, 8, 8, 1), np.uint8), None)
-    padded = Preprocess(fit="pad", multiple_of=16)
-    rules = [Preprocess(), padded, Preprocess(fit="pad", multiple_of=16, pad_mode="edge"),
-             Preprocess((4, 4), fit="crop"), Preprocess((4, 4), fit="resize"), Preprocess(channels=3)]  # fmt: skip
+    padded = Preprocess(framing="pad", multiple_of=16)
+    rules = [Preprocess(), padded, Preprocess(framing="pad", multiple_of=16, pad_mode="edge"),
+             Preprocess((4, 4), framing="crop"), Preprocess((4, 4), framing="resize"), Preprocess(channels=3)]  # fmt: skip
     described = [str(rule.for_source(source).describe()) for rule in rules]
     assert len(set(described)) == len(rules)
     assert str(Preprocess((8, 8), 1, multiple_of=4).for_source(source).describe()) == described[0]  # the same pixels

@@ -53,11 +53,11 @@ def test_flat_folder_is_unlabelled(tmp_path):
     assert source.labels is None and source.class_names == [] and len(source) == 1
 
 
-def test_images_beside_class_folders_are_refused(tmp_path):
+def test_images_beside_class_folders_are_used_without_classes(tmp_path):
     write_image(class_folder(tmp_path) / "stray.png")
-    with pytest.raises(UserError, match="stray.png") as error:
-        open_source(str(tmp_path))
-    one_line(error)
+    source = open_source(str(tmp_path))
+    assert len(source) == 7 and source.labels is None and source.class_names == []
+    assert source.unlabelled.startswith("1 images lie beside its sub-folders (stray.png)")
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -133,11 +133,17 @@ def damage(folder: Path, how: str) -> Path:
 @pytest.mark.parametrize("how", ["truncated jpeg", "truncated png", "text"])
 def test_unreadable_files_are_named_counted_and_skipped_up_to_a_share(tmp_path, how):
     bad = damage(class_folder(tmp_path) / "a", how)
-    with pytest.raises(UserError, match="1 of 7 images cannot be read, more than max_bad_share=0.01") as error:
-        open_source(str(tmp_path))
+    with pytest.raises(UserError, match="1 of 7 images cannot be read, more than max_bad_share=0 allows") as error:
+        open_source(str(tmp_path), max_bad_share=0)
     assert str(bad) in one_line(error)
-    source = open_source(str(tmp_path), max_bad_share=0.2)
+    source = open_source(str(tmp_path))  # one may be bad, however small the folder
     assert len(source) == 6 and list(source.bad) == [f"a/{bad.name}"] and source.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    shutil.copyfile(bad, tmp_path / "b" / bad.name)
+    with pytest.raises(
+        UserError, match="2 of 8 images cannot be read, more than max_bad_share=0.01 .*raise data.max_bad_share"
+    ):
+        open_source(str(tmp_path))
+    assert len(open_source(str(tmp_path), max_bad_share=0.25)) == 6
 
 
 def test_file_missing_from_metadata_counts_as_unreadable(tmp_path):

@@ -380,7 +380,7 @@ def test_stage_2_refuses_before_anything_is_trained(tmp_path, stripe_folder, aut
         ({"loss__l1": 0.0, "loss__l2": 0.0}, "l1"),
         ({"data__source": "nowhere"}, "data 'nowhere': no such folder"),
         ({"data__size": [15, 16]}, "not a multiple of 2"),
-        ({"data__size": [8, 8]}, "fit=resize"),
+        ({"data__size": [8, 8]}, "framing=exact, which takes images of one size"),
     ],
 )
 def test_stage_1_refuses_before_anything_is_written(tmp_path, stripe_folder, changes, said):

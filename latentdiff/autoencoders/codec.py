@@ -50,7 +50,7 @@ class LatentCodec:
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise UserError(
                 f"images of {images.shape[2]}x{images.shape[3]}: the autoencoder needs sides divisible by {self.factor}; "
-                "set data.fit to pad, crop or resize"
+                "set data.framing to pad, crop, letterbox or resize"
             )
         out = self.vae.encode(images.to(self.device, next(self.vae.parameters()).dtype))
         if hasattr(out, "latent_dist"):

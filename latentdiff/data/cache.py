@@ -165,7 +165,7 @@ def identity(codec: Codec, dataset: ImageDataset) -> Identity:
         "autoencoder": codec.fingerprint(latents_only=True),
         "preprocessing": dataset.preprocess.describe(),
         "data": dataset.fingerprint(),
-    }
+    } | ({"split": dataset.split} if dataset.split else {})
 
 
 def open_cache(folder: str | Path, expect: Identity | None = None) -> LatentCache:

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -62,6 +63,22 @@ class Captions:
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps(self.distinct).encode()).hexdigest()
+
+
+def token_facts(texts: Sequence[str], tokenizer: Any, limit: int) -> dict[str, Any]:
+    """How many tokens captions have, the marks of start and end among them, and how many captions are cut at the limit.
+
+    {"captions", "longest", "limit", "cut", "longest_caption"}; a caption that comes twice counts twice.
+    """
+    counts: list[int] = []
+    for start in range(0, len(texts), 4096):
+        part = list(texts[start : start + 4096])
+        counts += map(len, tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
+    longest = max(range(len(counts)), key=counts.__getitem__)
+    return {
+        "captions": len(counts), "longest": counts[longest], "limit": limit, "cut": sum(count > limit for count in counts),
+        "longest_caption": texts[longest][:200],
+    }  # fmt: skip
 
 
 class CaptionStates:

@@ -1,8 +1,10 @@
 """Single files: is it a whole image, its pixels, its hash; and the idx format of MNIST and its kin.
 
-A file is a path, or an open binary stream that can seek: an image may lie inside a table or an archive.
+A file is a path, or an open binary stream that can seek: an image may lie inside a table or an archive. `decode` is the
+one decoder of every command: what it does with transparency, orientation and bit depth is stated there.
 """
 
+import functools
 import gzip
 import hashlib
 import math
@@ -20,6 +22,7 @@ from PIL import Image, ImageOps
 from latentdiff.errors import UserError
 
 File = Path | BinaryIO
+Color = tuple[int, int, int]  # red, green and blue, 0 to 255
 Header = tuple[str, tuple[int, int]] | str  # (mode, (height, width)), or the reason why it is no image
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
@@ -29,6 +32,53 @@ DECODING_ERRORS = (
     Image.DecompressionBombWarning, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, MemoryError,
 )  # fmt: skip
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+WHITE: Color = (255, 255, 255)
+# Formats that Pillow knows and that are never opened: EPS starts Ghostscript, WMF works on Windows alone, PSD is the working
+# file of an editor, IPTC is a piece of another file, and the others are films or measurements without a decoder in Pillow
+NEVER_OPENED = {"EPS", "WMF", "PSD", "IPTC", "MPEG", "BUFR", "GRIB", "HDF5"}
+ANIMATIONS = {"GIF", "PNG", "WEBP", "AVIF", "TIFF"}  # a second frame of others, such as MPO, is a preview
+_DRAWING = "a drawing without pixels: export it as .png"
+_EDITOR = "the working file of an editor: export it as .png"
+_RAW = "a camera's raw data: develop it to .png or .jpg"
+_ARCHIVE = "an archive: unpack it"
+_FILM = "a film: take still pictures out of it"
+ADVICE = {  # what a suffix that is not read stands for, and the way out
+    **dict.fromkeys((".heic", ".heif", ".hif"), "install pillow-heif to read it"),
+    **dict.fromkeys((".avif", ".avifs"), "needs Pillow 11.3 or later"),
+    **dict.fromkeys((".svg", ".svgz", ".pdf", ".eps", ".ps", ".ai", ".wmf", ".emf"), _DRAWING),
+    **dict.fromkeys((".psd", ".psb", ".xcf", ".kra"), _EDITOR),
+    **dict.fromkeys((".cr2", ".cr3", ".nef", ".arw", ".dng", ".orf", ".raf", ".rw2"), _RAW),
+    **dict.fromkeys((".zip", ".tar", ".gz", ".tgz", ".7z", ".rar"), _ARCHIVE),
+    **dict.fromkeys((".mp4", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"), _FILM),
+}
+
+
+@functools.cache
+def readable_formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are opened: all that it can decode here, except NEVER_OPENED."""
+    Image.init()
+    try:
+        import pillow_heif
+
+        pillow_heif.register_heif_opener()
+    except ImportError:
+        pass  # such files are then named, with what to install
+    return tuple(sorted(set(Image.OPEN) - NEVER_OPENED))
+
+
+@functools.cache
+def image_suffixes() -> frozenset[str]:
+    """Suffixes of image files, in lower case with their dot: those that Pillow registers for `readable_formats`."""
+    formats = {*readable_formats(), "MPO"}  # which Pillow opens as JPEG
+    return frozenset(suffix for suffix, kind in Image.registered_extensions().items() if kind in formats)
+
+
+def why_not_read(suffix: str) -> str:
+    """The reason why files of a suffix are left out of a data set, with the way out where there is one."""
+    if not suffix:
+        return "no suffix, so not looked at"
+    advice = ADVICE.get(suffix)
+    return f"suffix {suffix} is not read" + (f" ({advice})" if advice else "")
 
 
 def inspect(file: File) -> Header:
@@ -37,20 +87,50 @@ def inspect(file: File) -> Header:
     As cheap as finding truncated files allows: PNG checksums are verified, a JPEG is decoded only if its end marker is
     missing, other formats are decoded.
     """
+    return examine(file)[0]
+
+
+def examine(file: File) -> tuple[Header, bool]:
+    """What `inspect` gives, and whether the file has more than one frame or page, of which the first alone is read."""
     try:
-        with _opened(file) as stream, Image.open(stream) as image:
-            refuse_bomb(image)
-            mode, (width, height), kind = image.mode, image.size, image.format
-            rotated = kind != "PNG" and image.getexif().get(0x0112, 1) in _QUARTER_TURNS
-            if kind == "PNG":
-                image.verify()
-            elif kind != "JPEG" or not _has_jpeg_end(stream):
-                image.load()
-        return mode, ((width, height) if rotated else (height, width))
+        with _opened(file) as stream:
+            if not stream.read(1):
+                return "an empty file (0 bytes)", False
+            stream.seek(0)
+            with open_image(stream) as image:
+                refuse_bomb(image)
+                mode, (width, height), kind = image.mode, image.size, image.format
+                rotated = kind != "PNG" and image.getexif().get(0x0112, 1) in _QUARTER_TURNS
+                several = kind == "PNG" and _has_frames(image)
+                if kind == "PNG":
+                    image.verify()
+                elif kind != "JPEG" or not _has_jpeg_end(stream):
+                    image.load()
+                    several = kind in ANIMATIONS and _has_frames(image)
+            return (mode, ((width, height) if rotated else (height, width))), several
     except FileNotFoundError:
-        return "no such file"
+        return "no such file", False
     except DECODING_ERRORS as error:
-        return "not a known image format" if "cannot identify" in str(error) else one_line(error)
+        return _reason(file, error), False
+
+
+def open_image(stream: BinaryIO) -> Image.Image:
+    """Pillow's image of a stream, of `readable_formats` alone: no file starts another program."""
+    return Image.open(stream, formats=readable_formats())
+
+
+def _has_frames(image: Image.Image) -> bool:
+    try:
+        return bool(getattr(image, "is_animated", False))
+    except DECODING_ERRORS:  # a damaged second frame is no reason against the first
+        return False
+
+
+def _reason(file: File, error: BaseException) -> str:
+    if "cannot identify" not in str(error):
+        return one_line(error)
+    advice = ADVICE.get(file.suffix.lower()) if isinstance(file, Path) else None
+    return "not a known image format" + (f" ({advice})" if advice else "")
 
 
 def refuse_bomb(image: Image.Image) -> None:
@@ -96,9 +176,13 @@ def _has_jpeg_end(stream: BinaryIO) -> bool:
     return end == b"\xff\xd9"
 
 
-def decode(file: File, channels: int) -> np.ndarray:
-    """uint8 [H, W, channels]. 16-bit greys are scaled to 8 bits (PIL's own conversion would clip them)."""
-    with _opened(file) as stream, Image.open(stream) as opened:
+def decode(file: File, channels: int, background: Color = WHITE) -> np.ndarray:
+    """uint8 [H, W, channels] of an image file.
+
+    The orientation that EXIF states is applied. Transparency is laid on the background. 16-bit greys are scaled to 8 bits
+    (Pillow's own conversion would clip them); CMYK and palettes become RGB. Of several frames or pages the first is read.
+    """
+    with _opened(file) as stream, open_image(stream) as opened:
         refuse_bomb(opened)
         # A PNG may carry its orientation after the pixels, where `inspect` could not see it without decoding
         image = opened if opened.format == "PNG" else ImageOps.exif_transpose(opened)
@@ -108,7 +192,7 @@ def decode(file: File, channels: int) -> np.ndarray:
             image = Image.fromarray(np.round(np.clip(np.asarray(image, dtype=np.float64), 0, 65535) / 257).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image)
         pixels = np.array(image.convert("L" if channels == 1 else "RGB"))
     return pixels[..., None] if channels == 1 else pixels  # [H, W, C]
 

@@ -16,10 +16,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from latentdiff.data.files import DECODING_ERRORS, GREY_MODES, File, Header, decode, hash_ends, one_line
+from latentdiff.data.accounts import Account
+from latentdiff.data.files import DECODING_ERRORS, GREY_MODES, WHITE, Color, File, Header, decode, hash_ends, one_line
 from latentdiff.errors import UserError
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".pgm", ".ppm"}
+TEXT_COLUMNS = ("text", "caption")  # where captions are looked for when no column is named
 SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON can spell and no tokenizer reads
 T = TypeVar("T")
 R = TypeVar("R")
@@ -43,11 +44,13 @@ class ImageSource:
 
     Attributes: name (as the user wrote it), channels (1 or 3: what `read` returns), class_names (empty when
     unlabelled), labels (int64 [N] or None), captions (N tuples of one caption or more, or None), sizes (int64 [N, 2],
-    height and width as `read` returns them), bad ({file name: reason} of what was skipped), blocks (how many of the images
-    lie together, one after another, where reading one reads them all; else None).
+    height and width as `read` returns them), bad ({file name: reason} of what was skipped), account (the other files that
+    are not used, and remarks), unlabelled (why there are no labels where one may expect some), blocks (how many of the
+    images lie together, one after another, where reading one reads them all; else None).
     """
 
     blocks: tuple[int, ...] | None = None
+    unlabelled: str | None = None
 
     def __init__(
         self,
@@ -61,6 +64,7 @@ class ImageSource:
         self.name, self.channels, self.class_names = name, channels, class_names
         self.labels, self.captions, self.sizes = labels, captions, sizes
         self.bad: dict[str, str] = {}
+        self.account = Account()
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -96,12 +100,12 @@ class ArraySource(ImageSource):
 class EncodedImages(ImageSource):
     """Images as encoded bytes somewhere, checked when the source opens and decoded when they are read.
 
-    Unreadable ones are dropped, and more of them than max_bad_share allows are a UserError. A subclass says how to
-    `open` an image. Attributes: files (a name for each image; messages show it after `place`), rows (where each stood
-    among all that were found).
+    Unreadable ones are dropped, and more of them than max_bad_share allows are a UserError: that share of the images, but
+    one image at least unless it is 0. A subclass says how to `open` an image. Attributes: files (a name for each image;
+    messages show it after `place`), rows (where each stood among all that were found).
 
     headers: what `inspect` said of each found; labels and captions: of each found, or None; channels: None for 1 where
-    every image is grey, else 3.
+    every image is grey, else 3. background: the colour under transparency, red, green and blue.
     """
 
     def __init__(
@@ -115,6 +119,7 @@ class EncodedImages(ImageSource):
         captions: list[tuple[str, ...]] | None,
         channels: int | None,
         max_bad_share: float,
+        background: Color = WHITE,
     ):
         good = [i for i, header in enumerate(headers) if not isinstance(header, str)]
         modes = {headers[i][0] for i in good}
@@ -127,7 +132,7 @@ class EncodedImages(ImageSource):
             np.array([headers[i][1] for i in good], dtype=np.int64).reshape(-1, 2),
         )
         self.place, self.rows, self.files = place, good, [files[i] for i in good]
-        self._found, self._max_bad_share = len(files), max_bad_share
+        self._found, self._max_bad_share, self.background = len(files), max_bad_share, background
         self.bad = {file: header for file, header in zip(files, headers, strict=True) if isinstance(header, str)}
         self._check_bad()
         if not good:
@@ -144,7 +149,7 @@ class EncodedImages(ImageSource):
     def read(self, i: int) -> np.ndarray:
         file = self.open(i)
         try:
-            return decode(file, self.channels)
+            return decode(file, self.channels, self.background)
         except DECODING_ERRORS as error:
             name, reason = self.files[i], one_line(error)
             self.bad[name] = reason
@@ -152,11 +157,13 @@ class EncodedImages(ImageSource):
             raise UnreadableImage(f"{self.place}{name}: cannot be read as an image ({reason})") from error
 
     def _check_bad(self) -> None:
-        if len(self.bad) > self._max_bad_share * self._found:
+        share = self._max_bad_share
+        if len(self.bad) > max(share * self._found, 1 if share else 0):
             shown = ", ".join(f"{self.place}{name} ({why})" for name, why in list(self.bad.items())[:3])
             raise UserError(
                 f"data '{self.name}': {len(self.bad)} of {self._found} images cannot be read, more than "
-                f"max_bad_share={self._max_bad_share:g} allows: {shown}{', …' if len(self.bad) > 3 else ''}"
+                f"max_bad_share={share:g} allows: {shown}{', …' if len(self.bad) > 3 else ''}; "
+                "remove them, or raise data.max_bad_share to leave them out"
             )
 
     def fingerprint(self) -> str:
@@ -168,6 +175,7 @@ class EncodedImages(ImageSource):
         """
         labels = None if self.labels is None else self.labels.tolist()
         facts = [self.channels, self.class_names, self.files, labels, self.captions, self.ends()]
+        facts += [] if self.background == WHITE else [self.background]  # white, the only one there was, is not written out
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -196,9 +204,14 @@ def captions_of(text: object, where: str) -> tuple[str, ...] | None:
 
 
 def class_names_of(labels: Iterable[str] | None) -> list[str]:
-    """Sorted; as numbers when all are numbers, so that class 10 comes after class 9."""
-    names = set(labels or ())
-    return sorted(names, key=int) if all(name.isdecimal() and len(name) < 20 for name in names) else sorted(names)
+    """Sorted; as numbers when all are numbers, so that class 10 comes after class 9.
+
+    Of two spellings of one number, such as 1 and 01, the shorter comes first.
+    """
+    names = sorted(set(labels or ()))
+    if not all(name.isdecimal() and len(name) < 20 for name in names):
+        return names
+    return sorted(names, key=lambda name: (int(name), len(name)))
 
 
 def numbered(labels: list[str] | None, class_names: list[str], where: str) -> list[int] | None:

@@ -9,10 +9,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentdiff.data.files import WHITE, Color
 from latentdiff.data.images import ImageSource, UnreadableImage
 from latentdiff.errors import UserError
 
-FITS = ("exact", "resize", "crop", "pad")
+FRAMINGS = ("exact", "resize", "crop", "pad", "letterbox")
+WAYS = {"crop": "cuts the ends off", "letterbox": "fills with data.background", "resize": "stretches"}
+SCALED = ("resize", "crop", "letterbox")  # those that bring any size to any other
 PAD_MODES = ("constant", "edge", "reflect")
 
 
@@ -22,26 +25,31 @@ class Preprocess:
 
     size: (H, W) wanted; None: the one size that all images of the source share.
     channels: 1 or 3; None: as the source. Grey to RGB repeats, RGB to grey is the luma of ITU-R 601.
-    fit: "exact": images are H x W already. "resize": stretched to H x W. "crop": scaled, aspect kept, until H x W is
-        covered, then cut out of the middle. "pad": images are all of one size, at most H x W, and a border around
-        them brings both sides to H x W and up to the next multiple of `multiple_of`.
+    framing: how images come to one shape. "exact": images are H x W already. "resize": stretched to H x W. "crop": scaled,
+        aspect kept, until H x W is covered, then cut out of the middle. "letterbox": scaled, aspect kept, until the longer
+        side fills H x W, the rest filled with `background` on both sides alike. "pad": images are all of one size, at most
+        H x W, and a border around them brings both sides to H x W and up to the next multiple of `multiple_of`; the border
+        is taken off what the model makes.
     multiple_of: what the network divides a side by (autoencoder factor times the U-Net's); except with "pad", size
         must obey.
     pad_mode: "constant" (black, -1), "edge" or "reflect". The border is split evenly; an odd pixel goes to the
         bottom/right.
     content_size: (H, W) of the images inside the border, filled in by `for_source`; None: `size`.
+    background: red, green and blue of what fills a letterbox, and, where a source is opened for this, of what lies under
+        transparency. Of one channel it is the colour's luma.
     """
 
     size: tuple[int, int] | None = None
     channels: int | None = None
-    fit: str = "exact"
+    framing: str = "exact"
     multiple_of: int = 1
     pad_mode: str = "constant"
     content_size: tuple[int, int] | None = None
+    background: Color = WHITE
 
     def __post_init__(self) -> None:
-        if self.fit not in FITS:
-            raise UserError(f"fit '{self.fit}': valid are {', '.join(FITS)}")
+        if self.framing not in FRAMINGS:
+            raise UserError(f"framing '{self.framing}': valid are {', '.join(FRAMINGS)}")
         if self.pad_mode not in PAD_MODES:
             raise UserError(f"pad_mode '{self.pad_mode}': valid are {', '.join(PAD_MODES)}")
         if self.channels not in (None, 1, 3):
@@ -59,12 +67,13 @@ class Preprocess:
         sizes = np.unique(source.sizes, axis=0)
         if self.size is None and len(sizes) > 1:
             raise UserError(
-                f"data '{source.name}' has images of {len(sizes)} sizes ({_name(sizes[0])} … {_name(sizes[-1])}): "
-                "set size=[height,width] and fit=resize or fit=crop"
+                f"data '{source.name}' has images of {len(sizes)} sizes ({size_name(sizes[0])} … {size_name(sizes[-1])}): "
+                f"set data.size=[height,width] and data.framing=crop ({WAYS['crop']}), letterbox ({WAYS['letterbox']}) or "
+                f"resize ({WAYS['resize']})"
             )
         first = (int(sizes[0][0]), int(sizes[0][1]))
         size = self.size or first
-        inside = first if self.fit == "pad" and first[0] <= size[0] and first[1] <= size[1] else size
+        inside = first if self.framing == "pad" and first[0] <= size[0] and first[1] <= size[1] else size
         resolved = replace(self, size=size, channels=self.channels or source.channels, content_size=self.content_size or inside)
         for height, width in sizes.tolist():
             resolved._check_fits(height, width)
@@ -74,7 +83,7 @@ class Preprocess:
     def padded_size(self) -> tuple[int, int]:
         """(H', W') of the tensors."""
         height, width = self._known_size()
-        if self.fit != "pad":
+        if self.framing != "pad":
             return height, width
         return _round_up(height, self.multiple_of), _round_up(width, self.multiple_of)
 
@@ -90,15 +99,19 @@ class Preprocess:
         return images[..., top : top + height, left : left + width]
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides the pixels, as JSON values: for manifests and for comparing caches."""
-        return {
+        """Everything that decides the pixels, as JSON values: for manifests and for comparing caches.
+
+        The framing keeps its old name, fit: caches and records hold this.
+        """
+        rule = {
             "padded_size": list(self.padded_size),
             "content": list(self.content),
             "channels": self.channels,
-            "fit": self.fit,
-            "pad_mode": self.pad_mode if self.fit == "pad" else None,
-            "resample": "lanczos" if self.fit in ("resize", "crop") else None,
+            "fit": self.framing,
+            "pad_mode": self.pad_mode if self.framing == "pad" else None,
+            "resample": "lanczos" if self.framing in SCALED else None,
         }
+        return rule | ({"background": list(self.background)} if self.framing == "letterbox" else {})
 
     def __call__(self, image: np.ndarray, flip: bool = False) -> torch.Tensor:
         """uint8 [H0, W0, C0] -> float32 [C, H', W'] in [-1, 1]; mirrored left-right before padding when `flip`."""
@@ -126,7 +139,9 @@ class Preprocess:
         _, _, height, width = self.content
         if image.shape[:2] == (height, width):
             return image
-        return _resample(image, (height, width), crop=self.fit == "crop")
+        if self.framing == "letterbox":
+            return _letterbox(image, (height, width), self.background)
+        return _resample(image, (height, width), crop=self.framing == "crop")
 
     def _known_size(self) -> tuple[int, int]:
         if self.size is None:
@@ -135,31 +150,39 @@ class Preprocess:
 
     def _check_multiple(self, height: int, width: int) -> None:
         m = self.multiple_of
-        if self.fit != "pad" and (height % m or width % m):
+        if self.framing != "pad" and (height % m or width % m):
             larger = (_round_up(height, m), _round_up(width, m))
             smaller = (max(m, height // m * m), max(m, width // m * m))
             raise UserError(
-                f"size {_name((height, width))} is not a multiple of {m}: set fit=pad, or size={list(smaller)} or "
-                f"size={list(larger)} with fit=resize or fit=crop"
+                f"size {size_name((height, width))} is not a multiple of {m}: set framing=pad, or size={list(smaller)} or "
+                f"size={list(larger)} with framing=crop, letterbox or resize"
             )
 
     def _check_fits(self, height: int, width: int) -> None:
         expected = self.content_size or self._known_size()
-        if self.fit in ("exact", "pad") and (height, width) != expected:
+        if self.framing in ("exact", "pad") and (height, width) != expected:
+            ways = ", ".join(f"{way} ({does})" for way, does in WAYS.items())
             raise UserError(
-                f"an image of {_name((height, width))} does not fit {_name(expected)} with fit={self.fit}: set "
-                "fit=resize (stretch) or fit=crop (scale and cut out the middle)"
+                f"an image of {size_name((height, width))} does not fit {size_name(expected)} with framing={self.framing}, "
+                f"which takes images of one size; for mixed sizes set data.framing to one of {ways}"
             )
 
 
 class ImageDataset:
     """A source seen through a preprocessing: what trainers and the latent cache read.
 
-    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one.
+    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one. split: the rule that
+    chose the indices, where it is not the one of earlier versions; a latent cache keeps it.
     """
 
-    def __init__(self, source: ImageSource, preprocess: Preprocess, indices: torch.Tensor | Sequence[int] | None = None):
-        self.source, self.preprocess = source, preprocess.for_source(source)
+    def __init__(
+        self,
+        source: ImageSource,
+        preprocess: Preprocess,
+        indices: torch.Tensor | Sequence[int] | None = None,
+        split: str | None = None,
+    ):
+        self.source, self.preprocess, self.split = source, preprocess.for_source(source), split
         self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
@@ -256,9 +279,23 @@ def _resample(image: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarra
     return resized[..., None] if image.shape[-1] == 1 else resized
 
 
+def _letterbox(image: np.ndarray, size: tuple[int, int], background: Color) -> np.ndarray:
+    """The whole image, scaled with its aspect kept to fit into `size`, in the middle of the background."""
+    (height, width), (old_height, old_width), channels = size, image.shape[:2], image.shape[-1]
+    scale = min(height / old_height, width / old_width)
+    tall, wide = (min(side, max(1, round(old * scale))) for side, old in ((height, old_height), (width, old_width)))
+    color = _match_channels(np.array([[background]], dtype=np.uint8), channels)
+    whole = np.tile(color, (height, width, 1))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    scaled = image if image.shape[:2] == (tall, wide) else _resample(image, (tall, wide), crop=False)
+    whole[top : top + tall, left : left + wide] = scaled
+    return whole
+
+
 def _round_up(side: int, multiple: int) -> int:
     return -(-side // multiple) * multiple
 
 
-def _name(size: Sequence[int] | np.ndarray) -> str:
+def size_name(size: Sequence[int] | np.ndarray) -> str:
+    """Height x width."""
     return f"{size[0]}x{size[1]}"

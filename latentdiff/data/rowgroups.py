@@ -20,7 +20,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.files import hash_ends, inspect, one_line
+from latentdiff.data.accounts import Account
+from latentdiff.data.files import WHITE, Color, hash_ends, inspect, one_line
 from latentdiff.data.images import Columns, EncodedImages
 from latentdiff.data.order import WINDOW
 from latentdiff.data.patterns import expand
@@ -136,6 +137,7 @@ class StreamedTable(EncodedImages):
         captions: list[tuple[str, ...]] | None,
         channels: int | None,
         max_bad_share: float,
+        background: Color = WHITE,
     ):
         with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
             indexes = list(pool.map(lambda file: file.index(column), files))
@@ -151,7 +153,7 @@ class StreamedTable(EncodedImages):
         self._lock = threading.Lock()
         names = [f"row {row}" for row in range(len(self._samples))]
         headers = [sample.header for sample in self._samples]
-        super().__init__(name, f"{name} ", names, headers, labels, class_names, captions, channels, max_bad_share)
+        super().__init__(name, f"{name} ", names, headers, labels, class_names, captions, channels, max_bad_share, background)
         counts = dict.fromkeys(self._starts, 0)
         for row in self.rows:
             counts[self._places[row]] += 1
@@ -174,7 +176,9 @@ class StreamedTable(EncodedImages):
         return [self._samples[row].ends for row in self.rows]
 
 
-def open_streamed(data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns) -> StreamedTable:
+def open_streamed(
+    data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color = WHITE
+) -> StreamedTable:
     """The table that `data` names, read where it lies; columns, classes and captions as `tables.open_table` finds them.
 
     data: parquet files (paths, or addresses that fsspec knows; braces and, where files can be listed, * and ?), a folder
@@ -194,8 +198,11 @@ def open_streamed(data: str, split: str, channels: int | None, max_bad_share: fl
     def train() -> Rows:
         return rows if split == "train" else Rows([Parquet(shard) for shard in parts["train"]], data)
 
-    image, labels, class_names, captions = describe(rows, train, data, columns)
-    return StreamedTable(data, rows.files, image, labels, class_names, captions, channels, max_bad_share)
+    account = Account()
+    image, labels, class_names, captions = describe(rows, train, data, columns, account)
+    source = StreamedTable(data, rows.files, image, labels, class_names, captions, channels, max_bad_share, background)
+    source.account = account
+    return source
 
 
 def streamed_splits(data: str) -> tuple[str, ...]:

@@ -21,7 +21,10 @@ Identity = dict[str, Any]
 # How a refusal speaks of the parts of an identity, and of where else the files may lie, by what the files hold
 _MOMENT_DTYPES = ("F16", "F32")
 _SPOKEN = {
-    "latents": {"autoencoder": "autoencoder weights", "count": "number of images", "shard_size": "shard size"},
+    "latents": {
+        "autoencoder": "autoencoder weights", "count": "number of images", "shard_size": "shard size",
+        "split": "way of choosing held-out images, data.held_out_rule",
+    },
     "caption states": {"length": "condition.text.max_length", "count": "number of captions", "shard_size": "shard size"},
 }
 _ELSEWHERE = {"latents": "cache folder", "caption states": "condition.text.folder"}

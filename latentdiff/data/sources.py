@@ -4,28 +4,17 @@ A source is read-only and knows nothing of sizes wanted, batches or epochs. Imag
 files are sorted by name, never listed in the order of the file system.
 """
 
-import csv
-import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from latentdiff.data import rowgroups, tables, webshards
-from latentdiff.data.files import inspect, leaves, one_line, read_idx
-from latentdiff.data.images import (
-    IMAGE_SUFFIXES,
-    ArraySource,
-    Columns,
-    EncodedImages,
-    ImageSource,
-    captions_of,
-    class_names_of,
-    in_threads,
-    numbered,
-)
+from latentdiff.data.files import WHITE, Color, examine, read_idx
+from latentdiff.data.images import ArraySource, Columns, EncodedImages, ImageSource, class_names_of, in_threads, numbered
+from latentdiff.data.listing import Listing, account_beside, list_folder
+from latentdiff.data.metadata import METADATA
 from latentdiff.data.order import permutation
 from latentdiff.errors import UserError
 
@@ -43,25 +32,32 @@ FASHION_MNIST_CLASSES = [
 ]
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 USUAL_COLUMNS = Columns()
+HELD_OUT_RULES = ("per_class", "random")
 
 
 class FolderSource(EncodedImages):
-    """Image files below one folder."""
+    """Image files below one folder. labels: of each file of the listing, indices into class_names, or None."""
 
     def __init__(
         self,
         name: str,
         root: Path,
-        files: list[str],
+        listing: Listing,
         labels: list[int] | None,
         class_names: list[str],
-        captions: list[tuple[str, ...]] | None,
         channels: int | None,
         max_bad_share: float,
+        background: Color = WHITE,
     ):
-        headers = in_threads(lambda file: inspect(root / file), files)
-        super().__init__(name, f"{root}/", files, headers, labels, class_names, captions, channels, max_bad_share)
-        self.root = root
+        found = in_threads(lambda file: examine(root / file), listing.files)
+        headers = [header for header, _ in found]
+        super().__init__(
+            name, f"{root}/", listing.files, headers, labels, class_names, listing.captions, channels, max_bad_share, background
+        )  # fmt: skip
+        self.root, self.account, self.unlabelled = root, listing.account, listing.unlabelled
+        for file, (_, several) in zip(listing.files, found, strict=True):
+            if several:
+                self.account.remark("has several frames or pages, of which the first is used", file)
 
     def open(self, i: int) -> Path:
         return self.root / self.files[i]
@@ -74,6 +70,7 @@ def open_source(
     max_bad_share: float = 0.01,
     columns: Columns = USUAL_COLUMNS,
     streaming: bool = False,
+    background: Color = WHITE,
 ) -> ImageSource:
     """Opens the data set that one string names.
 
@@ -82,32 +79,34 @@ def open_source(
     ("shards-{000..099}.tar", here or at http(s)://, s3://, gs://, hf://).
     A folder's classes are its sub-folders; or it has metadata.jsonl/.csv with the
     columns file_name and label or text (or both; in .jsonl text may be a list of captions of one image); or it holds
-    images only, which are then unlabelled. With train/ and test/
-    inside it has two splits, each in one of these forms, and the classes are those of train/.
-    channels: 1, 3 or None (1 when every image is grey, else 3). Transparency is laid on white; EXIF rotation is
-    applied.
-    max_bad_share: the share of images that may be unreadable; they are named in `.bad` and skipped.
-    columns: of tables and shards; see latentdiff.data.tables and latentdiff.data.webshards for the usual ones.
+    images only, which are then unlabelled. Without metadata an image's caption may lie beside it (a.png and a.txt).
+    With train/ and test/ inside it has two splits, each in one of these forms, and the classes are those of train/.
+    Images both beside and inside sub-folders have no classes; `unlabelled` says why.
+    channels: 1, 3 or None (1 when every image is grey, else 3). EXIF rotation is applied.
+    max_bad_share: the share of images that may be unreadable (one at least, unless it is 0); they are named in `.bad` and
+    skipped. What else is not used is in `.account`.
+    columns: of tables, shards and metadata; see latentdiff.data.tables, webshards and metadata for the usual ones.
     streaming: parquet is read where it lies and never stored; see latentdiff.data.rowgroups.
+    background: the colour that transparency is laid on, red, green and blue.
     """
     if channels not in (None, 1, 3):
         raise UserError(f"channels={channels}: valid are 1, 3 or none (taken from the data)")
     if split not in ("train", "test"):
         raise UserError(f"split '{split}': valid are train and test")
     kind = kind_of(data)
-    if kind not in ("table", "shards") and columns != USUAL_COLUMNS:
-        raise UserError(f"data '{data}': image_column, label_column and text_column are for tables and shards alone")
+    if kind == "fashion-mnist" and columns != USUAL_COLUMNS:
+        raise UserError(f"data '{data}': has no columns; leave image_column, label_column and text_column out")
     if streaming:
-        return rowgroups.open_streamed(data, split, channels, max_bad_share, columns)
+        return rowgroups.open_streamed(data, split, channels, max_bad_share, columns, background)
     if kind == "fashion-mnist":
         return _fashion_mnist(split, channels or 1)
     if kind == "table":
-        return tables.open_table(data, split, channels, max_bad_share, columns)
+        return tables.open_table(data, split, channels, max_bad_share, columns, background)
     if kind == "shards":
         if split == "test":
             raise UserError(f"data '{data}': shards have no test split; hold a share of their images out")
-        return webshards.open_shards(data, channels, max_bad_share, columns)
-    return _open_folder(data, split, channels, max_bad_share)
+        return webshards.open_shards(data, channels, max_bad_share, columns, background)
+    return _open_folder(data, split, channels, max_bad_share, columns, background)
 
 
 def kind_of(data: str) -> str:
@@ -127,18 +126,33 @@ def is_data_name(data: str) -> bool:
     return data == "fashion-mnist" or ".parquet" in data or webshards.is_shards(data)
 
 
-def _open_folder(data: str, split: str, channels: int | None, max_bad_share: float) -> FolderSource:
+def takes_columns(data: str) -> bool:
+    """Whether a data set has columns that can be named: a table, shards, or a folder with metadata."""
+    kind, folder = kind_of(data), Path(data).expanduser()
+    return kind in ("table", "shards") or any((folder / part / name).is_file() for part in ("", "train") for name in METADATA)
+
+
+def _open_folder(
+    data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color
+) -> FolderSource:
     folder = Path(data).expanduser()
     if not folder.is_dir():
         others = "fashion-mnist, .parquet files, a Hub name owner/name, or .tar shards"
         raise UserError(f"data '{data}': no such folder, and none of {others}")
-    if split not in splits(data):
+    parts = splits(data)
+    if split not in parts:
         raise UserError(f"data '{data}' has no test/ folder: add one, or hold a share of its images out")
     root = _split_root(folder, split)
-    files, label_names, captions = _listing(root)
-    class_names = class_names_of(_listing(_split_root(folder, "train"))[1] if split == "test" else label_names)
-    labels = numbered(label_names, class_names, str(root))
-    return FolderSource(data, root, files, labels, class_names, captions, channels, max_bad_share)
+    listing = list_folder(root, columns)
+    if len(parts) == 2 and split == "train":
+        for reason, names in account_beside(folder, parts).left_out.items():
+            listing.account.left_out.setdefault(reason, names)
+    labels_of_train = listing.labels
+    if split == "test":
+        labels_of_train = list_folder(_split_root(folder, "train"), columns, with_captions=False).labels
+    class_names = class_names_of(labels_of_train)
+    labels = numbered(listing.labels, class_names, str(root))
+    return FolderSource(data, root, listing, labels, class_names, channels, max_bad_share, background)
 
 
 def splits(data: str, streaming: bool = False) -> tuple[str, ...]:
@@ -152,87 +166,48 @@ def splits(data: str, streaming: bool = False) -> tuple[str, ...]:
     return ("train", "test") if two else ("train",)
 
 
-def held_out(source: ImageSource, share: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """(train_indices, held_out_indices), int64 and ascending: a fixed function of the number of images, share and seed.
+def held_out(source: ImageSource, share: float, seed: int, rule: str = "per_class") -> tuple[torch.Tensor, torch.Tensor]:
+    """(train_indices, held_out_indices), int64 and ascending: a fixed function of the labels, the share, the seed and the rule.
 
-    At least one image is held out and at least one kept; share is in (0, 1).
+    rule: "per_class" holds out about the share of each class and never a class's only image, so none where every class has
+    one image; "random", the rule of earlier versions, draws from all images alike. Without labels both are one: at least
+    one image is held out and at least one kept. share is in (0, 1).
     """
     n = len(source)
+    if rule not in HELD_OUT_RULES:
+        raise UserError(f"held_out_rule '{rule}': valid are {', '.join(HELD_OUT_RULES)}")
     if not 0 < share < 1 or n < 2:
         raise UserError(f"held-out share {share:g} of {n} images: needs a share between 0 and 1 and at least 2 images")
-    count = min(n - 1, max(1, round(share * n)))
     order = permutation(n, seed, "held-out")
-    return order[count:].sort().values, order[:count].sort().values
+    count = min(n - 1, max(1, round(share * n)))
+    if rule == "random" or source.labels is None:
+        return order[count:].sort().values, order[:count].sort().values
+    labels = source.labels[order].numpy()
+    quotas = _per_class(np.bincount(labels), share, count, seed)
+    taken = np.zeros(n, dtype=bool)
+    for c, quota in enumerate(quotas):
+        taken[(labels == c).nonzero()[0][:quota]] = True
+    apart = torch.from_numpy(taken)
+    return order[~apart].sort().values, order[apart].sort().values
+
+
+def _per_class(sizes: np.ndarray, share: float, count: int, seed: int) -> np.ndarray:
+    """How many images of each class are held out, int64 [K]: about its share, `count` in all where that leaves every class one.
+
+    Each class gives the whole part of its share; what is left of `count` comes from the largest remainders.
+    """
+    spare = np.maximum(sizes - 1, 0)
+    quotas = np.minimum(np.floor(share * sizes).astype(np.int64), spare)
+    places = np.empty(len(sizes), dtype=np.int64)
+    places[permutation(len(sizes), seed, "held-out classes").numpy()] = np.arange(len(sizes))  # who comes first among equals
+    while quotas.sum() < count and (quotas < spare).any():
+        rest = np.where(quotas < spare, share * sizes - quotas, -np.inf)
+        quotas[np.lexsort((places, -rest))[0]] += 1
+    return quotas
 
 
 def _split_root(folder: Path, split: str) -> Path:
     return folder / split if len(splits(str(folder))) == 2 else folder
-
-
-def _listing(root: Path) -> tuple[list[str], list[str] | None, list[tuple[str, ...]] | None]:
-    """(files relative to root, class name of each | None, captions of each | None), sorted by file name."""
-    for name in ("metadata.jsonl", "metadata.csv"):
-        if (root / name).is_file():
-            return _read_metadata(root / name)
-    flat = [p.name for p in root.iterdir() if _is_image(p)]
-    nested = {p.name: _images_below(p) for p in root.iterdir() if p.is_dir() and not p.name.startswith((".", "__"))}
-    nested = {name: files for name, files in nested.items() if files}
-    if flat and nested:
-        raise UserError(
-            f"{root} has images both beside and inside its sub-folders ({sorted(flat)[0]}, {sorted(nested)[0]}/): "
-            "move every image into a class folder, or all into one"
-        )
-    if not flat and not nested:
-        raise UserError(f"{root} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}), in it or in class sub-folders")
-    if flat:
-        return sorted(flat), None, None
-    pairs = sorted((f"{name}/{file}", name) for name, files in nested.items() for file in files)
-    return [file for file, _ in pairs], [name for _, name in pairs], None
-
-
-def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file()
-
-
-def _images_below(folder: Path) -> list[str]:
-    return [p.relative_to(folder).as_posix() for p in folder.rglob("*") if _is_image(p)]
-
-
-def _read_metadata(path: Path) -> tuple[list[str], list[str] | None, list[tuple[str, ...]] | None]:
-    rows: list[tuple[str, str | None, tuple[str, ...] | None, int]] = []
-    for number, row in _metadata_rows(path):
-        if not isinstance(row, dict) or not isinstance(row.get("file_name"), str) or not row["file_name"]:
-            raise UserError(f"{path} line {number}: needs file_name, and label or text")
-        if leaves(path.parent, row["file_name"]):
-            shown = repr(row["file_name"][:200])
-            raise UserError(f"{path} line {number}: file_name {shown} is not inside {path.parent}; copy it there")
-        label = None if row.get("label") in (None, "") else str(row["label"])
-        rows.append((row["file_name"], label, captions_of(row.get("text"), f"{path} line {number}"), number))
-    if not rows:
-        raise UserError(f"{path} has no rows: each needs file_name, and label or text")
-    rows.sort(key=lambda row: row[0])
-    for place, column in ((1, "label"), (2, "text")):
-        missing = [row[3] for row in rows if row[place] is None]
-        if missing and len(missing) < len(rows):
-            raise UserError(f"{path} line {min(missing)}: has no {column} although other lines do")
-    labels = [row[1] for row in rows if row[1] is not None]
-    captions = [row[2] for row in rows if row[2] is not None]
-    return [row[0] for row in rows], labels or None, captions or None
-
-
-def _metadata_rows(path: Path) -> Iterable[tuple[int, object]]:
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            if path.suffix == ".csv":
-                yield from enumerate(csv.DictReader(stream), start=2)
-                return
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield number, json.loads(line)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{path}: not UTF-8 text, or not a table ({one_line(error)})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} line {number}: not JSON ({error})") from error
 
 
 def _fashion_mnist(split: str, channels: int) -> ArraySource:

@@ -16,14 +16,23 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.files import File, Header, inspect, one_line
-from latentdiff.data.images import Columns, EncodedImages, all_or_none, captions_of, class_names_of, in_threads, numbered
+from latentdiff.data.accounts import Account
+from latentdiff.data.files import WHITE, Color, File, Header, image_suffixes, inspect, one_line
+from latentdiff.data.images import (
+    TEXT_COLUMNS,
+    Columns,
+    EncodedImages,
+    all_or_none,
+    captions_of,
+    class_names_of,
+    in_threads,
+    numbered,
+)
 from latentdiff.data.patterns import expand
 from latentdiff.errors import UserError
 
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves in a folder
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(:[\w.-]+)?")
-TEXT_COLUMNS = ("text", "caption")
 
 
 def is_table_folder(folder: Path) -> bool:
@@ -61,6 +70,7 @@ class TableSource(EncodedImages):
         captions: list[tuple[str, ...]] | None,
         channels: int | None,
         max_bad_share: float,
+        background: Color = WHITE,
     ):
         import datasets
 
@@ -68,7 +78,7 @@ class TableSource(EncodedImages):
         self._table, self._column = table.cast_column(image_column, datasets.Image(decode=False)), image_column
         headers = in_threads(self._header, range(len(table)))
         files = [f"row {row}" for row in range(len(table))]
-        super().__init__(name, f"{name} ", files, headers, labels, class_names, captions, channels, max_bad_share)
+        super().__init__(name, f"{name} ", files, headers, labels, class_names, captions, channels, max_bad_share, background)
 
     def open(self, i: int) -> File:
         return self._encoded(self.rows[i])
@@ -77,6 +87,8 @@ class TableSource(EncodedImages):
         file = self._encoded(row)
         if isinstance(file, Path) and not _is_fetched(file):
             return f"the table has its path alone ({file}), not its bytes"
+        if isinstance(file, BytesIO) and not file.getbuffer().nbytes:
+            return "the row has no image"
         return inspect(file)
 
     def _encoded(self, row: int) -> File:
@@ -87,7 +99,9 @@ class TableSource(EncodedImages):
         return BytesIO(image.get("bytes") or b"")
 
 
-def open_table(data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns) -> TableSource:
+def open_table(
+    data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color = WHITE
+) -> TableSource:
     """The table that `data` names: parquet files, a folder, or a Hub name.
 
     Columns that are not named: the one column of images, else `image`; `label`, where it has classes, whole numbers or
@@ -98,23 +112,30 @@ def open_table(data: str, split: str, channels: int | None, max_bad_share: float
     if split not in table_splits(data):
         raise UserError(f"data '{data}' has no test split; hold a share of its images out")
     table = _load(data, split)
-    described = Loaded(table)
+    described, account = Loaded(table), Account()
     image, labels, class_names, captions = describe(
-        described, lambda: described if split == "train" else Loaded(_load(data, "train")), data, columns
+        described, lambda: described if split == "train" else Loaded(_load(data, "train")), data, columns, account
     )
-    return TableSource(data, table, image, labels, class_names, captions, channels, max_bad_share)
+    source = TableSource(data, table, image, labels, class_names, captions, channels, max_bad_share, background)
+    source.account = account
+    return source
 
 
 def describe(
-    table: Any, load_train: Callable[[], Any], data: str, columns: Columns
+    table: Any, load_train: Callable[[], Any], data: str, columns: Columns, account: Account
 ) -> tuple[str, list[int] | None, list[str], list[tuple[str, ...]] | None]:
     """(the column of images, labels, class names, captions) of a table; classes are those of load_train()'s.
 
-    table: has features (of `datasets`), column_names and values(column).
+    table: has features (of `datasets`), column_names and values(column). Its other columns, and images in a folder of
+    parquet files, go into the account as not used.
     """
     image = _image_column(table, columns.image, data)
     label = _column(table, columns.label, ("label",), _is_label, "label_column", "classes, whole numbers or strings", data)
     text = _column(table, columns.text, TEXT_COLUMNS, _is_text, "text_column", "strings or lists of strings", data)
+    for name in table.column_names:
+        if name not in (image, label, text):
+            account.remark("column that is not used", name)
+    note_images_beside(Path(data).expanduser(), account)
     names = None if label is None else _label_names(table, label, data)
     train = table if label is None else load_train()
     if label is None or names is None:
@@ -128,6 +149,14 @@ def describe(
         texts = [captions_of(value, f"{data} row {row}") for row, value in enumerate(table.values(text))]
         captions = all_or_none(texts, text, lambda row: f"{data} row {row}")
     return image, numbered(names, class_names, data), class_names, captions
+
+
+def note_images_beside(folder: Path, account: Account) -> None:
+    """Name the image files of a folder that is read as a table."""
+    if folder.is_dir():
+        for path in sorted(folder.rglob("*")):
+            if path.suffix.lower() in image_suffixes() and path.is_file():
+                account.leave_out("lies in a folder of tables, which are read instead", path.relative_to(folder).as_posix())
 
 
 def table_splits(data: str) -> tuple[str, ...]:

@@ -9,11 +9,11 @@ from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO
 
-from latentdiff.data.files import Header, hash_ends, inspect, one_line
-from latentdiff.data.images import IMAGE_SUFFIXES, Columns, captions_of
+from latentdiff.data.files import ADVICE, Header, hash_ends, image_suffixes, inspect, one_line, why_not_read
+from latentdiff.data.images import TEXT_COLUMNS, Columns, captions_of
 from latentdiff.errors import UserError
 
-FORMAT = 1  # of the index as it is kept on disk
+FORMAT = 2  # of the index as it is kept on disk; 1 knew fewer suffixes
 BLOCK = tarfile.BLOCKSIZE
 COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # WebDataset: the key is all up to the first dot of the last part
@@ -49,10 +49,14 @@ class Sample:
 
 @dataclass
 class _Parts:
-    """Of one sample: (offset, size, header, ends) of each image by its extension, and the bytes of its other members."""
+    """Of one sample: (offset, size, header, ends) of each image by its extension, and the bytes of its other members.
+
+    unread: extensions of members that are images, or the like, of a kind that is not read.
+    """
 
     images: dict[str, tuple[int, int, Header, str]] = field(default_factory=dict)
     sides: dict[str, bytes] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
 def index_shard(stream: BinaryIO, length: int, shard: str, columns: Columns) -> list[Sample]:
@@ -77,8 +81,10 @@ def _parts(stream: BinaryIO, length: int, shard: str) -> dict[str, _Parts]:
         with tarfile.open(fileobj=stream, mode="r:") as archive:
             for member in archive:
                 name = MEMBER.fullmatch(member.name.removeprefix("./"))
-                if member.isreg() and name and (name[2] in SIDES or _suffix(name[2]) in IMAGE_SUFFIXES):
+                if member.isreg() and name and (name[2] in SIDES or _suffix(name[2]) in image_suffixes()):
                     _take(found.setdefault(name[1], _Parts()), name[2], stream, member, shard)
+                elif member.isreg() and name and _suffix(name[2]) in ADVICE:
+                    found.setdefault(name[1], _Parts()).unread.append(name[2])
             end = archive.offset
     except tarfile.TarError as error:
         raise UserError(f"{shard}: cut short, or not a tar archive ({one_line(error)})") from error
@@ -113,6 +119,11 @@ def _take(parts: _Parts, extension: str, stream: BinaryIO, member: tarfile.TarIn
 
 
 def _sample(key: str, parts: _Parts, where: str, columns: Columns) -> Sample:
+    row = _json(parts.sides.get("json"), where)
+    label = _label(parts.sides, row, columns.label, where)
+    captions = _captions(parts.sides, row, columns.text, where)
+    if parts.unread and not parts.images:
+        return Sample(key, parts.unread[0], 0, 0, why_not_read(_suffix(parts.unread[0])), "", label, captions)
     extension = columns.image
     if extension is None and len(parts.images) > 1:
         raise UserError(f"{where} has several images ({', '.join(parts.images)}): name one of these as image_column")
@@ -122,9 +133,6 @@ def _sample(key: str, parts: _Parts, where: str, columns: Columns) -> Sample:
         wanted = f"{extension}, its images are {', '.join(parts.images)}" if parts.images and extension else "image"
         raise UserError(f"{where} has no {wanted}")
     offset, size, header, ends = parts.images[extension]
-    row = _json(parts.sides.get("json"), where)
-    label = _label(parts.sides, row, columns.label, where)
-    captions = _captions(parts.sides, row, columns.text, where)
     return Sample(key, extension, offset, size, header, ends, label, captions)
 
 
@@ -160,5 +168,5 @@ def _captions(sides: dict[str, bytes], row: dict[str, Any], column: str | None, 
             return captions_of(sides["txt"].decode("utf-8").strip(), where)
         except UnicodeDecodeError as error:
             raise UserError(f"{where}: its txt is not UTF-8 text ({one_line(error)})") from error
-    found = [row[name] for name in ([column] if column else ("text", "caption")) if row.get(name) not in (None, "", [])]
+    found = [row[name] for name in ([column] if column else TEXT_COLUMNS) if row.get(name) not in (None, "", [])]
     return captions_of(found[0], where) if found else None

@@ -20,7 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentdiff.data.files import one_line
+from latentdiff.data.files import WHITE, Color, one_line
 from latentdiff.data.images import Columns, EncodedImages, all_or_none, class_names_of, numbered
 from latentdiff.data.patterns import expand
 from latentdiff.data.tarindex import FORMAT, Sample, index_shard
@@ -113,13 +113,14 @@ class WebShardSource(EncodedImages):
         captions: list[tuple[str, ...]] | None,
         channels: int | None,
         max_bad_share: float,
+        background: Color = WHITE,
     ):
         self._shards, self._samples = shards, samples
         place = os.path.commonprefix([shard.file for shard in shards])
         place = place[: place.rfind("/") + 1]
         files = [f"{shards[k].file[len(place) :]}/{sample.member}" for k, sample in samples]
         headers = [sample.header for _, sample in samples]
-        super().__init__(name, place, files, headers, labels, class_names, captions, channels, max_bad_share)
+        super().__init__(name, place, files, headers, labels, class_names, captions, channels, max_bad_share, background)
 
     def open(self, i: int) -> BinaryIO:
         k, sample = self._samples[self.rows[i]]
@@ -134,12 +135,15 @@ def is_shards(data: str) -> bool:
     return bool(ARCHIVE.search(data))
 
 
-def open_shards(data: str, channels: int | None, max_bad_share: float, columns: Columns) -> WebShardSource:
+def open_shards(
+    data: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color = WHITE
+) -> WebShardSource:
     """The shards that a pattern names: braces ({000..127}, {a,b}) anywhere, * and ? except at http(s)://.
 
     A sample is what shares a member's name up to its first dot. The image is its png, jpg, jpeg, webp, …; the label its
     cls, a whole number, else `label` of its json; captions its txt, else `text` or `caption` of its json. In columns,
     image is the extension of the image where there are several, label and text are keys of the json.
+    A sample whose only image is of a kind that is not read here counts as an unreadable image.
     UserError: a shard is missing, compressed, cut short or damaged; a sample has no image; or some have no label or
     caption although others do. The message names the shard and the sample.
     """
@@ -163,7 +167,7 @@ def open_shards(data: str, channels: int | None, max_bad_share: float, columns: 
             raise UserError(f"data '{data}': no sample has {column} in its json")
     class_names = class_names_of(names)
     return WebShardSource(
-        data, shards, samples, numbered(names, class_names, data), class_names, captions, channels, max_bad_share
+        data, shards, samples, numbered(names, class_names, data), class_names, captions, channels, max_bad_share, background
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.report import psnr, ssim
 from latentdiff.data.images import Columns
 from latentdiff.data.preprocess import ImageDataset, Preprocess
-from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_source, splits
+from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_source, splits, takes_columns
 from latentdiff.errors import UserError
 from latentdiff.evaluation import curve
 from latentdiff.evaluation.features import FeatureSpace
@@ -45,22 +45,30 @@ def reference_sets(
     held_out_share: float = 0.05,
     columns: Columns = USUAL_COLUMNS,
     streaming: bool = False,
+    held_out_rule: str = "per_class",
+    max_bad_share: float = 0.01,
     split_seed: int = 0,
 ) -> tuple[ImageDataset, ImageDataset]:
     """(train, test) images of a data set, as the autoencoder sees them (preprocess) or as they are (None).
 
     test is the data set's own test split where it has one, else the share of its images that training held out.
-    columns: of a table or shards; a folder has none. streaming: of a table (see open_source).
+    columns: of data that has columns (see takes_columns). streaming: of a table (see open_source).
+    UserError where training could hold nothing out, because every class has one image.
     """
     preprocess = preprocess or Preprocess()
-    kind, channels = kind_of(data), preprocess.channels
-    columns, streaming = columns if kind in ("table", "shards") else USUAL_COLUMNS, streaming and kind == "table"
-    source = open_source(data, "train", channels, columns=columns, streaming=streaming)
+    channels, background = preprocess.channels, preprocess.background
+    columns, streaming = columns if takes_columns(data) else USUAL_COLUMNS, streaming and kind_of(data) == "table"
+    source = open_source(data, "train", channels, max_bad_share, columns, streaming, background)
     if "test" in splits(data, streaming):
         train = ImageDataset(source, preprocess)
-        test = open_source(data, "test", channels, columns=columns, streaming=streaming)
+        test = open_source(data, "test", channels, max_bad_share, columns, streaming, background)
         return train, ImageDataset(test, train.preprocess)
-    kept, apart = held_out(source, held_out_share, split_seed)
+    kept, apart = held_out(source, held_out_share, split_seed, held_out_rule)
+    if not len(apart):
+        raise UserError(
+            f"data '{data}': each class has one image, so none was held out of training to compare with; "
+            "give a folder with train/ and test/"
+        )
     return ImageDataset(source, preprocess, kept), ImageDataset(source, preprocess, apart)
 
 

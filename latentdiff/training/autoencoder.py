@@ -53,6 +53,7 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     work = _work(config, images, parts, accelerator, output)
     progress = loop.resume(output, work, accelerator) if resume else loop.Progress()
     run.announcement(accelerator, config.train, precision)()
+    images.say()
     if accelerator.is_main_process:
         run.write_config(output, config)
     with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:

@@ -51,7 +51,8 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
         raise UserError(f"model: a classifier has only widths, a list of two numbers ({error})") from None
     codec, images = open_inputs(config, accelerator.device)
     if images.train.labels is None:
-        raise UserError(f"data.source {config.data.source}: has no classes to tell apart; add class folders")
+        why = images.train.source.unlabelled or "has no classes to tell apart; add class folders"
+        raise UserError(f"data.source {config.data.source}: {why}")
     config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, codec, images))
     accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
     announce = run.announcement(accelerator, config.train, precision)
@@ -63,6 +64,7 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
         classes = len(latents.images.class_names)
         net = LatentClassifier(latents.cache.latent_shape[0], classes, stated, **config.model).to(accelerator.device)
     announce()
+    latents.images.say()
     run.write_config(output, config)
     _fit(config, net, latents, latents.cache.labels, levels, accelerator, output)
     net.info = _info(config, net.eval(), latents, accelerator.device)

@@ -140,12 +140,13 @@ def check_data(config: DiffusionConfig, images: Images) -> None:
         apart = "" if part is images.train else " in its held-out part"
         if takes(config.condition, "class") and part.labels is None:
             raise UserError(
-                f"data.source {source}: has no classes{apart}; set condition.type=none (or text), or add class folders"
+                f"data.source {source}: {part.source.unlabelled or f'has no classes{apart}'}; "
+                "or set condition.type=none (or text), or add class folders"
             )
         if takes(config.condition, "text") and part.source.captions is None:
             raise UserError(
-                f"data.source {source}: has no captions{apart}; add a metadata.jsonl with file_name and text, or set "
-                "condition.type=class or none"
+                f"data.source {source}: has no captions{apart}; add a caption beside each image (a.png and a.txt), or a "
+                "metadata.jsonl with file_name and text, or set condition.type=class or none"
             )
 
 

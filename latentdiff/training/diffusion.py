@@ -97,6 +97,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     work = _work(config, parts, accelerator, output)
     progress = loop.resume(output, work, accelerator) if resume else loop.Progress()
     announce()
+    latents.images.say()
     if accelerator.is_main_process:
         run.write_config(output, config)
         if parts.ema.memory() > config.train.steps / 2:

@@ -41,6 +41,7 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
         raise UserError("stage: features trains in one process; start it without accelerate launch")
     config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, images.train))
     run.announcement(accelerator, config.train, precision)()
+    images.say()
     net = train_features(
         images.train,
         test=images.held_out,
@@ -90,7 +91,8 @@ def train_features(
         UserError: the data have no class labels.
     """
     if dataset.labels is None or not dataset.class_names:
-        raise UserError(f"data '{dataset.source.name}' has no class labels, which a feature network learns from")
+        why = f": {dataset.source.unlabelled}" if dataset.source.unlabelled else ""
+        raise UserError(f"data '{dataset.source.name}' has no class labels, which a feature network learns from{why}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         net = FeatureNet(dataset.batch([0])[0].shape[1], len(dataset.class_names), widths, name, normed=True)

@@ -36,8 +36,18 @@ def encode_part(
     codec, images = opened
     folder = cache_folder(config)
     size = config.cache.shard_size
-    made_of = build_shards(codec, images.train, folder, config.data.flips, config.cache.batch_size, "float16", size, progress,
-                           rank, world)  # fmt: skip
+    made_of = build_shards(
+        codec,
+        images.train,
+        folder,
+        config.data.flips,
+        config.cache.batch_size,
+        "float16",
+        size,
+        images.saying(progress),
+        rank,
+        world,
+    )
     missing = missing_shards(folder, made_of)
     if not missing:
         finish_cache(images.train, folder, made_of)
@@ -75,7 +85,7 @@ def prepare_latents(
     codec, images = opened or open_inputs(config, accelerator.device)
     cache = build_cache(
         codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
-        shard_size=config.cache.shard_size, progress=progress, rank=accelerator.process_index,
+        shard_size=config.cache.shard_size, progress=images.saying(progress), rank=accelerator.process_index,
         world=accelerator.num_processes,
     )  # fmt: skip
     if config.normaliser == "measured":

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from latentdiff import processes, signals
-from latentdiff.config import OptimizerConfig, Section, TrainConfig
+from latentdiff.config import OptimizerConfig, Section, TrainConfig, keep_split
 from latentdiff.errors import UserError
 from latentdiff.training import sharding, state
 
@@ -229,7 +229,9 @@ def check_output(output: Path, config: Section, resume: bool) -> None:
     if not record.is_file():
         raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
     try:
-        key = first_difference(json.loads(record.read_text()), config)
+        tree = json.loads(record.read_text())
+        keep_split(config, tree)
+        key = first_difference(tree, config)
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{record}: damaged ({' '.join(str(error).split())[:80]}), so nothing says what run this is") from None
     if key is not None:
@@ -258,6 +260,9 @@ def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:
     if "condition" in type(config).model_fields and isinstance(condition, dict):
         # Before there was this key, class and text were never dropped together
         tree = {**tree, "condition": {"joint_dropout": 0.0, **condition}}
+    data = tree.get("data")
+    if isinstance(data, dict) and "held_out" in data:  # one without a rule is of a version that knew no other
+        tree = {**tree, "data": {"held_out_rule": "random", **data}}
     try:
         return type(config).model_validate(tree).model_dump(mode="json")
     except ValidationError:

@@ -1,0 +1,82 @@
+"""What became of every file of a data set: used, used with something to know, or left out and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+LISTED = 100  # names kept for one reason; the count goes on
+SHOWN = 3  # names in a line on stderr
+
+
+@dataclass
+class Names:
+    """How many files one reason holds for, and the first of their names."""
+
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if len(self.first) < LISTED:
+            self.first.append(printable(name))
+
+    def short(self) -> str:
+        """The count with a few names, for a line of text."""
+        rest = ", …" if self.count > SHOWN else ""
+        return f"{self.count} ({', '.join(self.first[:SHOWN])}{rest})"
+
+    def as_json(self) -> dict[str, Any]:
+        return {"count": self.count, "names": list(self.first)}
+
+
+@dataclass
+class Account:
+    """The files of one data set that were not used, or were used otherwise than one may expect.
+
+    left_out: {reason: files that are not used}. remarks: {what to know: files that are used}. Names are relative to the
+    data set's folder; a folder's name ends in a slash.
+    """
+
+    left_out: dict[str, Names] = field(default_factory=dict)
+    remarks: dict[str, Names] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, name: str) -> None:
+        self.left_out.setdefault(reason, Names()).add(name)
+
+    def remark(self, what: str, name: str) -> None:
+        self.remarks.setdefault(what, Names()).add(name)
+
+    def with_unreadable(self, bad: dict[str, str]) -> Account:
+        """The same with the images that could not be read, as a source's `bad` has them: {file: reason}."""
+        left_out = dict(self.left_out)
+        if bad:
+            names = Names()
+            for file, reason in bad.items():
+                names.add(f"{file}: {reason}")
+            left_out["cannot be read as an image"] = names
+        return Account(left_out, self.remarks)
+
+    def lines(self) -> list[str]:
+        """One short line for each reason."""
+        texts = [f"not used, {reason}: {names.short()}" for reason, names in self.left_out.items()]
+        return texts + [f"{what}: {names.short()}" for what, names in self.remarks.items()]
+
+    def as_json(self) -> dict[str, Any]:
+        """{"left_out": {reason: {"count", "names"}}, "remarks": likewise}, each with LISTED names at most."""
+        return {
+            "left_out": {reason: names.as_json() for reason, names in self.left_out.items()},
+            "remarks": {what: names.as_json() for what, names in self.remarks.items()},
+        }
+
+
+def printable(name: str) -> str:
+    """A file's name that any terminal and any JSON reader takes: control characters and broken bytes are written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
+
+
+def listed(names: Iterable[str], limit: int = SHOWN) -> str:
+    """The first few of many names, for a line of text."""
+    names = list(names)
+    return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")
