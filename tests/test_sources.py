@@ -237,6 +237,40 @@ def test_array_fingerprint_follows_pixels_and_labels():
     assert len(prints | {ArraySource("x", other, None).fingerprint()}) == 3
 
 
+def of_classes(*sizes: int) -> ArraySource:
+    labels = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    return ArraySource("x", np.zeros((sum(sizes), 2, 2, 1), np.uint8), labels, [str(k) for k in range(len(sizes))])
+
+
+def test_each_class_gives_its_share_and_never_its_only_image():
+    source = of_classes(200, 100, 40, 1, 1, 2, 3)
+    train, apart = held_out(source, 0.1, seed=0)
+    assert sorted(torch.cat([train, apart]).tolist()) == list(range(347))
+    assert torch.bincount(source.labels[train], minlength=7).min() >= 1
+    counts = torch.bincount(source.labels[apart], minlength=7).tolist()
+    assert counts[:3] == [20, 10, 4] and counts[3:5] == [0, 0] and sum(counts) == 35  # the rest by the largest remainder
+    assert counts[6] == 1 and counts[5] == 0
+    assert not torch.equal(held_out(source, 0.1, seed=1)[1], apart) and torch.equal(held_out(source, 0.1, 0)[1], apart)
+
+
+def test_many_small_classes_keep_one_image_each_and_alone_give_none():
+    pairs = of_classes(*[2] * 40)
+    train, apart = held_out(pairs, 0.05, seed=0)
+    assert len(apart) == 4 and len(set(pairs.labels[apart].tolist())) == 4 and len(set(pairs.labels[train].tolist())) == 40
+    assert len(held_out(pairs, 0.9, seed=0)[1]) == 40  # one of each, however large the share
+    train, apart = held_out(of_classes(*[1] * 40), 0.05, seed=0)
+    assert len(apart) == 0 and train.tolist() == list(range(40))
+
+
+def test_the_rule_of_earlier_versions_draws_the_images_it_drew():
+    labelled, plain = of_classes(30, 20), ArraySource("x", np.zeros((50, 2, 2, 1), np.uint8), None)
+    before = [4, 12, 27, 45, 46]
+    for source, rule in ((labelled, "random"), (plain, "random"), (plain, "per_class")):
+        assert held_out(source, 0.1, 0, rule)[1].tolist() == before
+    with pytest.raises(UserError, match="held_out_rule 'x': valid are per_class, random"):
+        held_out(plain, 0.1, 0, "x")
+
+
 def test_held_out_is_a_fixed_disjoint_share():
     source = ArraySource("x", np.zeros((50, 2, 2, 1), np.uint8), None)
     train, kept = held_out(source, 0.1, seed=3)

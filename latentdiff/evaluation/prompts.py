@@ -31,16 +31,17 @@ def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: i
     part: which images these are, a key of PARTS.  UserError where they have no captions; data: what the user called them.
     """
     captions = images.captions()
-    if captions is None:
+    if captions is None or not any(any(texts) for texts in captions):
         has = f"its {PARTS[part]} images have no captions, and this model is told by text what to draw"
         raise UserError(f"--data {data}: {has}; add a metadata.jsonl with file_name and text, or name the text column")
-    order = permutation(len(images), seed, "prompts")
-    rounds, rest = divmod(count, len(images))
-    places = [(i, n) for n in range(rounds) for i in range(len(images))]
-    places += [(i, rounds) for i in order[:rest].sort().values.tolist()]
+    captioned = [i for i, texts in enumerate(captions) if any(texts)]  # where some have none, theirs is the empty prompt
+    order = permutation(len(captioned), seed, "prompts")
+    rounds, rest = divmod(count, len(captioned))
+    places = [(i, n) for n in range(rounds) for i in captioned]
+    places += [(captioned[i], rounds) for i in order[:rest].sort().values.tolist()]
     texts = [captions[i][derive_seed(seed, "prompts", i, n) % len(captions[i])] for i, n in places]
     facts = {
-        "captions_of": f"{PARTS[part]} images", "captioned_images": min(count, len(images)), "different": len(set(texts)),
+        "captions_of": f"{PARTS[part]} images", "captioned_images": min(count, len(captioned)), "different": len(set(texts)),
         "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }  # fmt: skip
     return Prompts(texts, None if images.labels is None else images.labels[[i for i, _ in places]], facts)

@@ -87,7 +87,8 @@ def _opens(data: DataConfig) -> bool:
 
 def image_shape(data: DataConfig, images: Images | None, factor: int, notes: Notes) -> tuple[int, int, int] | None:
     """(C, H, W) of the tensors; None with a note where the config leaves the size to images that are not there."""
-    rule = images.preprocess if images else Preprocess(data.size, data.channels, data.framing, math.lcm(factor, data.multiple_of))
+    multiple = math.lcm(factor, data.multiple_of)
+    rule = images.preprocess if images else Preprocess(data.size, data.channels, data.framing, multiple)
     if rule.size is None:
         notes.unknown["shapes"] = "data.size is not set and the images are not there; set data.size to plan without them"
         return None

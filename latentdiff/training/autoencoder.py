@@ -291,6 +291,8 @@ def _finish(config: AutoencoderConfig, images: Images, parts: Parts, accelerator
     vae.save_pretrained(output / "autoencoder", safe_serialization=True)
     codec = LatentCodec(load_autoencoder(str(output / "autoencoder")))
     report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
+    if images.nothing_held_out:
+        report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
     write_report(output, report, pairs)
 
 

@@ -148,6 +148,13 @@ def check_data(config: DiffusionConfig, images: Images) -> None:
                 f"data.source {source}: has no captions{apart}; add a caption beside each image (a.png and a.txt), or a "
                 "metadata.jsonl with file_name and text, or set condition.type=class or none"
             )
+        if takes(config.condition, "text"):
+            without = sum(not any(texts) for texts in part.source.captions)
+            if 2 * without > len(part.source):
+                raise UserError(
+                    f"data.source {source}: {without} of {len(part.source)} images{apart} have no caption; add them, or set "
+                    "condition.type=class or none"
+                )
 
 
 @dataclass
