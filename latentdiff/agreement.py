@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError
+from latentdiff.errors import NotFiniteError, UserError
 
 LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
@@ -59,6 +59,8 @@ def agreement(
                 found = estimate(denoiser, x0, noise, log_snr, **given)
                 if found is None:
                     continue
+                if not bool(found.isfinite().all()):
+                    raise NotFiniteError(f"{models[i]}: its U-Net's output is not finite at log-SNR {log_snr:g}")
                 first = found if i == 0 else first
                 errors[i][j].append((found - x0).square().flatten(1).mean(1))
                 if first is not None:

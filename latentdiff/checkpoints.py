@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from latentdiff.errors import UserError
 from latentdiff.folders import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
+from latentdiff.hashes import write_hashes
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -100,6 +101,7 @@ def publish(
             pipeline.save_pretrained(new)
         if type(text_encoder).__name__ == "CLIPTextModel":
             prefix_names(new / "text_encoder" / TEXT_WEIGHTS, "text_model.")
+            write_hashes(new / "text_encoder")
         for part in new.glob("*/config.json"):
             part.write_text(json.dumps({k: v for k, v in read_json(part).items() if k != "_name_or_path"}, indent=2) + "\n")
         (new / META).write_text(text, encoding="utf-8")
@@ -195,10 +197,11 @@ def short_card(record: Mapping[str, Any]) -> str:
     )
 
 
-def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> "LatentDiffusionPipeline":
+def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = True) -> "LatentDiffusionPipeline":
     """The pipeline of a checkpoint, or of any folder in Stable Diffusion's layout, on the CPU, in evaluation mode.
 
     Runs the installed pipeline, never the pipeline.py of the folder. Weights may be of a variant, or in shards.
+    verify: hold weight files against the hashes that were published beside them, about a second a gigabyte.
 
     Raises:
         UserError: the folder or one of its files is missing, truncated, corrupt, pickled, or not of this kind.
@@ -206,7 +209,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32) -> "LatentDiffu
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     folder = Path(folder)
-    models = {name: load_part(folder / name, kind, dtype) for name, kind in check(folder).items()}
+    models = {name: load_part(folder / name, kind, dtype, verify) for name, kind in check(folder).items()}
     try:
         with quiet():
             pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **models)

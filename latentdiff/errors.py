@@ -1,4 +1,4 @@
-"""The one exception that stands for a user's mistake."""
+"""The exceptions that stand for a user's mistake, or for files and weights that are damaged."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class UserError(ValueError):
 
 class ReportedElsewhere(UserError):
     """The same mistake in the other processes of a launch: the first one prints it, and these end with status 2 in silence."""
+
+
+class NotFiniteError(UserError, FloatingPointError):
+    """A result that holds NaN or infinity, so that nothing may be made of it; the line names what gave it."""

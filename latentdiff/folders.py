@@ -14,6 +14,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from latentdiff.errors import UserError
+from latentdiff.hashes import check_hashes
+from latentdiff.networks import first_non_finite
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"  # transformers' own name
@@ -143,10 +145,11 @@ def _check_size(file: Path, config: dict[str, Any], weights: list[Path], kind: A
             raise UserError(f"{shown}: {held} bytes are too few for the {wanted} weights that {file.name} describes")
 
 
-def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32) -> Any:
-    """A diffusers or transformers model, on the CPU, in evaluation mode, with every weight in place.
+def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, verify: bool = True) -> Any:
+    """A diffusers or transformers model, on the CPU, in evaluation mode, with every weight in place and finite.
 
-    where: its folder, or a Hub name. UserError naming the file at fault.
+    where: its folder, or a Hub name. verify: hold the files against the hashes beside them, if any, about a second a
+    gigabyte. UserError naming the file at fault.
     """
     folder, shown, ours = Path(where), str(where), kind.__module__.startswith("diffusers")
     # Without it diffusers would leave a missing weight on no device
@@ -157,6 +160,8 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32) 
             options["variant"], files = weight_files(folder, WEIGHTS if ours else TEXT_WEIGHTS)
             shown = str(files[0] if len(files) == 1 else folder)
             _check_size(folder / "config.json", config, files, kind if ours else None)
+            if verify:
+                check_hashes(files)
         with quiet():
             model, found = kind.from_pretrained(
                 str(where), dtype=dtype, use_safetensors=True, local_files_only=folder.is_dir(), output_loading_info=True,
@@ -172,6 +177,8 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32) 
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(UNUSED))
     if missing:  # diffusers and transformers would leave them at their random initialisation and only log it
         raise UserError(f"{shown}: cannot read the weights: {len(missing)} weights missing, the first is {missing[0]}")
+    if wrong := first_non_finite(model.named_parameters()):
+        raise UserError(f"{shown}: {wrong} is not finite in {str(dtype)[6:]}: damaged, diverged, or too large for that type")
     return model.eval()
 
 

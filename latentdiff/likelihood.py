@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentdiff import ode
 from latentdiff.denoiser import DenoiserLike
-from latentdiff.errors import UserError
+from latentdiff.errors import NotFiniteError, UserError
 from latentdiff.rng import Generators, rand, randn, randn_like
 from latentdiff.tensors import per_sample, widen
 
@@ -123,7 +123,14 @@ def _integrated(
     latent, integrals = last * found.y[:, :dims].reshape(x0.shape), found.y[:, dims:]
     stderr = integrals.std(dim=1) / math.sqrt(count) if count > 1 else torch.full((batch,), math.nan).to(integrals)
     density = schedule.prior_log_prob(latent) + dims * math.log(last / first) + integrals.mean(dim=1)
+    require_finite(density, "log_prob")
     return LogProb(density, latent.to(x0.dtype), found.nfe, torch.zeros_like(stderr) if vectors is None else stderr)
+
+
+def require_finite(nats: Tensor, what: str) -> None:
+    """NotFiniteError where one of nats [B] is NaN or infinite, so that no such number is taken for a density."""
+    if wrong := int((~nats.isfinite()).sum()):
+        raise NotFiniteError(f"{what}: not finite for {wrong} of {len(nats)} samples; the network or its weights have diverged")
 
 
 def drift_and_divergence(denoiser: DenoiserLike, u: Tensor, angle: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -264,7 +271,8 @@ def bound_terms(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator
     signal = (alpha / schedule.prior_std) ** 2 * x0.double().square().flatten(1).sum(1)
     prior = -0.5 * (dims * (ratio - 1 - math.log(ratio)) + signal)
     diffusion = -weight * total
-    return Bound(prior + reconstruction + diffusion, prior, reconstruction, diffusion, spread.sqrt())
+    require_finite(bound := prior + reconstruction + diffusion, "variational bound")
+    return Bound(bound, prior, reconstruction, diffusion, spread.sqrt())
 
 
 def _time_within(schedule, low: float, high: float, k: int, strata: int, x0: Tensor, generator: Generators) -> Tensor:

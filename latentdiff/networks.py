@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from latentdiff.errors import UserError
+from latentdiff.hashes import FILE as HASH_FILE
+from latentdiff.hashes import check_hashes, write_hashes
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -21,14 +23,16 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_network(network: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
-    """Write config and the weights (float32) into folder; each file appears whole or not at all."""
+    """Write config, the weights (float32) and their hash into folder; each file appears whole or not at all."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: value.detach().float().cpu().contiguous() for key, value in network.state_dict().items()}
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
         save_file(state, os.path.join(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
         Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for file in (WEIGHTS_FILE, CONFIG_FILE):
+        write_hashes(scratch)
+        (folder / HASH_FILE).unlink(missing_ok=True)  # else a stop between the files leaves that of other weights
+        for file in (WEIGHTS_FILE, CONFIG_FILE, HASH_FILE):
             os.replace(os.path.join(scratch, file), folder / file)
 
 
@@ -61,6 +65,7 @@ def load_network(
     except (ValueError, LookupError, TypeError, RuntimeError, AttributeError, ArithmeticError, MemoryError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise UserError(f"{config_path}: not the config of a {what} ({reason})") from None
+    check_hashes([weights_path])
     try:
         weights = load_file(weights_path)
         if not all(weight.is_floating_point() for weight in weights.values()):
@@ -68,9 +73,24 @@ def load_network(
         odd = [key for key in sorted({*shapes, *weights}) if key not in weights or shapes.get(key) != weights[key].shape]
         if odd:
             raise RuntimeError(f"{odd[0]} is missing, unknown or of another shape")
+        if wrong := first_non_finite(weights.items()):
+            raise RuntimeError(f"{wrong} is not finite")
         network = build(config)
         network.load_state_dict(weights)
     except (SafetensorError, RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{weights_path}: damaged, or not the weights of its {CONFIG_FILE} ({reason})") from None
     return network.eval().requires_grad_(False).to(device)
+
+
+def first_non_finite(weights: Iterable[tuple[str, torch.Tensor]]) -> str | None:
+    """The name of the first of named tensors that holds NaN or infinity; None where all are finite.
+
+    A sum is not finite where an entry is not, and is much cheaper than a look at each entry; it can overflow besides.
+    """
+    for name, value in weights:
+        if not value.is_floating_point() or bool(value.detach().sum(dtype=torch.float32).isfinite()):
+            continue
+        if not bool(value.isfinite().all()):
+            return name
+    return None

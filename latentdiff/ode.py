@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError
+from latentdiff.errors import NotFiniteError, UserError
 
 
 class Solution(NamedTuple):
@@ -51,7 +51,14 @@ def solve(
     # Imported here: it brings sympy, start-up time that no other command should pay.
     from torchode import AutoDiffAdjoint, Dopri5, InitialValueProblem, IntegralController, ODETerm
 
+    left = (
+        f"the ODE from {variable} = {t0:g} to {t1:g} leaves the finite numbers at rtol {rtol:g}, atol {atol:g}; "
+        "the function is not finite there, or the tolerance lets too long a step through"
+    )
+
     def flat(t: Tensor, state: Tensor) -> Tensor:
+        if not bool(torch.isfinite(t).all()):  # the length of a step comes from the values before it
+            raise NotFiniteError(left)
         return fn(t, state.reshape(y.shape)).to(y.dtype).reshape(state.shape)
 
     ends = [torch.full((y.shape[0],), t, dtype=torch.float64, device=y.device) for t in (t0, t1)]
@@ -67,10 +74,7 @@ def solve(
             "raise max_steps, or rtol and atol"
         )
     if bool((found.status != 0).any()) or not bool(torch.isfinite(end).all()):
-        raise UserError(
-            f"the ODE from {variable} = {t0:g} to {t1:g} leaves the finite numbers at rtol {rtol:g}, atol {atol:g}; "
-            "the function is not finite there, or the tolerance lets too long a step through"
-        )
+        raise NotFiniteError(left)
     return Solution(end, 2 + 6 * steps)  # its own count is of calls, which a slower neighbour adds to
 
 

@@ -4,6 +4,7 @@ This one file, saved into every checkpoint as pipeline.py, is the whole pipeline
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. latentdiff is needed only to run one of its samplers.
 """
 
+import hashlib
 import importlib
 import json
 import math
@@ -33,6 +34,10 @@ class PipelineInputError(ValueError):
     """A call the checkpoint cannot answer; one line that says what would be valid."""
 
 
+class NonFiniteError(ValueError):
+    """An output that is not finite; one line that names the first stage that made it."""
+
+
 def require(holds: Any, otherwise: str) -> None:
     """Raise PipelineInputError unless something holds."""
     if not holds:
@@ -43,6 +48,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     """Latent diffusion for square or oblong, grey or colour images; a folder in Stable Diffusion's layout opens as one, too."""
 
     model_cpu_offload_seq = "text_encoder->unet->vae"
+    refuse_non_finite = True  # set it to False to get NaN and infinity out as they are
     _optional_components = ["scheduler", "text_encoder", "tokenizer"]
 
     def __init__(
@@ -128,6 +134,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     ) -> ImagePipelineOutput | tuple:  # fmt: skip
         """Draw images. PipelineInputError, naming what would be valid, for what this checkpoint cannot do.
 
+        NonFiniteError, naming the first stage at fault, where latents or images are not finite: damaged or diverged weights,
+        guidance that is too strong, a network that overflows in float16.
+
         Args:
             prompt: None and "" are "no text". What the text encoder has no tokens left for is cut off with a warning.
             class_labels: names and numbers; None is "no class". With a list of prompts, one for all of them or as many.
@@ -168,7 +177,16 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             except ImportError as error:
                 raise PipelineInputError(f"sampler={sampler!r} needs the latentdiff package: {error}") from error
             run = runs.by_sampler(self, sampler, num_inference_steps is None, sampler_options or {}, guidance)
-        x = run(x, told, scale, interval, steps, generator, callback_on_step_end)
+        call = (x, told, scale, interval, steps, generator)
+        before, failure, finite = generator_states(generator), "", True
+        try:
+            x = run(*call, callback_on_step_end)
+            finite = not self.refuse_non_finite or all_finite(x)
+        except FloatingPointError as error:  # latentdiff's samplers look at their samples themselves
+            failure, finite = str(error), False
+        if not finite:
+            restore_generators(generator, before)
+            raise NonFiniteError(self._first_non_finite(run, call, failure or "the scheduler's latents are not finite"))
         images = x if output_type == "latent" else self._decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
@@ -277,9 +295,45 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 bar.update()
         return x
 
+    def _first_non_finite(self, run: Callable, call: tuple, otherwise: str) -> str:
+        """Which stage's output is the first that is not finite: found by making the latents of a failed call once more."""
+        noise, told, scale = call[:3]
+        if not all_finite(noise):
+            return "latents: the starting noise is not finite"
+        for name, conditioning in zip(("prompt", "negative_prompt"), told, strict=True):
+            states = conditioning.get("encoder_hidden_states")
+            if states is not None and not all_finite(states):
+                return f"text encoder: its output for {name} is not finite; {suspicion(self.text_encoder, states)}"
+        evaluations = 0
+
+        def watch(unet: torch.nn.Module, inputs: tuple, output: Any) -> None:
+            nonlocal evaluations
+            evaluations += 1
+            if not all_finite(output.sample):
+                timestep = float(torch.as_tensor(inputs[1]).reshape(-1)[0])
+                where = f"evaluation {evaluations}, timestep {timestep:g}, guidance scale {scale:g}"
+                raise NonFiniteError(f"U-Net: its output is not finite ({where}); {suspicion(unet, inputs[0])}")
+
+        hook = self.unet.register_forward_hook(watch)
+        try:
+            again = run(*call, None)
+        except NonFiniteError as error:
+            return str(error)
+        except FloatingPointError:
+            pass
+        else:
+            if all_finite(again):
+                return "callback_on_step_end: the latents are finite without it, and not finite with it"
+        finally:
+            hook.remove()
+        return f"sampler: each output of the U-Net is finite, and yet {otherwise}"
+
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images of latents [B, c, h, w], the padded border cut off, as "pil" (grey for one channel), "np" or "pt"."""
-        images = self.vae.decode(denormalise(latents, self.vae.config).to(self.vae.dtype)).sample.float()  # [B, C, H, W]
+        raw = denormalise(latents, self.vae.config).to(self.vae.dtype)
+        images = self.vae.decode(raw).sample.float()  # [B, C, H, W]
+        if self.refuse_non_finite and not all_finite(images):  # before they are clamped, which would hide an infinity
+            raise NonFiniteError(f"decoder: its output is not finite; {suspicion(self.vae, raw, ('encoder.', 'quant_conv.'))}")
         height, width = self.config.image_size or images.shape[-2:]
         top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
         require(min(top, left) >= 0, f"image_size {[height, width]} exceeds the decoded {list(images.shape[-2:])}")
@@ -309,8 +363,13 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         return whole and not (moved or corrected) and hasattr(self.scheduler, "scale_model_input")
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
-        """Write model_index.json and, beside it, this file as pipeline.py."""
+        """Write model_index.json and, beside it, this file as pipeline.py; and the hashes of each part's weights.
+
+        save_pretrained ends with this, so that the hashes are those of what it has saved.
+        """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        for part in self.components:
+            write_hashes(Path(save_directory, part))
         Path(save_directory, "pipeline.py").write_text(_SOURCE, encoding="utf-8")
 
     @classmethod
@@ -322,6 +381,54 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if "_class_name" in config:
             config["_class_name"] = cls.__name__
         return config
+
+
+def all_finite(values: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite; waits for the device."""
+    return bool(values.isfinite().all())
+
+
+def suspicion(network: torch.nn.Module, given: torch.Tensor, unused: tuple[str, ...] = ()) -> str:
+    """Why the output of a network may not be finite.
+
+    given: its input [B, ...], or its output where the input is no numbers. unused: how weights without a part in it begin.
+    """
+    for name, weight in network.named_parameters():
+        if not name.startswith(unused) and not all_finite(weight):
+            return f"its weight {name} is not finite: the file is damaged, or training diverged"
+    largest, dtype = given.abs().max().item(), str(given.dtype).removeprefix("torch.")
+    hint = "guidance, steps or weights make them overflow"
+    if given.dtype == torch.float16:
+        hint += "; float32 or bfloat16 hold larger numbers"
+    return f"its weights are finite, its numbers reach {largest:.3g} in {dtype}: {hint}"
+
+
+def generator_states(generator: Any) -> list[torch.Tensor]:
+    """What `restore_generators` needs; nothing where the global generator draws."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    return [one.get_state() for one in generators if one is not None]
+
+
+def restore_generators(generator: Any, states: list[torch.Tensor]) -> None:
+    """Take generators back to an earlier state, so that the same numbers are drawn again."""
+    generators = generator if isinstance(generator, (list, tuple)) else [generator]
+    for one, state in zip((one for one in generators if one is not None), states, strict=True):
+        one.set_state(state)
+
+
+def write_hashes(part: Path) -> None:
+    """hashes.json, {name: {bytes, sha256}} of the weight files in a part's folder; latentdiff checks it when it loads them."""
+    hashes = {}
+    for file in sorted(part.glob("*.safetensors")):
+        digest = hashlib.sha256()
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+        hashes[file.name] = {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+    if hashes:
+        (part / "hashes.json").write_text(json.dumps(hashes, indent=2) + "\n", encoding="utf-8")
+    else:  # pickled, or not weights at all: those of an earlier save would be wrong
+        (part / "hashes.json").unlink(missing_ok=True)
 
 
 def fed_times(scheduler: Any) -> torch.Tensor:

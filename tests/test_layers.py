@@ -9,16 +9,16 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # fmt: off
 ORDER = [
-    "errors", "processes", "locks", "signals", "plain", "tensors", "rng", "networks", "folders", "mistakes", "config",
-    "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids", "samplers", "likelihood",
-    "autoencoders",
+    "errors", "processes", "locks", "signals", "plain", "tensors", "rng", "hashes", "networks", "folders", "mistakes",
+    "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids", "samplers",
+    "likelihood", "autoencoders",
     "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures", "writing", "records", "cards", "page",
     "generation", "training", "planning", "commands", "evaluating", "facts", "comparison", "tuning", "agreement", "gallery",
     "judging", "measures", "cli", "__main__",
 ]
 # fmt: on
 ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it stands on none of the rooms
-MAX_FILE, MAX_FUNCTION = 450, 80
+MAX_FILE, MAX_FUNCTION = 520, 80
 
 
 def library_files() -> list[Path]:

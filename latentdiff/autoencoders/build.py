@@ -63,15 +63,16 @@ def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, ini
     return vae
 
 
-def load_autoencoder(where: str) -> nn.Module:
+def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
     """A pretrained first stage, frozen: a diffusers autoencoder's folder, a pipeline's folder (its vae/), or a Hub name.
 
-    Raises UserError naming the path when there is none, or when its weights cannot be read.
+    verify: hold a folder's weights against the hashes beside them. Raises UserError naming the path when there is none, or
+    when its weights cannot be read.
     """
     folder = Path(where)
     for candidate in (folder / "autoencoder", folder / "vae", folder):
         if (candidate / "config.json").is_file():
-            return _load_folder(candidate)
+            return _load_folder(candidate, verify)
     if folder.exists() or where.count("/") != 1 or where.startswith((".", "/")):
         raise UserError(
             f"{where}: no autoencoder there; expected a folder with config.json (or autoencoder/ or vae/), or a Hub name"
@@ -82,9 +83,10 @@ def load_autoencoder(where: str) -> nn.Module:
     raise UserError(f"{where}: neither a folder nor a diffusers autoencoder on the Hub that can be reached")
 
 
-def _load_folder(folder: Path) -> nn.Module:
+def _load_folder(folder: Path, verify: bool) -> nn.Module:
     name = read_json(folder / "config.json").get("_class_name", "")
-    return freeze(load_part(folder, diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")))
+    kind = diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")
+    return freeze(load_part(folder, kind, verify=verify))
 
 
 def _from_hub(where: str, subfolder: str) -> nn.Module:

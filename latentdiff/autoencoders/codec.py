@@ -8,7 +8,7 @@ import json
 import torch
 from torch import Tensor, nn
 
-from latentdiff.errors import UserError
+from latentdiff.errors import NotFiniteError, UserError
 from latentdiff.rng import Generators, randn
 
 NORMALISER = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # its keys in an autoencoder's config
@@ -19,10 +19,13 @@ class LatentCodec:
 
     Normalised latents are z_n = (z - shift) * scale, per channel from latents_mean and latents_std of the
     autoencoder's config where they are set, else from shift_factor and scaling_factor.
+
+    refuse_non_finite: NotFiniteError, naming encoder or decoder, where what it gives is NaN or infinite.
     """
 
-    def __init__(self, vae: nn.Module):
+    def __init__(self, vae: nn.Module, refuse_non_finite: bool = True):
         self.vae = vae.eval().requires_grad_(False)
+        self.refuse_non_finite = refuse_non_finite
         config = vae.config
         shift, scale = _normaliser(config)
         self.shift = shift  # [c] or [1]
@@ -55,9 +58,10 @@ class LatentCodec:
         out = self.vae.encode(images.to(self.device, next(self.vae.parameters()).dtype))
         if hasattr(out, "latent_dist"):
             # contiguous: the encoder may leave a channels-last layout, which safetensors refuses to store
-            return out.latent_dist.mean.float().contiguous(), out.latent_dist.std.float().contiguous()
+            mean, std = out.latent_dist.mean.float().contiguous(), out.latent_dist.std.float().contiguous()
+            return self._finite(mean, "encoder"), self._finite(std, "encoder")
         latents = (out.latents if hasattr(out, "latents") else out.latent).float().contiguous()
-        return latents, torch.zeros_like(latents)
+        return self._finite(latents, "encoder"), torch.zeros_like(latents)
 
     def latents(self, images: Tensor, generator: Generators = None, use_mean: bool = False) -> Tensor:
         """Normalised latents [B, c, h, w] of images [B, C, H, W] in [-1, 1]: one draw from each posterior.
@@ -84,7 +88,14 @@ class LatentCodec:
         that nothing is kept for a backward pass otherwise.
         """
         raw = self.denormalise(z.to(self.device).float())
-        return self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float()
+        return self._finite(self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float(), "decoder")
+
+    def _finite(self, output: Tensor, stage: str) -> Tensor:
+        if self.refuse_non_finite and not bool(output.isfinite().all()):
+            dtype = str(next(self.vae.parameters()).dtype).removeprefix("torch.")
+            reason = "its weights are damaged or have diverged, or their numbers are too large for it"
+            raise NotFiniteError(f"{stage} ({type(self.vae).__name__}, {dtype}): its output is not finite; {reason}")
+        return output
 
     def reconstruct(self, images: Tensor) -> Tensor:
         """decode(normalise(posterior mean)): [B, C, H, W] in, the same out."""

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from latentdiff import processes
 from latentdiff.data.preprocess import ImageDataset, to_uint8
+from latentdiff.errors import NotFiniteError
 from latentdiff.evaluation.features import FeatureNet, FeatureSpace, extract
 from latentdiff.evaluation.statistics import Moments, frechet_distance
 
@@ -66,6 +67,8 @@ def look(net: FeatureSpace, batches: Iterable[Batch], keep: bool = False) -> See
     kept: list[Tensor] = []
     for images, labels in batches:
         features, predicted = extract(net, images)
+        if not bool(features.isfinite().all()):
+            raise NotFiniteError(f"feature network {net.name}: its features are not finite; its weights are damaged")
         moments.update(features)
         if keep:
             kept.append(features.float())

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError
+from latentdiff.errors import NotFiniteError, UserError
 from latentdiff.grids import make_grid
 from latentdiff.rng import Generators, randn
 from latentdiff.samplers.adaptive import dopri5
@@ -106,15 +106,42 @@ def sample(
     times = make_grid(grid, schedule, steps, grid_options)
     noise = noise_or_shape if isinstance(noise_or_shape, Tensor) else randn(noise_or_shape, generator, device)
     noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
-    x = run(denoiser, noise * schedule.prior_std, times, generator, callback, **options)
     end = float(times[-1])
-    x = x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+
+    def draw(denoiser: Any, callback: Callback | None) -> Tensor:
+        x = run(denoiser, noise * schedule.prior_std, times, generator, callback, **options)
+        return x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+
+    x = draw(denoiser, callback)
     if not bool(torch.isfinite(x).all()):
-        reason = "the network or its weights have diverged, or the steps are too long"
+        reason = _first_non_finite(denoiser, lambda watched: draw(watched, None))
         if float(schedule.alpha(times[0])) == 0:
             reason = f"the grid starts at t = {float(times[0]):g}, where alpha is 0; start at t_max = {schedule.t_max:g}"
-        raise UserError(f"sampler {sampler}: the samples are not finite; {reason}")
+        raise NotFiniteError(f"sampler {sampler}: the samples are not finite; {reason}")
     return x
+
+
+def _first_non_finite(denoiser: DenoiserLike, run: Callable[[Any], object]) -> str:
+    """Where the denoiser first gives what is not finite: run(denoiser) is made once more, each output looked at."""
+    evaluations = 0
+
+    class Watched:
+        schedule = denoiser.schedule
+
+        def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Any:
+            nonlocal evaluations
+            evaluations += 1
+            found, largest = denoiser(x, t, **conditioning), float(x.abs().max())
+            if not bool(torch.isfinite(found.x0).all()):
+                where = f"evaluation {evaluations}, t = {float(torch.as_tensor(t).max()):.4g}"
+                raise NotFiniteError(f"the network's output is not finite ({where}, input up to {largest:.3g})")
+            return found
+
+    try:
+        run(Watched())
+    except NotFiniteError as error:
+        return str(error)
+    return "the network's outputs are finite, so the steps are too long or the guidance too strong"
 
 
 def _check_options(sampler: str, run: Callable[..., Tensor], options: Mapping[str, Any]) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.errors import UserError
+from latentdiff.errors import NotFiniteError, UserError
 from latentdiff.grids import make_grid
 from latentdiff.samplers.adaptive import dopri5
 from latentdiff.samplers.common import Callback, DenoiserLike
@@ -38,7 +38,7 @@ def encode(
     x0: worked on, and returned, in float32 at least.
     sampler: heun, dopri5 (options rtol, atol, max_steps) or euler (DDIM inversion), on the reversed grid.  Draws nothing.
     The first step, from t = 0, takes E[eps | x0] = 0 there: a density's score is finite.
-    callback, grid_options: as in `sample`.  UserError for an unknown sampler, grid or option.
+    callback, grid_options: as in `sample`.  UserError for an unknown sampler, grid or option, and for noise that is not finite.
     """
     if sampler not in ENCODERS:
         raise UserError(f"sampler: {sampler!r} does not encode; valid: {', '.join(ENCODERS)}")
@@ -48,7 +48,10 @@ def encode(
             raise UserError(f"sampler: encoding with {sampler} has no option {option!r}; valid: {', '.join(valid) or 'none'}")
     times = make_grid(grid, denoiser.schedule, steps, grid_options).flip(0)
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    return run(denoiser, x0, times, None, callback, **options) / denoiser.schedule.prior_std
+    noise = run(denoiser, x0, times, None, callback, **options) / denoiser.schedule.prior_std
+    if not bool(torch.isfinite(noise).all()):
+        raise NotFiniteError(f"encoding with {sampler}: the noise is not finite; the network or its weights have diverged")
+    return noise
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:

@@ -289,7 +289,7 @@ def _finish(config: AutoencoderConfig, images: Images, parts: Parts, accelerator
     if not accelerator.is_main_process:
         return
     vae.save_pretrained(output / "autoencoder", safe_serialization=True)
-    codec = LatentCodec(load_autoencoder(str(output / "autoencoder")))
+    codec = LatentCodec(load_autoencoder(str(output / "autoencoder")), refuse_non_finite=False)  # the report says it
     report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
     if images.nothing_held_out:
         report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")

@@ -63,6 +63,7 @@ def picture(config: DiffusionConfig, parts: Parts, accelerator: Any, path: Path)
     # As a default the scale is off where neither class nor prompt says anything; given in the call it would be refused
     pipeline = LatentDiffusionPipeline(**pipeline_parts(config, parts), default_guidance_scale=conditions.guidance(config))
     pipeline.set_progress_bar_config(disable=True)
+    pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
     classes: list[int | None] = list(range(min(10, pipeline.num_classes))) or [None] * PROMPTS
     prompts: list[str] | None = None
     if parts.conditions.text:

@@ -82,6 +82,7 @@ class Watch:
         config, sample = self.config, self.config.sample
         pipeline = LatentDiffusionPipeline(**pieces, default_guidance_scale=conditions.guidance(config))
         pipeline.set_progress_bar_config(disable=True)
+        pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
         texts = self.images.held_out_captions(config.evaluate.images) if self.told.text else None
         classes = list(range(pipeline.num_classes)) or [None]
 

@@ -1,0 +1,78 @@
+"""Hashes of weight files: written beside them by whatever writes them, and checked by whatever reads them.
+
+They lie in the folder of each network (unet/hashes.json, not one file for the checkpoint), so that a part that is put in
+another's place, such as a newly trained autoencoder, brings its own. A folder without the file is not checked: it comes
+from elsewhere. They show damage in copying and on disk; they are no protection from somebody who changes both files.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from latentdiff.errors import UserError
+
+FILE = "hashes.json"
+_CHUNK = 1 << 20  # bytes read at a time
+_LARGEST = 1 << 24  # bytes of a hash file that is read; 100,000 shards have less
+
+
+def sha256_of(file: str | Path) -> str:
+    """The hex sha256 of a file's content, read once, 1 MiB at a time."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def write_hashes(folder: str | Path) -> None:
+    """Write hashes.json: {name: {bytes, sha256}} of every .safetensors file of a folder; where it has none, no hashes.json."""
+    folder = Path(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        (folder / FILE).unlink(missing_ok=True)
+        return
+    entries = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    new = folder / f".{FILE}.new"
+    new.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")
+    os.replace(new, folder / FILE)
+
+
+def check_hashes(files: Iterable[Path]) -> None:
+    """UserError for the first of a network's weight files that is not what hashes.json beside it says.
+
+    It takes about a second a gigabyte. Nothing is checked where there is no hashes.json.
+    """
+    for file in files:
+        listed = file.parent / FILE
+        if not listed.is_file():
+            continue
+        entry, way_out = _read(listed).get(file.name), f"if the change is yours, delete {listed}"
+        if entry is None:
+            raise UserError(f"{file}: {FILE} beside it does not list it, so it was put there later; {way_out}")
+        size = file.stat().st_size
+        if size != entry["bytes"]:
+            reason = f"has {size} bytes, and {FILE} says {entry['bytes']}"
+        elif sha256_of(file) != entry["sha256"]:
+            reason = f"its sha256 is not the one in {FILE}"
+        else:
+            continue
+        raise UserError(f"{file}: {reason}: damaged, or changed after it was published; copy it again, or, {way_out}")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """The entries of a hash file, each with bytes and sha256."""
+    try:
+        if file.stat().st_size > _LARGEST:
+            raise ValueError(f"more than {_LARGEST} bytes")
+        entries = json.loads(file.read_text(encoding="utf-8"))
+        for entry in entries.values():
+            if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
+                raise TypeError("bytes must be a number and sha256 a text")
+    except (OSError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:100]
+        raise UserError(f"{file}: not a list of files with bytes and sha256 ({reason}); delete it, or copy it again") from None
+    return entries
