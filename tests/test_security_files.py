@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 import torch
-from hostile import KINDS, VALUES, broken_json, lies, places, with_value
+from hostile import KINDS, VALUES, broken_json, lies, places, with_value, without_hashes
 from safetensors.torch import save_file
 from tiny_text import write_bert
 
@@ -30,6 +30,7 @@ def kind(request):
 def folder(kind, tmp_path):
     kind.write(tmp_path / "it")
     kind.load(tmp_path / "it")
+    without_hashes(tmp_path / "it")
     return tmp_path / "it"
 
 

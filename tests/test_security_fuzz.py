@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hostile import KINDS, packed, places, split_header, with_value
+from hostile import KINDS, packed, places, split_header, with_value, without_hashes
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -142,6 +142,7 @@ def make(name: str, root: Path) -> tuple[Path, Callable[[], Any], Callable[[byte
     if name in KINDS or name.endswith(".json"):
         kind = KINDS[name.split("/")[0]]
         kind.write(root / "it")
+        without_hashes(root / "it")
         path = root / "it" / (name.split("/", 1)[1] if "/" in name else kind.weights)
         return path, lambda: kind.load(root / "it"), json_bytes if path.suffix == ".json" else shard_bytes
     return globals()["make_" + name.replace(" ", "_")](root)

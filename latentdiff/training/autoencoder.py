@@ -19,6 +19,7 @@ from latentdiff.autoencoders.vq import CodeUsage, revive_dead_codes
 from latentdiff.config import AutoencoderConfig
 from latentdiff.data.order import stream
 from latentdiff.errors import UserError
+from latentdiff.hashes import write_hashes
 from latentdiff.rng import derive_seed
 from latentdiff.training import loop, run, state
 from latentdiff.training.compilation import compile_checked
@@ -289,6 +290,7 @@ def _finish(config: AutoencoderConfig, images: Images, parts: Parts, accelerator
     if not accelerator.is_main_process:
         return
     vae.save_pretrained(output / "autoencoder", safe_serialization=True)
+    write_hashes(output / "autoencoder")
     codec = LatentCodec(load_autoencoder(str(output / "autoencoder")), refuse_non_finite=False)  # the report says it
     report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
     if images.nothing_held_out:
