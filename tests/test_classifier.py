@@ -53,7 +53,7 @@ def test_saved_and_loaded(tmp_path):
     assert back.info == net.info and back.config == net.config and back.schedule.beta_max == 20.0
     assert torch.equal(back.log_probs(x, 0.3), net.log_probs(x, 0.3)) and not back.training
     assert not any(p.requires_grad for p in back.parameters())
-    assert sorted(p.name for p in (tmp_path / "classifier").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "classifier").iterdir()) == ["config.json", "hashes.json", "model.safetensors"]
 
 
 @pytest.mark.parametrize(
@@ -67,6 +67,7 @@ def test_saved_and_loaded(tmp_path):
 )
 def test_a_damaged_folder_is_named(tmp_path, harm, said):
     tiny().save(tmp_path)
+    (tmp_path / "hashes.json").unlink()  # which would refuse any change
     harm(tmp_path)
     with pytest.raises(UserError, match=said):
         load_classifier(tmp_path)

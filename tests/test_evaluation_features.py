@@ -66,7 +66,7 @@ def test_a_saved_network_comes_back_equal_and_frozen(tmp_path):
     assert (loaded.name, loaded.info, loaded.fingerprint()) == (net.name, net.info, net.fingerprint())
     assert torch.equal(loaded(x), net(x)) and not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "net").iterdir()) == ["config.json", "hashes.json", "model.safetensors"]
 
 
 def test_the_fingerprint_sees_one_changed_weight():
@@ -87,6 +87,7 @@ def test_a_network_with_batch_normalisation_is_not_saved(tmp_path):
 def test_missing_and_damaged_files_are_named(tmp_path, file):
     small_net().save(tmp_path)
     content = (tmp_path / file).read_bytes()
+    (tmp_path / "hashes.json").unlink()
     (tmp_path / file).write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match=file):
         load_features(tmp_path)

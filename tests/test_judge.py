@@ -202,6 +202,7 @@ def test_save_and_load_give_the_same_judge(gallery, judge_folder, tmp_path):
     assert again.fingerprint() == net.fingerprint() and again.info == net.info
     assert net.info["augmented"]["held-out"]["pictures"] == 2 and net.info["training"]["pictures"] == 12
     assert json.loads((judge_folder / "run.json").read_text())["stage"] == "judge"
+    (tmp_path / "again" / "hashes.json").unlink()
     (tmp_path / "again" / "model.safetensors").write_bytes(b"no")
     with pytest.raises(UserError, match="damaged, or not the weights"):
         load_judge(tmp_path / "again")
