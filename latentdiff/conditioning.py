@@ -170,7 +170,7 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int | None
 
     start, end = "<|startoftext|>", "<|endoftext|>"
     blank = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[], model_max_length=length or OWN_LENGTH)
-    return blank.train_new_from_iterator([sorted(set(captions))], vocab_size=vocabulary)
+    return blank.train_new_from_iterator([sorted(set(captions))], vocab_size=vocabulary, show_progress=False)
 
 
 def build_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> torch.nn.Module:

@@ -21,7 +21,6 @@ from latentdiff.errors import UserError
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")
 FEW = 5  # of many that are listed
 FOLDER_SIZE = (64, 64)  # of the images in configs/folder
-MANY_CAPTIONS = 20_000  # beyond which tokens are counted of some of them, spread evenly
 MANY_PIXELS = 10**9  # beyond which a report does not decode every image
 
 
@@ -181,17 +180,13 @@ def _repeated_facts(groups: list[Any], images: int, compared: str) -> dict[str, 
 
 def _caption_facts(captions: list[tuple[str, ...]]) -> dict[str, Any]:
     """Of all captions; tokens as a text encoder of one's own counts them with the config's default length and vocabulary."""
-    from latentdiff.conditioning import OWN_LENGTH, train_tokenizer
-    from latentdiff.config import TextConfig
-    from latentdiff.data.captions import token_facts
+    from latentdiff.data.captions import own_token_facts
 
     texts = [text for several in captions for text in several if text]
     words = [len(text.split()) for text in texts]
     lengths = {"min": min(words), "median": statistics.median(words), "max": max(words)}
     facts = {"captions": len(texts), "distinct": len(set(texts)), "words": lengths}
-    few = texts[:: -(-len(texts) // MANY_CAPTIONS)]
-    tokenizer = train_tokenizer(few, TextConfig().vocabulary, OWN_LENGTH)
-    return facts | {"tokens": token_facts(few, tokenizer, OWN_LENGTH)}
+    return facts | {"tokens": own_token_facts(texts)}
 
 
 def _pictures(sources: dict[str, ImageSource]) -> tuple[str, dict[bytes, dict[str, list[str]]]]:

@@ -270,15 +270,17 @@ def test_file_names_of_other_systems_find_their_files(tmp_path):
 
 
 def test_the_order_of_classes_does_not_depend_on_pythons_hash_seed(tmp_path):
-    names = ("1", "01", "001", "2", "02", "10")
+    names = ("1", "01", "001", "2", "02", "10", "\u0661")  # the last is a 1 too, in Arabic digits
     class_folder(tmp_path, 1, names)
     program = f"from latentdiff.data.sources import open_source; print(open_source({str(tmp_path)!r}).class_names)"
     found = set()
     for seed in ("0", "1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed}
-        out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=environment)
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONUTF8": "1"}
+        out = subprocess.run(
+            [sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=True, env=environment
+        )
         found.add(out.stdout)
-    assert found == {"['1', '01', '001', '2', '02', '10']\n"}
+    assert found == {"['1', '\u0661', '01', '001', '2', '02', '10']\n"}
 
 
 # tables and shards

@@ -113,6 +113,9 @@ def test_counts_and_files(tarballs, tmp_path):
         on_disk = [p.relative_to(tmp_path / "out" / part).as_posix() for p in (tmp_path / "out" / part).rglob("*.png")]
         assert len(listed) == count and sorted(on_disk) == sorted(set(listed)) == listed
     assert facts["captions"] == sum(len(r["text"]) for part in ("train", "test") for r in rows(tmp_path / "out", part))
+    texts = [text for r in rows(tmp_path / "out", "train") for text in r["text"]]
+    assert facts["caption_tokens"]["captions"] == len(texts) and facts["caption_tokens"]["limit"] == 32
+    assert facts["caption_tokens"]["longest_caption"] in texts and facts["caption_tokens"]["cut"] == 0
     assert facts["packages"]["emojibase-data"] == "1.2.3"
     assert sum(facts["groups"].values()) == 13 and facts["groups"]["food & drink"] == 2 and facts["groups"]["misc"] == 1
     readme = (tmp_path / "out" / "README.md").read_text()

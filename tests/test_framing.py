@@ -199,6 +199,10 @@ def test_names_of_a_reason_are_bounded(tmp_path):
     entry = source.account.as_json()["left_out"]["suffix .dat is not read"]
     assert entry["count"] == 150 and len(entry["names"]) == 100
     assert source.account.lines() == ["not used, suffix .dat is not read: 150 (000.dat, 001.dat, 002.dat, …)"]
+    for k in range(20):
+        (tmp_path / f"b.{k}").write_bytes(b"x")
+    lines = open_source(str(tmp_path)).account.lines()
+    assert len(lines) == 13 and ".dat" in lines[0] and lines[-1].startswith("not used, for 9 other reasons: 9 (")
 
 
 # held-out images

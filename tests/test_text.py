@@ -226,7 +226,7 @@ def test_a_config_that_cannot_work_is_refused(runs, tmp_path, changes, said):
 
 def test_data_without_captions_is_refused(runs, tmp_path):
     data = write_stripes(tmp_path / "plain")
-    with pytest.raises(UserError, match="has no captions; add a metadata.jsonl"):
+    with pytest.raises(UserError, match="has no captions; add a caption beside each image"):
         train(parse_config(text_tree(data, tmp_path / "run", runs[1])))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 LISTED = 100  # names kept for one reason; the count goes on
 SHOWN = 3  # names in a line on stderr
+REASONS = 12  # lines on stderr
 
 
 @dataclass
@@ -59,16 +60,29 @@ class Account:
         return Account(left_out, self.remarks)
 
     def lines(self) -> list[str]:
-        """One short line for each reason."""
-        texts = [f"not used, {reason}: {names.short()}" for reason, names in self.left_out.items()]
-        return texts + [f"{what}: {names.short()}" for what, names in self.remarks.items()]
+        """One short line for each reason; of more than REASONS, those with the most files and a count of the others."""
+        texts = [f"not used, {reason}: {names.short()}" for reason, names in _most(self.left_out, REASONS).items()]
+        others = len(self.left_out) - len(texts)
+        if others:
+            files = sum(names.count for names in self.left_out.values())
+            files -= sum(names.count for names in _most(self.left_out, REASONS).values())
+            texts.append(f"not used, for {others} other reasons: {files} (latentdiff info DATA names more)")
+        return texts + [f"{what}: {names.short()}" for what, names in _most(self.remarks, REASONS).items()]
 
     def as_json(self) -> dict[str, Any]:
-        """{"left_out": {reason: {"count", "names"}}, "remarks": likewise}, each with LISTED names at most."""
+        """{"left_out": {reason: {"count", "names"}}, "remarks": likewise}, of LISTED reasons and names each at most."""
         return {
-            "left_out": {reason: names.as_json() for reason, names in self.left_out.items()},
-            "remarks": {what: names.as_json() for what, names in self.remarks.items()},
+            "left_out": {reason: names.as_json() for reason, names in _most(self.left_out, LISTED).items()},
+            "remarks": {what: names.as_json() for what, names in _most(self.remarks, LISTED).items()},
         }
+
+
+def _most(groups: dict[str, Names], limit: int) -> dict[str, Names]:
+    """The groups, or the largest of them where there are more than the limit, in their order."""
+    if len(groups) <= limit:
+        return groups
+    kept = sorted(groups, key=lambda reason: -groups[reason].count)[:limit]
+    return {reason: names for reason, names in groups.items() if reason in kept}
 
 
 def printable(name: str) -> str:

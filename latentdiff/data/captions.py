@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from latentdiff.conditioning import NULL_PROMPT, Prompts, uses_mask
+from latentdiff.conditioning import NULL_PROMPT, OWN_LENGTH, Prompts, train_tokenizer, uses_mask
+from latentdiff.config import TextConfig
 from latentdiff.data.shards import (
     Identity,
     refuse_difference,
@@ -31,6 +32,7 @@ from latentdiff.folders import UNUSED
 
 FORMAT = 2  # 1 held infinities for what float16 cannot
 SHARD_SIZE = 4096
+MANY = 20_000  # captions whose tokens are counted for a report
 
 
 class Captions:
@@ -79,6 +81,16 @@ def token_facts(texts: Sequence[str], tokenizer: Any, limit: int) -> dict[str, A
         "captions": len(counts), "longest": counts[longest], "limit": limit, "cut": sum(count > limit for count in counts),
         "longest_caption": texts[longest][:200],
     }  # fmt: skip
+
+
+def own_token_facts(texts: Sequence[str]) -> dict[str, Any]:
+    """`token_facts` for a text encoder of one's own with the config's default vocabulary and length.
+
+    Its tokenizer is learnt on the captions; of more than MANY of them, on some that are spread evenly, and these are counted.
+    """
+    some = texts[:: -(-len(texts) // MANY)]
+    tokenizer = train_tokenizer(some, TextConfig.model_fields["vocabulary"].default, OWN_LENGTH)
+    return token_facts(some, tokenizer, OWN_LENGTH)
 
 
 class CaptionStates:

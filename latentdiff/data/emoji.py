@@ -239,6 +239,8 @@ def _write(
             part = "test" if i in split[style] else "train"
             picture.save(folder / part / style / e.file)
             rows[part].append(_row(e, style, seed))
+    from latentdiff.data.captions import own_token_facts  # loads a library that nothing else here needs
+
     for part, lines in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
         (folder / part / "metadata.jsonl").write_text(text, encoding="utf-8")
@@ -249,6 +251,7 @@ def _write(
         "test": len(rows["test"]),
         "held_out": {style: len(held) for style, held in split.items()},
         "captions": sum(len(row["text"]) for lines in rows.values() for row in lines),
+        "caption_tokens": own_token_facts([text for row in rows["train"] for text in row["text"]]),
         "groups": dict(Counter(e.group for e in emoji)),
     }
 

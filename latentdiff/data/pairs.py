@@ -95,7 +95,7 @@ def _rows(folder: Path, part: str) -> list[dict[str, Any]]:
         raise UserError(f"data '{folder}': has no {part}/{METADATA}; {NEEDED}")
     rows = []
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from error
     for number, line in enumerate(lines, start=1):

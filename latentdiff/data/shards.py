@@ -22,7 +22,9 @@ Identity = dict[str, Any]
 _MOMENT_DTYPES = ("F16", "F32")
 _SPOKEN = {
     "latents": {
-        "autoencoder": "autoencoder weights", "count": "number of images", "shard_size": "shard size",
+        "autoencoder": "autoencoder weights",
+        "count": "number of images",
+        "shard_size": "shard size",
         "split": "way of choosing held-out images, data.held_out_rule",
     },
     "caption states": {"length": "condition.text.max_length", "count": "number of captions", "shard_size": "shard size"},
@@ -48,9 +50,7 @@ def shard_rows(made_of: Identity, number: int) -> range:
     return range(number * size, min(made_of["count"], (number + 1) * size))
 
 
-def write_shard(
-    path: Path, tensors: dict[str, Tensor], made_of: Identity, unreadable: Mapping[str, str] | None = None
-) -> None:
+def write_shard(path: Path, tensors: dict[str, Tensor], made_of: Identity, unreadable: Mapping[str, str] | None = None) -> None:
     """unreadable: {file: reason} of the images that this process found to be so by now."""
     temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a channels-last network gives others

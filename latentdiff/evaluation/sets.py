@@ -1,5 +1,6 @@
 """Images that are compared: samples as a data set, real images without padding, and some drawn with the samples' classes."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,8 @@ def read_folder(folder: str | Path, class_names: Sequence[str]) -> tuple[np.ndar
     """
     try:
         source = open_source(str(folder), max_bad_share=0.0)
+        for line in source.account.lines():
+            print(f"--samples {folder}: {line}", file=sys.stderr)
         sizes = np.unique(source.sizes, axis=0)
         if len(sizes) > 1:
             raise UserError(f"images of {len(sizes)} sizes, {sizes[0].tolist()} and others; samples are of one size")
