@@ -2,6 +2,7 @@
 
 import contextlib
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -74,6 +75,8 @@ class Denoiser:
         scheduler's config.  The U-Net runs in its own dtype.
         conditioning: given to the U-Net in every call, such as encoder_hidden_states [B, n, d] of the B samples to be
         drawn; what a call says itself comes first.  UserError where there is no U-Net, or nothing states the schedule.
+        Warns where the prediction says next to nothing of x0 at t_max (`latentdiff.prediction.error_gain`): samples that
+        start there come out wrong, whatever the network.
         """
         unet, scheduler = getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
         if unet is None:
@@ -83,7 +86,15 @@ class Denoiser:
             raise UserError("pipeline: without a scheduler its config must state a schedule and a prediction")
         schedule = make_schedule(**stated) if stated else NoiseSchedule.from_scheduler(scheduler)
         model = partial(unet_model(unet, schedule), **conditioning)
-        return cls(model, schedule, prediction or predictions.from_scheduler(scheduler))
+        prediction = prediction or predictions.from_scheduler(scheduler)
+        gain = predictions.error_gain(prediction, schedule)
+        if gain > predictions.LARGEST_GAIN:
+            warnings.warn(
+                f"{type(pipe).__name__}: at t = {schedule.t_max:g} an error of its {prediction} prediction is {gain:,.0f} "
+                "times as large in x0; start sampling at a smaller t, with grid= a list of times",
+                stacklevel=2,
+            )
+        return cls(model, schedule, prediction)
 
     def output(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Tensor:
         """The model's own y at (x, t), in x's dtype (float32 at least).  x: [B, ...]; t: float or [B]."""

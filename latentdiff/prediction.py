@@ -7,6 +7,7 @@
         schedule it is -v_prediction
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,6 +66,67 @@ def target(prediction: str, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t:
     """y = A(t) x0 + B(t) eps [B, ...], what the network should say at x_t."""
     a, b = row(prediction, schedule, t)
     return widen(a, x0) * x0 + widen(b, x0) * eps
+
+
+# An error of the prediction may be this much larger in x0: 316, which for epsilon is an SNR of 1e-5.  DDPM's own schedules
+# end at 4e-5 and work.  Below 4e-6 the rounding of an output in bfloat16, 2^-9, is in x0 as large as the data.
+LARGEST_GAIN = 10**2.5
+# Of a target's size over the noise levels. A score of 5,000 (VE) can be learnt, as its weights make up for it, one of 40,000
+# (EDM) cannot, nor can flow of 5,000 (VE), which is smallest where most of the data's detail is; the others span 100 at most.
+LARGEST_SPAN = {"score": 1e4}
+OTHER_SPAN = 1e3
+
+
+def error_gain(prediction: str, schedule: NoiseSchedule, unweighted: bool = False) -> float:
+    """How much larger a network's error is in x0 than in its prediction, at t_max, where sampling starts; inf at alpha = 0.
+
+    By x0 = (B x_t - sigma y) / (alpha B - sigma A) an error of y counts sigma / |alpha B - sigma A| times: sigma / alpha for
+    epsilon, 1 for sample.  A network's error is taken as a share of its target's size, sqrt(A^2 + B^2) for data of unit
+    variance.  unweighted: of the largest of that at t_max and its root mean square over t, because a loss without weights
+    is as content with the same absolute error everywhere; a score is 1 / sigma in size, and at high noise drowns in that.
+    """
+    t = torch.linspace(schedule.t_min, schedule.t_max, 1001, dtype=torch.float64)
+    a, b = row(prediction, schedule, t)
+    alpha, sigma = schedule.alpha(t[-1]), schedule.sigma(t[-1])
+    square = a**2 + b**2
+    size = torch.maximum(square[-1], square.mean()) if unweighted else square[-1]
+    gain = float(size.sqrt() * sigma / (alpha * b[-1] - sigma * a[-1]).abs())
+    return gain if math.isfinite(gain) else math.inf
+
+
+def check_learnable(prediction: str, schedule: NoiseSchedule, weighting: str, name: str) -> None:
+    """UserError unless a network can learn this prediction well enough to sample from; `name` is what the schedule is called.
+
+    weighting: of the loss, as in latentdiff.objective.loss_weight.
+    """
+    fault = _fault(prediction, schedule, weighting == "none")
+    if fault is None:
+        return
+    valid = [other for other in _ROWS if _fault(other, schedule, weighting == "none") is None]
+    choices = [f"prediction: {', '.join(valid)}"] if valid else []
+    if weighting == "none" and _fault(prediction, schedule, False) is None:
+        choices.append("weighting: likelihood or uncertainty")
+    raise UserError(
+        f"prediction: {prediction} cannot be learnt well enough on the schedule {name}: {fault}; "
+        f"valid: {', or '.join([*choices, 'a schedule that keeps more signal'])}"
+    )
+
+
+def _fault(prediction: str, schedule: NoiseSchedule, unweighted: bool) -> str | None:
+    """Why no network learns this prediction well enough, None where one does. tests/test_training_pairs.py tries them all."""
+    t = torch.linspace(schedule.t_min, schedule.t_max, 1001, dtype=torch.float64)
+    gain = error_gain(prediction, schedule, unweighted)
+    if gain > LARGEST_GAIN:
+        snr = float(schedule.log_snr(schedule.t_max).exp())
+        return (
+            f"at t = {schedule.t_max:g}, where sampling starts, the SNR is {snr:.1e}, and an error of the network is "
+            f"{gain:,.0f} times as large in x0 (at most {LARGEST_GAIN:.0f})"
+        )
+    size = torch.hypot(*row(prediction, schedule, t))
+    span, most = float(size.max() / size.min()), LARGEST_SPAN.get(prediction, OTHER_SPAN)
+    if span > most:
+        return f"its size changes by a factor of {span:,.0f} over the noise levels (at most {most:,.0f})"
+    return None
 
 
 def from_scheduler(scheduler: Any) -> str:

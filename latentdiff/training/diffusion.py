@@ -22,6 +22,7 @@ from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, diffusion_loss, loss_weight
+from latentdiff.prediction import check_learnable
 from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditions, loop, run, sharding, state, watching
@@ -155,6 +156,7 @@ def _check(config: DiffusionConfig) -> None:
 def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
     schedule = make_schedule(config.schedule.name, **config.schedule.params)
     published_scheduler(config, schedule)
+    check_learnable(config.prediction, schedule, config.weighting, config.schedule.name)
     return schedule, make_noise_levels(config.noise_levels.name, schedule, **config.noise_levels.params)
 
 
