@@ -140,7 +140,7 @@ def test_what_training_refuses_does_not():
 
 
 def test_a_target_of_too_wide_a_span_is_refused():
-    with pytest.raises(UserError, match="flow cannot .* schedule ve: its size changes by a factor of 5,000 over .* valid: .*sample"):
+    with pytest.raises(UserError, match="flow cannot .* schedule ve: its size changes by a factor of 5,000 over the"):
         check_learnable("flow", SCHEDULES["ve"], "edm", "ve")
     with pytest.raises(UserError, match="score cannot .* schedule edm: its size changes by a factor of 40,000"):
         check_learnable("score", SCHEDULES["edm"], "likelihood", "edm")
