@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+    from latentdiff.training.republish import publish
 
-__all__ = ["LatentDiffusionPipeline"]
+__all__ = ["LatentDiffusionPipeline", "publish"]
 __version__ = "0.1.0"
 
 
@@ -15,4 +16,8 @@ def __getattr__(name: str) -> Any:
         from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
         return LatentDiffusionPipeline
+    if name == "publish":
+        from latentdiff.training.republish import publish
+
+        return publish
     raise AttributeError(f"module 'latentdiff' has no attribute {name!r}")

@@ -6,9 +6,7 @@ model card). Weights are safetensors; nothing is ever unpickled. Training state 
 
 import copy
 import json
-import os
 import platform
-import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
 from latentdiff.folders import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
 from latentdiff.hashes import write_hashes
@@ -94,9 +93,7 @@ def publish(
         null_prompt=null_prompt,
         **index,
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-        new = Path(temporary) / "new"
+    with atomic.new_folder(folder) as new:
         with quiet():
             pipeline.save_pretrained(new)
         if type(text_encoder).__name__ == "CLIPTextModel":
@@ -108,7 +105,6 @@ def publish(
         (new / "README.md").write_text(card if card is not None else short_card(record), encoding="utf-8")
         for name, content in (files or {}).items():
             (new / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
-        replace_folder(new, folder, Path(temporary) / "old")
     return folder
 
 
@@ -140,19 +136,6 @@ def _check_sampling(scheduler: Any, sampler: str | None, prediction: str | None,
         raise UserError(f"default_sampler: {sampler!r} is unknown; valid: {', '.join(samplers.names())}")
     if sampler is not None and not (schedule and prediction):
         raise UserError("schedule and prediction: both are needed where scheduler is None, as nothing else states them")
-
-
-def replace_folder(new: Path, folder: Path, aside: Path) -> None:
-    """Rename `new` to `folder`, an existing one going to `aside`; if that fails the old one is back in its place."""
-    new.chmod(0o755)
-    if folder.exists():
-        os.rename(folder, aside)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        if aside.exists():
-            os.rename(aside, folder)
-        raise
 
 
 def prefix_names(file: Path, prefix: str) -> None:
@@ -237,6 +220,8 @@ def check(folder: Path) -> dict[str, type]:
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a checkpoint is a folder with {INDEX}")
+    if not (folder / INDEX).is_file() and (folder / "run.json").is_file():
+        raise UserError(f"{folder}: is the output folder of a training run, not a checkpoint; {_in_run(folder)}")
     index = read_json(folder / INDEX)
     name = index.get("_class_name")
     if name not in KINDS:
@@ -253,6 +238,15 @@ def check(folder: Path) -> dict[str, type]:
         read_json(folder / part / "config.json")
         weight_files(folder / part, WEIGHTS if kind.__module__.startswith("diffusers") else TEXT_WEIGHTS)
     return classes
+
+
+def _in_run(folder: Path) -> str:
+    """How to come from a training run's output folder to its checkpoint."""
+    if (folder / "model" / INDEX).is_file():
+        return f"did you mean {folder / 'model'}?"
+    if (folder / "state").is_dir() or (folder / "snapshots").is_dir():
+        return f"make one of its newest state by `latentdiff publish {folder}`"
+    return "it has not published one yet"
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
@@ -284,6 +278,8 @@ def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> 
         UserError: there is neither; names the weights that ship.
     """
     path = Path(name)
+    if not path.exists() and path.name:
+        atomic.recover(path)  # a process was killed between the two renames that publish a folder
     if path.exists():
         return path
     shipped = shipped_folder("weights")

@@ -109,6 +109,7 @@ def _parser() -> Parser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     _add_generate(commands)
     _add_train(commands)
+    _add_publish(commands)
     _add_others(commands)
     add_measures(commands)
     _add_prepare(commands)
@@ -165,6 +166,22 @@ def train_command(arguments) -> None:
     folder = train(load_config(resolve_config(arguments.config), arguments.overrides), resume=arguments.resume)
     if processes.rank() == 0:  # of several processes under `accelerate launch` one says the result
         print(folder)
+
+
+def _add_publish(commands) -> None:
+    add = commands.add_parser("publish", help="make a checkpoint of a training state", description=publish_command.__doc__)
+    add.add_argument("run_folder", metavar="RUN", help="the output folder of a training run, of either stage")
+    add.add_argument("--step", type=int, metavar="N", help="of a state or snapshot (default: the newest state)")
+    add.add_argument("--best", action="store_true", help="the state that train.best kept")
+    add.add_argument("--out", metavar="DIR", help="a new folder (default: model/ or autoencoder/ in RUN)")
+    add.set_defaults(run=publish_command)
+
+
+def publish_command(arguments) -> None:
+    """Publish one step of a training run, as the run would have done had it ended there."""
+    from latentdiff.training.republish import publish
+
+    print(publish(arguments.run_folder, arguments.step, arguments.best, arguments.out))
 
 
 def _add_others(commands) -> None:

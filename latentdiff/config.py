@@ -119,6 +119,7 @@ class LoopConfig(TrainConfig):
     on_bad: Literal["stop", "rollback"] = "stop"  # rollback: to the last state, at half the learning rate
     # Stage 2: keep the state where it is lowest
     best: Literal["validation/loss_ema", "validation/loss_raw", "evaluation/frechet"] | None = None
+    snapshot_every: int | None = Field(None, gt=0)  # steps; averaged weights kept for good, for `latentdiff publish`
     timeout_minutes: float = Field(30.0, gt=0)  # how long a process waits for the others before it gives up
 
 
@@ -323,7 +324,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     if not path.is_file():
         raise UserError(f"{path}: no such config file{similar_config(path)}")
     try:
-        tree = read_yaml(path.read_text())
+        tree = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):

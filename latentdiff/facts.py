@@ -17,6 +17,7 @@ from latentdiff.config import DataConfig
 from latentdiff.data.accounts import printable
 from latentdiff.data.images import EncodedImages, ImageSource, in_threads
 from latentdiff.errors import UserError
+from latentdiff.folders import read_json
 
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")
 FEW = 5  # of many that are listed
@@ -60,6 +61,8 @@ def _folder_info(what: str, path: Path, overrides: Sequence[str]) -> dict[str, A
         net = load_features(folder)
         size = sum(p.numel() for p in net.parameters())
         return {"features": what, "name": net.name, "dimensions": net.dim, "parameters": size, **net.info}
+    if (folder / "run.json").is_file() and any((folder / name).is_dir() for name in ("state", "snapshots")):
+        return _run_info(folder)
     if any((folder / part / "config.json").is_file() for part in ("", "autoencoder", "vae")):
         return _autoencoder_info(what)
     return _data_info(what, overrides)
@@ -74,6 +77,18 @@ def _config_info(path: Path, overrides: list[str]) -> dict[str, Any]:
     file = resolve_config(path)
     config = load_config(file, overrides)
     return {"file": str(path), "stage": config.stage, **plan(config, file), "config": config.model_dump(mode="json")}
+
+
+def _run_info(folder: Path) -> dict[str, Any]:
+    """A training run: its stage, what it has published, and the steps that can be published."""
+    from latentdiff.training.republish import publishable
+    from latentdiff.training.state import best_step
+
+    stage = read_json(folder / "run.json").get("stage")
+    published = [name for name in ("autoencoder", "model") if (folder / name).is_dir()]
+    facts = {"run": str(folder), "stage": stage, "published": published, "steps": list(publishable(folder))}
+    facts |= {"best": best_step(folder), "publish": f"latentdiff publish {folder} --step N"}
+    return facts | (_autoencoder_info(str(folder)) if "autoencoder" in published else {})
 
 
 def _autoencoder_info(what: str) -> dict[str, Any]:

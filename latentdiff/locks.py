@@ -36,6 +36,7 @@ def locked(
     *,
     shared: bool = False,
     beside: bool = False,
+    alone: bool = False,
 ) -> Iterator[None]:
     """Hold a folder for the length of the block. The folder is made where it is missing, and removed if it stays empty.
 
@@ -45,6 +46,7 @@ def locked(
     Args:
         path: the folder; with `beside`, a file or folder that this job replaces as a whole, so that the lock lies beside it.
         advice: what the message tells the user to do.
+        alone: only this process of a launch calls it, so there is nobody to agree with.
         shared: any number of jobs may hold it shared, such as the parts of one cache, but none beside an exclusive holder.
 
     Raises:
@@ -54,14 +56,14 @@ def locked(
     path = Path(path)
     folder, name = (path.absolute().parent, f".{path.name}{NAME}") if beside else (path, NAME)
     lock, problem = None, None
-    if processes.rank() == 0:
+    if alone or processes.rank() == 0:
         try:
             lock = _take(folder, name, path, shared, advice)
         except UserError as error:
             problem = error
         except OSError as error:
             problem = UserError(f"{path}: cannot be written to ({error.strerror or error})")
-    if not processes.agree(problem is None):
+    if not (problem is None if alone else processes.agree(problem is None)):
         raise problem if problem is not None else ReportedElsewhere(f"{path}: is in use by another run")
     try:
         yield

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
-from latentdiff.hashes import FILE as HASH_FILE
 from latentdiff.hashes import check_hashes, write_hashes
 
 WEIGHTS_FILE = "model.safetensors"
@@ -23,17 +21,15 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 def save_network(network: nn.Module, config: Mapping[str, Any], folder: str | Path) -> None:
-    """Write config, the weights (float32) and their hash into folder; each file appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write config, the weights (float32) and their hash into folder; the folder appears whole or not at all.
+
+    Other files that lie in it stay.
+    """
     state = {key: value.detach().float().cpu().contiguous() for key, value in network.state_dict().items()}
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as scratch:
-        save_file(state, os.path.join(scratch, WEIGHTS_FILE), metadata={"format": "pt"})
-        Path(scratch, CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_hashes(scratch)
-        (folder / HASH_FILE).unlink(missing_ok=True)  # else a stop between the files leaves that of other weights
-        for file in (WEIGHTS_FILE, CONFIG_FILE, HASH_FILE):
-            os.replace(os.path.join(scratch, file), folder / file)
+    with atomic.new_folder(Path(folder), keep=True) as new:
+        save_file(state, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        (new / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_hashes(new)
 
 
 def fingerprint(network: nn.Module, structure: tuple[Any, ...]) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from latentdiff import atomic
 from latentdiff.data.preprocess import to_uint8
 
 GAP = 2  # pixels between tiles
@@ -69,10 +70,8 @@ def _wrapped(text: str, font: Any, width: int) -> list[str]:
 
 def save_png(image: Image.Image, path: Path) -> None:
     """Write a PNG so that the file is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    image.save(temporary, format="PNG")
-    temporary.replace(path)
+    with atomic.new_file(path) as temporary:
+        image.save(temporary, format="PNG")
 
 
 def tile(rows: list[list[np.ndarray]], scale: int) -> Image.Image:

@@ -159,3 +159,9 @@ def command(more: Sequence[str] = (), python: str = "", without: Sequence[str] =
     if processes.count() == 1:
         return f"latentdiff {line}"
     return f"accelerate launch OPTIONS -m latentdiff {line} (OPTIONS of the launcher as before)"
+
+
+def again() -> str:
+    """For jobs that are simply run again: the same command."""
+    line = command()
+    return f"run it again: {line}" if line else ""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
 
 TABLE, INDEX = "tuning", "model_index.json"
@@ -322,6 +323,5 @@ def draw_front(table: dict[str, Any], path: Path) -> None:
     pen.text((width - edge - 20, height - edge + 8), f"{most['evaluations']:.0f}", fill="black")
     pen.text((width // 2 - 80, height - edge + 24), "U-Net evaluations an image", fill="black")
     pen.text((edge, edge - 20), "Frechet distance (red: the default)", fill="black")
-    temporary = path.with_name(f".{path.name}.tmp.png")
-    image.save(temporary)
-    temporary.replace(path)
+    with atomic.new_file(path) as temporary:
+        image.save(temporary, format="PNG")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
 
 GRID_COLUMNS = 16
@@ -57,10 +58,7 @@ def check_out_folder(out: str | Path, flag: str = "--out") -> Path:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file, whose folder is made: it is the old or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    atomic.write_text(path, text)
 
 
 def write_file(path: Path, images: np.ndarray, names: list[str], labels: Sequence[int | None]) -> None:

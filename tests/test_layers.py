@@ -9,12 +9,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # fmt: off
 ORDER = [
-    "errors", "processes", "locks", "signals", "plain", "tensors", "rng", "hashes", "networks", "folders", "mistakes",
-    "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids", "samplers",
-    "likelihood", "autoencoders",
-    "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures", "writing", "records", "cards", "page",
-    "generation", "training", "planning", "commands", "evaluating", "facts", "comparison", "tuning", "agreement", "gallery",
-    "judging", "measures", "cli", "__main__",
+    "errors", "processes", "locks", "atomic", "signals", "plain", "tensors", "rng", "hashes", "networks", "folders",
+    "mistakes", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids",
+    "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures",
+    "writing", "records", "cards", "page", "generation", "training", "planning", "commands", "evaluating", "facts",
+    "comparison", "tuning", "agreement", "gallery", "judging", "measures", "cli", "__main__",
 ]
 # fmt: on
 ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it stands on none of the rooms

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
 from latentdiff.folders import load_part, quiet, read_json
 
@@ -70,6 +71,9 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
     when its weights cannot be read.
     """
     folder = Path(where)
+    for published in (folder, folder / "autoencoder"):
+        if published.name:
+            atomic.recover(published)  # a process was killed between the two renames that publish a folder
     for candidate in (folder / "autoencoder", folder / "vae", folder):
         if (candidate / "config.json").is_file():
             return _load_folder(candidate, verify)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from latentdiff import atomic
 from latentdiff.autoencoders.vq import CodeUsage, code_indices
 
 if TYPE_CHECKING:
@@ -301,10 +300,6 @@ def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8
 
 def write_report(folder: str | Path, report: dict[str, Any], picture: Image.Image, name: str = "report") -> None:
     """Write <name>.json and <name>.png into `folder`, made if missing; each appears whole or not at all."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        (Path(scratch) / "json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        picture.save(Path(scratch) / "png", format="PNG")
-        for kind in ("json", "png"):
-            os.replace(Path(scratch) / kind, folder / f"{name}.{kind}")
+    with atomic.new_file(Path(folder) / f"{name}.png") as temporary:
+        picture.save(temporary, format="PNG")
+    atomic.write_text(Path(folder) / f"{name}.json", json.dumps(report, indent=2, allow_nan=False) + "\n")

@@ -6,9 +6,7 @@ own reconstructions of them score, below which no denoiser in its latent space c
 """
 
 import json
-import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff import atomic
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.report import psnr, ssim
 from latentdiff.data.images import Columns
@@ -203,14 +202,10 @@ def _metrics(
 def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, Path]:
     """Write evaluation.json and evaluation.md into folder, each whole or not at all; returns their paths."""
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     contents = {".json": json.dumps(report, indent=2) + "\n", ".md": markdown(report)}
     paths = [folder / f"{REPORT_NAME}{suffix}" for suffix in contents]
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".writing-") as scratch:
-        for path, text in zip(paths, contents.values(), strict=True):
-            Path(scratch, path.name).write_text(text, encoding="utf-8")
-        for path in paths:
-            os.replace(Path(scratch, path.name), path)
+    for path, text in zip(paths, contents.values(), strict=True):
+        atomic.write_text(path, text)
     return paths[0], paths[1]
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentdiff import signals
-from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig, JudgeConfig
+from latentdiff import atomic, locks, processes, signals
+from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig, FeaturesConfig, JudgeConfig
+from latentdiff.errors import UserError
 
 
 def train(config: Config, resume: bool = False) -> Path:
@@ -29,6 +30,16 @@ def _train(config: Config, resume: bool) -> Path:
         from latentdiff.training.diffusion import train_diffusion
 
         return train_diffusion(config, resume)
+    if processes.count() > 1:
+        raise UserError(f"stage: {config.stage} trains in one process; start it without accelerate launch")
+    # A judge's output is replaced as a whole, so that the lock lies beside it
+    with locks.locked(config.output, beside=isinstance(config, JudgeConfig)):
+        if not isinstance(config, JudgeConfig):
+            atomic.sweep(Path(config.output))
+        return _train_in_one_go(config, resume)
+
+
+def _train_in_one_go(config: ClassifierConfig | JudgeConfig | FeaturesConfig, resume: bool) -> Path:
     if isinstance(config, ClassifierConfig):
         from latentdiff.training.classifier import train_latent_classifier
 

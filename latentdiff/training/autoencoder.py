@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff import atomic
 from latentdiff.autoencoders.build import TRAINABLE, build_autoencoder, freeze, load_autoencoder, store_normaliser
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.autoencoders.discriminator import PatchDiscriminator
@@ -25,6 +26,7 @@ from latentdiff.training import loop, run, state
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images, sweep
 from latentdiff.training.ema import Ema
+from latentdiff.training.journal import Journal
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
@@ -37,13 +39,19 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, report.json and report.png.
     """
     output = Path(config.output)
-    run.check_output(output, config, resume)
+    accelerator = run.start_accelerator(config.train)
+    with run.held(output, config, resume) as restores:
+        _train(config, restores, accelerator, output)
+    accelerator.end_training()
+    return output / "autoencoder"
+
+
+def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Path) -> None:
     torch.manual_seed(derive_seed(config.seed, "initialise"))
     vae = _build(config)
     factor = LatentCodec(vae).factor
     images = Images(config.data, factor)
     to_train(config, vae)
-    accelerator = run.start_accelerator(config.train)
     trial = partial(trial_steps, config, vae, (config.data.channels, *images.preprocess.padded_size))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
@@ -52,17 +60,16 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     if config.train.compile:
         _compile(config, images, parts, accelerator)
     work = _work(config, images, parts, accelerator, output)
-    progress = loop.resume(output, work, accelerator) if resume else loop.Progress()
+    progress = loop.resume(output, work, accelerator, config.train.keep) if resume else loop.Progress()
     run.announcement(accelerator, config.train, precision)()
     images.say()
     if accelerator.is_main_process:
         run.write_config(output, config)
-    with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
+    with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)
-    _finish(config, images, parts, accelerator, output)
+    parts.ema.copy_to(parts.bare.vae)
+    publish(config, images, parts.bare.vae, accelerator, output / "autoencoder", {"steps": progress.step, **work.meta()})
     run.meet(accelerator)
-    accelerator.end_training()
-    return output / "autoencoder"
 
 
 def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int, int], alone: OneProcess) -> Step:
@@ -179,6 +186,7 @@ def _work(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: 
         restore=restore,
         samples=lambda step: stream(len(images.train), config.seed, step * batch, batch, images.train.blocks),
         lowered=parts.scale.lowered,
+        made_of={"data": images.train.fingerprint()},
     )  # fmt: skip
 
 
@@ -274,28 +282,44 @@ def picture(vae: nn.Module, images: Images, path: Path, count: int = 16) -> None
         parameter.requires_grad_(learns)
 
 
-def _finish(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any, output: Path) -> None:
-    """Measure the latents of the averaged weights over the training set, store the normaliser, save, report.
+def publish(
+    config: AutoencoderConfig, images: Images, vae: nn.Module, accelerator: Any, folder: Path, meta: dict[str, Any]
+) -> None:
+    """Measure the latents of averaged weights over the training set, store the normaliser, save to `folder`, report beside it.
 
-    Every process measures its share of the images; the main one writes. A frozen encoder keeps its normaliser.
+    Every process measures its share of the images; the main one writes. A frozen encoder keeps its normaliser. vae: holds
+    the averaged weights, and is frozen. meta: what latentdiff.json says besides the config and the data.
     """
     from latentdiff.autoencoders.report import stage1_report, write_report
 
-    vae = parts.bare.vae
-    parts.ema.copy_to(vae)
     freeze(vae)
     if not config.freeze_encoder:
         measured = _measure(config, images, LatentCodec(vae), accelerator)
         store_normaliser(vae, measured.mean.float(), measured.std.float())
     if not accelerator.is_main_process:
         return
-    vae.save_pretrained(output / "autoencoder", safe_serialization=True)
-    write_hashes(output / "autoencoder")
-    codec = LatentCodec(load_autoencoder(str(output / "autoencoder")), refuse_non_finite=False)  # the report says it
+    data = {"source": config.data.source, "images": len(images.train), "fingerprint": images.train.fingerprint()}
+    record = {"config": config.model_dump(mode="json"), **meta, "data": data}
+    with atomic.new_folder(folder) as new:
+        vae.save_pretrained(new, safe_serialization=True)
+        write_hashes(new)
+        atomic.write_json(new / "latentdiff.json", record)
+    codec = LatentCodec(load_autoencoder(str(folder)), refuse_non_finite=False)  # the report says it
     report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
     if images.nothing_held_out:
         report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
-    write_report(output, report, pairs)
+    write_report(folder.parent, report, pairs)
+
+
+def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
+    """Publish the averaged weights of a state or snapshot as the run would have published them had it ended there."""
+    accelerator = run.start_accelerator(config.train)
+    vae = _build(config)
+    images = Images(config.data, LatentCodec(vae).factor)
+    loop.check_made_of(output, meta.get("made_of"), {"data": images.train.fingerprint()})
+    state.load_into(vae, tensors["ema"], str(output))
+    vae.to(accelerator.device)
+    publish(config, images, vae, accelerator, folder, {"steps": meta["step"], "ema_updates": meta["ema_updates"]})
 
 
 def _measure(config: AutoencoderConfig, images: Images, codec: LatentCodec, accelerator: Any) -> LatentStatistics:

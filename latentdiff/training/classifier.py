@@ -21,6 +21,7 @@ from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.tensors import widen
 from latentdiff.training import run
 from latentdiff.training.data import Images
+from latentdiff.training.journal import Journal
 from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
 from latentdiff.training.meters import Averages
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
@@ -102,7 +103,7 @@ def _fit(
     steps = config.train.steps
     optimizer, averages = run.make_optimizer(net.parameters(), config.optimizer), Averages()
     net.train()
-    with run.Journal(output, steps, 0, True) as journal:
+    with Journal(output, steps, 0, True) as journal:
         for step in range(steps):
             lr = run.learning_rate(config.optimizer, step, steps)
             run.set_learning_rate(optimizer, lr)

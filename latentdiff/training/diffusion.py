@@ -31,6 +31,7 @@ from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
+from latentdiff.training.journal import Journal
 from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.micro_batch import find_micro_batch
@@ -77,9 +78,15 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     """
     output = Path(config.output)
     config = conditions.as_begun(config, output) if resume else config
-    run.check_output(output, config, resume)
     _check(config)
     accelerator = run.start_accelerator(config.train, shards=True)
+    with run.held(output, config, resume) as restores:
+        _train(config, restores, accelerator, output)
+    accelerator.end_training()
+    return output / "model"
+
+
+def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path) -> None:
     codec, images = open_inputs(config, accelerator.device)
     conditions.check_data(config, images)
     check_latents(config, codec, images)
@@ -96,7 +103,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     if config.train.compile:
         _compile(config, parts, accelerator)
     work = _work(config, parts, accelerator, output)
-    progress = loop.resume(output, work, accelerator) if resume else loop.Progress()
+    progress = loop.resume(output, work, accelerator, config.train.keep) if resume else loop.Progress()
     announce()
     latents.images.say()
     if accelerator.is_main_process:
@@ -104,15 +111,29 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
         if parts.ema.memory() > config.train.steps / 2:
             print(f"warning: the EMA looks back {parts.ema.memory():.0f} steps, the run has {config.train.steps}; "
                   "lower ema.decay or its pictures lag behind", file=sys.stderr)  # fmt: skip
-    with run.Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
+    with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)
     accelerator.wait_for_everyone()
     parts.ema.copy_to(parts.average)
     if accelerator.is_main_process:
-        publish(config, parts, output)
+        publish(config, parts, output / "model", progress.step)
     run.meet(accelerator)
-    accelerator.end_training()
-    return output / "model"
+
+
+def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
+    """Publish the averaged weights of a state or snapshot as the run would have published them had it ended there.
+
+    The latent cache of the run is opened, or built again where it is not there any more.
+    """
+    accelerator = run.start_accelerator(config.train)
+    with progress_bar("encoding", True, lambda: None) as progress:
+        latents = prepare_latents(config, accelerator, progress, open_inputs(config, accelerator.device))
+        told = conditions.prepare_conditions(config, latents, accelerator, progress, True)
+    parts = _parts(config, latents, told, accelerator)
+    loop.check_made_of(output, meta.get("made_of"), made_of(latents))
+    state.load_into(parts.average, tensors["ema"], str(output))
+    parts.ema.updates = meta["ema_updates"]
+    publish(config, parts, folder, meta["step"])
 
 
 def trial_steps(
@@ -134,6 +155,13 @@ def trial_steps(
         _step(named(config, precision, batch), parts, alone, 0, config.optimizer.lr)
 
     return step
+
+
+def made_of(latents: Latents) -> dict[str, Any]:
+    """What a state depends on besides the config: images, first stage and normaliser."""
+    identity, codec = latents.cache.manifest["identity"], latents.codec
+    normaliser = [codec.shift.flatten().tolist(), codec.scale.flatten().tolist()]
+    return {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
 
 
 def _check(config: DiffusionConfig) -> None:
@@ -257,6 +285,7 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
         restore=restore,
         samples=lambda step: _indices(config, parts, step),
         lowered=parts.scale.lowered,
+        made_of=made_of(parts.latents),
     )  # fmt: skip
 
 

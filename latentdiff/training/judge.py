@@ -1,9 +1,6 @@
 """Training of the judge: identity as the class, style as a second head, on pictures disturbed beyond what models do."""
 
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -15,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from latentdiff import atomic
 from latentdiff.config import JudgeConfig
 from latentdiff.data.order import permutation
 from latentdiff.data.pairs import Pairs, read_pairs
@@ -169,12 +167,6 @@ def _own_scores(net: JudgeNet, pairs: Pairs, seed: int) -> dict[str, Any]:
 
 
 def _write(net: JudgeNet, config: JudgeConfig, output: Path) -> None:
-    output.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
-    try:
-        run.write_config(temporary, config)
-        net.save(temporary)
-        temporary.chmod(0o755)
-        os.rename(temporary, output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with atomic.new_folder(output) as new:
+        run.write_config(new, config)
+        net.save(new)

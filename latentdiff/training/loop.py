@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from latentdiff import signals
 from latentdiff.config import AutoencoderConfig, DiffusionConfig
 from latentdiff.errors import UserError
 from latentdiff.training import run, sharding, state
+from latentdiff.training.journal import Journal, SaveClock
 from latentdiff.training.meters import Averages, Values
 
 SLOWEST = 2.0**-6  # of the configured learning rate: what cannot go on at it stops
@@ -33,6 +35,7 @@ class Work:
     restore(tensors, meta) takes them back, whole.
     samples(step) -> indices of the training images in the global batch.
     lowered() -> whether a step that was not finite is worth another try, with a smaller loss scale (float16).
+    made_of: what else a state depends on, by name, kept in it and compared on resume; see `check_made_of`.
     """
 
     step: Callable[[int, float], tuple[Values, bool]]
@@ -42,6 +45,7 @@ class Work:
     restore: Callable[[dict[str, dict[str, Tensor]], dict[str, Any]], None]
     samples: Callable[[int], Tensor]
     lowered: Callable[[], bool] = lambda: False
+    made_of: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -56,13 +60,57 @@ class Progress:
     averages: Averages = field(default_factory=Averages)
 
 
-def resume(output: Path, work: Work, accelerator: Any) -> Progress:
-    """Take up the newest whole state of a run."""
+def resume(output: Path, work: Work, accelerator: Any, keep: int) -> Progress:
+    """Take up the newest whole state of a run. UserError where it is of other images, of another first stage, or damaged."""
     tensors, meta = state.load_state(output, say=accelerator.is_main_process)
-    work.restore(tensors, meta)
-    progress = Progress(meta["step"], meta.get("rate", 1.0), meta.get("skipped", 0), meta.get("in_a_row", 0), meta.get("best"))
-    progress.averages.restore(tensors.get("averages", {}), accelerator)
+    check_made_of(output, meta.get("made_of"), work.made_of, accelerator.is_main_process)
+    try:
+        work.restore(tensors, meta)
+        keys = {"rate": 1.0, "skipped": 0, "in_a_row": 0, "best": None}
+        progress = Progress(meta["step"], **{key: meta.get(key, default) for key, default in keys.items()})
+        progress.averages.restore(tensors.get("averages", {}), accelerator)
+    except (KeyError, TypeError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:80]
+        raise UserError(f"{output / 'state' / 'step-'}{meta['step']}: damaged training state ({missing})") from error
+    if accelerator.is_main_process:  # what a kill right after the state was written has left undone
+        if meta.get("is_best") and state.best_step(output) != progress.step:
+            state.mark_best(output, progress.step)
+        state.rotate(output, progress.step, keep)
     return progress
+
+
+# What a state is made of: how a message calls it, and how a user goes on
+MADE_OF = {
+    "data": ("images", "put the old ones back"),
+    "autoencoder": ("autoencoder weights", "name the old autoencoder"),
+    "normaliser": ("latent normaliser", "name the old autoencoder, or the old setting of normaliser"),
+}
+
+
+def check_made_of(output: Path, before: Any, now: dict[str, Any], say: bool = True) -> None:
+    """UserError where a state was made of something else than the run has now; a warning where the state does not say."""
+    if not isinstance(before, dict):
+        if say and now:
+            print(f"warning: {output / 'state'}: is of a version that did not note its images; they are not compared",
+                  file=sys.stderr)  # fmt: skip
+        return
+    for key, value in now.items():
+        if key in before and not _alike(before[key], value):
+            what, advice = MADE_OF[key]
+            shown = f" ({before[key][:12]}, now {value[:12]})" if isinstance(value, str) else ""
+            raise UserError(
+                f"{output / 'state'}: this run was trained on other {what}{shown}; {advice}, or set output= elsewhere "
+                "to start afresh"
+            )
+
+
+def _alike(before: Any, now: Any) -> bool:
+    """Equal; numbers up to what summing up in another order changes."""
+    if isinstance(before, list) and isinstance(now, list):
+        return len(before) == len(now) and all(_alike(a, b) for a, b in zip(before, now, strict=True))
+    if isinstance(before, float) and isinstance(now, float):
+        return math.isclose(before, now, rel_tol=1e-4, abs_tol=1e-6)
+    return before == now
 
 
 def save(output: Path, work: Work, progress: Progress, accelerator: Any, keep: int, best: bool = False) -> None:
@@ -72,14 +120,21 @@ def save(output: Path, work: Work, progress: Progress, accelerator: Any, keep: i
     tensors = sharding.gathered(found, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         meta = {name: getattr(progress, name) for name in ("rate", "skipped", "in_a_row", "best")}
-        state.save_state(output, progress.step, tensors, {**work.meta(), **meta}, keep, best)
+        state.save_state(output, progress.step, tensors, {**work.meta(), **meta, "made_of": work.made_of}, keep, best)
+
+
+def snapshot(output: Path, work: Work, progress: Progress, accelerator: Any) -> None:
+    """Keep the averaged weights of this step for `latentdiff publish`. Every process calls it, the main one writes."""
+    tensors = sharding.gathered({"ema": work.tensors()["ema"]}, keep=accelerator.is_main_process)
+    if accelerator.is_main_process:
+        state.save_snapshot(output, progress.step, tensors, {**work.meta(), "made_of": work.made_of})
 
 
 def run_loop(
     config: AutoencoderConfig | DiffusionConfig,
     work: Work,
     accelerator: Any,
-    journal: run.Journal,
+    journal: Journal,
     output: Path,
     progress: Progress,
 ) -> None:
@@ -87,7 +142,7 @@ def run_loop(
 
     UserError where more than train.bad_steps steps in a row were not finite and train.on_bad is stop.
     """
-    train, clock = config.train, run.SaveClock(config.train.save_minutes)
+    train, clock = config.train, SaveClock(config.train.save_minutes)
     with signals.watched() as watch, watch.deferred():
         while progress.step < train.steps:
             step = progress.step
@@ -110,6 +165,8 @@ def run_loop(
             metrics = work.after(done)
             if metrics:
                 journal.log(done, metrics)
+            if train.snapshot_every and done % train.snapshot_every == 0:
+                snapshot(output, work, progress, accelerator)
             best = _improves(train.best, metrics, progress)
             # Within a bad stretch nothing is saved by the clock: a roll-back is to lead to before it
             due, stop = agree(accelerator, progress.in_a_row == 0 and clock.due(), watch)
@@ -128,13 +185,13 @@ def _improves(metric: str | None, metrics: dict[str, float], progress: Progress)
     return True
 
 
-def _skip(config, work: Work, accelerator, journal: run.Journal, output: Path, progress: Progress, step: int) -> bool:
+def _skip(config, work: Work, accelerator, journal: Journal, output: Path, progress: Progress, step: int) -> bool:
     """Count and write down a step that was not finite; True where the run was rolled back, or UserError to stop it."""
     train = config.train
     progress.skipped += 1
     progress.in_a_row += 1
     if accelerator.is_main_process:
-        with (output / "skipped.jsonl").open("a") as lines:
+        with (output / "skipped.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "samples": work.samples(step).tolist()}) + "\n")
     journal.say(f"warning: step {step} is skipped, its loss or gradient is not finite ({progress.in_a_row} in a row)")
     if progress.in_a_row <= train.bad_steps:
@@ -147,7 +204,7 @@ def _skip(config, work: Work, accelerator, journal: run.Journal, output: Path, p
         why = "after so many roll-backs" if rate < SLOWEST else "before the first state was saved"
         raise UserError(f"{said}, {why}; lower optimizer.lr, or look at those samples")
     accelerator.wait_for_everyone()
-    before = resume(output, work, accelerator)
+    before = resume(output, work, accelerator, train.keep)
     progress.step, progress.averages, progress.rate, progress.in_a_row = before.step, before.averages, rate, 0
     progress.best = before.best
     journal.move_to(before.step)

@@ -88,13 +88,13 @@ def picture(config: DiffusionConfig, parts: Parts, accelerator: Any, path: Path)
         save_rows(list((images.cpu() * 2 - 1).split(each)), path)
 
 
-def publish(config: DiffusionConfig, parts: Parts, output: Path) -> None:
-    """Write the averaged weights, the frozen first stage and how they were made as a diffusers folder."""
+def publish(config: DiffusionConfig, parts: Parts, folder: Path, step: int) -> None:
+    """Write the averaged weights of a step, the frozen first stage and how they were made as a diffusers folder."""
     cache = parts.latents.cache
     statistics = cache.statistics()
     meta = {
         "config": config.model_dump(mode="json"),
-        "steps": config.train.steps,
+        "steps": step,
         "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": parts.ema.updates},
         "data": {"source": config.data.source, "images": len(cache), "fingerprint": parts.latents.images.train.fingerprint()},
         "autoencoder": {"fingerprint": parts.latents.codec.fingerprint()},
@@ -103,6 +103,6 @@ def publish(config: DiffusionConfig, parts: Parts, output: Path) -> None:
     }  # fmt: skip
     pieces = pipeline_parts(config, parts)
     checkpoints.publish(
-        output / "model", **pieces, meta=meta, default_guidance_scale=conditions.guidance(config),
+        folder, **pieces, meta=meta, default_guidance_scale=conditions.guidance(config),
         default_guidance_interval=config.sample.guidance_interval, default_num_inference_steps=config.sample.steps,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff import processes, signals
+from latentdiff import atomic, locks, processes, signals
 from latentdiff.config import OptimizerConfig, Section, TrainConfig, keep_split
 from latentdiff.errors import UserError
 from latentdiff.training import sharding, state
@@ -27,7 +27,7 @@ FREE_ON_RESUME = (
     "output", "optimizer.", "sample.", "evaluate.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
     "cache.shard_size", "condition.text.folder", "train.steps", "train.threads", "train.log_every", "train.picture_every",
     "train.save_minutes", "train.keep", "train.micro_batch", "train.gradient_checkpointing", "train.compile", "train.bad_steps",
-    "train.on_bad", "train.best", "train.timeout_minutes",
+    "train.on_bad", "train.best", "train.snapshot_every", "train.timeout_minutes",
 )  # fmt: skip
 
 
@@ -125,117 +125,65 @@ def gradient_norm(module: nn.Module, clip: float | None) -> float:
     return float(sharding.whole(norm))
 
 
-class Journal:
-    """Logs of a run, on the main process: a progress bar with rate and time left on stderr, TensorBoard, metrics.jsonl.
-
-    A context manager, so that a run that ends in an error leaves its files flushed and the bar's line finished.
-    """
-
-    def __init__(self, output: Path, steps: int, start: int, enabled: bool):
-        self.enabled = enabled
-        if not enabled:
-            return
-        from tqdm import tqdm
-
-        # What was logged after the state that a run goes on from is logged again
-        self.logs = output / "logs"
-        self.writer = self._writer(start)
-        self.path = output / "metrics.jsonl"
-        forget_lines(self.path, start)
-        self.lines = self.path.open("a")
-        # Written to a file the bar is refreshed rarely, so that a log stays readable
-        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0)
-
-    def _writer(self, start: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
-
-        return SummaryWriter(str(self.logs), purge_step=start + 1 if start else None)
-
-    def advance(self) -> None:
-        if self.enabled:
-            self.bar.update(1)
-
-    def move_to(self, step: int) -> None:
-        """Back to an earlier step: what was logged since is forgotten."""
-        if self.enabled:
-            self.lines.close()
-            forget_lines(self.path, step)
-            self.lines = self.path.open("a")
-            self.writer.close()
-            self.writer = self._writer(step)
-            self.bar.n = step
-            self.bar.refresh()
-
-    def log(self, step: int, values: dict[str, float]) -> None:
-        if not self.enabled:
-            return
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-        self.lines.write(json.dumps({"step": step, **{k: round(float(v), 7) for k, v in values.items()}}) + "\n")
-        self.lines.flush()
-        shown = {k.rsplit("/", 1)[-1]: f"{v:.4g}" for k, v in values.items() if k.startswith("train/")}
-        self.bar.set_postfix(shown, refresh=False)
-
-    def say(self, text: str) -> None:
-        if self.enabled:
-            self.bar.write(text, file=sys.stderr)
-
-    def __enter__(self) -> Journal:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.enabled:
-            self.bar.close()
-            self.writer.close()
-            self.lines.close()
-
-
-def forget_lines(path: Path, after: int) -> None:
-    """Drop the lines of a metrics file whose step is beyond `after`, and one that a killed process left half written."""
-    if not path.is_file():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["step"] <= after:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text("".join(kept))
-    temporary.replace(path)
-
-
-class SaveClock:
-    """True every so many minutes, and at most once per interval."""
-
-    def __init__(self, minutes: float):
-        self.interval, self.last = minutes * 60.0, time.monotonic()
-
-    def due(self) -> bool:
-        if time.monotonic() - self.last < self.interval:
-            return False
-        self.last = time.monotonic()
-        return True
-
-
-def check_output(output: Path, config: Section, resume: bool) -> None:
-    """Refuse to write over another run, and to resume one whose config differs in more than its length and logging."""
+def recorded_config(output: Path, cls: type[Section]) -> Section:
+    """The config of the run in a folder, with what its version took for granted; UserError where it cannot be read."""
     record = output / "run.json"
+    try:
+        tree = json.loads(record.read_text(encoding="utf-8"))
+        return cls.model_validate({**_completed(tree, cls), "output": str(output)})
+    except FileNotFoundError:
+        raise UserError(f"{record}: not found, so {output} holds no training run") from None
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise UserError(f"{record}: damaged ({' '.join(str(error).split())[:80]}), so nothing says what run this is") from None
+
+
+@contextlib.contextmanager
+def held(output: Path, config: Section, resume: bool) -> Iterator[bool]:
+    """Have the output folder for this run alone, looked through; whether there is a state to go on from.
+
+    Every process calls it, after the accelerator was made. What killed runs left in the folder is removed.
+    """
+    with locks.locked(output):
+        restores = check_output(output, config, resume)
+        processes.meet()
+        if processes.rank() == 0:
+            atomic.sweep(output)
+            if resume and not restores:
+                print(f"{output}: no state was saved yet; the run starts from its beginning", file=sys.stderr)
+        processes.meet()
+        yield restores
+
+
+def check_output(output: Path, config: Section, resume: bool) -> bool:
+    """Refuse to write over another run, and to resume one whose config differs in more than its length and logging.
+
+    Returns whether there is a state to go on from: a run that was killed before its first one starts from the beginning,
+    with --resume or without.
+    """
+    record, folders = output / "run.json", state.step_folders(output)
+    products = [output / name for name in ("autoencoder", "model") if (output / name).is_dir()]
     if not resume:
-        if (output / "state").exists():
+        if state.newest_step(output) is not None:
             raise UserError(f"{output}: holds a training run already; continue it with --resume, or set output= elsewhere")
-        return
+        if folders:
+            problem = f"holds training states that are all damaged, such as {folders[-1].name}"
+            raise UserError(f"{output}: {problem}; set output= elsewhere, or delete {output / 'state'}")
+        if products:
+            raise UserError(f"{products[0]}: is a finished model already; set output= elsewhere, or delete it")
+        return False
     if not record.is_file():
         raise UserError(f"{record}: not found, so there is no run to resume; leave --resume out")
     try:
-        tree = json.loads(record.read_text())
+        tree = json.loads(record.read_text(encoding="utf-8"))
         keep_split(config, tree)
         key = first_difference(tree, config)
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{record}: damaged ({' '.join(str(error).split())[:80]}), so nothing says what run this is") from None
     if key is not None:
         raise UserError(f"{record}: {key} differs from the config given; --resume continues the same run")
+    if not folders and products:
+        raise UserError(f"{output / 'state'}: no training state to resume from, and {products[0].name} is finished")
+    return bool(folders)
 
 
 def first_difference(record: dict[str, Any], config: Section) -> str | None:
@@ -256,17 +204,23 @@ def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:
     """A run's config with the defaults of keys that came after it; as it is where it is not valid any more."""
     from pydantic import ValidationError
 
+    tree = _completed(tree, type(config))
+    try:
+        return type(config).model_validate(tree).model_dump(mode="json")
+    except ValidationError:
+        return tree
+
+
+def _completed(tree: dict[str, Any], cls: type[Section]) -> dict[str, Any]:
+    """A run's record with what older versions took for granted, where their rule is not the default of today."""
     condition = tree.get("condition", {})
-    if "condition" in type(config).model_fields and isinstance(condition, dict):
+    if "condition" in cls.model_fields and isinstance(condition, dict):
         # Before there was this key, class and text were never dropped together
         tree = {**tree, "condition": {"joint_dropout": 0.0, **condition}}
     data = tree.get("data")
     if isinstance(data, dict) and "held_out" in data:  # one without a rule is of a version that knew no other
         tree = {**tree, "data": {"held_out_rule": "random", **data}}
-    try:
-        return type(config).model_validate(tree).model_dump(mode="json")
-    except ValidationError:
-        return tree
+    return tree
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -301,12 +255,4 @@ def settings_kept() -> Iterator[None]:
 
 
 def write_config(output: Path, config: Section) -> None:
-    write_json(output / "run.json", config.model_dump(mode="json"))
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either the old or the new one, never half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value, indent=1, default=str))
-    temporary.replace(path)
+    atomic.write_json(output / "run.json", config.model_dump(mode="json"))

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from latentdiff import atomic
 from latentdiff.errors import UserError
 from latentdiff.training.sharding import split
 
@@ -47,6 +48,27 @@ def save_state(
     where `best`) nor a damaged one. UserError where it cannot be written, as on a full disk: those before stay.
     """
     root = output / "state"
+    try:
+        final = _save(root, step, tensors, {**meta, "is_best": True} if best else meta)
+        if best:
+            mark_best(output, step)
+    except (OSError, SafetensorError, UserError) as error:
+        before = state_folders(output)
+        last = f"the last one is {before[-1]}" if before else "there is none yet"
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(f"{root / f'step-{step}'}: the training state cannot be written ({reason}); {last}") from error
+    rotate(output, step, keep)
+    return final
+
+
+def save_snapshot(output: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
+    """Write <output>/snapshots/step-N/ in the same form as a state; it is kept for good. UserError as in `save_state`."""
+    root = output / "snapshots"
+    with atomic.naming(root / f"step-{step}"):
+        return _save(root, step, tensors, meta)
+
+
+def _save(root: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
     final, temporary = root / f"step-{step}", root / f".step-{step}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -56,16 +78,10 @@ def save_state(
         if final.exists():
             _set_aside(final)
         os.replace(temporary, final)
-        _sync(root)
-        if best:
-            _write_json(root / "best.json", {"step": step})
-    except (OSError, SafetensorError) as error:
+        atomic.sync(root)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
-        before = state_folders(output)
-        last = f"the last one is {before[-1]}" if before else "there is none yet"
-        reason = " ".join(str(error).split())[:160]
-        raise UserError(f"{final}: the training state cannot be written ({reason}); {last}") from error
-    _rotate(output, step, keep)
+        raise
     return final
 
 
@@ -74,15 +90,22 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta:
         contiguous = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in group.items()}
         save_file(contiguous, folder / f"{name}.safetensors")
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
-    (folder / "state.json").write_text(json.dumps({"step": step, **meta, "files": files}, indent=1))
+    record = {"step": step, **meta, "files": files}
+    text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
+    (folder / "state.json").write_text(text, encoding="utf-8")
     for path in [*folder.iterdir(), folder]:
-        _sync(path)
+        atomic.sync(path)
+
+
+def _digest(record: dict[str, Any]) -> str:
+    """Hash of what state.json says, so that a change in it is noticed too."""
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _set_aside(folder: Path) -> None:
     """Make room for a state of the same step: a damaged one is kept under another name."""
     if damage(folder) is None:
-        shutil.rmtree(folder)
+        atomic.remove_folder(folder)
         return
     number = 1
     while (kept := folder.with_name(f"damaged-{folder.name}-{number}")).exists():
@@ -90,29 +113,32 @@ def _set_aside(folder: Path) -> None:
     os.replace(folder, kept)
 
 
-def _rotate(output: Path, step: int, keep: int) -> None:
+def mark_best(output: Path, step: int) -> None:
+    """Have best.json name the state of this step."""
+    atomic.write_text(output / "state" / "best.json", json.dumps({"step": step}))
+
+
+def rotate(output: Path, step: int, keep: int) -> None:
     """Remove the oldest states. Later ones than `step` do not count: the run went on from before them."""
-    for leftover in (output / "state").glob(".step-*.tmp"):  # of a process that was killed while writing
-        shutil.rmtree(leftover, ignore_errors=True)
     earlier = [folder for folder in state_folders(output) if int(folder.name.removeprefix("step-")) <= step]
     whole = [folder for folder in earlier if damage(folder, quick=True) is None]
     best = best_step(output)
     for old in whole[:-keep]:
         if old.name != f"step-{best}" and damage(old) is None:
-            shutil.rmtree(old, ignore_errors=True)
+            atomic.remove_folder(old)
 
 
 def best_step(output: Path) -> int | None:
     """The step of the state that was kept as the best; None where none was."""
     try:
-        return int(json.loads((output / "state" / "best.json").read_text())["step"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((output / "state" / "best.json").read_text(encoding="utf-8"))["step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
 def state_folders(output: Path) -> list[Path]:
     """The complete states under an output folder, oldest first (by step)."""
-    return [folder for folder in _step_folders(output) if (folder / "state.json").is_file()]
+    return [folder for folder in step_folders(output) if (folder / "state.json").is_file()]
 
 
 def newest_step(output: Path) -> int | None:
@@ -121,17 +147,22 @@ def newest_step(output: Path) -> int | None:
     return int(whole[-1].name.removeprefix("step-")) if whole else None
 
 
-def _step_folders(output: Path) -> list[Path]:
-    found = [p for p in (output / "state").glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+def step_folders(output: Path, kind: str = "state") -> list[Path]:
+    """All folders of states (or of snapshots), whole or not, oldest first."""
+    found = [p for p in (output / kind).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def damage(folder: Path, quick: bool = False) -> str | None:
     """Why a state folder is not whole; None where it is. quick: by the lengths of its files, else by their hashes."""
     try:
-        meta = json.loads((folder / "state.json").read_text())
+        meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
             return "state.json: states no step"
+        if meta["step"] != int(folder.name.removeprefix("step-")):
+            return f"state.json: is of step {meta['step']}"
+        if "sha256" in meta and meta["sha256"] != _digest({key: value for key, value in meta.items() if key != "sha256"}):
+            return "state.json: its content has changed"
         for name, wanted in meta.get("files", {}).items():
             path = folder / name
             if Path(name).name != name:
@@ -151,7 +182,7 @@ def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tens
     A damaged one is named on stderr (where `say`), left where it is, and the one before is taken. UserError if there is
     none, or none that is whole.
     """
-    folders = _step_folders(output)
+    folders = step_folders(output)
     if not folders:
         raise UserError(f"{output / 'state'}: no training state to resume from; leave --resume out to start afresh")
     problems = []
@@ -159,9 +190,7 @@ def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tens
         problem = damage(folder)
         if problem is None:
             try:
-                meta = json.loads((folder / "state.json").read_text())
-                tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
-                meta.pop("files", None)
+                tensors, meta = load_folder(folder)
                 for said in problems if say else ():
                     print(f"warning: {said}; it is left as it is, and {folder.name} is taken", file=sys.stderr)
                 return tensors, meta
@@ -169,6 +198,13 @@ def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tens
                 problem = " ".join(str(error).split())[:120]
         problems.append(f"{folder}: damaged training state ({problem})")
     raise UserError(f"{problems[0]}; no state before it is whole; set output= elsewhere to start afresh")
+
+
+def load_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """({NAME: tensors}, meta) of a folder of a state or of a snapshot that `damage` has passed."""
+    meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    return tensors, {key: value for key, value in meta.items() if key not in ("files", "sha256")}
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
@@ -180,24 +216,9 @@ def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
         raise UserError(f"{what}: the saved state is of another model (first differing key: {[*missing, *unexpected][0]})")
 
 
-def _write_json(path: Path, value: Any) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(value))
-    _sync(temporary)
-    os.replace(temporary, path)
-
-
 def _sha256(path: Path) -> str:
     found = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
             found.update(block)
     return found.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,0 +1,110 @@
+"""What a run writes down as it goes: a bar on stderr, TensorBoard and metrics.jsonl; and the clock that says when to save."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from latentdiff import atomic
+
+
+class Journal:
+    """Logs of a run, on the main process: a progress bar with rate and time left on stderr, TensorBoard, metrics.jsonl.
+
+    A context manager, so that a run that ends in an error leaves its files flushed and the bar's line finished.
+    """
+
+    def __init__(self, output: Path, steps: int, start: int, enabled: bool):
+        self.enabled = enabled
+        if not enabled:
+            return
+        from tqdm import tqdm
+
+        # What was logged after the state that a run goes on from is logged again
+        self.logs = output / "logs"
+        self.writer = self._writer(start)
+        self.path = output / "metrics.jsonl"
+        forget_lines(self.path, start)
+        forget_lines(output / "skipped.jsonl", start - 1)  # its steps count from 0
+        self.lines = self.path.open("a", encoding="utf-8")
+        # Written to a file the bar is refreshed rarely, so that a log stays readable
+        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0)
+
+    def _writer(self, start: int) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        # A run that was killed before its first state left curves that begin alike
+        again = start > 0 or self.logs.is_dir()
+        return SummaryWriter(str(self.logs), purge_step=start + 1 if again else None)
+
+    def advance(self) -> None:
+        if self.enabled:
+            self.bar.update(1)
+
+    def move_to(self, step: int) -> None:
+        """Back to an earlier step: what was logged since is forgotten."""
+        if self.enabled:
+            self.lines.close()
+            forget_lines(self.path, step)
+            self.lines = self.path.open("a", encoding="utf-8")
+            self.writer.close()
+            self.writer = self._writer(step)
+            self.bar.n = step
+            self.bar.refresh()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if not self.enabled:
+            return
+        with atomic.naming(self.path):
+            self.lines.write(json.dumps({"step": step, **{k: round(float(v), 7) for k, v in values.items()}}) + "\n")
+            self.lines.flush()
+        with atomic.naming(self.logs):
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+        shown = {k.rsplit("/", 1)[-1]: f"{v:.4g}" for k, v in values.items() if k.startswith("train/")}
+        self.bar.set_postfix(shown, refresh=False)
+
+    def say(self, text: str) -> None:
+        if self.enabled:
+            with contextlib.suppress(OSError):  # a terminal that was closed is no reason to lose work
+                self.bar.write(text, file=sys.stderr)
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.enabled:
+            for part in (self.bar, self.writer, self.lines):
+                with contextlib.suppress(OSError):  # what was not written is said by what wrote it
+                    part.close()
+
+
+def forget_lines(path: Path, after: int) -> None:
+    """Drop the lines of a metrics file whose step is beyond `after`, and one that a killed process left half written."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_bytes().splitlines():
+        try:
+            if json.loads(line)["step"] <= after:
+                kept.append(line.decode() + "\n")
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    atomic.write_text(path, "".join(kept))
+
+
+class SaveClock:
+    """True every so many minutes, and at most once per interval."""
+
+    def __init__(self, minutes: float):
+        self.interval, self.last = minutes * 60.0, time.monotonic()
+
+    def due(self) -> bool:
+        if time.monotonic() - self.last < self.interval:
+            return False
+        self.last = time.monotonic()
+        return True
