@@ -136,8 +136,9 @@ def _take(folder: Path, name: str, shown: Path, shared: bool, advice: str) -> _L
             time.sleep(0.02)
         os.close(handle)
     if works and not shared:
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        with contextlib.suppress(OSError):  # on a full disk the lock holds all the same, its holder unnamed
+            os.ftruncate(handle, 0)
+            os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     lock = _Lock(handle, path, key, shared, made)
     with _guard:
         _held[key] = lock

@@ -381,3 +381,11 @@ def test_a_run_says_which_steps_can_be_published_and_is_no_model(tmp_path, run_1
     assert f"`latentdiff publish {output}`" in refused("generate", "a", "--model", output)
     unknown = write_yaml(tmp_path / "d.yaml", diffusion_tree(tmp_path, output, run_1))
     assert "no such" in refused("publish", unknown) or "holds no training run" in refused("publish", unknown)
+
+
+def test_what_a_resumed_run_does_otherwise_is_said(tmp_path, stripe_folder, run_1, capsys):
+    output = copy(run_1, tmp_path / "run")
+    config = autoencoder_config(stripe_folder, output, **{**OFTEN, "train__steps": 5, "optimizer__lr": 1e-3})
+    train(config, True)
+    said = [line for line in capsys.readouterr().err.splitlines() if "goes on with" in line]
+    assert said == [f"{output}: goes on with optimizer.lr=0.001 (was 0.005)", f"{output}: goes on with train.steps=5 (was 4)"]

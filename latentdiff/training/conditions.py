@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from latentdiff import atomic
 from latentdiff.conditioning import (
     NULL_PROMPT,
     ClassCondition,
@@ -297,7 +298,9 @@ def _own_tokenizer(config: DiffusionConfig, captions: Captions, accelerator, res
 
     folder, wanted = Path(config.output) / "tokenizer", config.condition.text
     if accelerator.is_main_process and not resume:
-        train_tokenizer(captions.distinct, wanted.vocabulary, wanted.max_length).save_pretrained(folder)
+        tokenizer = train_tokenizer(captions.distinct, wanted.vocabulary, wanted.max_length)
+        with atomic.new_folder(folder) as new:
+            tokenizer.save_pretrained(new)
     accelerator.wait_for_everyone()
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: the run's tokenizer is missing, and without it its captions cannot be read again")

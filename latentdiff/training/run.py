@@ -148,6 +148,8 @@ def held(output: Path, config: Section, resume: bool) -> Iterator[bool]:
         processes.meet()
         if processes.rank() == 0:
             atomic.sweep(output)
+            for change in _free_changes(output, config) if restores else ():
+                print(f"{output}: goes on with {change}", file=sys.stderr)
             if resume and not restores:
                 print(f"{output}: no state was saved yet; the run starts from its beginning", file=sys.stderr)
         processes.meet()
@@ -198,6 +200,14 @@ def first_difference(record: dict[str, Any], config: Section) -> str | None:
         if before.get(key) != now.get(key) and not key.startswith(FREE_ON_RESUME):
             return key
     return None
+
+
+def _free_changes(output: Path, config: Section) -> list[str]:
+    """Keys that may differ from the run's record, and do, so that a slip in the command is seen."""
+    tree = _with_defaults(json.loads((output / "run.json").read_text(encoding="utf-8")), config)
+    before, now = _flat(tree), _flat(config.model_dump(mode="json"))
+    keys = [key for key in sorted(now) if key.startswith(FREE_ON_RESUME) and key != "output"]
+    return [f"{key}={now[key]} (was {before.get(key)})" for key in keys if before.get(key) != now[key]]
 
 
 def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:
