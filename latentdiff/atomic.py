@@ -103,6 +103,13 @@ def recover(folder: Path) -> None:
             return
 
 
+def put_back(folder: Path) -> None:
+    """`recover`, for whoever only reads: unless a job is at work on the folder just now."""
+    if folder.name and not folder.exists() and any(folder.parent.glob(f".{folder.name}.old-*")):
+        with contextlib.suppress(UserError), locks.locked(folder, beside=True, alone=True):
+            recover(folder)
+
+
 def remove_folder(folder: Path) -> None:
     """Remove a folder so that a killed process leaves it whole, or under a name that `sweep` knows."""
     aside = folder.with_name(f".{folder.name}.old-{uuid4().hex[:8]}.tmp")

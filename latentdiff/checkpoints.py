@@ -278,8 +278,7 @@ def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> 
         UserError: there is neither; names the weights that ship.
     """
     path = Path(name)
-    if not path.exists() and path.name:
-        atomic.recover(path)  # a process was killed between the two renames that publish a folder
+    atomic.put_back(path)  # a process may have been killed between the two renames that publish a folder
     if path.exists():
         return path
     shipped = shipped_folder("weights")

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from latentdiff import atomic, locks
+from latentdiff.checkpoints import resolve_model
 from latentdiff.errors import UserError
 from latentdiff.pictures import save_png
 
@@ -67,6 +68,16 @@ def test_what_stood_aside_when_a_process_was_killed_comes_back(tmp_path):
     assert (tmp_path / "model" / "part" / "file").read_text() == "old"
     fill(tmp_path / "model", "new")
     assert names(tmp_path) == ["model"]
+
+
+def test_a_reader_finds_what_stood_aside(tmp_path):
+    fill(tmp_path / "model", "old")
+    os.rename(tmp_path / "model", tmp_path / ".model.old-0123abcd")
+    with locks.locked(tmp_path / "model", beside=True):
+        code = f"from latentdiff import atomic\nfrom pathlib import Path\natomic.put_back(Path({str(tmp_path / 'model')!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True)
+        assert not (tmp_path / "model").exists()  # somebody is at work on it
+    assert resolve_model(tmp_path / "model") == tmp_path / "model" and names(tmp_path) == ["model"]
 
 
 def test_files_that_the_block_does_not_write_are_kept_on_demand(tmp_path):

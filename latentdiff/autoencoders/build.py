@@ -72,8 +72,7 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
     """
     folder = Path(where)
     for published in (folder, folder / "autoencoder"):
-        if published.name:
-            atomic.recover(published)  # a process was killed between the two renames that publish a folder
+        atomic.put_back(published)  # a process may have been killed between the two renames that publish a folder
     for candidate in (folder / "autoencoder", folder / "vae", folder):
         if (candidate / "config.json").is_file():
             return _load_folder(candidate, verify)
