@@ -83,9 +83,8 @@ def publish(
     }  # fmt: skip
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"  # fails before anything is written
     pipeline = LatentDiffusionPipeline(
-        unet=in_dtype(unet, dtype, "unet"),
-        vae=in_dtype(vae, dtype, "vae"),
-        scheduler=scheduler,
+        *_with_sizes(in_dtype(unet, dtype, "unet"), in_dtype(vae, dtype, "vae")),
+        scheduler,
         class_names=names,
         text_encoder=None if text_encoder is None else in_dtype(text_encoder, dtype, "text_encoder"),
         tokenizer=tokenizer,
@@ -99,13 +98,52 @@ def publish(
         if type(text_encoder).__name__ == "CLIPTextModel":
             prefix_names(new / "text_encoder" / TEXT_WEIGHTS, "text_model.")
             write_hashes(new / "text_encoder")
+        _save_vocabulary(tokenizer, new / "tokenizer")
         for part in new.glob("*/config.json"):
-            part.write_text(json.dumps({k: v for k, v in read_json(part).items() if k != "_name_or_path"}, indent=2) + "\n")
+            part.write_text(json.dumps(_portable(read_json(part)), indent=2) + "\n")
         (new / META).write_text(text, encoding="utf-8")
-        (new / "README.md").write_text(card if card is not None else short_card(record), encoding="utf-8")
+        (new / "README.md").write_text(short_card(pipeline) if card is None else card, encoding="utf-8")
         for name, content in (files or {}).items():
             (new / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
     return folder
+
+
+def _with_sizes(unet: torch.nn.Module, vae: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """A U-Net and an autoencoder, the sizes in their configs made what stock pipelines take them for, in place.
+
+    Image-to-image, inpainting and others compare the U-Net's sample_size with a number, so a square one is a number.
+    Tiled decoding cuts at the autoencoder's sample_size, so it must be no less than the model's own picture.
+    """
+    size, side = unet.config.get("sample_size"), vae.config.get("sample_size")
+    if isinstance(size, (list, tuple)) and size[0] == size[1]:
+        unet.register_to_config(sample_size=size[0])
+    blocks = vae.config.get("block_out_channels")
+    if size is not None and isinstance(side, int) and blocks:
+        largest = max(size) if isinstance(size, (list, tuple)) else size
+        vae.register_to_config(sample_size=max(side, largest * 2 ** (len(blocks) - 1)))
+    return unet, vae
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's config without the path it came from, and with a dtype that all parts agree on.
+
+    transformers from version 5 on loads a part in the dtype of its config, but diffusers loads its own parts in float32 if
+    no dtype is given. So a text encoder's config says float32, whatever the weights are stored in: loading casts them.
+    """
+    portable = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype")}
+    if "dtype" in config or "torch_dtype" in config:
+        portable["dtype"] = "float32"
+    return dict(sorted(portable.items()))
+
+
+def _save_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Write the vocabulary as files of its own (vocab.json with merges.txt, or vocab.txt) beside tokenizer.json.
+
+    The tokenizers of transformers before version 5 read these, and those of version 5 do not write them.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None and type(fast.model).__name__ in ("BPE", "WordPiece"):
+        fast.model.save(str(folder))
 
 
 def _check_classes(
@@ -168,15 +206,23 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def short_card(record: Mapping[str, Any]) -> str:
-    """A model card for a checkpoint that nobody has described yet."""
-    names = record["class_names"]
-    classes = f"classes {', '.join(names)}" if names else "unconditional"
+def short_card(pipeline: "LatentDiffusionPipeline") -> str:
+    """A model card for a checkpoint that nobody has described yet: what it is conditioned on, and how to open it."""
+    conditions, arguments = [], []
+    if pipeline.text_encoder is not None:
+        conditions.append("text")
+        arguments.append('"what to draw"')
+    if pipeline.num_classes:
+        names = pipeline.class_names
+        conditions.append(f"classes {', '.join(names)}" if names else f"{pipeline.num_classes} classes")
+        arguments.append(f"class_labels=[{json.dumps(names[0], ensure_ascii=False) if names else 0}]")
+    condition = f"conditioned on {' and '.join(conditions)}" if conditions else "unconditional"
     return (
         "# A latent diffusion model\n\n"
-        f"Trained with latentdiff ({classes}). How it was made is in `{META}`.\n\n"
-        "```python\nfrom diffusers import DiffusionPipeline\n"
-        'pipe = DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)\n```\n'
+        f"Trained with latentdiff, {condition}. How it was made is in `{META}`.\n\n"
+        "```python\nfrom diffusers import DiffusionPipeline\n\n"
+        'pipe = DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)\n'
+        f"image = pipe({', '.join(arguments)}).images[0]\n```\n"
     )
 
 

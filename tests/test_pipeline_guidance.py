@@ -102,8 +102,9 @@ def test_the_default_sampler_runs_where_there_is_no_scheduler():
     assert not torch.equal(guided, latents_of(pipe, class_labels=[0, 1]))
     options = latents_of(bare_pipe(default_sampler="ddim"), class_labels=[0], sampler_options={"eta": 0.5})
     assert options.shape == (1, 4, 4, 4)
-    pipe.scheduler = DDIMScheduler(clip_sample=False)  # put in its place, it runs
-    assert not torch.equal(latents_of(pipe, class_labels=[0, 1], guidance_scale=2.0), drawn)
+    pipe.scheduler = DDIMScheduler(clip_sample=False)  # put in its place, it would draw from other noise
+    with pytest.raises(PipelineInputError, match="DDIMScheduler cannot draw from this checkpoint, whose noise is subvp"):
+        latents_of(pipe, class_labels=[0, 1], guidance_scale=2.0)
     with pytest.raises(PipelineInputError, match="neither a scheduler nor a default_sampler: sampler= is needed"):
         bare_pipe(default_sampler=None)(class_labels=[0])
 

@@ -91,7 +91,12 @@ def test_discrete_is_the_chain_at_its_knots():
 )
 def test_discrete_through_diffusers_and_back(name, scheduler):
     s = make_schedule(name)
-    peer = s.to_scheduler(scheduler, prediction="v_prediction")
+    if (scheduler, name) == ("HeunDiscreteScheduler", "ddpm-cosine"):  # nothing of the data is left at its start
+        with pytest.raises(UserError, match="^scheduler: HeunDiscreteScheduler cannot start at alpha.2 = 2.4e-09"):
+            s.to_scheduler(scheduler, prediction="v_prediction")
+        peer = s.to_scheduler(scheduler, prediction="v_prediction", use_karras_sigmas=True)
+    else:
+        peer = s.to_scheduler(scheduler, prediction="v_prediction")
     assert type(peer).__name__ == scheduler and peer.config["prediction_type"] == "v_prediction"
     t = torch.arange(1, 1001, dtype=torch.float64) / 1000
     torch.testing.assert_close(s.alpha(t).float() ** 2, peer.alphas_cumprod, rtol=2e-3, atol=1e-7)

@@ -12,6 +12,14 @@ from latentdiff.guidance import ClassifierFree
 from latentdiff.rng import Generators
 
 
+class _Interrupted(Exception):
+    """Ends a sampler's loop after a callback has set pipe._interrupt. x: the latents [B, c, h, w] so far."""
+
+    def __init__(self, x: Tensor):
+        super().__init__("interrupted")
+        self.x = x
+
+
 def by_sampler(pipe: Any, name: str, unsaid: bool, options: dict[str, Any], guide: Any) -> Callable[..., Tensor]:
     """run(noise, told, scale, interval, steps, generator, callback), which a `LatentDiffusionPipeline` calls as its own loop.
 
@@ -39,10 +47,17 @@ def _run(
     steps = samplers.default_steps(name, steps) if unsaid else steps
     denoiser: Any = ClassifierFree(Denoiser.from_pipeline(pipe), *told, scale, interval=interval)
     denoiser = denoiser if guide is None else guide(denoiser)
+    pipe._num_timesteps = steps
     with pipe.progress_bar(total=steps) as bar:
 
         def report(step: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
             bar.update()
-            return (callback(pipe, step, t, {"latents": x}) or {}).get("latents") if callback else None
+            changed = (callback(pipe, step, t, {"latents": x}) or {}).get("latents") if callback else None
+            if getattr(pipe, "interrupt", False):  # the pipeline.py of an older checkpoint has none
+                raise _Interrupted(x if changed is None else changed)
+            return changed
 
-        return samplers.sample(denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options)
+        try:
+            return samplers.sample(denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options)
+        except _Interrupted as stop:
+            return stop.x

@@ -1,5 +1,6 @@
 """What every schedule is, and the variance-preserving family's meeting with diffusers."""
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,14 @@ VP_SCHEDULERS = {
     "EulerDiscreteScheduler": ("epsilon", "sample", "v_prediction"),
     "HeunDiscreteScheduler": ("epsilon", "v_prediction"),
 }
+# Schedulers whose steps have a second stage in sigma, and the options that give them another grid of sigmas
+TWO_STAGE = ("HeunDiscreteScheduler",)
+SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+# With less of the data left at t = 1, the first step of such a scheduler goes from sigma = 1000 or more to about 10
+LEAST_ALPHA_BAR = 1e-6
+# Every saved config says these, also for the schedulers that users swap in by from_config: the defaults of DDPM and DDIM
+# (clip_sample=True) would clip latents, which have no fixed range, to [-1, 1].
+UNCLIPPED = {"clip_sample": False, "thresholding": False}
 SCHEDULERS = (*VP_SCHEDULERS, "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
@@ -157,28 +166,44 @@ class VariancePreserving(NoiseSchedule):
                 f"scheduler: {name} with prediction {prediction} is not possible for {type(self).__name__}; "
                 f"valid: {', '.join(VP_SCHEDULERS)} with epsilon, v_prediction or (Heun apart) sample"
             )
-        # Latents have no fixed range: DDPM's and DDIM's clipping to [-1, 1] would destroy them.
-        unclipped = {"clip_sample": False} if name in ("DDPMScheduler", "DDIMScheduler") else {}
         settings = {
             "num_train_timesteps": self.num_steps,
             "prediction_type": prediction,
             "timestep_spacing": "trailing",
             **self.betas(),
-            **unclipped,
             **config,
         }
-        return make_scheduler(name, settings)
+        if settings["timestep_spacing"] == "trailing":
+            settings.setdefault("steps_offset", 1)  # plays no part here, but Stable Diffusion's pipelines warn of 0
+        scheduler = make_scheduler(name, settings, beside=UNCLIPPED)
+        if name in TWO_STAGE and not any(settings.get(key) for key in SIGMA_OPTIONS):
+            left = float(torch.cumprod(1 - scheduler.betas.double(), 0)[-1])
+            if left < LEAST_ALPHA_BAR:
+                raise UserError(
+                    f"scheduler: {name} cannot start at alpha^2 = {left:.1e}, where {type(self).__name__} ends: its first step "
+                    f"is too long; set use_karras_sigmas=true in its config, or take {self.default_scheduler}"
+                )
+        return scheduler
 
 
 def f64(t: Time) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
-def make_scheduler(name: str, settings: dict[str, Any]) -> Any:
-    """A diffusers scheduler; UserError with its own words where it refuses its settings."""
+def make_scheduler(name: str, settings: dict[str, Any], beside: dict[str, Any] | None = None) -> Any:
+    """A diffusers scheduler; UserError with its own words where it refuses its settings.
+
+    beside: config entries for other classes, made of this one's config by from_config; this class takes those it knows.
+    """
     import diffusers
 
+    cls = getattr(diffusers, name)
+    beside = beside or {}
+    valid = inspect.signature(cls).parameters
+    own = {key: value for key, value in beside.items() if key in valid}
     try:
-        return getattr(diffusers, name)(**settings)
+        scheduler = cls(**{**own, **settings})
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"scheduler: {name} refuses its config: {' '.join(str(error).split())}") from None
+    scheduler.register_to_config(**{key: value for key, value in beside.items() if key not in valid})
+    return scheduler

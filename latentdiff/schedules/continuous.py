@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.schedules.base import NoiseSchedule, Time, VariancePreserving, f64, make_scheduler
+from latentdiff.schedules.base import SIGMA_OPTIONS, NoiseSchedule, Time, VariancePreserving, f64, make_scheduler
 
 
 class VP(VariancePreserving):
@@ -205,7 +205,14 @@ class RectifiedFlow(NoiseSchedule):
                 f"scheduler: {name} with prediction {prediction} is not possible for RectifiedFlow; "
                 f"valid: {', '.join(_FLOW_SETTINGS)} with flow"
             )
-        return make_scheduler(name, {"num_train_timesteps": self.num_steps, **_FLOW_SETTINGS[name], **config})
+        settings = {"num_train_timesteps": self.num_steps, **_FLOW_SETTINGS[name], **config}
+        other_grids = [key for key in (*SIGMA_OPTIONS, "use_lu_lambdas") if settings.get(key)]
+        if other_grids and name != self.default_scheduler:  # diffusers then takes the sigmas of betas
+            raise UserError(f"scheduler: {name} does not run a flow with {', '.join(other_grids)}; leave it out")
+        shift = settings.get("shift", settings.get("flow_shift", 1.0))
+        # What the flow's other schedulers call the same, so that from_config makes any of them of this one's config
+        others = {**_FLOW_SETTINGS["DPMSolverMultistepScheduler"], "flow_shift": shift, "shift": shift}
+        return make_scheduler(name, settings, beside=others)
 
 
 _FLOW_SETTINGS: dict[str, dict[str, Any]] = {

@@ -65,7 +65,7 @@ def make_unet(
         )
     _check_sides(latent_shape, len(start.config["block_out_channels"]), "model.pretrained")
     unet = load_part(start.folder, start.kind)
-    unet.register_to_config(sample_size=list(latent_shape[1:]))  # convolutions take any; the pipeline draws this one
+    unet.register_to_config(sample_size=sample_size(latent_shape))  # convolutions take any; the pipeline draws this one
     return unet
 
 
@@ -93,15 +93,21 @@ def build_unet(
 ) -> nn.Module:
     """A fresh diffusers U-Net over latents [B, c, h, w]; channels, size and classes come from the data, never the config."""
     cls, arguments = _unet_arguments(config)
-    c, h, w = latent_shape
+    c, size = latent_shape[0], sample_size(latent_shape)
     _check_sides(latent_shape, len(arguments.get("block_out_channels", (0,) * 4)), "model.config.block_out_channels")
-    arguments |= {"in_channels": c, "out_channels": c, "sample_size": [h, w], "num_class_embeds": num_class_embeds}
+    arguments |= {"in_channels": c, "out_channels": c, "sample_size": size, "num_class_embeds": num_class_embeds}
     if text_width is not None:
         arguments["cross_attention_dim"] = text_width
     try:
         return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
     except (ValueError, TypeError, AssertionError) as error:
         raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
+
+
+def sample_size(latent_shape: tuple[int, int, int]) -> int | list[int]:
+    """A U-Net's sample_size for latents [c, h, w]: a number where h = w, as stock pipelines expect one, else [h, w]."""
+    _, h, w = latent_shape
+    return h if h == w else [h, w]
 
 
 def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, factor: int | None = None) -> None:

@@ -4,11 +4,15 @@ This one file, saved into every checkpoint as pipeline.py, is the whole pipeline
 `DiffusionPipeline.from_pretrained(folder, trust_remote_code=True)`. latentdiff is needed only to run one of its samplers.
 """
 
+import contextlib
+import copy
 import hashlib
 import importlib
 import json
 import math
-from collections.abc import Callable
+import operator
+import threading
+from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -28,6 +32,50 @@ _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Of StableDiffusionPipeline: what its calls do unless told, and entries of its folders that make no picture
 _STOCK_DEFAULTS = {"default_guidance_scale": 7.5, "default_num_inference_steps": 50}
 _STOCK_ONLY = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
+
+# The schedulers of diffusers that can be swapped in by from_config, by the noise that they are made for. The others run
+# the other way, have noise of their own, or need more than a network's output.
+_VP = (
+    "DDIMScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DPMSolverSDEScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "TCDScheduler",
+)
+_VP_OR_FLOW = (  # a flow where use_flow_sigmas is set
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+_FLOW = ("FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler")
+_EDM = ("EDMDPMSolverMultistepScheduler", "EDMEulerScheduler")
+_RUNS_ON = {"vp": _VP + _VP_OR_FLOW, "flow": _FLOW + _VP_OR_FLOW, "edm": _EDM}
+# Two-stage steps in sigma: they need a second sigma that is not far below the first
+_TWO_STAGE = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
+# What a scheduler raises where it cannot take its config, the number of steps or the network's output
+_SCHEDULER_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NotImplementedError,
+    TypeError,
+    ValueError,
+)
+_SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+_TOKENIZING = threading.Lock()  # a tokenizer's padding and truncation are its state, so two threads must not use one at once
 
 
 class PipelineInputError(ValueError):
@@ -50,6 +98,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     model_cpu_offload_seq = "text_encoder->unet->vae"
     refuse_non_finite = True  # set it to False to get NaN and infinity out as they are
     _optional_components = ["scheduler", "text_encoder", "tokenizer"]
+    _callback_tensor_inputs = ["latents"]  # what callback_on_step_end can be given
 
     def __init__(
         self,
@@ -71,6 +120,10 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
+        self._own_scheduler = scheduler  # what was published; another may be swapped in
+        self._interrupt = False
+        self._num_timesteps = 0
+        self._guidance_scale = default_guidance_scale
         if isinstance(class_names, (list, tuple)):  # a list of strings would look like a (library, class) pair
             class_names = {str(i): str(name) for i, name in enumerate(class_names)}
         self.register_to_config(
@@ -79,6 +132,21 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             default_guidance_interval=default_guidance_interval, default_num_inference_steps=default_num_inference_steps,
             default_sampler=default_sampler,
         )  # fmt: skip
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the rest of this call's steps is to be skipped: a callback may set `pipe._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the call that runs now takes, or the last one took."""
+        return self._num_timesteps
+
+    @property
+    def guidance_scale(self) -> float:
+        """The scale of the call that runs now, or of the last one."""
+        return self._guidance_scale
 
     @property
     def class_names(self) -> list[str]:
@@ -108,9 +176,15 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             return null
         if isinstance(label, str) and label in names:
             return names.index(label)
-        number = int(label) if isinstance(label, str) and label.isdecimal() else label
-        known = isinstance(number, int) and not isinstance(number, bool) and 0 <= number < count
-        require(known, f"unknown class {label!r}; {self._listed_classes()}")
+        number = None
+        if isinstance(label, str):
+            number = int(label) if label.isdecimal() else None
+        elif not isinstance(label, bool) and hasattr(label, "__index__"):
+            try:  # an integer of Python, numpy or torch
+                number = operator.index(label)
+            except TypeError:
+                number = None
+        require(number is not None and 0 <= number < count, f"unknown class {label!r}; {self._listed_classes()}")
         return number
 
     def _listed_classes(self) -> str:
@@ -123,15 +197,25 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
     @torch.no_grad()
     def __call__(
-        self, prompt: str | list[str] | None = None, class_labels: str | int | list | None = None,
-        negative_prompt: str | list[str] | None = None, negative_class_labels: str | int | list | None = None,
-        num_images_per_label: int = 1, guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] | None = None, num_inference_steps: int | None = None,
-        generator: torch.Generator | list[torch.Generator] | None = None, latents: torch.Tensor | None = None,
-        sampler: str | None = None, sampler_options: dict[str, Any] | None = None,
-        guidance: Callable[[Any], Any] | None = None, output_type: str = "pil",
-        callback_on_step_end: Callable[..., dict | None] | None = None, return_dict: bool = True,
-    ) -> ImagePipelineOutput | tuple:  # fmt: skip
+        self,
+        prompt: str | list[str] | None = None,
+        class_labels: str | int | list | None = None,
+        negative_prompt: str | list[str] | None = None,
+        negative_class_labels: str | int | list | None = None,
+        num_images_per_label: int = 1,
+        guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+        num_inference_steps: int | None = None,
+        generator: torch.Generator | list[torch.Generator] | tuple[torch.Generator, ...] | None = None,
+        latents: torch.Tensor | None = None,
+        sampler: str | None = None,
+        sampler_options: dict[str, Any] | None = None,
+        guidance: Callable[[Any], Any] | None = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable[..., dict | None] | None = None,
+        return_dict: bool = True,
+        callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+    ) -> ImagePipelineOutput | tuple:
         """Draw images. PipelineInputError, naming what would be valid, for what this checkpoint cannot do.
 
         NonFiniteError, naming the first stage at fault, where latents or images are not finite: damaged or diverged weights,
@@ -150,8 +234,10 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             sampler, sampler_options: one of `latentdiff.samplers.names()` instead of the diffusers scheduler; its keywords.
             guidance: a function denoiser -> denoiser, put around the classifier-free-guided one under `sampler`.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]), "pt" ([B, C, H, W] in [0, 1]) or "latent" (normalised).
-            callback_on_step_end: f(pipe, step, timestep (under `sampler` t in [0, 1]), {"latents": x}); may return new ones so.
+            callback_on_step_end: f(pipe, step, timestep (under `sampler` t in [0, 1]), {"latents": x}); may return new ones so,
+                and may set `pipe._interrupt = True`, which skips the remaining steps.
             return_dict: False gives a plain tuple.
+            callback_on_step_end_tensor_inputs: what the callback is given: ["latents"] or nothing.
         """
         config, sampler = self.config, sampler or (self.config.default_sampler if self.scheduler is None else None)
         steps = config.default_num_inference_steps if num_inference_steps is None else num_inference_steps
@@ -161,6 +247,13 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         require(output_type in _OUTPUT_TYPES, f"output_type {output_type!r}: must be one of {', '.join(_OUTPUT_TYPES)}")
         require(sampler or self.scheduler, "this checkpoint has neither a scheduler nor a default_sampler: sampler= is needed")
         require(not unread, "sampler_options and guidance: sampler= is needed, the diffusers scheduler reads neither")
+        if hasattr(callback_on_step_end, "tensor_inputs"):  # a callback object of diffusers says what it reads
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
+        valid = f"must be of {self._callback_tensor_inputs}"
+        require(not unknown, f"callback_on_step_end_tensor_inputs {unknown}: {valid}")
+        callback = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        generator = list(generator) if isinstance(generator, tuple) else generator
         require(steps >= 1, f"num_inference_steps {steps}: must be at least 1")
         require(ordered, f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
         wanted, away = self._asked(prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label)
@@ -169,6 +262,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             taken = self.tokenizer.model_max_length
             _LOGGER.warning(f"The text encoder takes {taken} tokens of a prompt, so these parts are cut off: {cuts}")
         device = self._execution_device  # a walk over all modules, a tenth of a one-image call where it is asked four times
+        self._interrupt, self._guidance_scale, self._num_timesteps = False, scale, steps
         told = self.conditioning(*wanted, device), self.conditioning(*away, device) if scale != 1.0 else {}
         run, x = self._run_scheduler, self._noise(len(wanted[0]), generator, latents, device)  # [B, c, h, w]
         if sampler:
@@ -180,7 +274,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         call = (x, told, scale, interval, steps, generator)
         before, failure, finite = generator_states(generator), "", True
         try:
-            x = run(*call, callback_on_step_end)
+            x = run(*call, callback)
             finite = not self.refuse_non_finite or all_finite(x)
         except FloatingPointError as error:  # latentdiff's samplers look at their samples themselves
             failure, finite = str(error), False
@@ -244,7 +338,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if not (said := [text for text in dict.fromkeys(texts) if text]):
             return []
         taken = self.tokenizer.model_max_length - self.tokenizer.num_special_tokens_to_add()
-        tokens = self.tokenizer(said, add_special_tokens=False, verbose=False).input_ids
+        with _TOKENIZING:
+            tokens = self.tokenizer(said, add_special_tokens=False, verbose=False).input_ids
         return [self.tokenizer.decode(row[taken:]).strip() for row in tokens if len(row) > taken]
 
     @torch.no_grad()
@@ -255,7 +350,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             told["class_labels"] = torch.tensor(labels, device=device)
         if self.text_encoder is not None:
             texts = [self.config.null_prompt or "" if text is None else text for text in prompts]
-            tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+            with _TOKENIZING:
+                tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
             masked = getattr(self.text_encoder.config, "use_attention_mask", False)
             mask = tokens.attention_mask.to(device) if masked else None
             states = self.text_encoder(tokens.input_ids.to(device), attention_mask=mask)[0]
@@ -274,15 +370,20 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
     def _run_scheduler(self, noise, told, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The reverse process of the diffusers scheduler: unit-variance noise to normalised latents [B, c, h, w]."""
-        scheduler, (conditional, negative) = self.scheduler, told
+        conditional, negative = told
         fixed = {"encoder_hidden_states": None} if "encoder_hidden_states" in signature(self.unet.forward).parameters else {}
         both = {**fixed, **{name: torch.cat([value, negative[name]]) for name, value in conditional.items() if negative}}
-        scheduler.set_timesteps(steps, device=noise.device)
+        scheduler = self._prepared_scheduler(steps, noise.device)
+        name = type(scheduler).__name__
         keywords = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
         x = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        self._num_timesteps = len(scheduler.timesteps)
         with self.progress_bar(total=len(scheduler.timesteps)) as bar:
             for i, (timestep, fed) in enumerate(zip(scheduler.timesteps, fed_times(scheduler), strict=True)):
-                scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
+                if self.interrupt:
+                    continue
+                with scheduler_errors(name):
+                    scaled = scheduler.scale_model_input(x, timestep) if hasattr(scheduler, "scale_model_input") else x
                 guided = scale != 1.0 and (interval is None or within(interval, scheduler, fed))
                 seen = (torch.cat([scaled, scaled]) if guided else scaled).to(self.unet.dtype)  # all around it in float32
                 output = self.unet(seen, fed, **(both if guided else {**fixed, **conditional})).sample.float()
@@ -290,7 +391,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                     towards, away = output.chunk(2)  # each [B, c, h, w]
                     # The weights sum to one, so this is the same in every parameterization of the network.
                     output = away + scale * (towards - away)
-                x = scheduler.step(output, timestep, x, **keywords, return_dict=False)[0]
+                with scheduler_errors(name):
+                    x = scheduler.step(output, timestep, x, **keywords, return_dict=False)[0]
                 x = (callback(self, i, timestep, {"latents": x}) or {}).get("latents", x) if callback else x
                 bar.update()
         return x
@@ -327,6 +429,63 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         finally:
             hook.remove()
         return f"sampler: each output of the U-Net is finite, and yet {otherwise}"
+
+    def _prepared_scheduler(self, steps: int, device: Any) -> Any:
+        """A copy of the scheduler, set to so many steps; PipelineInputError where it cannot draw from this checkpoint.
+
+        A copy, because a scheduler counts its steps: two threads may call one pipeline. The pipeline's own is set to the
+        same steps, for callbacks that look at it.
+        """
+        scheduler = copy.deepcopy(self.scheduler)
+        self._check_scheduler(scheduler)
+        with scheduler_errors(type(scheduler).__name__):
+            scheduler.set_timesteps(steps, device=device)
+            if hasattr(scheduler, "set_begin_index"):
+                scheduler.set_begin_index(0)  # else it looks for the first timestep, which some sigmas hold more than once
+            check_sigmas(scheduler)
+            self.scheduler.set_timesteps(steps, device=device)
+        return scheduler
+
+    def _check_scheduler(self, scheduler: Any) -> None:
+        """PipelineInputError for a scheduler of other noise, or for another prediction, than the network was trained for."""
+        name, noise = type(scheduler).__name__, self._noise_kind()
+        kinds = {c.__name__ for c in type(scheduler).__mro__}
+        known = type(scheduler).__module__.startswith("diffusers.") or kinds.intersection(_VP + _VP_OR_FLOW + _FLOW + _EDM)
+        if noise is None or not known:
+            return  # a scheduler of somebody's own: there is nothing to hold it to
+        usable = _RUNS_ON.get(noise, ())
+        valid = ", ".join(sorted(usable)) or "none of diffusers: give sampler="
+        wrong_class = f"scheduler: {name} cannot draw from this checkpoint, whose noise is {noise}; valid: {valid}"
+        require(kinds.intersection(usable), wrong_class)
+        by_config = f"make it by {name}.from_config(pipe.scheduler.config), from the checkpoint's own scheduler"
+        if kinds.intersection(_VP_OR_FLOW):
+            runs_flow = bool(scheduler.config.get("use_flow_sigmas"))
+            wrong_noise = f"scheduler: {name} has use_flow_sigmas={runs_flow}, the checkpoint's noise is {noise}; {by_config}"
+            require(runs_flow == (noise == "flow"), wrong_noise)
+        if noise != "vp":
+            return
+        own, prediction = getattr(self._own_scheduler, "config", {}), scheduler.config.get("prediction_type")
+        expected = self.config.prediction or own.get("prediction_type", prediction)
+        wrong = f"scheduler: {name}'s prediction_type is {prediction}, the network predicts {expected}; {by_config}"
+        require(prediction == expected, wrong)
+        trained, given = (getattr(each, "alphas_cumprod", None) for each in (self._own_scheduler, scheduler))
+        same = trained is None or given is None or trained.shape == given.shape and torch.allclose(trained, given, atol=1e-3)
+        if not same:
+            _LOGGER.warning(f"{name} has other betas than the checkpoint's own scheduler; {by_config}")
+
+    def _noise_kind(self) -> str | None:
+        """What the network was trained on: "vp", "flow", "edm", another schedule's name, or None where nothing states it."""
+        stated = (self.config.schedule or {}).get("name")
+        if stated in ("flow", "edm", "ve", "subvp"):
+            return stated
+        if stated is not None:
+            return "vp"
+        if self._own_scheduler is None:
+            return None
+        kinds = {c.__name__ for c in type(self._own_scheduler).__mro__}
+        if kinds.intersection(_FLOW) or kinds.intersection(_VP_OR_FLOW) and self._own_scheduler.config.get("use_flow_sigmas"):
+            return "flow"
+        return next((noise for noise in ("vp", "edm") if kinds.intersection(_RUNS_ON[noise])), None)
 
     def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
         """Images of latents [B, c, h, w], the padded border cut off, as "pil" (grey for one channel), "np" or "pt"."""
@@ -431,9 +590,56 @@ def write_hashes(part: Path) -> None:
         (part / "hashes.json").unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def scheduler_errors(name: str) -> Iterator[None]:
+    """Turn what a scheduler raises within the block into one PipelineInputError that names it."""
+    try:
+        yield
+    except PipelineInputError:
+        raise
+    except _SCHEDULER_ERRORS as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise PipelineInputError(f"scheduler: {name} cannot run with these settings: {reason}") from error
+
+
+def check_sigmas(scheduler: Any) -> None:
+    """PipelineInputError where the steps that a scheduler has set cannot be right.
+
+    On a flow sigma is at most 1; some options (use_karras_sigmas) put the sigmas of betas in its place. Heun's and KDPM2's
+    second evaluation divides by the second sigma an error that grows with the first: 20,000 to 10 on a cosine schedule.
+    """
+    name, sigmas = type(scheduler).__name__, getattr(scheduler, "sigmas", None)
+    if sigmas is None or len(sigmas) < 3:
+        return
+    if scheduler.config.get("use_flow_sigmas"):
+        settings = [k for k, v in scheduler.config.items() if v is True and k in _SIGMA_OPTIONS]
+        require(float(sigmas.max()) < 1.01, f"scheduler: {name} does not run a flow with {', '.join(settings)}: leave it out")
+    elif scheduler.config.get("use_beta_sigmas") and float(sigmas[0]) > 1:
+        useful = int(((sigmas > 0.2) & (sigmas < 20)).sum())
+        otherwise = f"scheduler: {name} with use_beta_sigmas takes all its steps at sigmas of {float(sigmas[-3]):.3g} and more"
+        require(useful, f"{otherwise}, where there is no picture yet; leave it out, or take use_karras_sigmas")
+    if type(scheduler).__name__ in _TWO_STAGE:
+        largest, second = (float(sigma) for sigma in torch.unique(sigmas).flip(0)[:2])
+        steep = largest > 1000 and largest > 20 * second
+        advice = "set use_karras_sigmas=True, or take another scheduler"
+        jump = f"its first step would go from sigma {largest:.0f} to {second:.3g} at once"
+        require(not steep, f"scheduler: {name} cannot draw from this checkpoint in so many steps: {jump}; {advice}")
+
+
+def step_callback(callback: Callable[..., dict | None] | None, names: list[str] | tuple[str, ...]) -> Callable | None:
+    """A callback of a step that is given, of its tensors, those of `names` alone; None for None."""
+    if callback is None:
+        return None
+
+    def call(pipe: Any, step: int, timestep: Any, tensors: dict[str, torch.Tensor]) -> dict | None:
+        return callback(pipe, step, timestep, {name: value for name, value in tensors.items() if name in names})
+
+    return call
+
+
 def fed_times(scheduler: Any) -> torch.Tensor:
     """What the network is told at each timestep: N sigma on flow sigmas, for which diffusers cuts N sigma to an integer."""
-    if not scheduler.config.get("use_flow_sigmas", False):
+    if not scheduler.config.get("use_flow_sigmas", False) or type(scheduler).__name__ in _FLOW:
         return scheduler.timesteps
     return (scheduler.sigmas[: len(scheduler.timesteps)] * scheduler.config.num_train_timesteps).to(scheduler.timesteps.device)
 
