@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from latentdiff import atomic
 from latentdiff.data.preprocess import to_uint8
+from latentdiff.fonts import labelled_font
 
 GAP = 2  # pixels between tiles
 CAPTION_LINE = 12
@@ -24,13 +25,13 @@ def save_rows(rows: list[Tensor], path: Path, scale: int = 2) -> None:
 def labelled_grid(rows: list[list[np.ndarray]], names: list[str], scale: int = 2) -> Image.Image:
     """A grid with one row per name, the name at its left. Images are uint8 [H, W, C] of one size."""
     grid = tile(rows, scale).convert("RGB")
-    font = ImageFont.load_default(size=14)
-    margin = 12 + max(int(font.getlength(name)) for name in names)
+    labels = [labelled_font(name, 14) for name in names]
+    margin = 12 + max(int(font.getlength(name)) for font, name in labels)
     canvas = Image.new("RGB", (grid.width + margin, grid.height), "white")
     canvas.paste(grid, (margin, 0))
     height = rows[0][0].shape[0] * scale + GAP
     draw = ImageDraw.Draw(canvas)
-    for k, name in enumerate(names):
+    for k, (font, name) in enumerate(labels):
         draw.text((6, k * height + height // 2), name, fill="black", font=font, anchor="lm")
     return canvas
 
@@ -40,17 +41,18 @@ def captioned_grid(rows: list[list[np.ndarray]], captions: list[list[str]], name
 
     Images are uint8 [H, W, C] of one size.
     """
-    big, small = ImageFont.load_default(size=14), ImageFont.load_default(size=10)
+    labels = [labelled_font(name, 14) for name in names]
     height, width = (side * scale for side in rows[0][0].shape[:2])
-    margin = 12 + max(int(big.getlength(name)) for name in names)
+    margin = 12 + max(int(font.getlength(name)) for font, name in labels)
     step, line = height + 2 * CAPTION_LINE + 4 * GAP, width + 3 * GAP
     canvas = Image.new("RGB", (margin + max(map(len, rows)) * line, len(rows) * step), "white")
     draw = ImageDraw.Draw(canvas)
-    for r, (row, texts, name) in enumerate(zip(rows, captions, names, strict=True)):
-        draw.text((6, r * step + height // 2), name, fill="black", font=big, anchor="lm")
+    for r, (row, texts, (font, name)) in enumerate(zip(rows, captions, labels, strict=True)):
+        draw.text((6, r * step + height // 2), name, fill="black", font=font, anchor="lm")
         for k, (image, text) in enumerate(zip(row, texts, strict=True)):
             left = margin + k * line
             canvas.paste(tile([[image]], scale).convert("RGB").crop((0, 0, width, height)), (left, r * step))
+            small, text = labelled_font(text, 10)
             for n, words in enumerate(_wrapped(text, small, width)[:2]):
                 place = (left + width // 2, r * step + height + GAP + n * CAPTION_LINE)
                 draw.text(place, words, fill="black", font=small, anchor="ma")

@@ -11,13 +11,13 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "processes", "locks", "atomic", "signals", "plain", "tensors", "rng", "hashes", "networks", "folders",
     "mistakes", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids",
-    "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "imports", "pictures",
+    "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "imports", "fonts", "pictures",
     "writing", "records", "cards", "page", "generation", "training", "planning", "commands", "evaluating", "facts",
     "comparison", "tuning", "agreement", "gallery", "judging", "measures", "cli", "__main__",
 ]
 # fmt: on
 ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it stands on none of the rooms
-MAX_FILE, MAX_FUNCTION = 750, 80
+MAX_FILE, MAX_FUNCTION = 750, 100
 
 
 def library_files() -> list[Path]:
@@ -110,4 +110,4 @@ def test_the_checker_sees_imports_of_lower_rooms(source, said):
 def test_the_checker_lets_the_rest_pass():
     source = "from latentdiff.rng import randn\nfrom . import order\nfrom .order import x\nimport torch, latentdiff.pipelines.a"
     assert wrong_imports(source, "data", "latentdiff.data") == []
-    assert long_functions("def f():\n" + "    pass\n" * 80) == ["f: 81 lines"]
+    assert long_functions("def f():\n" + "    pass\n" * 100) == ["f: 101 lines"]
