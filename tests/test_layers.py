@@ -11,8 +11,8 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     "errors", "processes", "locks", "atomic", "signals", "plain", "tensors", "rng", "hashes", "networks", "folders",
     "mistakes", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids",
-    "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "imports", "fonts", "pictures",
-    "writing", "records", "cards", "page", "generation", "training", "planning", "commands", "evaluating", "facts",
+    "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "imports", "fonts",
+    "pictures", "writing", "records", "cards", "page", "generation", "training", "planning", "commands", "evaluating", "facts",
     "comparison", "tuning", "agreement", "gallery", "judging", "measures", "cli", "__main__",
 ]
 # fmt: on
