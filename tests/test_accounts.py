@@ -221,7 +221,7 @@ def test_images_that_metadata_does_not_list_are_named(tmp_path):
         "not listed in metadata.csv": ["1.png", "2.png", "3.png", "4.png"], "metadata.csv is read instead": ["4.txt"],
     }  # fmt: skip
     assert remarks(source) == {"listed more than once in metadata.csv, and counted as often": ["0.png"]}
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "./0.png"}\n')
+    (tmp_path / "metadata.jsonl").write_text('\ufeff{"file_name": "./0.png"}\r\n')
     both = open_source(str(tmp_path))
     assert both.files == ["./0.png"] and left_out(both)["metadata.jsonl is read instead"] == ["metadata.csv", "4.txt"]
     assert "0.png" not in left_out(both)["not listed in metadata.jsonl"]

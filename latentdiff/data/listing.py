@@ -11,7 +11,7 @@ import os
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from latentdiff.data.accounts import Account, listed
 from latentdiff.data.files import image_suffixes, why_not_read
@@ -94,39 +94,42 @@ def _walk(root: Path, named: frozenset[str] = frozenset()) -> _Below:
 
     def visit(folder: Path, inside: str) -> None:
         try:
-            entries = sorted(folder.iterdir(), key=lambda path: path.name)
+            with os.scandir(folder) as found:  # tells folders from files without a look at each
+                entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             if not inside:
                 raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
             below.account.leave_out(f"folder that cannot be listed ({error.strerror})", inside)
             return
-        for path in entries:
-            _sort_in(path, inside, below, named, visit)
+        for entry in entries:
+            _sort_in(entry, inside, below, named, visit)
 
     visit(root, "")
     return below
 
 
-def _sort_in(path: Path, inside: str, below: _Below, named: frozenset[str], visit: Callable[[Path, str], None]) -> None:
-    name, suffix = inside + path.name, path.suffix.lower()
-    directory = path.is_dir()
+def _sort_in(
+    entry: os.DirEntry[str], inside: str, below: _Below, named: frozenset[str], visit: Callable[[Path, str], None]
+) -> None:
+    name, suffix = inside + entry.name, os.path.splitext(entry.name)[1].lower()
+    directory = entry.is_dir()
     if name in named:
         below.images.append(name)
-    elif _is_hidden(path.name) or (directory and not inside and path.name.startswith("__")):
+    elif _is_hidden(entry.name) or (directory and not inside and entry.name.startswith("__")):
         below.account.leave_out(HIDDEN, name + ("/" if directory else ""))
-    elif directory and path.is_symlink() and inside:
+    elif directory and entry.is_symlink() and inside:
         below.account.leave_out("link to a folder, not followed", f"{name}/")
     elif directory:
         if not inside:
-            below.folders.append(path.name)
-        visit(path, f"{name}/")
-    elif not path.is_file():
+            below.folders.append(entry.name)
+        visit(Path(entry.path), f"{name}/")
+    elif not entry.is_file():
         below.account.leave_out("broken link, or not a file", name)
     elif suffix in image_suffixes():
         below.images.append(name)
     elif suffix in CAPTION_SUFFIXES:
         below.texts.append(name)
-    elif inside or path.name not in METADATA:
+    elif inside or entry.name not in METADATA:
         below.account.leave_out(why_not_read(suffix), name)
 
 
@@ -174,6 +177,8 @@ def _note_parts(account: Account, classes: list[str]) -> None:
 
 def _captions_beside(root: Path, files: list[str], below: _Below) -> Captions | None:
     """The captions of the files, NO_CAPTION for those without, or None where none has one."""
+    if not below.texts:
+        return None
     texts: dict[tuple[str, str], str] = {}
     for name in below.texts:
         texts.setdefault(_stem_and_suffix(name), name)
@@ -198,8 +203,8 @@ def _captions_beside(root: Path, files: list[str], below: _Below) -> Captions | 
 
 
 def _stem_and_suffix(name: str) -> tuple[str, str]:
-    path = PurePosixPath(name)
-    return str(path.with_suffix("")), path.suffix.lower()
+    stem, suffix = os.path.splitext(name)
+    return stem, suffix.lower()
 
 
 def _read_caption(path: Path) -> tuple[str, ...] | None:
