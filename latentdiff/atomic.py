@@ -117,6 +117,11 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
+def is_leftover(path: Path) -> bool:
+    """Whether a file or folder is what a killed process left, by its name; it may also be what a live one is writing."""
+    return any(kind.fullmatch(path.name) for kind in LEFTOVERS)
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed processes left in a folder and in its sub-folders, by name. Only for whoever holds its lock.
 
@@ -133,7 +138,7 @@ def sweep(folder: Path) -> None:
             continue
         if match and OLD.fullmatch(path.name) and not path.with_name(match[1]).exists():
             recover(path.with_name(match[1]))
-        elif any(kind.fullmatch(path.name) for kind in LEFTOVERS):
+        elif is_leftover(path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:

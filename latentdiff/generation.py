@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,12 @@ import numpy as np
 import torch
 import yaml
 
-from latentdiff import processes
+from latentdiff import locks, processes, signals
 from latentdiff.errors import UserError
 from latentdiff.plain import read_yaml
+from latentdiff.records import weights_of
 from latentdiff.rng import derive_seed
-from latentdiff.writing import check_out, write_file, write_folder
+from latentdiff.writing import ImageFolder, Make, Names, check_out, to_folder, to_grid, to_npz
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -90,13 +92,28 @@ def image_generators(seed: int, subject: Subject, start: int, count: int) -> lis
     return [torch.Generator().manual_seed(derive_seed(seed, label, start + k)) for k in range(count)]
 
 
-def numbered(rows: Sequence[Subject], num_images: int) -> list[tuple[Subject, int, int]]:
-    """(subject, its number, its place in rows), num_images of each; a subject named again counts on, so none comes twice."""
-    drawn, wanted = Counter[Subject](), list[tuple[Subject, int, int]]()
-    for place, row in enumerate(rows):
-        wanted += [(row, drawn[row] + k, place) for k in range(num_images)]
-        drawn[row] += num_images
-    return wanted
+class Numbered(Sequence[tuple[Subject, int, int]]):
+    """(subject, its number, its place in rows), num_images of each row; a subject named again counts on, so none comes twice.
+
+    Made as they are asked for: there may be millions.
+    """
+
+    def __init__(self, rows: Sequence[Subject], num_images: int):
+        self.rows, self.num_images = rows, num_images
+        drawn = Counter[Subject]()
+        self.first: list[int] = []  # the number of each row's first image
+        for row in rows:
+            self.first.append(drawn[row])
+            drawn[row] += num_images
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.num_images
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        place, k = divmod(range(len(self))[index], self.num_images)
+        return self.rows[place], self.first[place] + k, place
 
 
 # What samplers.sample takes besides the sampler's own options, and a call has other ways to give
@@ -206,9 +223,10 @@ def generate_batches(
     # Of what names nothing, guidance changes nothing: only a call of nothing else is the pipeline's to refuse
     told = zip(rows, beside, strict=True)
     named = {r for r, c in told if c is not None or (r.strip() if isinstance(r, str) else r not in (None, null))}
-    wanted = numbered(rows, num_images)[part]
-    for start in range(0, len(wanted), batch_size):
-        batch = wanted[start : start + batch_size]
+    images = Numbered(rows, num_images)
+    first, last, _ = part.indices(len(images))
+    for start in range(first, last, batch_size):
+        batch = images[start : min(start + batch_size, last)]
         generators = [image_generators(seed, row, k, 1)[0] for row, k, _ in batch]
         labels = [row for row, _, _ in batch]
         asked = {**call, "class_labels": [beside[place] if isinstance(row, str) else row for row, _, place in batch]}
@@ -275,7 +293,8 @@ def generate(
     """Generate `num_images` of each class or prompt in `what` and write them; returns the path written.
 
     Several processes of a launcher share the images, with the same result; each writes its own into a folder, the first
-    one a single file.
+    one a single file. A folder is written batch by batch: a call that was stopped goes on when it is made again. Memory
+    holds a batch, but for a grid.
 
     negative: a prompt to guide away from, for a model that reads text.  label: the class of every prompt, for a model
     told both.
@@ -283,27 +302,12 @@ def generate(
     classifier_strength: of classifier guidance, on top of classifier-free, by the classifier in the model's folder; 0 is
     off.  sampler_options: key=value, the sampler's own keywords.  Both need a sampler.
     device: auto, cpu, or torch's name of another.
-    The same arguments give the same file. UserError for an unknown class, sampler, model or a path that cannot be
-    written.
+    The same arguments give the same file. UserError for an unknown class, sampler, model, a path that cannot be written,
+    a folder of another call, and one in which another job is writing. A signal ends the call as `latentdiff.signals` says.
     """
-    from tqdm import tqdm
-
-    from latentdiff.checkpoints import load, resolve_model
-
-    if min(num_images, batch_size, 1 if steps is None else steps) < 1:
-        raise UserError("--num-images, --batch-size and --steps: must be at least 1")
-    path, options = check_out(out, 0), parse_options(sampler_options or [])
+    path, options = _checked(out, num_images, batch_size, steps, sampler, sampler_options or [])
     processes.pick_device(device)
-    if sampler is not None:
-        from latentdiff import samplers
-
-        if sampler not in samplers.names():
-            raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
-    folder = resolve_model(model)
-    pipeline = load(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    found = place(pipeline, device, sampler)
-    set_precision(pipeline, precision)
+    folder, pipeline = _opened(model, device, sampler, precision)
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
@@ -311,38 +315,117 @@ def generate(
     beside = class_beside(pipeline, label, rows)
     if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
         raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
-    check_out(out, len(rows) * num_images)
+    total = len(rows) * num_images
+    check_out(out, total)
     call: dict[str, Any] = {
-        "num_inference_steps": steps, "sampler": sampler, "sampler_options": options, "guidance_scale": guidance,
-        "guidance_interval": guidance_interval, "negative_prompt": negative,
-    }  # fmt: skip
+        "num_inference_steps": steps,
+        "sampler": sampler,
+        "sampler_options": options,
+        "guidance_scale": guidance,
+        "guidance_interval": guidance_interval,
+        "negative_prompt": negative,
+    }
     progress = progress and processes.rank() == 0
     if progress and (cuts := pipeline.cut_off([*(row for row in rows if isinstance(row, str)), negative])):
         print(f"latentdiff: longer than the text encoder reads, prompts lose these parts: {cuts}", file=sys.stderr)
     if progress:
-        processes.announce("generate", found, len(rows) * num_images, batch_size)
-    part = processes.share(len(rows) * num_images, batch_size)
-    with tqdm(total=part.stop - part.start, unit="image", disable=not progress, delay=0.5) as bar:
-        call |= {"guide": guide, "label": beside}
-        images = generate_share(pipeline, rows, num_images, seed, batch_size, report=bar.update, **call)
-    _write(path, images, batch_size, [row for row in rows for _ in range(num_images)], pipeline, beside)
+        processes.announce("generate", pipeline.device, total, batch_size)
+
+    classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
+    names = Names(classes, rows, [beside if isinstance(row, str) else row for row in rows], num_images)
+    make = partial(_made, pipeline, rows, num_images, seed, batch_size, guide=guide, label=beside, **call)
+    depends_on = {
+        "WHAT": rows,
+        "--num-images": num_images,
+        "--seed": seed,
+        "--batch-size": batch_size,
+        "--precision": precision,
+        "--label": beside,
+        "--classifier-strength": classifier_strength,
+        "device": pipeline.device.type,
+        "model": None if path.suffix else _fingerprint(folder),
+        **call,
+    }
+    _write(path, make, names, depends_on, batch_size, progress)
     return path
 
 
 def _write(
-    path: Path, mine: np.ndarray, batch_size: int, rows: list[Subject], pipeline: LatentDiffusionPipeline, beside: int | None
+    path: Path, make: Make, names: Names, depends_on: dict[str, Any], batch_size: int, progress: bool
 ) -> None:
-    """Write all images, of which this process has made its share; rows are those of all."""
-    classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
-    labels = [beside if isinstance(row, str) else row for row in rows]
-    pairs = [("" if label is None else classes[label], row) for label, row in zip(labels, rows, strict=True)]
-    names = [": ".join(part for part in pair if part and isinstance(part, str)) for pair in pairs]
-    if path.suffix:
-        images = processes.gather(mine, len(rows), batch_size)
-        if images is not None:
-            write_file(path, images, names, labels)
-    else:
-        part = processes.share(len(rows), batch_size)
-        processes.meet()  # before anything is written: each has looked whether the folder is empty
-        write_folder(path, mine, names[part], part.start)
-        processes.meet()
+    """Make the images and write them, alone in the folder or at the file; a signal ends it as `latentdiff.signals` says."""
+    from tqdm import tqdm
+
+    part = processes.share(len(names), batch_size)
+    with (
+        signals.watched(signals.again) as watch,
+        locks.locked(path, "wait for it, or name another --out", beside=bool(path.suffix)),
+        tqdm(total=part.stop - part.start, unit="image", disable=not progress, delay=0.5) as bar,
+    ):
+        if path.suffix == ".png":
+            to_grid(path, make, names, part, batch_size, bar.update)
+        elif path.suffix == ".npz":
+            to_npz(path, make, names, part, batch_size, bar.update)
+        else:
+            to_folder(ImageFolder(path, depends_on), make, names, part, batch_size, watch, bar.update)
+
+
+def _checked(
+    out: str | Path, num_images: int, batch_size: int, steps: int | None, sampler: str | None, options: list[str]
+) -> tuple[Path, dict[str, Any]]:
+    """The output's path and the sampler's options, all that can be refused before a model is loaded being looked at."""
+    if min(num_images, batch_size, 1 if steps is None else steps) < 1:
+        raise UserError("--num-images, --batch-size and --steps: must be at least 1")
+    path, parsed = check_out(out, 0), parse_options(options)
+    if sampler is not None:
+        from latentdiff import samplers
+
+        if sampler not in samplers.names():
+            raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
+    return path, parsed
+
+
+def _opened(
+    model: str | Path, device: str, sampler: str | None, precision: str
+) -> tuple[Path, LatentDiffusionPipeline]:
+    """The model's folder, and its pipeline on the device, in the precision."""
+    from latentdiff.checkpoints import load, resolve_model
+
+    folder = resolve_model(model)
+    pipeline = load(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    place(pipeline, device, sampler)
+    set_precision(pipeline, precision)
+    return folder, pipeline
+
+
+def _made(
+    pipeline: LatentDiffusionPipeline,
+    rows: list[Subject],
+    num_images: int,
+    seed: int,
+    batch_size: int,
+    part: slice,
+    report: Callable[[int], object],
+    **call: Any,
+) -> Iterator[np.ndarray]:
+    """Batches of images of a part, uint8 [B, H, W, C]. Of an empty part one image, which counts for nothing.
+
+    So a process without a share refuses what the others refuse, and knows the size of an image.
+    """
+    total = len(rows) * num_images
+    idle = part.start == part.stop
+    for images, _ in generate_batches(
+        pipeline, rows, num_images, seed, batch_size, part=slice(total - 1, total) if idle else part, **call
+    ):
+        report(0 if idle else len(images))
+        yield images
+
+
+def _fingerprint(folder: Path) -> str:
+    """sha256 over a checkpoint's weights and settings: what its images depend on."""
+    digest = hashlib.sha256(weights_of(folder)["weights_sha256"].encode())
+    for name in ("model_index.json", "scheduler/scheduler_config.json", "classifier/model.safetensors"):
+        if (folder / name).is_file():
+            digest.update(name.encode() + (folder / name).read_bytes())
+    return digest.hexdigest()

@@ -11,6 +11,7 @@ import functools
 import os
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -106,19 +107,38 @@ def agree(value: bool) -> bool:
     return bool(said.item())
 
 
-def gather(mine: np.ndarray, total: int, batch: int) -> np.ndarray | None:
+def gather(
+    mine: np.ndarray, total: int, batch: int, take: Callable[[np.ndarray], None] | None = None
+) -> np.ndarray | None:
     """All `total` images [total, ...] on the first process, in order; None on the others, which are then done.
 
     mine: what this process has made, its `share(total, batch)`.
+    take: called on the first process with one piece after another, in order, in the place of keeping them all; then the
+    first process gets None too.
     """
     if count() == 1:
-        return mine
+        if take is None:
+            return mine
+        for piece in _pieces(mine):
+            take(piece)
+        return None
     import numpy as np
     import torch
     import torch.distributed as dist
 
     group, own = _group(), share(total, batch)
-    if rank() == 0:
+    if rank() == 0 and take is not None:
+        whole = None
+        for piece in _pieces(mine):
+            take(piece)
+        for of in range(1, count()):
+            part = share(total, batch, of)
+            # The memory of one image stands for all, so that pieces are cut as the sender cuts them
+            for piece in _pieces(np.broadcast_to(mine[:1], (part.stop - part.start, *mine.shape[1:]))):
+                received = np.empty_like(piece, order="C", subok=False)
+                dist.recv(torch.from_numpy(received), of, group)
+                take(received)
+    elif rank() == 0:
         whole = np.empty((total, *mine.shape[1:]), mine.dtype)
         whole[own] = mine
         for of in range(1, count()):

@@ -88,10 +88,20 @@ def publish_scenario(folder: Path) -> Scenario:
     return Scenario("publish", run, lambda: ["publish", str(run), "--step", "1"], lambda: copy(folder / "published", run))
 
 
+def generate_scenario(folder: Path) -> Scenario:
+    trained = train_scenario("diffusion", folder / "of-generate")
+    if not trained.output.exists():
+        run_to_end(trained)
+    output, few = folder / "images", ["--num-images", "3", "--steps", "1", "--batch-size", "2"]
+    command = ["generate", "--all-classes", "--model", str(trained.output / "model"), *few, "--out", str(output)]
+    return Scenario("generate", output, lambda: command)
+
+
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "autoencoder": lambda folder: train_scenario("autoencoder", folder),
     "diffusion": lambda folder: train_scenario("diffusion", folder),
     "publish": publish_scenario,
+    "generate": generate_scenario,
 }
 
 

@@ -19,7 +19,7 @@ from latentdiff.data.sources import open_source
 from latentdiff.errors import UserError
 from latentdiff.evaluation.prompts import draw_prompts
 from latentdiff.evaluation.report import reference_sets
-from latentdiff.generation import image_generators, numbered
+from latentdiff.generation import Numbered, image_generators
 from latentdiff.records import read_record
 from latentdiff.training import train
 
@@ -74,7 +74,7 @@ def test_images_without_captions_are_refused(stripe_folder):
 
 
 def test_a_subject_named_again_counts_on():
-    assert numbered(["a", 1, "a"], 2) == [("a", 0, 0), ("a", 1, 0), (1, 0, 1), (1, 1, 1), ("a", 2, 2), ("a", 3, 2)]
+    assert list(Numbered(["a", 1, "a"], 2)) == [("a", 0, 0), ("a", 1, 0), (1, 0, 1), (1, 1, 1), ("a", 2, 2), ("a", 3, 2)]
 
 
 def test_no_image_comes_twice_where_a_prompt_does(run, here, runs):

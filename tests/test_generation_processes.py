@@ -107,7 +107,8 @@ def test_a_mistake_is_said_once_and_ends_all(done, name, world, said):
     (line,) = [line for line in result["stderr"].splitlines() if "process(es)" not in line]
     assert line.startswith("latentdiff: ") and "Traceback" not in line
     assert said in line
-    assert result["codes"] == [2] + [-15] * (world - 1) and result["stdout"] == ""
+    # The launcher ends the others by SIGTERM, which a command answers with status 75 where it still runs
+    assert result["codes"][0] == 2 and set(result["codes"][1:]) <= {-15, 75} and result["stdout"] == ""
     assert result["seconds"] < processes.PATIENCE and not (done[0] / "none.png").exists()
 
 
