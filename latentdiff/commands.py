@@ -34,8 +34,8 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
-    from latentdiff.training import run
-    from latentdiff.training.latents import cache_folder, encode_part, open_inputs, prepare_latents, progress_bar
+    from latentdiff.training import notices, run
+    from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
     from latentdiff.training.unets import check_latents, check_unet
 
     config = load_config(resolve_config(config_path), overrides)
@@ -46,7 +46,9 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     accelerator = run.start_accelerator(config.train)
     opened = open_inputs(config, accelerator.device)
     check_latents(config, *opened)  # latents that the U-Net cannot take are not worth the time
-    announce = run.announcement(accelerator, config.train, "float32", "encode")  # a frozen encoder is never cast
+    lines = [*notices.warned(notices.first_stage_warnings(config.autoencoder)), cache_size(config, *opened)]
+    # A frozen encoder is never cast, whatever training's precision
+    announce = run.announcement(accelerator, config.train, "float32", "encode", lines)
     if job is not None:
         with progress_bar("encoding", progress, announce) as report:
             missing = encode_part(config, job[0] - 1, job[1], opened, report)

@@ -123,17 +123,22 @@ class Prompts:
 
     def lengths(self, prompts: Sequence[str]) -> torch.Tensor:
         """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
-        counts: list[int] = []
-        for start in range(0, len(prompts), 4096):
-            part = list(prompts[start : start + 4096])
-            counts += map(len, self.tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
-        return torch.tensor(counts, dtype=torch.int64)
+        return token_counts(self.tokenizer, prompts)
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> torch.Tensor:
         """The encoder's last states [B, length, width], float32."""
         device = next(self.encoder.parameters()).device
         return self.encoder(**{k: v.to(device) for k, v in self.tokens(prompts).items()})[0].float()
+
+
+def token_counts(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
+    counts: list[int] = []
+    for start in range(0, len(prompts), 4096):
+        part = list(prompts[start : start + 4096])
+        counts += map(len, tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
+    return torch.tensor(counts, dtype=torch.int64)
 
 
 class PromptedUNet(torch.nn.Module):
@@ -200,27 +205,37 @@ def load_prompts(where: str, length: int | None = None) -> Prompts:
     name = ENCODERS.get(config.model_type, "AutoModel")
     if name == "AutoModel" and getattr(config, "is_encoder_decoder", False):
         raise UserError(f"condition.text.encoder {where}: {config.model_type} also decodes; of such only T5's kinds are read")
+    tokenizer = load_tokenizer(where, length)
     try:
-        with quiet():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(places[1], trust_remote_code=False)
         encoder = load_part(places[0], getattr(transformers, name))
     except UserError as error:
         raise UserError(f"condition.text.encoder {error}") from None
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise UserError(f"condition.text.encoder {where}: no tokenizer of transformers ({_brief(error)})") from None
-    if not any(any(map(str.isalnum, token)) for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)):
-        # transformers makes a blank one where its files are missing, to which every prompt is the same
-        raise UserError(f"condition.text.encoder {where}: its tokenizer knows no words; put the tokenizer's files there")
-    longest = getattr(encoder.config, "max_position_embeddings", None)
-    own = min(tokenizer.model_max_length, LONGEST, longest or LONGEST)
-    if length is not None and longest is not None and length > longest:
-        raise UserError(f"condition.text.max_length: {length}, but {where} reads at most {longest} tokens")
-    tokenizer.model_max_length = length or own
     if not hasattr(encoder.config, "use_attention_mask"):
         encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
     prompts = Prompts(tokenizer, encoder.requires_grad_(False))
     _try_out(prompts, where)
     return prompts
+
+
+def load_tokenizer(where: str, length: int | None = None) -> Any:
+    """A pretrained text encoder's tokenizer, its model_max_length what `load_prompts` reads; UserError as there."""
+    import transformers
+
+    config, places = _text_config(where)
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(places[1], trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"condition.text.encoder {where}: no tokenizer of transformers ({_brief(error)})") from None
+    if not any(any(map(str.isalnum, token)) for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)):
+        # transformers makes a blank one where its files are missing, to which every prompt is the same
+        raise UserError(f"condition.text.encoder {where}: its tokenizer knows no words; put the tokenizer's files there")
+    longest = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    own = min(tokenizer.model_max_length, LONGEST, longest or LONGEST)
+    if length is not None and longest is not None and length > longest:
+        raise UserError(f"condition.text.max_length: {length}, but {where} reads at most {longest} tokens")
+    tokenizer.model_max_length = length or own
+    return tokenizer
 
 
 def _try_out(prompts: Prompts, where: str) -> None:

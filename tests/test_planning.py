@@ -35,6 +35,11 @@ def plan(tmp_path):
     return call
 
 
+def of_the_config(facts: dict) -> list[str]:
+    """The warnings but for those of the first stage's report: 60 steps make a poor one."""
+    return [text for text in facts["warnings"] if not text.startswith("autoencoder ") or "normaliser=measured" in text]
+
+
 # What it says
 
 
@@ -84,7 +89,7 @@ def test_stage_two_agrees_with_the_run_it_plans(plan, stripe_folder, autoencoder
         "unet": made["parameters"]["unet"], "autoencoder_frozen": made["parameters"]["vae"],
     }  # fmt: skip
     assert facts["latent_shape"] == made["latent_shape"] and facts["autoencoder"] == str(autoencoder_run)
-    assert facts["warnings"] == [] and facts["unknown"] == {} and facts["data"]["classes"] == 3
+    assert of_the_config(facts) == [] and facts["unknown"] == {} and facts["data"]["classes"] == 3
     bytes_ = facts["latent_cache"]["bytes"]
     (shard,) = (diffusion_run / "latents").glob("*.safetensors")
     assert bytes_ == 36 * 2 * 8 * 8 * 2 * 2 and bytes_ < shard.stat().st_size < bytes_ + 4096
@@ -172,7 +177,7 @@ def test_an_average_longer_than_the_run_is_warned_of(plan, stripe_folder, tmp_pa
     config = autoencoder_tree(stripe_folder, tmp_path / "run")
     (warning,) = plan(config, "ema.decay=0.9", "train.steps=5")["warnings"]  # 0.9^6.6 = 1/2
     assert warning.startswith("ema.decay: 0.9 takes 7 steps") and "with 0.25 it" in warning  # forgets half in half a step
-    (warning,) = plan(config, "ema.decay=0.99999", "train.steps=50000")["warnings"]
+    warning = plan(config, "ema.decay=0.99999", "train.steps=50000")["warnings"][0]
     assert "with 0.999861 it" in warning
     assert plan(config, "ema.decay=0.9", "train.steps=7")["warnings"] == []
 
@@ -180,7 +185,7 @@ def test_an_average_longer_than_the_run_is_warned_of(plan, stripe_folder, tmp_pa
 def test_guidance_that_is_not_trained_is_warned_of(plan, stripe_folder, autoencoder_run, tmp_path):
     config = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run, condition__dropout=0, sample__guidance=3.0)
     facts = plan(config)
-    (warning,) = facts["warnings"]
+    (warning,) = of_the_config(facts)
     assert warning.startswith("sample.guidance: 3 ") and facts["step"]["seconds"] > 0
     assert facts["config"]["sample"]["guidance"] == 3.0
 
@@ -206,9 +211,9 @@ def test_a_normaliser_that_is_missing_or_wrong_is_warned_of(plan, stripe_folder,
     none = dict.fromkeys(("latents_mean", "latents_std", "scaling_factor"))
     for changes, said in ((none, "has no normaliser"), ({"scaling_factor": 5.0}, "root mean square of ")):
         (first / "config.json").write_text(json.dumps({**written, **changes}))
-        (warning,) = plan(config)["warnings"]
+        (warning,) = of_the_config(plan(config))
         assert str(first) in warning and said in warning and "normaliser=measured" in warning
-        assert plan(config, "normaliser=measured")["warnings"] == []
+        assert of_the_config(plan(config, "normaliser=measured")) == []
 
 
 def test_mistakes_in_the_config_are_refused(refused, stripe_folder, autoencoder_run, tmp_path):

@@ -176,4 +176,4 @@ def test_captions_that_are_cut_are_counted_once(runs, tmp_path, capsys, frozen):
     for length, said in ((5, [warning]), (6, [])):
         changes["condition__text"] = {**encoder, "max_length": length}
         train(parse_config(text_tree(data, tmp_path / f"run{length}", autoencoder, **changes)))
-        assert [line for line in capsys.readouterr().err.splitlines() if "captions" in line] == said
+        assert [line for line in capsys.readouterr().err.splitlines() if "captions are" in line] == said

@@ -70,12 +70,9 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
     verify: hold a folder's weights against the hashes beside them. Raises UserError naming the path when there is none, or
     when its weights cannot be read.
     """
-    folder = Path(where)
-    for published in (folder, folder / "autoencoder"):
-        atomic.put_back(published)  # a process may have been killed between the two renames that publish a folder
-    for candidate in (folder / "autoencoder", folder / "vae", folder):
-        if (candidate / "config.json").is_file():
-            return _load_folder(candidate, verify)
+    found, folder = autoencoder_folder(where), Path(where)
+    if found is not None:
+        return _load_folder(found, verify)
     if folder.exists() or where.count("/") != 1 or where.startswith((".", "/")):
         raise UserError(
             f"{where}: no autoencoder there; expected a folder with config.json (or autoencoder/ or vae/), or a Hub name"
@@ -84,6 +81,14 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
         with contextlib.suppress(OSError):
             return _from_hub(where, subfolder)
     raise UserError(f"{where}: neither a folder nor a diffusers autoencoder on the Hub that can be reached")
+
+
+def autoencoder_folder(where: str) -> Path | None:
+    """The folder of the weights that `where` names: itself, or its autoencoder/ or vae/; None where it is no such folder."""
+    candidates = (Path(where) / "autoencoder", Path(where) / "vae", Path(where))
+    for published in (candidates[2], candidates[0]):
+        atomic.put_back(published)  # a process may have been killed between the two renames that publish a folder
+    return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
 def _load_folder(folder: Path, verify: bool) -> nn.Module:

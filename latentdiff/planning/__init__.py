@@ -17,24 +17,28 @@ from latentdiff.config import AutoencoderConfig, Config, DiffusionConfig
 def plan(config: Config, path: Path) -> dict[str, Any]:
     """Facts of a stage-1 or stage-2 config that was read from `path`; none of another stage's.
 
-    Has `warnings`, and under `unknown` what cannot be said yet, with the reason. UserError for a config that training
-    would refuse, unless it is one of the things warned of.
+    Each stage of the planning is a line on stderr. Has `warnings`, and under `unknown` what cannot be said yet, with the
+    reason. UserError for a config that training would refuse, unless it is one of the things warned of.
     """
     if not isinstance(config, AutoencoderConfig | DiffusionConfig):
         return {}
-    from latentdiff.planning.facts import note_compile, warn_of_ema
+    from latentdiff.planning.facts import note_compile, warn_of_time
     from latentdiff.planning.inputs import Notes
+    from latentdiff.planning.progress import Progress
     from latentdiff.planning.stages import plan_autoencoder, plan_diffusion
+    from latentdiff.training.notices import length_warnings
 
-    threads, notes = torch.get_num_threads(), Notes()
+    threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng():
-            warn_of_ema(config.ema, config.train, notes)
+        with torch.random.fork_rng(), Progress() as progress:
+            notes = Notes(say=progress)
+            notes.warnings += length_warnings(config)
             note_compile(config.train, notes)
             if isinstance(config, AutoencoderConfig):
                 facts = plan_autoencoder(config, notes)
             else:
                 facts = plan_diffusion(config, path, notes)
+            warn_of_time(config, facts, notes)
     finally:
         torch.set_num_threads(threads)
     return {**facts, "warnings": notes.warnings, "unknown": notes.unknown}

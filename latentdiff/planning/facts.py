@@ -11,26 +11,30 @@ import torch
 from torch import nn
 
 from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.config import AutoencoderConfig, DiffusionConfig, EmaConfig, LoopConfig
+from latentdiff.config import AutoencoderConfig, DiffusionConfig, LoopConfig
 from latentdiff.data.shards import read_manifest
 from latentdiff.errors import UserError
 from latentdiff.planning.dry_run import short
 from latentdiff.planning.inputs import Notes, latent_shape
-from latentdiff.training import conditions
+from latentdiff.training import conditions, notices
 from latentdiff.training.data import Images
-from latentdiff.training.latents import TOLERANCE, cache_folder
+from latentdiff.training.latents import TOLERANCE, cache_bytes, cache_folder
 
 ENCODED, PATIENCE = 256, 5.0  # images encoded to time it and to look at the normaliser, and seconds after which to stop
-HALF = 2  # bytes of a cached number
+DAY = 24.0  # hours: what is more of a CPU is warned of
 
 
-def data_facts(config: AutoencoderConfig | DiffusionConfig, images: Images | None, shape: Any) -> dict[str, Any]:
-    """shape: of the tensors, (C, H, W), or None."""
+def data_facts(
+    config: AutoencoderConfig | DiffusionConfig, images: Images | None, shape: Any, notes: Notes
+) -> dict[str, Any]:
+    """shape: of the tensors, (C, H, W), or None. Warns where the run's length does not suit the number of images."""
     facts: dict[str, Any] = {"source": config.data.source}
     if images is not None:
         count = len(images.train)
-        facts |= {"images": count, "held_out": len(images.held_out), "classes": len(images.class_names)}
+        facts |= images.facts() | {"classes": len(images.class_names)}
+        notes.warnings += [f"data {config.data.source}: {line}" for line in images.lines()[1:]]  # the first one only counts
         facts["epochs"] = short(config.train.steps * config.train.batch_size / count)
+        notes.warnings += notices.data_warnings(config, count)
     return {"data": facts | ({"tensor": list(shape)} if shape else {})}
 
 
@@ -38,13 +42,22 @@ def parameters(**modules: nn.Module | None) -> dict[str, int]:
     return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items() if module is not None}
 
 
-def warn_of_ema(ema: EmaConfig, train: LoopConfig, notes: Notes) -> None:
-    half_life = math.log(0.5) / math.log(ema.decay) if ema.decay > 0 else 0.0
-    if half_life > train.steps:
-        notes.warnings.append(
-            f"ema.decay: {ema.decay:g} takes {half_life:.0f} steps to forget half, and the run has {train.steps}; with "
-            f"{1 - short(1 - 0.5 ** (10 / train.steps)):g} it takes a tenth of them"
-        )
+def warn_of_time(config: AutoencoderConfig | DiffusionConfig, facts: dict[str, Any], notes: Notes) -> None:
+    """Say how long the run takes here, and warn where that is days of a CPU."""
+    hours, step = facts.get("hours"), facts.get("step")
+    if hours is None or step is None:
+        return
+    parts = " and ".join(f"{value:.2g} h of {name}" for name, value in hours.items())
+    where = f"{step['device']}, {step['threads']} CPU thread(s), {step['precision']}"
+    notes.say(f"on this machine ({where}) the run takes {parts}")
+    if step["device"] != "cpu" or hours["training"] <= DAY:
+        return
+    steps = int(config.train.steps * DAY / hours["training"])
+    narrower = "a smaller data.size" + (" or model.config.block_out_channels" if config.model.pretrained is None else "")
+    notes.warnings.append(
+        f"train.steps: the run takes {hours['training'] / DAY:.1f} days of this CPU; {steps} steps take one. Lower it, set "
+        f"{narrower}, or train on a GPU"
+    )
 
 
 def note_compile(train: LoopConfig, notes: Notes) -> None:
@@ -77,10 +90,12 @@ def encoding(config: DiffusionConfig, codec: LatentCodec, images: Images | None,
         return {}
     shape = latent_shape(codec, (config.data.channels, *images.preprocess.padded_size))
     sides, finished = 1 + config.data.flips, read_manifest(cache_folder(config)) is not None
-    size = len(images.train) * math.prod(shape) * 2 * HALF * sides  # a mean and a standard deviation
+    size = cache_bytes(config, images, shape)
     facts: dict[str, Any] = {"latent_cache": {"folder": str(cache_folder(config)), "bytes": size, "finished": finished}}
     if not fits:
         return facts
+    notes.say.release()
+    notes.say("encoding a few images, for the time it takes")
     rms, seconds = _encode_some(codec, images)
     if looked_at and stored and not 1 / TOLERANCE <= rms <= TOLERANCE:
         notes.warnings.append(

@@ -16,14 +16,19 @@ from latentdiff.data.sources import open_source
 from latentdiff.data.tables import HUB_NAME
 from latentdiff.errors import UserError
 from latentdiff.folders import read_json
+from latentdiff.planning.progress import Progress
 from latentdiff.training.autoencoder import _build
 from latentdiff.training.data import Images, columns_of
 
 
 @dataclass
 class Notes:
-    """What a plan says in words. unknown: {part: why it is not known}; warnings: what is likely a mistake."""
+    """What a plan says in words. unknown: {part: why it is not known}; warnings: what is likely a mistake.
 
+    say: takes a line on what the planning is doing; its release() is called once nothing is refused any more.
+    """
+
+    say: Progress
     unknown: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -64,6 +69,7 @@ def first_stage(where: str, path: Path) -> tuple[LatentCodec | None, str]:
 
 def find_images(data: DataConfig, factor: int, notes: Notes) -> Images | None:
     """The images, or None with a note where they are not there. UserError where they are, and the config misfits them."""
+    notes.say(f"reading the images of {data.source}")
     there = Path(data.source).expanduser().exists()
     if not there and ("://" in data.source or HUB_NAME.fullmatch(data.source)):
         notes.unknown["data"] = f"{data.source}: no such folder; a data set of the Hub, or elsewhere, is not fetched for this"

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from latentdiff.autoencoders.codec import LatentCodec
+from latentdiff.conditioning import load_tokenizer, train_tokenizer
 from latentdiff.config import AutoencoderConfig, DiffusionConfig
+from latentdiff.data.captions import Captions
 from latentdiff.errors import UserError
 from latentdiff.planning.dry_run import dry_run
 from latentdiff.planning.facts import data_facts, encoding, parameters, without_impossible_guidance
 from latentdiff.planning.inputs import Notes, find_images, first_stage, image_shape, is_here, latent_shape
-from latentdiff.training import autoencoder, conditions, diffusion, precision, run
+from latentdiff.training import autoencoder, conditions, diffusion, notices, precision, run
 from latentdiff.training.conditions import Conditions
 from latentdiff.training.data import Images
 from latentdiff.training.latents import Latents
@@ -30,8 +32,10 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
     where = config.model.pretrained
     if where is not None and not is_here(where):
         notes.unknown["model"] = f"{where}: no autoencoder there, nor in the Hub's cache; what it costs follows from it"
-        return data_facts(config, find_images(config.data, 1, notes), None)
+        notes.warnings.append(f"model.pretrained: {notes.unknown['model']}")
+        return data_facts(config, find_images(config.data, 1, notes), None, notes)
     accelerator = run.start_accelerator(config.train)
+    notes.say("building the autoencoder")
     vae = autoencoder._build(config)
     codec = LatentCodec(vae)
     images = find_images(config.data, codec.factor, notes)
@@ -40,18 +44,20 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
     words: str = config.train.precision
     if shape is not None:
         trial = partial(autoencoder.trial_steps, config, vae, shape)
-        config, words = precision.resolve(config, Path(config.output), accelerator, trial)
+        config, words = _resolve(config, accelerator, trial, notes)
         config = find_micro_batch(config, accelerator, trial)
         accelerator = run.start_accelerator(config.train)
     memory = Memory(accelerator.device)
     parts = autoencoder._parts(config, vae, codec.factor, accelerator)
-    facts = data_facts(config, images, shape)
+    facts = data_facts(config, images, shape, notes)
     facts["precision"] = words
     facts["parameters"] = parameters(autoencoder=vae, discriminator=parts.critic, perceptual_frozen=parts.perceptual)
     if shape is None:
         notes.unknown["step"] = "the shape of the images is not known"
         return facts
     facts["latent_shape"] = list(latent_shape(codec, shape))
+    notes.say.release()
+    notes.say(f"timing training steps in {config.train.precision}")
 
     def step(number: int, batch: int) -> None:
         x = torch.rand(batch, *shape) * 2 - 1
@@ -65,34 +71,43 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
 
 def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[str, Any]:
     config = without_impossible_guidance(config, notes)
+    notes.say(f"opening the autoencoder {config.autoencoder}")
     codec, origin = first_stage(config.autoencoder, path)
     factor = codec.factor if codec else 1
     images = find_images(config.data, factor, notes)
     if images is not None:
         conditions.check_data(config, images)
     shape = image_shape(config.data, images, factor, notes)
-    facts = data_facts(config, images, shape)
+    facts = data_facts(config, images, shape, notes)
+    if conditions.takes(config.condition, "text") and images is not None:
+        notes.say("counting the tokens of the captions")
+        notes.warnings += _caption_warnings(config, images)
     if codec is None or shape is None:
         diffusion._check(config)
         if codec is None:
             notes.unknown["autoencoder"] = origin
+            notes.warnings.append(f"autoencoder: {origin}; train it first, or name another")
         notes.unknown["step"] = "the shape of the latents is not known, and the U-Net's size follows from it"
         return facts
     trained = origin == config.autoencoder
+    notes.warnings += notices.first_stage_warnings(config.autoencoder) if trained else []
     facts["autoencoder"] = origin if trained else f"as {origin} will make it; not there yet"
     latents = latent_shape(codec, shape)
     facts["latent_shape"] = list(latents)
     accelerator = run.start_accelerator(config.train)
     codec.vae.to(accelerator.device)
-    cached = encoding(config, codec, images, notes, trained)
     classes = class_count(config, images, notes) if conditions.takes(config.condition, "class") else 1
+    notes.say("building the U-Net")
     told = random_conditions(config, images, classes)
-    if not _shapes_agree(config, latents, told, notes):
+    agree = _shapes_agree(config, latents, told, notes)
+    cached = encoding(config, codec, images, notes, trained)
+    if not agree:
         return facts | cached | {"parameters": parameters(autoencoder_frozen=codec.vae)}
     trial = partial(diffusion.trial_steps, config, codec, images, latents, classes)
-    config, facts["precision"] = precision.resolve(config, Path(config.output), accelerator, trial)
+    config, facts["precision"] = _resolve(config, accelerator, trial, notes)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = run.start_accelerator(config.train)
+    notes.say(f"timing training steps in {config.train.precision}")
     memory = Memory(accelerator.device)
     cache: Any = RandomCache(latents, len(images.train) if images else STAND_IN)
     parts = diffusion._parts(config, Latents(codec, images, cache), told, accelerator)  # type: ignore[arg-type]
@@ -107,6 +122,23 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
     if "hours" in measured and "hours" in cached:
         measured["hours"] = cached.pop("hours") | measured["hours"]
     return facts | cached | measured
+
+
+def _resolve(config: Any, accelerator: Any, trial: precision.Trial, notes: Notes) -> tuple[Any, str]:
+    """The config with the precision that training would choose here, and what is said of it."""
+    if config.train.precision == precision.AUTO:
+        notes.say.release()
+        notes.say(f"timing a few steps in {' and in '.join(precision.candidates(accelerator.device))}")
+    return precision.resolve(config, Path(config.output), accelerator, trial)
+
+
+def _caption_warnings(config: DiffusionConfig, images: Images) -> list[str]:
+    wanted, captions = config.condition.text, Captions(images.train.captions() or [])
+    if wanted.encoder is not None:
+        tokenizer = load_tokenizer(wanted.encoder, wanted.max_length)
+    else:
+        tokenizer = train_tokenizer(captions.distinct, wanted.vocabulary, wanted.max_length)
+    return conditions.caption_warnings(tokenizer, captions)
 
 
 def class_count(config: DiffusionConfig, images: Images | None, notes: Notes) -> int:

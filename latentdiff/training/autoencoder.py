@@ -22,7 +22,7 @@ from latentdiff.data.order import stream
 from latentdiff.errors import UserError
 from latentdiff.hashes import write_hashes
 from latentdiff.rng import derive_seed
-from latentdiff.training import loop, run, state
+from latentdiff.training import loop, notices, run, state
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images, sweep
 from latentdiff.training.ema import Ema
@@ -61,10 +61,12 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Pa
         _compile(config, images, parts, accelerator)
     work = _work(config, images, parts, accelerator, output)
     progress = loop.resume(output, work, accelerator, config.train.keep) if resume else loop.Progress()
-    run.announcement(accelerator, config.train, precision)()
+    warnings = [*notices.length_warnings(config), *notices.data_warnings(config, len(images.train))]
+    run.announcement(accelerator, config.train, precision, lines=notices.warned(warnings))()
     images.say()
     if accelerator.is_main_process:
         run.write_config(output, config)
+        notices.say([notices.places_at_start(config)])
     with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)
     parts.ema.copy_to(parts.bare.vae)
@@ -309,6 +311,8 @@ def publish(
     if images.nothing_held_out:
         report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
     write_report(folder.parent, report, pairs)
+    notices.keep_verdict(folder, report)
+    notices.say(notices.end_of_stage1(folder, report["lines"]))
 
 
 def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from latentdiff.conditioning import (
     build_text_encoder,
     load_prompts,
     states_width,
+    token_counts,
     train_tokenizer,
 )
 from latentdiff.config import ConditionConfig, DiffusionConfig, TextConfig
@@ -240,67 +240,76 @@ class Conditions:
         return [captions.first(image if len(image) else torch.zeros(1, dtype=torch.int64))[0] for image in images]
 
 
+def open_text(config: DiffusionConfig, images: Images, accelerator, resume: bool = False) -> tuple[Any, list[str]]:
+    """(what reads the captions, what it warns of), before anything is encoded or written.
+
+    A frozen encoder with its tokenizer; or the tokenizer of an encoder of one's own, learnt by the main process. None for a
+    model that is told no text, where the run has its tokenizer, and on the other processes.
+    """
+    if not takes(config.condition, "text"):
+        return None, []
+    wanted, captions, reader = config.condition.text, Captions(images.train.captions() or []), None
+    if wanted.encoder is not None:
+        reader = load_prompts(wanted.encoder, wanted.max_length)
+    if not accelerator.is_main_process:
+        return reader, []
+    if wanted.encoder is None and not resume:
+        reader = train_tokenizer(captions.distinct, wanted.vocabulary, wanted.max_length)
+    tokenizer = getattr(reader, "tokenizer", reader)
+    return reader, [] if tokenizer is None else caption_warnings(tokenizer, captions)
+
+
+def caption_warnings(tokenizer: Any, captions: Captions) -> list[str]:
+    """A warning where captions have more tokens than the encoder is given."""
+    length = tokenizer.model_max_length
+    cut = int((token_counts(tokenizer, captions.distinct) > length)[captions.rows].sum())
+    said = f"{cut} of {len(captions.rows)} captions are longer than {length} tokens and are cut (condition.text.max_length)"
+    return [said] if cut else []
+
+
 def prepare_conditions(
     config: DiffusionConfig,
     latents: Latents,
     accelerator,
     progress: Callable[[int, int], None] | None = None,
-    resume: bool = False,
+    reader: Any = None,
 ) -> Conditions:
     """The conditions of a config over its cached latents; a frozen encoder's states are built or opened on disk.
 
-    The tokenizer of an encoder of one's own is learnt by one process into <output>/tokenizer, and read by all, and by
-    a resumed run.
+    reader: what `open_text` gave. The tokenizer of an encoder of one's own is written into <output>/tokenizer, and read by
+    all processes, and by a resumed run.
     """
     condition, classes, text = config.condition, None, None
     if takes(condition, "class"):
         classes = ClassCondition(len(latents.images.class_names), condition.dropout, joint_dropout(condition))
     if takes(condition, "text"):
         found = latents.images.train.captions(latents.cache.manifest["unreadable"])
-        text = _text(config, Captions(found or []), accelerator, progress, resume)
-        if accelerator.is_main_process:
-            _say_what_is_cut(text)
+        text = _text(config, Captions(found or []), accelerator, progress, reader)
     return Conditions(classes, latents.cache.labels, text, joint_dropout(condition))
 
 
-def _say_what_is_cut(text: TextCondition) -> None:
-    """Warn on stderr where captions have more tokens than the encoder is given."""
-    from tqdm import tqdm
-
-    prompts, captions = text.prompts, text.captions
-    long = prompts.lengths(captions.distinct) > prompts.length  # [U]
-    cut = int(long[captions.rows].sum())
-    if cut:
-        tqdm.write(
-            f"warning: {cut} of {len(captions.rows)} captions are longer than {prompts.length} tokens and are cut "
-            "(condition.text.max_length)", file=sys.stderr,
-        )  # fmt: skip
-
-
-def _text(config: DiffusionConfig, captions: Captions, accelerator, progress, resume: bool) -> TextCondition:
+def _text(config: DiffusionConfig, captions: Captions, accelerator, progress, reader: Any) -> TextCondition:
     wanted = config.condition.text
     if wanted.encoder is None:
-        tokenizer = _own_tokenizer(config, captions, accelerator, resume)
+        tokenizer = _own_tokenizer(config, reader, accelerator)
         prompts = Prompts(tokenizer, build_text_encoder(tokenizer, wanted.width, wanted.layers, wanted.heads))
         return TextCondition(captions, wanted.dropout, prompts, prompts.tokens(captions.distinct))
-    prompts = load_prompts(wanted.encoder, wanted.max_length)
-    prompts.encoder.to(accelerator.device)
+    reader.encoder.to(accelerator.device)
     folder = Path(wanted.folder or Path(config.output) / "captions")
     states = build_states(
-        prompts, captions, folder, progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
+        reader, captions, folder, progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
         wait=accelerator.wait_for_everyone,
     )  # fmt: skip
-    return TextCondition(captions, wanted.dropout, prompts, states)
+    return TextCondition(captions, wanted.dropout, reader, states)
 
 
-def _own_tokenizer(config: DiffusionConfig, captions: Captions, accelerator, resume: bool) -> Any:
+def _own_tokenizer(config: DiffusionConfig, learnt: Any, accelerator) -> Any:
     from transformers import CLIPTokenizer
 
-    folder, wanted = Path(config.output) / "tokenizer", config.condition.text
-    if accelerator.is_main_process and not resume:
-        tokenizer = train_tokenizer(captions.distinct, wanted.vocabulary, wanted.max_length)
+    folder = Path(config.output) / "tokenizer"
+    if learnt is not None:
         with atomic.new_folder(folder) as new:
-            tokenizer.save_pretrained(new)
+            learnt.save_pretrained(new)
     accelerator.wait_for_everyone()
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: the run's tokenizer is missing, and without it its captions cannot be read again")

@@ -25,7 +25,7 @@ from latentdiff.objective import Uncertainty, diffusion_loss, loss_weight
 from latentdiff.prediction import check_learnable
 from latentdiff.rng import derive_seed, randn
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditions, loop, run, sharding, state, watching
+from latentdiff.training import conditions, loop, notices, run, sharding, state, watching
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compilation import compile_checked
 from latentdiff.training.data import Images
@@ -94,11 +94,14 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = run.start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
-    announce = run.announcement(accelerator, config.train, precision)
+    reader, cut = conditions.open_text(config, images, accelerator, resume)
+    warnings = [*notices.first_stage_warnings(config.autoencoder), *notices.length_warnings(config)]
+    warnings += [*notices.data_warnings(config, len(images.train)), *cut]
+    announce = run.announcement(accelerator, config.train, precision, lines=notices.warned(warnings))
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
         latents = prepare_latents(config, accelerator, progress, (codec, images))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
-        told = conditions.prepare_conditions(config, latents, accelerator, progress, resume)
+        told = conditions.prepare_conditions(config, latents, accelerator, progress, reader)
     parts = _parts(config, latents, told, accelerator)
     if config.train.compile:
         _compile(config, parts, accelerator)
@@ -108,15 +111,14 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
     latents.images.say()
     if accelerator.is_main_process:
         run.write_config(output, config)
-        if parts.ema.memory() > config.train.steps / 2:
-            print(f"warning: the EMA looks back {parts.ema.memory():.0f} steps, the run has {config.train.steps}; "
-                  "lower ema.decay or its pictures lag behind", file=sys.stderr)  # fmt: skip
+        notices.say([notices.places_at_start(config)])
     with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)
     accelerator.wait_for_everyone()
     parts.ema.copy_to(parts.average)
     if accelerator.is_main_process:
         publish(config, parts, output / "model", progress.step)
+        notices.say(notices.end_of_stage2(config, told.shown([None])[0] if told.text else None))
     run.meet(accelerator)
 
 
@@ -128,7 +130,8 @@ def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any]
     accelerator = run.start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as progress:
         latents = prepare_latents(config, accelerator, progress, open_inputs(config, accelerator.device))
-        told = conditions.prepare_conditions(config, latents, accelerator, progress, True)
+        reader, _ = conditions.open_text(config, latents.images, accelerator, resume=True)
+        told = conditions.prepare_conditions(config, latents, accelerator, progress, reader)
     parts = _parts(config, latents, told, accelerator)
     loop.check_made_of(output, meta.get("made_of"), made_of(latents))
     state.load_into(parts.average, tensors["ema"], str(output))

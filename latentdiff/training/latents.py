@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -111,6 +113,22 @@ def latent_shape(codec: LatentCodec, images: Images) -> tuple[int, int, int]:
     """(c, h, w) of the latents of these images."""
     height, width = images.preprocess.padded_size
     return codec.latent_channels, height // codec.factor, width // codec.factor
+
+
+def cache_bytes(config: DiffusionConfig | ClassifierConfig, images: Images, latent: tuple[int, int, int]) -> int:
+    """Size of the cache: a mean and a standard deviation, in float16, of each latent [c, h, w], and of its mirror image's."""
+    return len(images.train) * math.prod(latent) * 2 * 2 * (1 + config.data.flips)
+
+
+def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> str:
+    """One line on what encoding will take of the disk, and what is left there."""
+    folder, size = cache_folder(config), cache_bytes(config, images, latent_shape(codec, images))
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    line = f"latents of {len(images.train)} images into {folder}: {size / 2**20:.3g} MiB"
+    return line if size < free else f"warning: {line}, and only {free / 2**20:.3g} MiB are free there"
 
 
 def check_normaliser(latents: Latents, name: str) -> None:

@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -77,11 +77,15 @@ def meet(accelerator: Any) -> None:
 
 
 def announcement(
-    accelerator, train: TrainConfig, precision: str | None = None, command: str = "train"
+    accelerator,
+    train: TrainConfig,
+    precision: str | None = None,
+    command: str = "train",
+    lines: Sequence[str] = (),
 ) -> Callable[[], None]:
     """A function that prints, the first time it is called, what the run really has: processes, device, precision.
 
-    precision: in words, with the reason for it; None: the config's.
+    precision: in words, with the reason for it; None: the config's. lines: what follows it.
     """
 
     @functools.cache
@@ -93,6 +97,8 @@ def announcement(
             + (", the network sharded over them (FSDP2)" if sharding.sharded(accelerator) else ""),
             file=sys.stderr,
         )
+        for line in lines:
+            accelerator.print(line, file=sys.stderr)
 
     return announce
 
