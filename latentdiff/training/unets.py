@@ -121,8 +121,9 @@ def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, fact
         least = factor * divisor
         sides = [-(-side // divisor) * least for side in (h, w)]
         advice = (
-            f"use fewer levels, or set data.size={sides} with data.framing=crop, letterbox or resize, or, for images of one size, "
-            f"data.multiple_of={least} with data.framing=pad; latents made before are of another size: name another cache.folder"
+            f"use fewer levels, or set data.size={sides} with data.framing=crop, letterbox or resize, or, for images of one "
+            f"size, data.multiple_of={least} with data.framing=pad; latents made before are of another size: name another "
+            "cache.folder"
         )
     raise UserError(f"{key}: {levels} levels need latents divisible by {divisor}, they are {h}x{w}; {advice}")
 
