@@ -45,7 +45,7 @@ def test_the_first_stages_verdict_is_printed_and_goes_with_its_weights(said, str
     assert weak and about(lines, f"{len(weak)} of {len(report['lines'])} points are weak")
     for line in report["lines"]:
         assert f"  {line}" in lines
-    assert about(lines, f"see {output / 'report.png'}") and about(lines, f"autoencoder={output}")
+    assert about(lines, f"see {output / 'report.png'}") and about(lines, f"autoencoder={output / 'autoencoder'}")
     # The same again where stage 2 begins on it, by whatever name, and wherever the weights went
     moved = shutil.copytree(output / "autoencoder", tmp_path / "moved")
     for name in (output, output / "autoencoder", moved):
