@@ -16,6 +16,7 @@ from test_sources import class_folder, one_line, write_image
 
 from latentdiff.data.files import decode, inspect
 from latentdiff.data.images import Columns
+from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import open_source
 from latentdiff.errors import UserError
 
@@ -202,6 +203,20 @@ def test_captions_are_found_in_their_usual_columns_and_in_a_named_one(tmp_path):
     assert other.files == ["0.png", "1.png"] and other.captions == [("zero",), ("one, two",)]
     with pytest.raises(UserError, match="metadata.csv: has no column file_name, only picture, caption; data.image_column"):
         open_source(str(tmp_path))
+
+
+def test_captions_that_earlier_versions_did_not_read_leave_their_latent_caches_valid(tmp_path):
+    write_image(tmp_path / "a.png", 1)
+    dataset = ImageDataset(open_source(str(tmp_path)), Preprocess())
+    plain, content = dataset.latents_fingerprint(), dataset.fingerprint()
+    assert plain == content
+    (tmp_path / "a.txt").write_text("beside")
+    dataset = ImageDataset(open_source(str(tmp_path)), Preprocess())
+    assert dataset.latents_fingerprint() == plain and dataset.fingerprint() != content
+    for column, same in (("caption", True), ("text", False)):
+        write_csv(tmp_path, f"file_name,{column}\na.png,listed\n")
+        dataset = ImageDataset(open_source(str(tmp_path)), Preprocess())
+        assert (dataset.latents_fingerprint() == plain) is same and dataset.fingerprint() != content
 
 
 # metadata

@@ -164,7 +164,7 @@ def identity(codec: Codec, dataset: ImageDataset) -> Identity:
     return {
         "autoencoder": codec.fingerprint(latents_only=True),
         "preprocessing": dataset.preprocess.describe(),
-        "data": dataset.fingerprint(),
+        "data": dataset.latents_fingerprint(),
     } | ({"split": dataset.split} if dataset.split else {})
 
 

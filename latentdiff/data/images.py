@@ -77,6 +77,10 @@ class ImageSource:
         """Hex sha256 of what a model would see: the same wherever the same data lie."""
         raise NotImplementedError
 
+    def latents_fingerprint(self) -> str:
+        """The fingerprint that a latent cache keeps: without captions where they do not decide which data these are."""
+        return self.fingerprint()
+
 
 class ArraySource(ImageSource):
     """Images held in memory: uint8 [N, H, W, C] with int64 labels [N] or None."""
@@ -173,8 +177,11 @@ class EncodedImages(ImageSource):
         unseen, the price of not reading terabytes at every start. Times of modification are left out: a copy is the
         same data.
         """
+        return self._digest(self.captions)
+
+    def _digest(self, captions: list[tuple[str, ...]] | None) -> str:
         labels = None if self.labels is None else self.labels.tolist()
-        facts = [self.channels, self.class_names, self.files, labels, self.captions, self.ends()]
+        facts = [self.channels, self.class_names, self.files, labels, captions, self.ends()]
         facts += [] if self.background == WHITE else [self.background]  # white, the only one there was, is not written out
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from latentdiff.data.accounts import Account, listed
 from latentdiff.data.files import image_suffixes, why_not_read
-from latentdiff.data.images import Columns, captions_of, in_threads
+from latentdiff.data.images import TEXT_COLUMNS, Columns, captions_of, in_threads
 from latentdiff.data.metadata import METADATA, Row, read_metadata, read_text
 from latentdiff.errors import UserError
 
@@ -36,6 +36,8 @@ class Listing:
     """The images of a folder: files relative to it, sorted; the class name and the captions of each, or None.
 
     unlabelled: why a folder that has sub-folders has no classes, for the message of whoever needs them.
+    captions_ignored_before: whether earlier versions read the same images without these captions, which lie beside them or
+    in a column other than text.
     """
 
     files: list[str]
@@ -43,6 +45,7 @@ class Listing:
     captions: Captions | None
     account: Account = field(default_factory=Account)
     unlabelled: str | None = None
+    captions_ignored_before: bool = False
 
 
 @dataclass
@@ -164,7 +167,8 @@ def _from_tree(root: Path, below: _Below, with_captions: bool) -> Listing:
     files = sorted(below.images)
     _note_parts(account, [folder for folder, count in nested.items() if count] if labelled else [])
     captions = _captions_beside(root, files, below) if with_captions else None
-    return Listing(files, [name.partition("/")[0] for name in files] if labelled else None, captions, account, unlabelled)
+    labels = [name.partition("/")[0] for name in files] if labelled else None
+    return Listing(files, labels, captions, account, unlabelled, captions_ignored_before=True)
 
 
 def _note_parts(account: Account, classes: list[str]) -> None:
@@ -216,7 +220,7 @@ def _read_caption(path: Path) -> tuple[str, ...] | None:
 
 def _from_metadata(root: Path, metadata: list[str], columns: Columns) -> Listing:
     account = Account()
-    rows = read_metadata(root / metadata[0], columns, account)
+    rows, text = read_metadata(root / metadata[0], columns, account)
     below = _walk(root, frozenset(os.path.normpath(row.file) for row in rows))
     below.account.remarks |= account.remarks
     for name in metadata[1:]:
@@ -234,7 +238,7 @@ def _from_metadata(root: Path, metadata: list[str], columns: Columns) -> Listing
         below.account.leave_out(f"{metadata[0]} is read instead", file)
     labels = [row.label for row in rows if row.label is not None]
     captions = [row.captions for row in rows if row.captions is not None]
-    return Listing(files, labels or None, captions or None, below.account)
+    return Listing(files, labels or None, captions or None, below.account, captions_ignored_before=text != TEXT_COLUMNS[0])
 
 
 def _resolve(root: Path, rows: list[Row], images: list[str]) -> None:

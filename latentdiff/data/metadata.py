@@ -32,8 +32,8 @@ class Row:
     line: int
 
 
-def read_metadata(path: Path, columns: Columns, account: Account) -> list[Row]:
-    """The rows of a metadata file, in its order. Columns that are not used go into the account.
+def read_metadata(path: Path, columns: Columns, account: Account) -> tuple[list[Row], str | None]:
+    """The rows of a metadata file, in its order, and the column of their captions. Other columns go into the account.
 
     Columns that are not named: file_name, label, and the first of TEXT_COLUMNS that has a caption.
     UserError: not UTF-8, not a table, a column or a value is missing, or a file is not inside the folder; the message
@@ -57,7 +57,7 @@ def read_metadata(path: Path, columns: Columns, account: Account) -> list[Row]:
     ):
         if missing and len(missing) < len(rows):
             raise UserError(f"{path} line {min(missing)}: has no {column} although other lines do")
-    return rows
+    return rows, text
 
 
 def read_text(path: Path) -> str:

@@ -247,7 +247,14 @@ class ImageDataset:
 
     def fingerprint(self) -> str:
         """Hex sha256 of the source's content and of which of its images are used."""
-        return hashlib.sha256(self.source.fingerprint().encode() + self.indices.numpy().tobytes()).hexdigest()
+        return self._digest(self.source.fingerprint())
+
+    def latents_fingerprint(self) -> str:
+        """The same for a latent cache; see ImageSource.latents_fingerprint."""
+        return self._digest(self.source.latents_fingerprint())
+
+    def _digest(self, content: str) -> str:
+        return hashlib.sha256(content.encode() + self.indices.numpy().tobytes()).hexdigest()
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:

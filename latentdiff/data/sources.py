@@ -54,6 +54,7 @@ class FolderSource(EncodedImages):
         super().__init__(
             name, f"{root}/", listing.files, headers, labels, class_names, listing.captions, channels, max_bad_share, background
         )  # fmt: skip
+        self._captions_ignored_before = listing.captions_ignored_before
         self.root, self.account, self.unlabelled = root, listing.account, listing.unlabelled
         for file, (_, several) in zip(listing.files, found, strict=True):
             if several:
@@ -61,6 +62,10 @@ class FolderSource(EncodedImages):
 
     def open(self, i: int) -> Path:
         return self.root / self.files[i]
+
+    def latents_fingerprint(self) -> str:
+        """Without captions of a kind that earlier versions did not read: their caches of the same images stay valid."""
+        return self._digest(None if self._captions_ignored_before else self.captions)
 
 
 def open_source(
