@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 import torch
 
+from latentdiff import signals
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder.
 
     part: "K/N", K from 1 to N, builds every N-th shard alone; the job that finds none missing finishes the cache.
+    A signal ends it after a shard; the same call goes on. UserError where another job encodes there, or this part of it.
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
@@ -50,12 +52,13 @@ def encode(config_path: str | Path, overrides: list[str] | None = None, progress
     # A frozen encoder is never cast, whatever training's precision
     announce = run.announcement(accelerator, config.train, "float32", "encode", lines)
     if job is not None:
-        with progress_bar("encoding", progress, announce) as report:
+        with signals.watched(signals.again), progress_bar("encoding", progress, announce) as report:
             missing = encode_part(config, job[0] - 1, job[1], opened, report)
         done = f"{missing} shards of other parts are missing" if missing else "the cache is finished"
         print(f"part {part}: {done}", file=sys.stderr)
         return cache_folder(config)
-    with progress_bar("encoding", progress and accelerator.is_main_process, announce) as report:
+    shown = progress and accelerator.is_main_process
+    with signals.watched(signals.again), progress_bar("encoding", shown, announce) as report:
         latents = prepare_latents(config, accelerator, report, opened)
     latents.images.say()
     return cache_folder(config)

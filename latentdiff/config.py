@@ -162,6 +162,8 @@ class CacheConfig(Section):
     folder: str | None = None  # None: latents/ beside the autoencoder's folder
     batch_size: int = Field(256, gt=0)
     shard_size: int = Field(4096, gt=0)  # images a file; of a cache that is not finished yet
+    # full: a run reads the whole cache once before it starts, and holds it against its hashes; size: lengths alone
+    check: Literal["full", "size"] = "full"
     use_mean: bool = False  # train on posterior means instead of a fresh draw each epoch
 
 

@@ -24,7 +24,12 @@ NAME = ".latentdiff.lock"  # in a folder; beside a file or folder it is .NAME.la
 PATIENCE = 0.3  # seconds in which a lock that is just being given back is tried again
 UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # what flock raises where a file system has none
 
-_held: dict[str, _Lock] = {}  # of this process, by the lock file's real path
+
+class InUse(UserError):
+    """Another job holds the lock."""
+
+
+_held: dict[tuple[str, int], _Lock] = {}  # of this process, by the lock file's real path and the thread
 _guard = threading.Lock()
 _warned: set[str] = set()
 
@@ -50,7 +55,7 @@ def locked(
         shared: any number of jobs may hold it shared, such as the parts of one cache, but none beside an exclusive holder.
 
     Raises:
-        UserError: another job holds it (the message names the folder, the process and its host), or it cannot be written
+        InUse: another job holds it (the message names the folder, the process and its host), or it cannot be written
             to. In the other processes of the launch `ReportedElsewhere`, for which the command line prints nothing.
     """
     path = Path(path)
@@ -83,9 +88,9 @@ def contents(folder: Path) -> list[Path]:
 
 
 class _Lock:
-    def __init__(self, handle: int | None, path: Path, key: str, shared: bool, made: list[Path]):
+    def __init__(self, handle: int | None, path: Path, key: tuple[str, int], shared: bool, made: list[Path]):
         self.handle, self.path, self.key, self.shared, self.made = handle, path, key, shared, made
-        self.thread, self.count = threading.get_ident(), 1
+        self.count = 1
 
     def give_back(self) -> None:
         with _guard:
@@ -107,10 +112,10 @@ class _Lock:
 
 
 def _take(folder: Path, name: str, shown: Path, shared: bool, advice: str) -> _Lock:
-    path, key = folder / name, os.path.join(os.path.realpath(folder), name)
+    path, key = folder / name, (os.path.join(os.path.realpath(folder), name), threading.get_ident())
     with _guard:
         own = _held.get(key)
-        if own is not None and own.thread == threading.get_ident() and (shared or not own.shared):
+        if own is not None and (shared or not own.shared):
             own.count += 1
             return own
     made, until = [], time.monotonic() + PATIENCE
@@ -132,7 +137,7 @@ def _take(folder: Path, name: str, shown: Path, shared: bool, advice: str) -> _L
             if time.monotonic() > until:
                 holder = _holder(handle)
                 os.close(handle)
-                raise UserError(f"{shown}: is in use by another run{holder}; {advice}") from None
+                raise InUse(f"{shown}: is in use by another run{holder}; {advice}") from None
             time.sleep(0.02)
         os.close(handle)
     if works and not shared:

@@ -4,10 +4,11 @@ Moments are kept, not draws: each epoch takes fresh latents mean + std * noise, 
 Mirrored images are encoded apart, because an encoder does not commute with mirroring. A cache that was made of another
 autoencoder, preprocessing or data is refused.
 
-    manifest.json                written last: its presence says that all shards are there
+    manifest.json                written last: its presence says that all shards are there; sha256 of each
     shard-00000.safetensors      mean, std [n, c, h, w]; mirrored.mean, mirrored.std where flips were cached; labels [n]
 """
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from latentdiff import processes, signals
 from latentdiff.data.preprocess import ImageDataset
 from latentdiff.data.shards import (
     Identity,
+    building,
+    check_content,
     read_manifest,
     refuse_difference,
     shard_count,
@@ -38,6 +42,7 @@ from latentdiff.errors import UserError
 from latentdiff.rng import Generators, randn
 
 FORMAT = 2  # 1 told autoencoders apart by decoder and normaliser too
+REMAKE = "run `latentdiff encode` again, which makes only this one anew"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -168,10 +173,14 @@ def identity(codec: Codec, dataset: ImageDataset) -> Identity:
     } | ({"split": dataset.split} if dataset.split else {})
 
 
-def open_cache(folder: str | Path, expect: Identity | None = None) -> LatentCache:
-    """Opens a finished cache, checks every shard's header, and refuses it where it differs from `expect`.
+def open_cache(
+    folder: str | Path, expect: Identity | None = None, check: str = "full", rank: int = 0, world: int = 1
+) -> LatentCache:
+    """Opens a finished cache, checks its shards, and refuses it where it differs from `expect`.
 
     expect: any part of what `identity` gives, and flips=True where mirrored encodings are needed.
+    check: "full" reads every shard and holds it against its sha256, about a second a gigabyte; "size" looks at headers and
+    lengths alone. Of `world` processes each reads its share. A cache of an earlier version has no hashes: a warning, once.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -181,7 +190,25 @@ def open_cache(folder: str | Path, expect: Identity | None = None) -> LatentCach
     if wanted.get("flips") is False:
         del wanted["flips"]  # a cache that has more than was asked for is fine
     refuse_difference(folder, manifest["identity"], wanted)
-    return LatentCache(folder, manifest)
+    cache = LatentCache(folder, manifest)
+    if check == "full":
+        _check_hashes(folder, manifest, rank, world)
+    return cache
+
+
+_warned: set[Path] = set()
+
+
+def _check_hashes(folder: Path, manifest: dict[str, Any], rank: int, world: int) -> None:
+    hashes = manifest.get("sha256")
+    if hashes is None:
+        if folder.absolute() not in _warned and processes.rank() == 0:
+            _warned.add(folder.absolute())
+            text = "has no hashes, as an earlier version wrote it; only lengths are checked"
+            print(f"warning: {folder}: {text}", file=sys.stderr)
+        return
+    for number in range(rank, len(hashes), world):
+        check_content(shard_path(folder, number), REMAKE, hashes[number])
 
 
 def build_cache(
@@ -196,6 +223,7 @@ def build_cache(
     rank: int = 0,
     world: int = 1,
     patience: float = 1800.0,
+    check: str = "full",
 ) -> LatentCache:
     """Encodes the data set into `folder`, going on from whatever finished shards are there, and opens the result.
 
@@ -203,15 +231,20 @@ def build_cache(
     are there writes the manifest, and the others wait for the shards, giving up (UserError) when none appears for
     `patience` seconds. progress(done, total) counts this process's images, finished ones included, and is called only
     when there is something to encode. A folder with latents of another autoencoder, preprocessing or data is refused,
-    never overwritten.
+    never overwritten. A folder in which another job encodes is refused too; a finished cache may be opened by any number.
+    check: as in `open_cache`. A signal ends the work after a shard, as `latentdiff.signals` says.
     """
-    made_of = build_shards(codec, dataset, folder, flips, batch, dtype, shard_size, progress, rank, world)
-    _wait_for_shards(Path(folder), made_of, patience)
-    finish_cache(dataset, folder, made_of)
-    return open_cache(folder, made_of)
+    folder = Path(folder)
+    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
+    if not _is_finished(folder, made_of):
+        with building(folder, rank, world):
+            _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
+            _wait_for_shards(folder, made_of, patience)
+            _finish(dataset, folder, made_of)
+    return open_cache(folder, made_of, check, rank, world)
 
 
-def build_shards(
+def build_part(
     codec: Codec,
     dataset: ImageDataset,
     folder: str | Path,
@@ -222,56 +255,108 @@ def build_shards(
     progress: Callable[[int, int], None] | None = None,
     rank: int = 0,
     world: int = 1,
-) -> Identity:
-    """Shards rank, rank + world, … of a cache, without waiting for the others; returns what the cache is made of.
+) -> list[int]:
+    """Builds shards rank, rank + world, … of a cache without waiting for the others; the numbers of those still missing.
 
-    For jobs that run at different times, or on machines that share the folder alone. Arguments and refusals as `build_cache`.
+    For jobs that run at different times, or on machines that share the folder alone. Whoever finds none missing marks the
+    cache as finished. Arguments and refusals as `build_cache`.
     """
+    folder = Path(folder)
+    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
+    with building(folder, rank, world):
+        _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
+        missing = _missing_shards(folder, made_of)
+        if not missing:
+            _finish(dataset, folder, made_of)
+    return missing
+
+
+def _identity_here(codec: Codec, dataset: ImageDataset, folder: Path, flips: bool, dtype: str, shard_size: int) -> Identity:
+    """What the cache in a folder is to be made of; UserError where it is made of anything else."""
     if dtype not in DTYPES:
         raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
-    folder = Path(folder)
     wanted = {"format": FORMAT, **identity(codec, dataset), "count": len(dataset)}
-    made_of = {**wanted, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
     manifest = read_manifest(folder)
-    if manifest is not None:
-        # A finished cache serves whatever its dtype and shard size; damaged shards of it are made again in its own way
-        refuse_difference(folder, manifest["identity"], {**wanted, "flips": True} if flips else wanted)
-        made_of = manifest["identity"]
-    folder.mkdir(parents=True, exist_ok=True)
+    if manifest is None:
+        return {**wanted, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
+    # A finished cache serves whatever its dtype and shard size; damaged shards of it are made again in its own way
+    refuse_difference(folder, manifest["identity"], {**wanted, "flips": True} if flips else wanted)
+    return manifest["identity"]
 
+
+def _is_finished(folder: Path, made_of: Identity) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and None not in manifest.get("sha256", ()) and not _missing_shards(folder, made_of)
+
+
+def _build_shards(
+    codec: Codec,
+    dataset: ImageDataset,
+    folder: Path,
+    made_of: Identity,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    rank: int,
+    world: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _expect_others(folder, _missing_shards(folder, made_of))
     mine = range(rank, shard_count(made_of), world)
     total = sum(len(shard_rows(made_of, number)) for number in mine)
     done, worked = 0, False
-    for number in mine:
-        path, rows = shard_path(folder, number), shard_rows(made_of, number)
-        stored = stored_identity(path)
-        if stored is not None:
-            refuse_difference(path, stored, made_of)
-        if shard_problem(folder, made_of, number):
-            pieces = []
-            for start in range(rows.start, rows.stop, batch):
-                indices = torch.arange(start, min(start + batch, rows.stop))
-                pieces.append(_encode(codec, dataset, indices, made_of))
-                worked = True
-                if progress:
-                    progress(done + int(indices[-1]) + 1 - rows.start, total)
-            tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-            write_shard(path, tensors, made_of, dataset.source.bad)
-        done += len(rows)
-        if progress and worked:
-            progress(done, total)
-    return made_of
+    with signals.watched() as watch, watch.deferred():
+        for number in mine:
+            path, rows = shard_path(folder, number), shard_rows(made_of, number)
+            stored = stored_identity(path)
+            if stored is not None:
+                refuse_difference(path, stored, made_of)
+            if shard_problem(folder, made_of, number):
+                pieces = []
+                for start in range(rows.start, rows.stop, batch):
+                    indices = torch.arange(start, min(start + batch, rows.stop))
+                    pieces.append(_encode(codec, dataset, indices, made_of))
+                    worked = True
+                    if progress:
+                        progress(done + int(indices[-1]) + 1 - rows.start, total)
+                tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+                write_shard(path, tensors, made_of, dataset.source.bad)
+                if watch:
+                    watch.stop()
+            done += len(rows)
+            if progress and worked:
+                progress(done, total)
 
 
-def missing_shards(folder: str | Path, made_of: Identity) -> list[int]:
+def _expect_others(folder: Path, missing: list[int]) -> None:
+    """Have a finished cache's manifest say which of its shards are about to be made again: their bytes may be others.
+
+    `missing` is listed before the manifest is read. So where several processes do this at once, whichever writes last also
+    names what the others name and have not made yet.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and "sha256" in manifest and any(manifest["sha256"][number] is not None for number in missing):
+        for number in missing:
+            manifest["sha256"][number] = None
+        write_manifest(folder, manifest)
+
+
+def _missing_shards(folder: Path, made_of: Identity) -> list[int]:
     """Numbers of the shards that are not there, or not whole."""
-    return [n for n in range(shard_count(made_of)) if shard_problem(Path(folder), made_of, n)]
+    return [n for n in range(shard_count(made_of)) if shard_problem(folder, made_of, n)]
 
 
-def finish_cache(dataset: ImageDataset, folder: str | Path, made_of: Identity) -> None:
-    """Mark a cache whose shards are all there as finished, by its manifest."""
-    if read_manifest(Path(folder)) is None:
-        _write_manifest(Path(folder), dataset, made_of)
+def _finish(dataset: ImageDataset, folder: Path, made_of: Identity) -> None:
+    """Mark a cache whose shards are all there as finished, by its manifest: the same bytes from every process."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        manifest = _manifest(folder, dataset, made_of)
+    elif None not in manifest.get("sha256", ()):
+        return
+    hashes = manifest["sha256"]
+    for number in range(len(hashes)):
+        if hashes[number] is None:
+            hashes[number] = check_content(shard_path(folder, number), REMAKE)
+    write_manifest(folder, manifest)
 
 
 def _encode(codec: Codec, dataset: ImageDataset, indices: Tensor, made_of: Identity) -> dict[str, Tensor]:
@@ -296,7 +381,7 @@ def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
     """Returns when every shard is there, whichever process made it."""
     missing, since = -1, time.monotonic()
     while True:
-        still = missing_shards(folder, made_of)
+        still = _missing_shards(folder, made_of)
         if not still:
             return
         if len(still) != missing:
@@ -309,22 +394,19 @@ def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
         time.sleep(min(0.5, patience))
 
 
-def _write_manifest(folder: Path, dataset: ImageDataset, made_of: Identity) -> None:
-    """Marks the cache as finished: the same bytes from every process."""
-    for leftover in folder.glob("shard-*.tmp"):  # of a process that was killed
-        leftover.unlink(missing_ok=True)
+def _manifest(folder: Path, dataset: ImageDataset, made_of: Identity) -> dict[str, Any]:
     with safe_open(shard_path(folder, 0), "pt") as shard:
         latent_shape = list(shard.get_slice("mean").get_shape()[1:])
     # Each process knows what it could not read itself
     bad = dict(dataset.source.bad)
     for number in range(shard_count(made_of)):
         bad |= stored_unreadable(shard_path(folder, number))
-    manifest = {
+    return {
         "identity": made_of,
         "latent_shape": latent_shape,
         "labelled": dataset.labels is not None,
         "class_names": dataset.class_names,
         "source": dataset.source.name,
         "unreadable": dict(sorted(bad.items())),
+        "sha256": [None] * shard_count(made_of),
     }
-    write_manifest(folder, manifest)

@@ -15,10 +15,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from latentdiff import signals
 from latentdiff.conditioning import NULL_PROMPT, OWN_LENGTH, Prompts, train_tokenizer, uses_mask
 from latentdiff.config import TextConfig
 from latentdiff.data.shards import (
     Identity,
+    building,
+    check_content,
     refuse_difference,
     shard_count,
     shard_path,
@@ -96,7 +99,8 @@ def own_token_facts(texts: Sequence[str]) -> dict[str, Any]:
 class CaptionStates:
     """Encoded captions, float16 or float32 [U, L, d] on disk, read through memory maps."""
 
-    def __init__(self, folder: Path, made_of: Identity):
+    def __init__(self, folder: Path, made_of: Identity, check: str = "full"):
+        """check: "full" holds every shard against its sha256, about a second a gigabyte; "size" looks at its length alone."""
         self._size = int(made_of["shard_size"])
         self._shards = []
         for number in range(shard_count(made_of)):
@@ -105,6 +109,8 @@ class CaptionStates:
             kind, shape = tensor_shapes(path).get("states", ("", ())) if whole else ("", ())
             if kind not in ("F16", "F32") or len(shape) != 3 or shape[0] != len(shard_rows(made_of, number)):
                 raise UserError(f"{path}: truncated, or not a shard of caption states; delete it and start again")
+            if check == "full":
+                check_content(path, "start again, which makes only this one anew")
             self._shards.append(safe_open(path, "pt"))
 
     def __getitem__(self, rows: Tensor) -> Tensor:
@@ -122,36 +128,61 @@ def build_states(
     rank: int = 0,
     world: int = 1,
     wait: Callable[[], None] = lambda: None,
+    check: str = "full",
 ) -> CaptionStates:
     """Encode every distinct caption into `folder`, going on from the shards that are there, and open the result.
 
     Processes 0..world-1 make shards rank, rank + world, ... each; wait() returns once all have. UserError where the
-    folder has states of another encoder, length or captions, and where the encoder gives a caption no finite states.
+    folder has states of another encoder, length or captions, where the encoder gives a caption no finite states, and where
+    another job is making shards there. check: as in `CaptionStates`. A signal ends the work after a shard.
     """
     folder = Path(folder)
     made_of: Identity = {
         "format": FORMAT, "text encoder": encoder_fingerprint(prompts), "length": prompts.length,
         "captions": captions.fingerprint(), "count": len(captions.distinct), "shard_size": SHARD_SIZE,
     }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    mine = range(rank, shard_count(made_of), world)
-    total, done = sum(len(shard_rows(made_of, number)) for number in mine), 0
-    for number in mine:
-        path, rows = shard_path(folder, number), shard_rows(made_of, number)
-        stored = stored_identity(path)
+    if _missing(folder, made_of):
+        with building(folder, rank, world):
+            _make_shards(prompts, captions, folder, made_of, batch, progress, range(rank, shard_count(made_of), world))
+    wait()
+    return CaptionStates(folder, made_of, check)
+
+
+def _missing(folder: Path, made_of: Identity) -> bool:
+    """Whether a shard is missing or truncated. UserError where one is of something else."""
+    missing = False
+    for number in range(shard_count(made_of)):
+        stored = stored_identity(shard_path(folder, number))
         if stored is not None:
             refuse_difference(folder, stored, made_of, "caption states")
-        else:
-            pieces = []
-            for start in range(rows.start, rows.stop, batch):
-                stop = min(start + batch, rows.stop)
-                pieces.append(_compact(prompts.states(captions.distinct[start:stop]).cpu(), captions.distinct[start:stop]))
-                if progress:
-                    progress(done + stop - rows.start, total)
-            write_shard(path, {"states": torch.cat(pieces)}, made_of)  # float32 where any piece is
-        done += len(rows)
-    wait()
-    return CaptionStates(folder, made_of)
+        missing |= stored is None
+    return missing
+
+
+def _make_shards(
+    prompts: Prompts,
+    captions: Captions,
+    folder: Path,
+    made_of: Identity,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    mine: range,
+) -> None:
+    total, done = sum(len(shard_rows(made_of, number)) for number in mine), 0
+    with signals.watched() as watch, watch.deferred():
+        for number in mine:
+            path, rows = shard_path(folder, number), shard_rows(made_of, number)
+            if stored_identity(path) is None:
+                pieces = []
+                for start in range(rows.start, rows.stop, batch):
+                    texts = captions.distinct[start : min(start + batch, rows.stop)]
+                    pieces.append(_compact(prompts.states(texts).cpu(), texts))
+                    if progress:
+                        progress(done + start + len(texts) - rows.start, total)
+                write_shard(path, {"states": torch.cat(pieces)}, made_of)  # float32 where any piece is
+                if watch:
+                    watch.stop()
+            done += len(rows)
 
 
 def _compact(states: Tensor, texts: Sequence[str]) -> Tensor:

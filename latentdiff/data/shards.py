@@ -2,19 +2,23 @@
 
 A cache's identity is a dict: format, autoencoder (hash of weights and config), preprocessing (its settings), data
 (hash), count, flips, dtype, shard_size. It lies in the manifest and in every shard's header.
+
+A shard's header also has the sha256 of its tensors, written with it; the manifest repeats that of every shard. They show
+damage in copying and on disk. They are no protection from somebody who changes both.
 """
 
+import contextlib
+import hashlib
 import json
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from latentdiff import atomic, locks
 from latentdiff.errors import UserError
 
 Identity = dict[str, Any]
@@ -30,6 +34,7 @@ _SPOKEN = {
     "caption states": {"length": "condition.text.max_length", "count": "number of captions", "shard_size": "shard size"},
 }
 _ELSEWHERE = {"latents": "cache folder", "caption states": "condition.text.folder"}
+_IN_USE = "wait for it to end, or use another folder"
 
 
 def tensor_name(name: str, mirrored: bool) -> str:
@@ -52,20 +57,96 @@ def shard_rows(made_of: Identity, number: int) -> range:
 
 def write_shard(path: Path, tensors: dict[str, Tensor], made_of: Identity, unreadable: Mapping[str, str] | None = None) -> None:
     """unreadable: {file: reason} of the images that this process found to be so by now."""
-    temporary = path.with_suffix(f".{uuid4().hex}.tmp")
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a channels-last network gives others
-    said = {"unreadable": json.dumps(dict(unreadable), sort_keys=True)} if unreadable else {}
-    save_file(tensors, temporary, {"identity": json.dumps(made_of, sort_keys=True), **said})
-    _replace(temporary, path)
+    facts = {"identity": made_of, "sha256": content_sha256(tensors), "unreadable": dict(unreadable or {})}
+    with atomic.new_file(path) as temporary:
+        # One entry, as safetensors writes several in an order that differs from process to process
+        save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)})
+
+
+def content_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """The hex sha256 of tensors on the CPU: their names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.numpy())
+    return digest.hexdigest()
+
+
+def check_content(path: Path, way_out: str, recorded: str | None = None) -> str:
+    """Read a shard once, about a second a gigabyte, and return the sha256 of its tensors.
+
+    recorded: what the manifest says it is; None: what the shard's own header says, if anything (earlier versions wrote none).
+    UserError where it is another: the line names the shard and ends with `way_out`.
+    """
+    with safe_open(path, "pt") as shard:
+        recorded = recorded or _facts(shard).get("sha256")
+        current = content_sha256({name: shard.get_tensor(name) for name in shard.keys()})
+    if recorded not in (None, current):
+        raise UserError(
+            f"{path}: its content has sha256 {current[:12]}, and was written with {recorded[:12]}: damaged, or changed since; "
+            f"delete this file, and {way_out}"
+        )
+    return current
+
+
+@contextlib.contextmanager
+def building(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
+    """Hold a folder of shards while they are made, and remove what killed jobs left there.
+
+    A job of its own has the folder to itself. Part `rank` of `world` has it beside the other parts, which may be processes
+    of one launch or jobs that never meet. UserError where another job has the folder, or has this part of it.
+    """
+    if world == 1:
+        with locks.locked(folder, _IN_USE, alone=True):
+            _sweep(folder)
+            yield
+        return
+    part = folder / f"part-{rank + 1}-of-{world}"
+    _sweep_if_free(folder)
+    with (
+        locks.locked(folder, _IN_USE, shared=True, alone=True),
+        locks.locked(part, _IN_USE, beside=True, alone=True),
+    ):
+        yield
+    _sweep_if_free(folder)
+
+
+def _sweep_if_free(folder: Path) -> None:
+    # A part cannot tell what another part is writing from what a killed one left. Whoever is alone can
+    if folder.is_dir():
+        with contextlib.suppress(locks.InUse), locks.locked(folder, alone=True):
+            _sweep(folder)
+
+
+def _sweep(folder: Path) -> None:
+    atomic.sweep(folder)
+    for pattern in ("shard-*.tmp", "manifest.*.tmp"):  # names that earlier versions gave to temporary files
+        for leftover in folder.glob(pattern):
+            leftover.unlink(missing_ok=True)
+
+
+def _facts(shard: Any) -> dict[str, Any]:
+    """What an open shard's header says: identity, sha256 and unreadable. Earlier versions wrote the first and last apart.
+
+    ValueError, KeyError or RecursionError where it says nothing of the kind.
+    """
+    header = shard.metadata() or {}
+    if "facts" not in header:
+        return {"identity": json.loads(header["identity"]), "unreadable": json.loads(header.get("unreadable", "{}"))}
+    facts = json.loads(header["facts"])
+    if not isinstance(facts, dict) or not isinstance(facts["sha256"], str):
+        raise ValueError("facts must be a mapping with a text sha256")
+    return facts
 
 
 def stored_unreadable(path: Path) -> dict[str, str]:
     """{file: reason} of what whoever wrote a shard could not read."""
-    with safe_open(path, "pt") as shard:
-        text = (shard.metadata() or {}).get("unreadable", "{}")
     try:
-        return {str(file): str(reason) for file, reason in json.loads(text).items()}
-    except (ValueError, AttributeError, RecursionError):
+        with safe_open(path, "pt") as shard:
+            return {str(file): str(reason) for file, reason in _facts(shard)["unreadable"].items()}
+    except (ValueError, KeyError, AttributeError, RecursionError):
         return {}
 
 
@@ -75,7 +156,7 @@ def stored_identity(path: Path) -> Identity | None:
         return None
     try:
         with safe_open(path, "pt") as shard:
-            found = json.loads((shard.metadata() or {})["identity"])
+            found = _facts(shard)["identity"]
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None
@@ -128,6 +209,11 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
             "labelled": isinstance(manifest.get("labelled"), bool),
             "class_names": _list_of(manifest.get("class_names"), lambda name: isinstance(name, str)),
         }
+        hashes = manifest.get("sha256")  # None: of an earlier version, which wrote none
+        if right["identity"] and hashes is not None:
+            # null: a shard that is being made again
+            texts = _list_of(hashes, lambda value: value is None or isinstance(value, str))
+            right["sha256"] = texts and len(hashes) == shard_count(made_of)
         wrong = [key for key, good in right.items() if not good]
         if wrong:
             raise ValueError(f"no {wrong[0]}" if wrong[0] not in manifest else f"{wrong[0]} is wrong")
@@ -145,9 +231,7 @@ def _list_of(values: Any, good: Callable[[Any], bool]) -> bool:
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
-    temporary = folder / f"manifest.{uuid4().hex}.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    _replace(temporary, folder / "manifest.json")
+    atomic.write_json(folder / "manifest.json", manifest)
 
 
 def refuse_difference(where: Path, found: Identity, wanted: Identity, held: str = "latents") -> None:
@@ -165,9 +249,3 @@ def refuse_difference(where: Path, found: Identity, wanted: Identity, held: str 
             f"{where}: these {held} were made with other {' and other '.join(said)}; "
             f"use another {_ELSEWHERE[held]}, or delete this one"
         )
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    with open(temporary, "rb+") as stream:
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)

@@ -1,19 +1,19 @@
 """A data set's features and their moments, kept by the hash of what they were made from: looked at once, used often."""
 
+import contextlib
 import hashlib
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from latentdiff import processes
+from latentdiff import atomic, locks, processes
 from latentdiff.data.preprocess import ImageDataset, to_uint8
 from latentdiff.evaluation.features import FeatureSpace, extract
 from latentdiff.evaluation.scores import Seen, content_hash, digests, look, read_batches
@@ -97,12 +97,12 @@ def _write(path: Path, seen: Seen, identity: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"features": seen.kept.contiguous(), "mean": seen.moments.mean, "scatter": seen.moments.scatter}
     facts = {"identity": identity, "images_sha256": seen.sha256, "tensors_sha256": _content(tensors)}
-    temporary = path.with_name(f".{path.stem}.{uuid4().hex}.tmp")
-    try:
-        save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # Whoever is writing the same file writes the same content, so there is nothing to wait for
+    with contextlib.suppress(locks.InUse), locks.locked(path, beside=True, alone=True):
+        for leftover in path.parent.glob(f".{path.stem}.*.tmp"):  # of a process that was killed
+            leftover.unlink(missing_ok=True)
+        with atomic.new_file(path) as temporary:
+            save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)})
 
 
 def _read(path: Path, identity: dict[str, Any]) -> Seen | None:

@@ -298,7 +298,7 @@ def _text(config: DiffusionConfig, captions: Captions, accelerator, progress, re
     folder = Path(wanted.folder or Path(config.output) / "captions")
     states = build_states(
         reader, captions, folder, progress=progress, rank=accelerator.process_index, world=accelerator.num_processes,
-        wait=accelerator.wait_for_everyone,
+        wait=accelerator.wait_for_everyone, check=config.cache.check,
     )  # fmt: skip
     return TextCondition(captions, wanted.dropout, reader, states)
 

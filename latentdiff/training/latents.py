@@ -16,7 +16,7 @@ from torch import Tensor
 from latentdiff.autoencoders.build import load_autoencoder, set_normaliser
 from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import ClassifierConfig, DiffusionConfig
-from latentdiff.data.cache import LatentCache, build_cache, build_shards, finish_cache, missing_shards
+from latentdiff.data.cache import LatentCache, build_cache, build_part
 from latentdiff.errors import UserError
 from latentdiff.training.data import Images
 
@@ -36,23 +36,18 @@ def encode_part(
     opened: what `open_inputs` gave. Whoever finds none missing marks the cache as finished.
     """
     codec, images = opened
-    folder = cache_folder(config)
-    size = config.cache.shard_size
-    made_of = build_shards(
+    missing = build_part(
         codec,
         images.train,
-        folder,
+        cache_folder(config),
         config.data.flips,
         config.cache.batch_size,
         "float16",
-        size,
+        config.cache.shard_size,
         images.saying(progress),
         rank,
         world,
     )
-    missing = missing_shards(folder, made_of)
-    if not missing:
-        finish_cache(images.train, folder, made_of)
     return len(missing)
 
 
@@ -88,7 +83,7 @@ def prepare_latents(
     cache = build_cache(
         codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
         shard_size=config.cache.shard_size, progress=images.saying(progress), rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        world=accelerator.num_processes, check=config.cache.check,
     )  # fmt: skip
     if config.normaliser == "measured":
         statistics = cache.statistics()

@@ -27,7 +27,7 @@ FREE_ON_RESUME = (
     "output", "optimizer.", "sample.", "evaluate.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
     "cache.shard_size", "condition.text.folder", "train.steps", "train.threads", "train.log_every", "train.picture_every",
     "train.save_minutes", "train.keep", "train.micro_batch", "train.gradient_checkpointing", "train.compile", "train.bad_steps",
-    "train.on_bad", "train.best", "train.snapshot_every", "train.timeout_minutes",
+    "train.on_bad", "train.best", "train.snapshot_every", "train.timeout_minutes", "cache.check",
 )  # fmt: skip
 
 
