@@ -97,11 +97,21 @@ def generate_scenario(folder: Path) -> Scenario:
     return Scenario("generate", output, lambda: command)
 
 
+def encode_scenario(folder: Path) -> Scenario:
+    from tiny_runs import diffusion_tree, write_yaml
+
+    output = folder / "run-encode"
+    changes = {"cache__shard_size": 3, "cache__batch_size": 2, "data__flips": True}  # 12 images: 4 shards
+    config = write_yaml(folder / "encode.yaml", diffusion_tree(data(folder), output, first_stage(folder), **changes))
+    return Scenario("encode", output, lambda: ["encode", str(config)])
+
+
 SCENARIOS: dict[str, Callable[[Path], Scenario]] = {
     "autoencoder": lambda folder: train_scenario("autoencoder", folder),
     "diffusion": lambda folder: train_scenario("diffusion", folder),
     "publish": publish_scenario,
     "generate": generate_scenario,
+    "encode": encode_scenario,
 }
 
 

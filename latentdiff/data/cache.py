@@ -33,6 +33,7 @@ from latentdiff.data.shards import (
     shard_rows,
     stored_identity,
     stored_unreadable,
+    sweep_if_free,
     tensor_name,
     tensor_shapes,
     write_manifest,
@@ -241,6 +242,8 @@ def build_cache(
             _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
             _wait_for_shards(folder, made_of, patience)
             _finish(dataset, folder, made_of)
+    else:
+        sweep_if_free(folder)
     return open_cache(folder, made_of, check, rank, world)
 
 

@@ -27,6 +27,7 @@ from latentdiff.data.shards import (
     shard_path,
     shard_rows,
     stored_identity,
+    sweep_if_free,
     tensor_shapes,
     write_shard,
 )
@@ -144,6 +145,8 @@ def build_states(
     if _missing(folder, made_of):
         with building(folder, rank, world):
             _make_shards(prompts, captions, folder, made_of, batch, progress, range(rank, shard_count(made_of), world))
+    else:
+        sweep_if_free(folder)
     wait()
     return CaptionStates(folder, made_of, check)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -70,7 +71,7 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.numpy())
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -104,19 +105,20 @@ def building(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
             yield
         return
     part = folder / f"part-{rank + 1}-of-{world}"
-    _sweep_if_free(folder)
+    sweep_if_free(folder)
     with (
         locks.locked(folder, _IN_USE, shared=True, alone=True),
         locks.locked(part, _IN_USE, beside=True, alone=True),
     ):
         yield
-    _sweep_if_free(folder)
+    sweep_if_free(folder)
 
 
-def _sweep_if_free(folder: Path) -> None:
+def sweep_if_free(folder: Path) -> None:
+    """Remove what killed jobs left in a folder of shards, unless a job is at work there or nothing may be written."""
     # A part cannot tell what another part is writing from what a killed one left. Whoever is alone can
-    if folder.is_dir():
-        with contextlib.suppress(locks.InUse), locks.locked(folder, alone=True):
+    if folder.is_dir() and any(path.name.startswith(".") or path.suffix == ".tmp" for path in folder.iterdir()):
+        with contextlib.suppress(UserError), locks.locked(folder, alone=True):
             _sweep(folder)
 
 
