@@ -1,8 +1,11 @@
 """What every sampler keeps to: its evaluations, its callback, its generators, the ends of a schedule, its options."""
 
+from functools import partial
+
 import pytest
 import torch
-from exact import deviations, mixture
+from exact import Mixture, deviations, gaussian_flow, mixture
+from planted import planted
 from torch import nn
 
 from latentdiff import samplers
@@ -273,3 +276,113 @@ def test_many_steps_of_timesteps():
     s, m = make_schedule("flow"), mixture((2,))
     for sampler in ("dpmpp_2m", "dpmpp_3m", "dpmpp_2m_sde"):
         assert bool(sample(exact(s, m), noise(2, (2,)), sampler, 1000, grid="trailing").isfinite().all())
+
+
+# Where sampling starts
+
+
+def of_variance(schedule, variance: float, mean: float = 0.0):
+    """The exact denoiser of N(mean, variance) in one dimension."""
+    m = Mixture(torch.ones(1).double(), torch.full((1, 1), mean).double(), torch.tensor([variance**0.5]).double())
+    return exact(schedule, m)
+
+
+@pytest.mark.parametrize("name", names())
+def test_the_start_has_the_spread_of_x_at_the_grid_s_first_time(name):
+    """On N(0, 1) the ODE is linear: from the right spread at any t it ends on 1, up to the grid's last step and the prior."""
+    s = make_schedule(name)
+    for first in (s.t_max, 0.8 * s.t_max, 0.5 * s.t_max):
+        grid = torch.linspace(first, s.t_min + 1e-3, 60, dtype=torch.float64)
+        z = torch.tensor([[1.0], [-2.0]], dtype=torch.float64)
+        end = sample(of_variance(s, 1.0), z, "dopri5", grid=grid, rtol=1e-7, atol=1e-7)
+        spread = (s.alpha(grid[-1]) ** 2 + s.sigma(grid[-1]) ** 2).sqrt()
+        # prior_std leaves out the data's own variance where alpha is 1: sigma / sqrt(1 + sigma^2)
+        kept = s.prior_std / float(torch.hypot(s.alpha(s.t_max), s.sigma(s.t_max)))
+        assert abs(kept - 1) < 2e-3
+        # The result is the x0 estimate at the grid's end, alpha x / (alpha^2 + sigma^2)
+        torch.testing.assert_close(end, kept * s.alpha(grid[-1]) / spread * z, rtol=1e-5, atol=1e-6)
+    assert float(s.start_std(s.t_max)) == s.prior_std
+
+
+def check_leading(run):
+    """VE on N(0, 0.25) from the "leading" grid, which starts at sigma 33 of 50: std 0.5, where sigma_max gives 0.76."""
+    s, z = make_schedule("ve"), torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    x = run(of_variance(s, 0.25), z, "dopri5", 20, grid="leading")
+    assert float(x.abs().max()) == pytest.approx(0.5, rel=0.01)
+
+
+def test_ve_from_the_leading_grid_has_the_spread_of_the_data():
+    check_leading(sample)
+    with pytest.raises(AssertionError):
+        check_leading(planted(sample, ("schedule.start_std(times[0])", "schedule.prior_std")))
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "flow", "edm"])
+def test_a_state_is_taken_as_it_is(name):
+    """x_t on the way goes where the ODE of N(0.3, 0.25) takes it; the same tensor as noise is scaled first."""
+    s, x = make_schedule(name), torch.tensor([[0.4], [-1.2]], dtype=torch.float64)
+    grid = torch.linspace(0.6, s.t_min + 1e-3, 40, dtype=torch.float64)
+    mean, std = torch.full((1,), 0.3, dtype=torch.float64), 0.5
+    seen = []
+    options = {"grid": grid, "callback": lambda _, __, x, ___: seen.append(x), "rtol": 1e-8, "atol": 1e-8}
+    sample(of_variance(s, std**2, 0.3), x, "dopri5", start="state", **options)
+    torch.testing.assert_close(seen[0], gaussian_flow(mean, std, x, s, 0.6, float(grid[-1])), rtol=1e-5, atol=1e-6)
+    sample(of_variance(s, std**2, 0.3), x / float(s.start_std(0.6)), "dopri5", **options)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["vp", "ve", "flow"])
+def test_encoding_up_to_any_time_is_undone_from_there(name):
+    s, x0 = make_schedule(name), torch.tensor([[0.4], [-1.2]], dtype=torch.float64)
+    denoiser, grid = of_variance(s, 0.25), [0.7, *torch.linspace(0.65, s.t_min + 1e-3, 30).tolist()]
+    noise = samplers.encode(denoiser, x0, "dopri5", grid=grid, rtol=1e-7, atol=1e-7)
+    back = sample(denoiser, noise, "dopri5", grid=grid, rtol=1e-7, atol=1e-7)
+    # What is encoded is taken for the state at the grid's end, and decoding ends on the x0 estimate there
+    torch.testing.assert_close(back, denoiser(x0, grid[-1]).x0, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("start", "given"), [("x", torch.zeros(1, 2)), ("state", (1, 2))])
+def test_a_start_that_cannot_be_is_refused(start, given):
+    with pytest.raises(UserError, match=r'start: .*; valid: "noise", or "state" with a tensor x_t'):
+        sample(of_variance(make_schedule("vp"), 1.0), given, start=start)
+
+
+# DDPM's two variances
+
+
+def check_large(run, name):
+    """On N(0, 1) the large variance is that of x_s given x_t: every step has the spread of p_s, however long it is.
+
+    The step is x_s = c x_t + sqrt(v) z with the exact c, so with the two moments measured on 200,000 draws a variance is
+    within 5 standard errors, 5 sqrt(2 / n), of its own.
+    """
+    s, n = make_schedule(name), 200_000
+    generator, seen = torch.Generator().manual_seed(0), []
+    grid = torch.tensor([0.95, 0.6, 0.3, 0.1], dtype=torch.float64)
+    spread = [float(torch.hypot(s.alpha(t), s.sigma(t))) for t in grid]
+    x = spread[0] * torch.randn((n, 1), generator=generator, dtype=torch.float64)
+    run(of_variance(s, 1.0), x, grid, generator, lambda _, __, x, ___: seen.append(x))
+    for state, expected in zip(seen, spread[1:], strict=True):
+        assert float(state.var()) == pytest.approx(expected**2, rel=5 * (2 / n) ** 0.5)
+
+
+@pytest.mark.parametrize("name", ["vp", "subvp", "ve", "flow", "ddpm-linear"])
+def test_the_large_variance_is_right_for_data_of_unit_variance(name):
+    check_large(partial(samplers.ancestral, variance="large"), name)
+    with pytest.raises(AssertionError):
+        check_large(samplers.ancestral, name)  # the small one draws too little
+    bug = ("added * (then.alpha**2 + then.sigma**2) / (now.alpha**2 + now.sigma**2)", "added * 0.9")
+    with pytest.raises(AssertionError):
+        check_large(partial(planted(samplers.ancestral, bug), variance="large"), name)
+
+
+def test_the_large_variance_on_ddpm_is_beta():
+    s = make_schedule("ddpm-linear")
+    k = torch.tensor([500, 499])
+    beta = torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)[k[0] - 1]
+    x = torch.zeros(200_000, 1, dtype=torch.float64)
+    y = samplers.ancestral(of_variance(s, 1.0), x, k / 1000, torch.Generator().manual_seed(0), variance="large")
+    assert float(y.var()) == pytest.approx(float(beta), rel=5 * (2 / len(x)) ** 0.5)
+    with pytest.raises(UserError, match="variance: 'huge' is unknown; valid: small, large"):
+        sample(of_variance(s, 1.0), (2, 1), "ancestral", 3, variance="huge")
+    assert bool(torch.isfinite(sample(of_variance(s, 1.0), (2, 1), "ancestral", 3, variance="large")).all())

@@ -79,6 +79,18 @@ def test_same_as_diffusers_on_the_trailing_grid(name, kind, scheduler, sampler):
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4 * max(1.0, float(theirs.abs().max())))
 
 
+def test_the_large_variance_is_diffusers_fixed_large():
+    """At all 1000 steps: with fewer diffusers adds noise even to the step that ends on data."""
+    s, net, x = make_schedule("ddpm-linear"), SmallNet(), noise(1, (4, 4, 4), dtype=torch.float32)
+    peer = s.to_scheduler("DDPMScheduler", "v_prediction", variance_type="fixed_large")
+    theirs = diffusers_run(peer, net, x, 1000, torch.Generator().manual_seed(5))
+    denoiser = Denoiser(unet_model(net, s), s, "v_prediction")
+    for variance, same in (("large", True), ("small", False)):
+        ours = sample(denoiser, x, "ancestral", 1000, torch.Generator().manual_seed(5), grid="trailing", variance=variance)
+        # Each of 1000 steps rounds to float32, eps 1.2e-7: at random that adds up to some 4e-6 of the largest entries
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max())) is same
+
+
 @pytest.mark.parametrize(
     "scheduler, spacing",
     # Not DDIM with linspace: diffusers' step goes N // n back from each timestep, and not to the next.

@@ -83,12 +83,16 @@ def sample(
     grid: str | Tensor | Sequence[float] = "angle",
     grid_options: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
+    start: str = "noise",
     **options: Any,
 ) -> Tensor:
     """Draws from the prior and runs a sampler down to data: [B, ...], the x0 estimate at the grid's last time.
 
-    noise_or_shape: unit-variance noise [B, ...], scaled by the schedule's prior_std here, or a shape to draw it in
-    (float32, on the generator's device, moved to `device`).  Noise below float32 is taken up to it.
+    noise_or_shape: unit-variance noise [B, ...], or a shape to draw it in (float32, on the generator's device, moved to
+    `device`).  It is scaled here, by the standard deviation that x has at the grid's first time (`schedule.start_std`,
+    which is prior_std at t_max).  Below float32 it is taken up to it.
+    start: "state" for a tensor that is no noise but x_t itself at the grid's first time, such as data with noise added up to
+    there; it is taken as it is.  "noise" is what the line above says.
     sampler: one of `names()`.  steps: how many; each is one evaluation of the denoiser, two for heun and
     predictor_corrector (unless told otherwise), inner_steps for annealed_langevin; dopri5 takes as many as it needs.
     generator: one, or B of them (image i is then the same at any batch size).
@@ -102,14 +106,17 @@ def sample(
         raise UserError(f"sampler: {sampler!r} is unknown; valid: {', '.join(_SAMPLERS)}")
     run = _SAMPLERS[sampler]
     _check_options(sampler, run, options)
+    if start not in ("noise", "state") or (start == "state" and not isinstance(noise_or_shape, Tensor)):
+        raise UserError(f'start: {start!r}; valid: "noise", or "state" with a tensor x_t at the grid\'s first time')
     schedule = denoiser.schedule
     times = make_grid(grid, schedule, steps, grid_options)
     noise = noise_or_shape if isinstance(noise_or_shape, Tensor) else randn(noise_or_shape, generator, device)
     noise = noise.to(torch.promote_types(noise.dtype, torch.float32))
+    scale = float(schedule.start_std(times[0])) if start == "noise" else 1.0
     end = float(times[-1])
 
     def draw(denoiser: Any, callback: Callback | None) -> Tensor:
-        x = run(denoiser, noise * schedule.prior_std, times, generator, callback, **options)
+        x = run(denoiser, noise * scale, times, generator, callback, **options)
         return x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
 
     x = draw(denoiser, callback)

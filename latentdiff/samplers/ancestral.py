@@ -8,6 +8,8 @@ from latentdiff.errors import UserError
 from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.common import Callback, DenoiserLike, knots, report
 
+VARIANCES = ("small", "large")
+
 
 def ddim(
     denoiser: DenoiserLike,
@@ -42,9 +44,28 @@ def ancestral(
     grid: Tensor,
     generator: Generators = None,
     callback: Callback | None = None,
+    variance: str = "small",
 ) -> Tensor:
-    """DDPM (2006.11239 algorithm 2, variance beta-tilde) on any grid: x_s from q(x_s | x_t, x0), DDIM at eta 1.
+    """DDPM (2006.11239 algorithm 2) on any grid: x_s drawn about the mean of q(x_s | x_t, x0).
 
-    x: the state [B, ...] at grid[0]; returns the state at grid[-1].
+    variance, the two choices of its section 3.2:
+    - small: beta-tilde, that of q(x_s | x_t, x0) itself; right where x0 is known.  DDIM at eta 1.
+    - large: beta on a variance-preserving schedule, in general that of x_s given x_t for data of N(0, I), for which it is
+      right with any number of steps: (sigma_t^2 - (alpha_t/alpha_s)^2 sigma_s^2) (alpha_s^2 + sigma_s^2) /
+      (alpha_t^2 + sigma_t^2).  A step to sigma = 0 draws nothing, as the algorithm's last.
+    x: the state [B, ...] at grid[0]; returns the state at grid[-1].  UserError for another variance.
     """
-    return ddim(denoiser, x, grid, generator, callback, eta=1.0)
+    if variance not in VARIANCES:
+        raise UserError(f"variance: {variance!r} is unknown; valid: {', '.join(VARIANCES)}")
+    if variance == "small":
+        return ddim(denoiser, x, grid, generator, callback, eta=1.0)
+    for i, (now, then) in enumerate(pairwise(knots(denoiser.schedule, grid))):
+        seen = denoiser(x, now.t)
+        kept = (now.alpha * then.sigma) / (then.alpha * now.sigma)  # sqrt(SNR_t / SNR_s), in [0, 1]
+        x = then.alpha * seen.x0 + kept * then.sigma * seen.eps  # the mean of q(x_s | x_t, x0)
+        if then.sigma > 0:
+            added = now.sigma**2 * (1 - kept**2)  # by the forward process from s to t
+            large = added * (then.alpha**2 + then.sigma**2) / (now.alpha**2 + now.sigma**2)
+            x = x + large**0.5 * randn_like(x, generator)
+        x = report(callback, i, now.t, x, seen.x0)
+    return x

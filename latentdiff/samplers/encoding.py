@@ -48,7 +48,7 @@ def encode(
             raise UserError(f"sampler: encoding with {sampler} has no option {option!r}; valid: {', '.join(valid) or 'none'}")
     times = make_grid(grid, denoiser.schedule, steps, grid_options).flip(0)
     x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
-    noise = run(denoiser, x0, times, None, callback, **options) / denoiser.schedule.prior_std
+    noise = run(denoiser, x0, times, None, callback, **options) / float(denoiser.schedule.start_std(times[-1]))
     if not bool(torch.isfinite(noise).all()):
         raise NotFiniteError(f"encoding with {sampler}: the noise is not finite; the network or its weights have diverged")
     return noise

@@ -82,6 +82,15 @@ class NoiseSchedule:
         sigma = self.sigma(t)
         return (2 * sigma * self.d_sigma(t) - 2 * self.drift(t) * sigma**2).clamp_min(0).sqrt()
 
+    def start_std(self, t: Time) -> Tensor:
+        """Standard deviation of the Gaussian from which sampling starts at t, float64 of t's shape: prior_std at t_max.
+
+        Elsewhere in proportion to that of x_t for data of unit variance, sqrt(alpha^2 + sigma^2): 1 wherever variance is
+        preserved, sigma (and a hair more, for the data) where alpha is 1.
+        """
+        spread = torch.hypot(self.alpha(t), self.sigma(t))
+        return self.prior_std * (spread / torch.hypot(self.alpha(self.t_max), self.sigma(self.t_max)))
+
     def prior_sample(self, shape: Sequence[int], generator: Generators = None) -> Tensor:
         """x at t_max drawn from N(0, prior_std^2 I): float32 of the given shape; generator as in latentdiff.rng.randn."""
         return self.prior_std * randn(shape, generator)
