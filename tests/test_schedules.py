@@ -116,12 +116,28 @@ def test_continuous_vp_through_diffusers():
 def test_flow_through_diffusers():
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    peer = RectifiedFlow().to_scheduler()
+    peer = RectifiedFlow().to_scheduler("FlowMatchEulerDiscreteScheduler")
     assert isinstance(peer, FlowMatchEulerDiscreteScheduler)
     assert torch.equal(RectifiedFlow().timestep(peer.sigmas), (peer.sigmas.double() * 1000))
     for other in (peer, RectifiedFlow().to_scheduler("DPMSolverMultistepScheduler")):
         assert isinstance(NoiseSchedule.from_scheduler(type(other).from_config(other.config)), RectifiedFlow)
     assert NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(250)).num_steps == 250
+
+
+@pytest.mark.parametrize("n", [1, 2, 20])
+def test_what_a_flow_run_publishes_starts_where_it_was_trained_and_has_n_even_steps(n):
+    s = RectifiedFlow()
+    peer, other = s.to_scheduler(), s.to_scheduler("FlowMatchEulerDiscreteScheduler")
+    even = s.t_max * (1 - torch.arange(n + 1, dtype=torch.float64) / n)
+    for scheduler, right in ((peer, True), (other, False)):
+        scheduler.set_timesteps(n)
+        assert len(scheduler.timesteps) == n
+        assert torch.allclose(scheduler.sigmas.double(), even, rtol=0, atol=1e-6) is right
+    # As its docstring has it: from 1 to 1/N in n - 1 steps, then to 0
+    ramp = torch.linspace(1, 1 / s.num_steps, n, dtype=torch.float64)
+    torch.testing.assert_close(other.sigmas.double(), torch.cat([ramp, torch.zeros(1).double()]), rtol=0, atol=1e-6)
+    x = run(s.to_scheduler(), exact_flow().output, noise(), n)
+    assert bool(torch.isfinite(x).all())
 
 
 def run(scheduler, model, x, n):
@@ -179,7 +195,7 @@ def test_a_shift_bends_the_grid_and_not_the_path(name, shift):
     peer = s.to_scheduler(name, **{key: shift})
     assert isinstance(NoiseSchedule.from_scheduler(peer), RectifiedFlow)
     theirs = run(peer, truth.output, noise(), 12)
-    ours = samplers.sample(truth, noise(), sampler, grid=peer.sigmas.double())
+    ours = samplers.sample(truth, noise(), sampler, grid=peer.sigmas.double(), start="state")  # what diffusers starts from
     torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-4)
 
 

@@ -174,7 +174,8 @@ class RectifiedFlow(NoiseSchedule):
     """The straight path alpha = 1 - t, sigma = t: 2209.03003, 2210.02747.  The U-Net is fed 1000 t."""
 
     t_max = 0.999  # alpha(1) is 0: x0 cannot be had from eps or a score there; from a flow prediction it can
-    default_scheduler = "FlowMatchEulerDiscreteScheduler"
+    # And not FlowMatchEuler: that one's grid does not fit what is trained, see `to_scheduler`
+    default_scheduler = "DPMSolverMultistepScheduler"
 
     def __init__(self, num_steps: int = 1000):
         self.num_steps = num_steps
@@ -195,9 +196,12 @@ class RectifiedFlow(NoiseSchedule):
         return torch.sigmoid(-0.5 * f64(log_snr))
 
     def to_scheduler(self, name: str | None = None, prediction: str = "flow", **config: Any) -> Any:
-        """FlowMatchEulerDiscreteScheduler, or DPMSolverMultistepScheduler on flow sigmas: the grid 0.999 (1 - i/n).
+        """DPMSolverMultistepScheduler on flow sigmas, or FlowMatchEulerDiscreteScheduler.
 
-        shift or flow_shift bend that grid (2403.03206 eq. 23); the path stays the straight one.
+        The first has the grid 0.999 (1 - i/n), i = 0 ... n, which starts at t_max.  The second goes evenly from 1 to 0.001 in
+        n - 1 steps, and then to 0: it starts at t = 1, beyond what is trained, and its last step is next to nothing, so that
+        n = 2 is one step.  No entry of its config changes that; a caller may pass it `sigmas` of his own.
+        flow_shift or shift bend the grid (2403.03206 eq. 23); the path stays the straight one.
         """
         name = name or self.default_scheduler
         if name not in _FLOW_SETTINGS or prediction != "flow":
