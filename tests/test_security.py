@@ -108,10 +108,10 @@ def test_the_checker_lets_the_rest_pass():
 
 
 def refusal(call) -> str:
-    begun = time.monotonic()
+    begun = time.process_time()
     with pytest.raises(UserError) as error:
         call()
-    assert "\n" not in str(error.value) and len(str(error.value)) < 1500 and time.monotonic() - begun < 20
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1500 and time.process_time() - begun < 20
     return str(error.value)
 
 

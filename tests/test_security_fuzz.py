@@ -32,7 +32,7 @@ from latentdiff.errors import UserError
 from latentdiff.folders import read_json, weight_files, weight_names
 from latentdiff.training import state
 
-LIMIT = 10.0  # seconds a case may take, on a busy machine
+LIMIT = 10.0  # seconds of processor time a case may take: what other programs take does not count
 ODD = [None, True, -1, 0, 3, 2**70, 1e308, float("nan"), "", "x", "../x", "\ud800", [], [1, 2], [[]], {}, {"a": None}]
 VALUES = st.sampled_from(ODD) | st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
@@ -100,13 +100,13 @@ def holds(file: Path, load: Callable[[], Any], cases: st.SearchStrategy[bytes], 
     @given(cases)
     def check(case: bytes) -> None:
         file.write_bytes(case)
-        begun = time.monotonic()
+        begun = time.process_time()
         try:
             load()
         except UserError as error:
             tried["refused"] += 1
             assert str(error) and "\n" not in str(error)
-        assert time.monotonic() - begun < LIMIT
+        assert time.process_time() - begun < LIMIT
         tried["all"] += 1
 
     try:
