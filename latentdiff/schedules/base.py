@@ -83,11 +83,12 @@ class NoiseSchedule:
         return (2 * sigma * self.d_sigma(t) - 2 * self.drift(t) * sigma**2).clamp_min(0).sqrt()
 
     def start_std(self, t: Time) -> Tensor:
-        """Standard deviation of the Gaussian from which sampling starts at t, float64 of t's shape: prior_std at t_max.
+        """Standard deviation of the Gaussian from which sampling starts at t, float64 of t's shape: prior_std from t_max on.
 
-        Elsewhere in proportion to that of x_t for data of unit variance, sqrt(alpha^2 + sigma^2): 1 wherever variance is
+        Below it in proportion to that of x_t for data of unit variance, sqrt(alpha^2 + sigma^2): 1 wherever variance is
         preserved, sigma (and a hair more, for the data) where alpha is 1.
         """
+        t = f64(t).clamp(max=self.t_max)
         spread = torch.hypot(self.alpha(t), self.sigma(t))
         return self.prior_std * (spread / torch.hypot(self.alpha(self.t_max), self.sigma(self.t_max)))
 
