@@ -27,6 +27,7 @@ META = "latentdiff.json"
 INDEX = "model_index.json"
 FORMAT = 1
 STABLE_DIFFUSION = "StableDiffusionPipeline"
+IN_REPOSITORY = ("emoji", "emoji-judge")  # weights too large for a wheel
 KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION)
 
 
@@ -332,6 +333,11 @@ def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> 
     wanted = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
     if shipped and len(wanted) == 1 and wanted[0] and (shipped / wanted[0]).is_dir():  # a checkpoint or a feature network
         return shipped / wanted[0]
+    if len(wanted) == 1 and wanted[0] in IN_REPOSITORY:
+        raise UserError(
+            f"{kind} {str(name)!r}: does not come with an installed package; clone latentdiff's repository, "
+            f"and give the path of its weights/{wanted[0]} or run the command there"
+        )
     choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else f"with {holds}"
     raise UserError(f"{kind} {str(name)!r}: no such folder; give the path of one {choice}")
 
