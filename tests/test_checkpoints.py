@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_unet, tiny_vae
@@ -272,6 +274,9 @@ def test_shipped_weights_are_found_from_anywhere(tmp_path, monkeypatch, layout):
     assert checkpoints.resolve_model("weights/shoes") == checkpoints.resolve_model("shoes") == weights / "shoes"
     with pytest.raises(UserError, match="weights/hats.*weights/shoes"):
         checkpoints.resolve_model("weights/hats")
+    for name in ("weights/emoji", "emoji-judge"):  # a wheel has no room for these
+        with pytest.raises(UserError, match=f"'{name}': does not come with an installed package; clone latentdiff's"):
+            checkpoints.resolve_model(name)
     (tmp_path / "weights" / "shoes").mkdir(parents=True)
     assert str(checkpoints.resolve_model("weights/shoes")) == "weights/shoes"  # a path that exists comes first
 
@@ -288,3 +293,28 @@ def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
     assert (checkpoints.resolve_model("weights/fashion-mnist-features") / "model.safetensors").is_file()
     assert checkpoints.resolve_config("configs/folder/diffusion.yaml").is_file()
     assert checkpoints.resolve_config("configs/folder/nothing.yaml") == Path("configs/folder/nothing.yaml")
+
+
+def test_what_a_wheel_lacks_is_in_the_repository():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
+    weights = Path(__file__).parent.parent / "weights"
+    packed = tomllib.loads((weights.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    inside = {pattern.split("/")[0] for pattern in packed["latentdiff.weights"]}
+    assert inside | set(checkpoints.IN_REPOSITORY) == {path.name for path in weights.iterdir() if path.is_dir()}
+    size = sum(path.stat().st_size for name in inside for path in (weights / name).rglob("*") if path.is_file())
+    assert size < 59_000_000  # the code and the configs are less than 1 MB
+
+
+def test_the_tested_versions_are_all_pinned_and_allowed():
+    tomllib = pytest.importorskip("tomllib", reason="Python 3.11 or later")
+    root = Path(__file__).parent.parent
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    lines = [line for line in (root / "tests" / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    pinned = {canonicalize_name(requirement.name): requirement for requirement in map(Requirement, lines)}
+    needed = [*project["dependencies"], *project["optional-dependencies"]["test"], *project["optional-dependencies"]["dev"]]
+    for requirement in map(Requirement, needed):
+        if requirement.name == "latentdiff":
+            continue
+        (pin,) = pinned[canonicalize_name(requirement.name)].specifier
+        assert pin.operator == "==" and requirement.specifier.contains(pin.version), requirement
+    assert "setuptools" not in pinned  # it would bind the isolated environment of a build, too
