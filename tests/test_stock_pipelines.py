@@ -167,7 +167,9 @@ def test_the_shipped_folders_state_the_same(name):
     expected = json.loads(again.to_json_string())
     for each in (written, expected):
         del each["_diffusers_version"]
+    betas, same_betas = (each.pop("trained_betas") or [] for each in (written, expected))
     assert written == expected
+    assert betas == pytest.approx(same_betas, rel=1e-9)  # cosines differ in the last digits from one processor to another
     if name == "emoji":
         assert json.loads((model / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
         weights = load_file(model / "text_encoder" / "model.safetensors")
