@@ -30,7 +30,7 @@ EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
 NEW, OLD = re.compile(r"\.(.+)\.new-[0-9a-f]{8}"), re.compile(r"\.(.+)\.old-[0-9a-f]{8}")
 # Names that this version gives to temporary files and folders, and those that earlier versions gave
 LEFTOVERS = (NEW, OLD, re.compile(r"\..+\.tmp"), re.compile(r"\.(model|writing|saving|judge)-[a-z0-9_]{8}"),
-             re.compile(r"\..+\.[0-9]+\.npz"))  # fmt: skip
+             re.compile(r"\..+\.[0-9]+\.npz"), re.compile(r".+\.[0-9a-f]{32}\.tmp"))  # fmt: skip
 
 
 @contextlib.contextmanager
