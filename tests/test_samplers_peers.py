@@ -138,7 +138,8 @@ def test_same_as_diffusers_on_flow(sampler, shift):
     from diffusers import FlowMatchHeunDiscreteScheduler
 
     s, net, x = make_schedule("flow"), SmallNet(), noise(2, (4, 8, 8), dtype=torch.float32)
-    peer = s.to_scheduler(shift=shift) if sampler == "euler" else FlowMatchHeunDiscreteScheduler(shift=shift)
+    euler = s.to_scheduler("FlowMatchEulerDiscreteScheduler", shift=shift)
+    peer = euler if sampler == "euler" else FlowMatchHeunDiscreteScheduler(shift=shift)
     theirs = diffusers_run(peer, net, x, 12)
     grid = torch.unique(peer.sigmas).flip(0)  # Heun's are listed twice
     ours = sample(Denoiser(unet_model(net, s), s, "flow"), x, sampler, grid=grid)
