@@ -50,16 +50,19 @@ def gallery(
     if pipeline.text_encoder is not None:
         raise UserError(f"{folder}: is told by text too, and the gallery is of models of classes alone")
     stage = Stage(pipeline, seed, steps, sampler)
-    pictures = {
-        "trajectory": trajectory(stage),
-        "interpolation": interpolation(stage, *_pairs(folder, data, pipeline), trained_on_means(folder)),
-        "guidance": [stage.draw(stage.guided(scale)) for scale in SCALES],
-    }
+    pairs = _pairs(folder, data, pipeline)  # data of other classes is refused before anything is written
+    # Each is written before the next one is made: one that fails, or a signal, costs no picture that is done
+    written = [
+        stage.save(trajectory(stage), out / "trajectory.png"),
+        stage.save(interpolation(stage, *pairs, trained_on_means(folder)), out / "interpolation.png"),
+        stage.save([stage.draw(stage.guided(scale)) for scale in SCALES], out / "guidance.png"),
+    ]
     if (folder / CLASSIFIER).is_dir():
         from latentdiff.guidance import load_classifier
 
-        pictures["classifier"] = classifier_columns(stage, load_classifier(folder / CLASSIFIER))
-    return [stage.save(columns, out / f"{name}.png") for name, columns in pictures.items()]
+        classifier = load_classifier(folder / CLASSIFIER)
+        written.append(stage.save(classifier_columns(stage, classifier), out / "classifier.png"))
+    return written
 
 
 class Stage:

@@ -386,3 +386,19 @@ def test_npm_missing_or_failing_is_said_in_one_line(refused, monkeypatch, tmp_pa
     with pytest.raises(UserError, match="emoji-datasource-google@16.0.0 failed .npm error no network"):
         prepare_emoji(tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_or_a_kill_leaves_no_half_data_set(tarballs, tmp_path, monkeypatch):
+    def full(folder, *args):
+        (folder / "half.png").write_bytes(b"")
+        raise OSError(28, "No space left on device")
+
+    place = tmp_path / "place"
+    (place / ".emoji.new-01234567").mkdir(parents=True)  # what a kill leaves
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_write", full)
+        with pytest.raises(UserError, match=r"emoji: cannot be written \(No space left on device\)"):
+            prepare_emoji(place / "emoji", tarballs)
+    assert list(place.iterdir()) == []
+    prepare_emoji(place / "emoji", tarballs)
+    assert [path.name for path in place.iterdir()] == ["emoji"]

@@ -85,3 +85,15 @@ def test_what_is_encoded_are_draws_unless_the_model_was_trained_on_means(stage, 
 def _encoded(stage, images):
     draw = generators(derive_seed(stage.seed, "posterior", 0), stage.labels.tolist())
     return stage.codec.latents(images, draw)
+
+
+def test_a_picture_that_is_done_is_not_lost_with_the_next(monkeypatch, model, stripe_folder, tmp_path):
+    from latentdiff import gallery
+
+    def fail(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gallery, "interpolation", fail)
+    with pytest.raises(KeyboardInterrupt):
+        gallery.gallery(model, str(stripe_folder), tmp_path / "out", steps=2)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["trajectory.png"]

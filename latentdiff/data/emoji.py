@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -25,6 +24,7 @@ from typing import Any
 
 from PIL import Image
 
+from latentdiff import atomic
 from latentdiff.data.emoji_captions import Words, captions, words
 from latentdiff.data.files import DECODING_ERRORS, decode, one_line
 from latentdiff.data.order import permutation
@@ -75,17 +75,11 @@ def prepare_emoji(
         emoji = _emoji(packages)
         pictures = {style: _pictures(packages[PICTURES[style]].path, vendor, emoji) for style, vendor in VENDORS.items()}
     split = _held_out(emoji, pictures, seed, held_out)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        facts = _write(temporary, emoji, pictures, split, seed)
+    with atomic.new_folder(folder) as new:
+        facts = _write(new, emoji, pictures, split, seed)
         versions = {name: package.version for name, package in packages.items()}
         facts = {"out": str(out), **facts, "seed": seed, "packages": versions}
-        (temporary / "README.md").write_text(_readme(facts), encoding="utf-8")
-        temporary.chmod(0o755)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (new / "README.md").write_text(_readme(facts), encoding="utf-8")
     return facts
 
 
