@@ -143,6 +143,7 @@ def _there(samples: str | Path | None, data: str, channels: int, device: str) ->
     train, test = reference_sets(data, Preprocess(channels=channels))
     images, labels = there or read_folder(str(samples), train.class_names)
     sample_set(images, labels, without_padding(train))  # what does not go together is said before anything is looked at
+    _check_floor(test, labels, len(images))
     return _Drawn([images], labels, train, test, {"model": f"samples of {samples}"}, {"device": str(found)})
 
 
@@ -174,6 +175,7 @@ def _draw(model, data, counts, seed, scales, prompts, device, call) -> _Drawn:
     wanted = _wanted(pipeline, num_images, "--num-images", images, part, data)
     fewer = _curve_images(pipeline, curve_images, num_images) if scales else num_images
     few = _wanted(pipeline, fewer, "--curve-images", images, part, data)
+    _check_floor(test, wanted.labels, num_images)
     processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
     sets = [_make(pipeline, wanted, seed=seed + k, **call) for k in range(seeds)]
     guided = {s: _make(pipeline, few, f"guidance {s:g}", seed=seed, **call | {"guidance_scale": s}) for s in scales}
@@ -184,6 +186,17 @@ def _draw(model, data, counts, seed, scales, prompts, device, call) -> _Drawn:
     texts = [str(text) for text in wanted.subjects] if wanted.prompts else ()
     curve = (guided, few.labels) if guided else None
     return _Drawn(sets, wanted.labels, train, test, protocol, made, codec, curve, texts)
+
+
+def _check_floor(test: ImageDataset, labels: np.ndarray | None, count: int) -> None:
+    """UserError, before anything is generated, where there are no held-out images to take the floor from."""
+    import torch
+
+    from latentdiff.evaluation.sets import matching_rows
+
+    rows = matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
+    if len(rows) < 2:
+        raise UserError(f"--data: has {len(rows)} held-out images to compare with, and needs two; add a test/ folder")
 
 
 def _can_be_guided(pipeline) -> bool:

@@ -120,6 +120,9 @@ def evaluate_samples(
     floor_rows = matching_rows(test, generated.labels, len(generated), draw_seed)
     held_out_images = subset(test_content, floor_rows)
     log(f"evaluate: features of {len(train)} reference images, {len(generated)} samples, {len(floor_rows)} test images")
+    if len(floor_rows) < min(len(generated), 2 * net.dim):
+        few = f"{len(floor_rows)} held-out images beside {len(generated)} samples, for {net.dim} features"
+        log(f"warning: the floor is of {few}: it is high for their number alone, so values under it say nothing")
     reference = reference or look(net, read_batches(train_content, batch), keep=True)
     seen = [look(net, read_batches(each, batch, "features of samples"), keep=True) for each in sets]
     floor = look(net, read_batches(held_out_images, batch, "features of test images"), keep=True)
@@ -214,7 +217,10 @@ def markdown(report: Mapping[str, Any]) -> str:
     lines = ["| metric | samples | real images | reconstructions |", "|---|---|---|---|"]
     for name, entry in {**report["metrics"], **report["distribution"]}.items():
         side = "floor" if "floor" in entry else "real"
-        values = (shown(entry), shown(entry, side), shown(entry, "reconstruction"))
+        floor, images = shown(entry, side), entry.get(f"{side}_images")
+        if images is not None and images != entry.get("images"):
+            floor += f" ({images} images)"
+        values = (shown(entry), floor, shown(entry, "reconstruction"))
         lines.append(f"| {name} | {' | '.join(values)} |")
     if "cas" in report["metrics"]:
         lines.append(f"| cas, share of real | {report['metrics']['cas']['ratio']:.4f} | 1 | – |")

@@ -93,8 +93,13 @@ def matching_rows(dataset: ImageDataset, labels: Tensor | None, count: int, seed
     rows = [order[shuffled == c][: int(share * wanted[c] + 1e-9)] for c in range(classes)]
     chosen = torch.cat(rows).sort().values
     if len(chosen) < 2:
+        names = dataset.class_names
+        rare = used & (present <= share * wanted + 1e-9)  # those that all counts shrink for
+        scarce = [f"{names[c]} ({int(present[c])})" for c in rare.nonzero().flatten().tolist()]
+        few = f"{', '.join(scarce[:5])}{' …' if len(scarce) > 5 else ''}"
         raise UserError(
-            f"data '{dataset.source.name}' has too few images of the samples' classes to compare with: "
-            f"{present.tolist()} held out, {wanted.tolist()} in the samples"
+            f"data '{dataset.source.name}': {int(present.sum())} held-out images cannot be matched to the classes of "
+            f"{int(wanted.sum())} samples: too few of {few}; hold out more (a test/ folder beside train/, at least "
+            "two images of each class), or leave the scarce classes out of --data"
         )
     return chosen

@@ -1,0 +1,33 @@
+"""What cannot be measured is refused before any image is generated, and the line names the way out."""
+
+import pytest
+from tiny_runs import write_stripes
+
+from latentdiff import evaluating
+from latentdiff.data.preprocess import Preprocess
+from latentdiff.errors import UserError
+from latentdiff.evaluation.report import markdown, reference_sets
+from latentdiff.evaluation.sets import subset
+
+
+def test_a_class_without_held_out_images_is_refused_before_generating(feature_folder, model, monkeypatch, tmp_path):
+    """Not after everything was drawn: twelve images of three classes, and a class of which none is held out."""
+    data = write_stripes(tmp_path / "data", 48)
+    sets = reference_sets(str(data), Preprocess((16, 16), 1), 0.25)
+    train, test = sets
+    test = subset(test, (test.labels != 1).nonzero().flatten())
+    monkeypatch.setattr("latentdiff.evaluation.report.reference_sets", lambda *arguments: (train, test))
+    monkeypatch.setattr(evaluating, "_make", None)  # whatever would generate
+    with pytest.raises(UserError) as error:
+        evaluating.evaluate(model, str(data), 12, features=feature_folder)
+    scarce = test.class_names[1]
+    assert f"too few of {scarce} (0)" in str(error.value) and "a test/ folder beside train/" in str(error.value)
+
+
+def test_a_floor_of_fewer_images_says_how_many():
+    entry = {"value": 1.0, "floor": 2.0, "images": 12, "floor_images": 3}
+    report = {"metrics": {"frechet[x]": entry, "kid[x]": entry | {"floor_images": 12}}, "distribution": {}}
+    near = {"median": 0.0, "held_out_median": 0.0, "closer_than_held_out": []}
+    report |= {"memorisation": {"features": near, "pixels": near}, "left_out": {}}
+    text = markdown(report | {"protocol": {}, "reference": {}, "settings": {}})
+    assert "| frechet[x] | 1.0000 | 2.0000 (3 images) |" in text and "| kid[x] | 1.0000 | 2.0000 |" in text
