@@ -242,7 +242,9 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
     models = {name: load_part(folder / name, kind, dtype, verify) for name, kind in check(folder).items()}
     try:
         with quiet():
-            pipeline = LatentDiffusionPipeline.from_pretrained(str(folder), dtype=dtype, local_files_only=True, **models)
+            pipeline = LatentDiffusionPipeline.from_pretrained(
+                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, **models
+            )
     except REFUSALS as error:
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if read_json(folder / INDEX)["_class_name"] == STABLE_DIFFUSION:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.folders import load_part, quiet
+from latentdiff.folders import load_part, quiet, refuse_code
 from latentdiff.rng import rand
 
 OWN_LENGTH = 32  # tokens of a prompt, for an encoder of one's own
@@ -270,7 +270,10 @@ def _text_config(where: str) -> tuple[Any, tuple[str, str]]:
     if not piped and not (folder / "config.json").is_file() and (folder.exists() or where.startswith((".", "/"))):
         raise UserError(f"condition.text.encoder {where}: needs config.json there, or text_encoder/ and tokenizer/")
     try:
+        refuse_code(transformers.PretrainedConfig.get_config_dict(places[0])[0], f"condition.text.encoder {where}: config.json")
         return transformers.AutoConfig.from_pretrained(places[0], trust_remote_code=False), places
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"condition.text.encoder {where}: no encoder of transformers ({_brief(error)})") from None
 

@@ -27,6 +27,9 @@ REFUSALS = (
     SafetensorError, OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ArithmeticError,
     AssertionError, ImportError, MemoryError, NameError,
 )  # fmt: skip
+# Keys of a part's config by which transformers or diffusers import packages, or fetch code or other files
+FETCHING = ("quantization_config", "fusion_config", "transformers_weights", "adapter_config")
+ATTENTION = ("eager", "sdpa")  # of torch; whatever else "attn_implementation" names may be fetched from the Hub, and run
 FIRST_VARIANTS = ("fp16", "bf16", "fp32")  # before others, such as SD's non_ema
 
 
@@ -97,9 +100,10 @@ def _shards(index: Path) -> list[Path]:
 
 
 def part_class(pair: Any, where: str) -> type:
-    """The class of a (library, class) pair of model_index.json; UserError unless it is diffusers' or transformers'.
+    """The class of a (library, class) pair of model_index.json; UserError unless it is a model, a scheduler or a tokenizer.
 
-    A class from a file of the folder, which diffusers would offer to run, is refused like any other.
+    A class from a file of the folder, which diffusers would offer to run, is refused like any other; so are Auto classes,
+    which follow an auto_map to such a file.
     """
     library, name = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
     if library not in LIBRARIES or not isinstance(name, str):
@@ -110,7 +114,33 @@ def part_class(pair: Any, where: str) -> type:
     found = getattr(diffusers if library == "diffusers" else transformers, name, None)
     if not isinstance(found, type) or not hasattr(found, "from_pretrained"):
         raise UserError(f"{where}: {library} has no class {name}")
+    if name.startswith("Auto") and not name.startswith("Autoencoder"):
+        raise UserError(f"{where}: {library}'s {name} can run code that lies in the folder; name the class itself")
+    kinds: tuple[type, ...] = (diffusers.ModelMixin, diffusers.SchedulerMixin)
+    if library == "transformers":
+        kinds = (transformers.PreTrainedModel, transformers.PreTrainedTokenizerBase)
+    if not issubclass(found, kinds):
+        raise UserError(f"{where}: {library}'s {name} is no {'scheduler' if library == 'diffusers' else 'tokenizer'} or model")
     return found
+
+
+def refuse_code(config: Any, file: Any) -> None:
+    """UserError where a part's config asks for what would import or fetch code when the part is loaded.
+
+    Looked at to any depth, as a model of text and pictures has a config within its config. file: what the error names.
+    """
+    nodes = [config]
+    while nodes:
+        node = nodes.pop()
+        nodes += node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+        for key, value in node.items() if isinstance(node, dict) else ():
+            shown = json.dumps(value)[:60]
+            if key in FETCHING and value is not None:
+                raise UserError(f"{file}: {key} {shown} would import or fetch more than this folder's weights; leave it out")
+            if "attn_implementation" in key or "experts_implementation" in key:
+                names = value.values() if isinstance(value, dict) else [value]
+                if any(name is not None and name not in ATTENTION for name in names):
+                    raise UserError(f"{file}: {key} {shown} may be fetched from the Hub and run; valid: {', '.join(ATTENTION)}")
 
 
 def _check_size(file: Path, config: dict[str, Any], weights: list[Path], kind: Any) -> None:
@@ -152,11 +182,12 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, 
     gigabyte. UserError naming the file at fault.
     """
     folder, shown, ours = Path(where), str(where), kind.__module__.startswith("diffusers")
-    # Without it diffusers would leave a missing weight on no device
-    options: dict[str, Any] = {"low_cpu_mem_usage": False} if ours else {}
+    # Without these, diffusers would leave a missing weight on no device, and transformers' Auto classes offer to run code
+    options: dict[str, Any] = {"low_cpu_mem_usage": False} if ours else {"trust_remote_code": False}
     try:
         if folder.is_dir():
             config = read_json(folder / "config.json")
+            refuse_code(config, folder / "config.json")
             options["variant"], files = weight_files(folder, WEIGHTS if ours else TEXT_WEIGHTS)
             shown = str(files[0] if len(files) == 1 else folder)
             _check_size(folder / "config.json", config, files, kind if ours else None)

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION, publish
 from latentdiff.errors import UserError
-from latentdiff.folders import PICKLES, quiet, read_json, weight_names
+from latentdiff.folders import PICKLES, part_class, quiet, read_json, refuse_code, weight_names
 
 PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 AVERAGED = "model_ema."
@@ -70,6 +70,10 @@ def _check_config(config: str) -> None:
     name = read_json(folder / INDEX).get("_class_name")
     if name != STABLE_DIFFUSION:
         raise UserError(f"--config {config}: its _class_name is {name}; expected {STABLE_DIFFUSION}")
+    for part in (*PARTS, "scheduler", "tokenizer"):
+        part_class(read_json(folder / INDEX).get(part), f"{folder / INDEX}: {part}")
+        if part in PARTS:
+            refuse_code(read_json(folder / part / "config.json"), folder / part / "config.json")
 
 
 def _convert(file: Path, config: str, averaged: bool) -> Any:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import re
+import shutil
 import struct
 import sys
 import tarfile
@@ -17,6 +18,7 @@ import torch
 from hostile import write_checkpoint
 from PIL import Image
 from test_emoji import package, tarball
+from tiny_stable import change_json
 
 from latentdiff import checkpoints
 from latentdiff.config import load_config
@@ -339,3 +341,122 @@ def test_remote_code_of_a_text_encoder_is_not_run(tmp_path):
         file.write_text(json.dumps(config))
     assert isinstance(checkpoints.load(folder).text_encoder, torch.nn.Module)
     assert not mark.exists() and "mine" not in sys.modules
+
+
+@pytest.fixture
+def mapped(tmp_path, monkeypatch):
+    """A folder in Stable Diffusion's layout whose text encoder has code beside it, which every auto_map there names."""
+    from tiny_stable import write_stable
+
+    folder, mark = write_stable(tmp_path / "model"), tmp_path / "ran"
+    code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import PretrainedConfig\nclass Mine(PretrainedConfig): pass\n"
+    for part in ("text_encoder", "tokenizer", "unet", "vae", "scheduler"):
+        (folder / part / "mine.py").write_text(code)
+    for file in (folder / "text_encoder" / "config.json", folder / "tokenizer" / "tokenizer_config.json"):
+        change_json(file, auto_map={name: "mine.Mine" for name in ("AutoModel", "AutoConfig", "AutoTokenizer")})
+
+    def ask(*_):
+        raise AssertionError("asked on stdin")
+
+    monkeypatch.setattr("builtins.input", ask)
+    yield folder, mark
+    assert not mark.exists() and "mine" not in sys.modules
+
+
+AUTO = [
+    ("text_encoder", ["transformers", "AutoModel"]), ("text_encoder", ["transformers", "AutoModelForCausalLM"]),
+    ("tokenizer", ["transformers", "AutoTokenizer"]), ("tokenizer", ["transformers", "AutoProcessor"]),
+    ("unet", ["diffusers", "AutoModel"]), ("unet", ["transformers", "AutoModel"]), ("vae", ["diffusers", "AutoModel"]),
+    ("text_encoder", ["transformers", "pipeline"]), ("unet", ["diffusers", "DiffusionPipeline"]),
+    ("scheduler", ["diffusers", "AutoPipelineForText2Image"]), ("scheduler", ["transformers", "AutoConfig"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("part", "pair"), AUTO, ids=lambda value: value if isinstance(value, str) else value[1])
+def test_auto_classes_are_refused_and_nobody_is_asked(mapped, run, refused, part, pair):
+    folder, _ = mapped
+    change_json(folder / "model_index.json", **{part: pair})
+    assert refusal(lambda: checkpoints.load(folder)).startswith(f"{folder / 'model_index.json'}: {part}")
+    assert f"{part}" in refused("generate", "a", "--model", folder, "--steps", 2, "--out", "x.png")
+    with pytest.raises(Exception, match=".") as error:
+        LatentDiffusionPipeline.from_pretrained(str(folder))
+    assert not isinstance(error.value, AssertionError)
+
+
+@pytest.mark.parametrize("key", ["null_prompt", "prediction", "schedule", "mine", "default_sampler", "class_names"])
+def test_a_pair_in_the_place_of_a_value_is_no_part(mapped, key):
+    folder, _ = mapped
+    shutil.copytree(folder / "text_encoder", folder / key)
+    change_json(folder / "model_index.json", **{key: ["transformers", "AutoModel"]})
+    line = refusal(lambda: checkpoints.load(folder))
+    assert key in line
+    with pytest.raises(ValueError, match=f"model_index.json: {key}"):
+        LatentDiffusionPipeline.from_pretrained(str(folder))
+
+
+FETCHED = [
+    ("attn_implementation", "kernels-community/flash-attn"), ("_attn_implementation", "someone/kernel@main:f"),
+    ("_attn_implementation_internal", "someone/kernel"), ("attn_implementation", {"": "someone/kernel"}),
+    ("attn_implementation", "flash_attention_2"), ("attn_implementation", "paged|sdpa"), ("experts_implementation", "a/b"),
+    ("quantization_config", {"quant_method": "awq"}), ("quantization_config", "x"), ("fusion_config", {"a": "b/c"}),
+    ("transformers_weights", "evil.bin"), ("text_config", {"attn_implementation": "someone/kernel"}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), FETCHED)
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_keys_that_fetch_code_are_refused(mapped, part, key, value):
+    folder, _ = mapped
+    file = folder / part / "config.json"
+    change_json(file, **{key: value})
+    line = refusal(lambda: checkpoints.load(folder))
+    assert line.startswith(f"{file}: ") and "fetch" in line
+    if key != "text_config" and "experts" not in key:
+        with pytest.raises(ValueError, match=f"{part}/config.json: {key}"):
+            LatentDiffusionPipeline.from_pretrained(str(folder))
+
+
+def test_plain_attention_is_read(mapped):
+    folder, _ = mapped
+    for value in ("sdpa", "eager", None):
+        change_json(folder / "text_encoder" / "config.json", attn_implementation=value)
+        assert checkpoints.load(folder).text_encoder is not None
+        LatentDiffusionPipeline.from_pretrained(str(folder))
+
+
+def test_training_measuring_and_importing_refuse_them_too(mapped, tmp_path):
+    from tiny_stable import write_original
+
+    from latentdiff.conditioning import load_prompts, states_width
+    from latentdiff.evaluation.spaces import open_space
+    from latentdiff.imports import import_checkpoint
+
+    folder, _ = mapped
+    file = write_original(folder, tmp_path / "a.safetensors")
+    config = folder / "text_encoder" / "config.json"
+    load_prompts(str(folder))
+    change_json(config, attn_implementation="someone/kernel")
+    for read in (load_prompts, states_width):
+        assert "attn_implementation" in refusal(lambda read=read: read(str(folder)))
+    assert "attn_implementation" in refusal(lambda: open_space(folder / "text_encoder"))
+    assert "attn_implementation" in refusal(lambda: import_checkpoint(file, folder, tmp_path / "out"))
+    change_json(config, attn_implementation=None)
+    change_json(folder / "model_index.json", text_encoder=["transformers", "AutoModel"])
+    assert "AutoModel" in refusal(lambda: import_checkpoint(file, folder, tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def from_pretrained_calls() -> list[tuple[str, int, set[str]]]:
+    """(file, line, keywords) of each call of an Auto class's from_pretrained in the library."""
+    found = []
+    for path in (ROOT / "latentdiff").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and re.search(r"\bAuto\w+\.from_pretrained$", dotted(node.func)):
+                if "AutoencoderKL" not in dotted(node.func):
+                    found.append((path.name, node.lineno, {k.arg for k in node.keywords}))
+    return found
+
+
+def test_every_auto_class_is_called_without_trust():
+    calls = from_pretrained_calls()
+    assert len(calls) >= 3 and all("trust_remote_code" in keywords for _, _, keywords in calls), calls

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from latentdiff.errors import UserError
 from latentdiff.evaluation.features import FeatureSpace, load_features
-from latentdiff.folders import quiet
+from latentdiff.folders import quiet, refuse_code
 from latentdiff.networks import CONFIG_FILE, fingerprint
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
@@ -85,8 +85,11 @@ def open_encoder(where: str | Path) -> VisionEncoder:
 
     try:
         with quiet():
+            refuse_code(transformers.PretrainedConfig.get_config_dict(where)[0], f"--features {where}: config.json")
             model = transformers.AutoModel.from_pretrained(where, use_safetensors=True, trust_remote_code=False)
         constants, _ = transformers.BaseImageProcessor.get_image_processor_dict(where)
+    except UserError:
+        raise
     except Exception as error:  # OSError, ValueError, ImportError and the Hub's own
         raise UserError(f"--features {where}: not a transformers vision encoder that can be read ({_line(error)})") from None
     encoder = model.vision_model if type(model).__name__ in _VISION_KINDS else model

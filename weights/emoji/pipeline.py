@@ -28,9 +28,12 @@ from diffusers.utils.torch_utils import randn_tensor
 _SOURCE = Path(__file__).read_text(encoding="utf-8")
 _LOGGER = logging.get_logger("diffusers.latent_diffusion")  # so that diffusers.utils.logging.set_verbosity is heard
 _LISTED_CLASSES = 60
+_FETCHING = ("quantization_config", "fusion_config", "transformers_weights")  # keys by which a part imports or fetches more
+_ATTENTION = (None, "eager", "sdpa")  # of torch; others may be fetched from the Hub, and run
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Of StableDiffusionPipeline: what its calls do unless told, and entries of its folders that make no picture
 _STOCK_DEFAULTS = {"default_guidance_scale": 7.5, "default_num_inference_steps": 50}
+_PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
 _STOCK_ONLY = ("safety_checker", "feature_extractor", "image_encoder", "requires_safety_checker")
 
 # The schedulers of diffusers that can be swapped in by from_config, by the noise that they are made for. The others run
@@ -537,9 +540,28 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         config = json.loads(Path(json_file).read_text(encoding="utf-8"))
         if config.get("_class_name") == "StableDiffusionPipeline":
             config = {**_STOCK_DEFAULTS, **{k: v for k, v in config.items() if k not in _STOCK_ONLY}}
+        refuse_code(Path(json_file).parent, config)
         if "_class_name" in config:
             config["_class_name"] = cls.__name__
         return config
+
+
+def refuse_code(folder: Path, index: dict) -> None:
+    """PipelineInputError where opening a folder would run code that lies in it, or fetch some from the Hub.
+
+    An Auto class asks to run what an auto_map names, and diffusers loads whatever looks like a (library, class) pair.
+    """
+    for part, pair in index.items():
+        if part.startswith("_") or not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            continue
+        library, name = pair[0], str(pair[1])
+        plain = library in ("diffusers", "transformers") and (not name.startswith("Auto") or name.startswith("Autoencoder"))
+        require(part in _PARTS and plain, f"model_index.json: {part} {pair}: not a plain class of diffusers or transformers")
+        file = folder / part / "config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for key, value in config.items() if isinstance(config, dict) else ():
+            fetched = value is not None if key in _FETCHING else "attn_implementation" in key and value not in _ATTENTION
+            require(not fetched, f"{file}: {key} {str(value)[:60]} would import or fetch code; leave it out")
 
 
 def all_finite(values: torch.Tensor) -> bool:
