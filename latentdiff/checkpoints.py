@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff import atomic
+from latentdiff import atomic, limits
 from latentdiff.errors import UserError
 from latentdiff.folders import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
 from latentdiff.hashes import write_hashes
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 META = "latentdiff.json"
 INDEX = "model_index.json"
 FORMAT = 1
+VERY_LONG = int(1e30)  # transformers' length of a tokenizer that states none
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 IN_REPOSITORY = ("emoji", "emoji-judge")  # weights too large for a wheel
 KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION)
@@ -249,7 +250,20 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error
     if read_json(folder / INDEX)["_class_name"] == STABLE_DIFFUSION:
         as_stable_diffusion(pipeline.scheduler)
+    if pipeline.tokenizer is not None:
+        _check_prompts(pipeline, folder / "tokenizer" / "tokenizer_config.json")
     return pipeline
+
+
+def _check_prompts(pipeline: Any, file: Path) -> None:
+    """UserError where the tokenizer's length is not one that every prompt can be padded to and the encoder can read."""
+    longest = getattr(pipeline.text_encoder.config, "max_position_embeddings", None)
+    most = min(longest, limits.MAX_TOKENS) if isinstance(longest, int) else limits.MAX_TOKENS
+    length = pipeline.tokenizer.model_max_length
+    stated = length if length != VERY_LONG else "not stated"
+    if not isinstance(length, int) or not pipeline.tokenizer.num_special_tokens_to_add() < length <= most:
+        least = pipeline.tokenizer.num_special_tokens_to_add() + 1
+        raise UserError(f"{file}: model_max_length is {str(stated)[:40]}; it must be a whole number from {least} to {most}")
 
 
 def as_stable_diffusion(scheduler: Any) -> None:
@@ -278,13 +292,17 @@ def check(folder: Path) -> dict[str, type]:
     parts = ["unet", "vae", "scheduler", "text_encoder", "tokenizer"]
     if name != STABLE_DIFFUSION:  # where each of them is needed
         parts = parts[:2] + [part for part in parts[2:] if index.get(part, [None, None]) != [None, None]]
+    limits.check_index(folder / INDEX, index)
     classes = {part: part_class(index.get(part), f"{folder / INDEX}: {part}") for part in parts}
     if classes.pop("scheduler", None):
-        read_json(folder / "scheduler" / "scheduler_config.json")
+        file = folder / "scheduler" / "scheduler_config.json"
+        limits.whole(file, "num_train_timesteps", read_json(file).get("num_train_timesteps", 1000), 1, limits.MAX_TIMESTEPS)
     if classes.pop("tokenizer", None) and not (folder / "tokenizer").is_dir():
         raise UserError(f"{folder / 'tokenizer'}: missing; the checkpoint is incomplete")
     for part, kind in classes.items():
-        read_json(folder / part / "config.json")
+        config = read_json(folder / part / "config.json")
+        if part == "unet":
+            limits.check_latent_size(folder / part / "config.json", config)
         weight_files(folder / part, WEIGHTS if kind.__module__.startswith("diffusers") else TEXT_WEIGHTS)
     return classes
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from latentdiff import processes, signals
-from latentdiff.errors import ReportedElsewhere, UserError
+from latentdiff.errors import ReportedElsewhere, UserError, printable
 from latentdiff.measures import add_cost, add_device, add_measures
 
 DEFAULT_MODEL = "weights/fashion-mnist"
@@ -83,7 +83,7 @@ def _say_once(text: str) -> None:
     """
     if processes.rank() > 0:
         time.sleep(processes.PATIENCE)
-    print(f"latentdiff: {text}", file=sys.stderr)
+    print(f"latentdiff: {printable(text)}", file=sys.stderr)
 
 
 def _parsed(argv: Sequence[str] | None) -> argparse.Namespace:

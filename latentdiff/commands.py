@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from latentdiff import signals
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 if TYPE_CHECKING:
     from latentdiff.data.images import Columns
@@ -316,5 +316,5 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def dump(value: dict[str, Any]) -> str:
-    """Results as JSON for stdout."""
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
+    """Results as JSON for stdout; of names, control characters are escaped, also those that JSON may leave as they are."""
+    return printable(json.dumps(value, indent=2, ensure_ascii=False, default=str), keep="\n")

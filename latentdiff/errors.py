@@ -1,5 +1,7 @@
 """The exceptions that stand for a user's mistake, or for files and weights that are damaged."""
 
+import json
+
 
 class UserError(ValueError):
     """A mistake in usage or input, said in one line.
@@ -15,3 +17,12 @@ class ReportedElsewhere(UserError):
 
 class NotFiniteError(UserError, FloatingPointError):
     """A result that holds NaN or infinity, so that nothing may be made of it; the line names what gave it."""
+
+
+def printable(text: str, keep: str = "") -> str:
+    """Text with control characters written as JSON writes them, so that no name from a file drives the terminal.
+
+    A name may hold an escape code, a line break or a change of direction. keep: characters that are left as they are.
+    """
+    fine = f"{keep}\u200c\u200d"  # these two join letters and emoji
+    return "".join(each if each.isprintable() or each in fine else json.dumps(each)[1:-1] for each in text)

@@ -11,6 +11,8 @@ from typing import Any
 
 from PIL import ImageFont
 
+from latentdiff.errors import printable
+
 # Where systems keep fonts, and the ones to look at first: they have many scripts and read well at small sizes
 FOLDERS = (
     "/usr/share/fonts",
@@ -34,6 +36,7 @@ def labelled_font(text: str, size: int) -> tuple[Any, str]:
     The font is Pillow's own where that has every character, else the installed one that has the most. A character that it
     lacks becomes the letter under its accent, or its number: "U+65E5".
     """
+    text = printable(text)
     font = _font_for("".join(sorted(set(text))), size)
     return font, "".join(_readable(character, font) for character in text)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
+from latentdiff.limits import MAX_STEPS
 from latentdiff.schedules import NoiseSchedule
 
 
@@ -143,6 +144,8 @@ def make_grid(
         count = index(n)
     except TypeError:
         raise UserError(f"steps: an integer of at least 1 is needed, not {n!r}") from None
+    if count > MAX_STEPS:
+        raise UserError(f"steps: at most {MAX_STEPS} are taken, not {n}")
     if count < 1:
         raise UserError(f"steps: at least 1 is needed, not {n}")
     options, valid = dict(grid_options or {}), list(signature(_GRIDS[grid]).parameters)[2:]

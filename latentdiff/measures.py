@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 
 def add_measures(commands) -> None:
@@ -174,7 +174,7 @@ def compare_command(arguments) -> None:
     from latentdiff.records import compare_records, is_record
 
     if any(is_record(what) for what in arguments.what):
-        print(compare_records(arguments.what), end="")
+        print(printable(compare_records(arguments.what), keep="\n"), end="")
         return
     if len(arguments.what) > 1:
         told = "give one MODEL, or records that evaluate --out wrote"
@@ -183,7 +183,7 @@ def compare_command(arguments) -> None:
     if missing:
         raise UserError(f"compare: {arguments.what[0]} is no record, and a MODEL needs {' and '.join(missing)}")
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "what")}
-    print(markdown(compare(arguments.what[0], **options)), end="")
+    print(printable(markdown(compare(arguments.what[0], **options)), keep="\n"), end="")
 
 
 def card_command(arguments) -> None:
@@ -196,13 +196,15 @@ def card_command(arguments) -> None:
 def tune_command(arguments) -> None:
     from latentdiff.tuning import markdown, tune
 
-    print(markdown(tune(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+    table = tune(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})
+    print(printable(markdown(table), keep="\n"), end="")
 
 
 def agreement_command(arguments) -> None:
     from latentdiff.agreement import agreement, markdown
 
-    print(markdown(agreement(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})), end="")
+    table = agreement(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})
+    print(printable(markdown(table), keep="\n"), end="")
 
 
 def gallery_command(arguments) -> None:

@@ -30,6 +30,7 @@ _LOGGER = logging.get_logger("diffusers.latent_diffusion")  # so that diffusers.
 _LISTED_CLASSES = 60
 _FETCHING = ("quantization_config", "fusion_config", "transformers_weights")  # keys by which a part imports or fetches more
 _ATTENTION = (None, "eager", "sdpa")  # of torch; others may be fetched from the Hub, and run
+_MOST = {"steps": 100_000, "sample_size": 4096, "tokens": 100_000}  # beyond these a number is a mistake, and takes all memory
 _OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 # Of StableDiffusionPipeline: what its calls do unless told, and entries of its folders that make no picture
 _STOCK_DEFAULTS = {"default_guidance_scale": 7.5, "default_num_inference_steps": 50}
@@ -168,7 +169,10 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         """(c, h, w) of one latent."""
         size = self.unet.config.get("sample_size")
         require(size is not None, "unet/config.json has no sample_size: it must give the latent's height and width")
-        return (self.unet.config.in_channels, *((size, size) if isinstance(size, int) else size))
+        height, width = (size, size) if isinstance(size, int) else size
+        sane = all(isinstance(side, int) and 1 <= side <= _MOST["sample_size"] for side in (height, width))
+        require(sane, f"unet/config.json: sample_size {size}: must be from 1 to {_MOST['sample_size']}")
+        return self.unet.config.in_channels, height, width
 
     def class_index(self, label: str | int | None) -> int:
         """The embedding row of a class given by name, number (42 or "42"; a name comes first) or None (no class)."""
@@ -195,6 +199,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             kind = "is unconditional" if self.text_encoder is None else "is told by text (prompt=)"
             return f"this checkpoint {kind} and takes no class labels"
         names = self.class_names or [""] * count
+        names = [name if name.isprintable() else repr(name) for name in names]  # an escape code would drive the terminal
         listed = ", ".join(f"{i} {name}".strip() for i, name in enumerate(names[:_LISTED_CLASSES]))
         return f"the classes are: {listed}" + (f", ... ({count} in all)" if count > _LISTED_CLASSES else "")
 
@@ -257,7 +262,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         require(not unknown, f"callback_on_step_end_tensor_inputs {unknown}: {valid}")
         callback = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = list(generator) if isinstance(generator, tuple) else generator
+        require(hasattr(steps, "__index__"), f"num_inference_steps {steps}: must be a whole number")
         require(steps >= 1, f"num_inference_steps {steps}: must be at least 1")
+        require(steps <= _MOST["steps"], f"num_inference_steps {steps}: must be at most {_MOST['steps']}")
         require(ordered, f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
         wanted, away = self._asked(prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label)
         scale = self._guidance(guidance_scale, wanted, away)
@@ -336,11 +343,18 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         require(valid, f"guidance_scale {scale:g}: this checkpoint was {missing}; the only valid value is 1")
         return scale
 
+    def _tokens(self) -> int:
+        """Tokens that each prompt is padded or cut to; refused where the tokenizer would abort the process over them."""
+        length = self.tokenizer.model_max_length
+        sane = isinstance(length, int) and self.tokenizer.num_special_tokens_to_add() < length <= _MOST["tokens"]
+        require(sane, f"tokenizer: model_max_length {str(length)[:40]}: must be as many tokens as the encoder reads")
+        return length
+
     def cut_off(self, texts: list[str | None]) -> list[str]:
         """What prompts say beyond the tokens that the text encoder takes; an entry for each that says more."""
         if not (said := [text for text in dict.fromkeys(texts) if text]):
             return []
-        taken = self.tokenizer.model_max_length - self.tokenizer.num_special_tokens_to_add()
+        taken = self._tokens() - self.tokenizer.num_special_tokens_to_add()
         with _TOKENIZING:
             tokens = self.tokenizer(said, add_special_tokens=False, verbose=False).input_ids
         return [self.tokenizer.decode(row[taken:]).strip() for row in tokens if len(row) > taken]
@@ -353,6 +367,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             told["class_labels"] = torch.tensor(labels, device=device)
         if self.text_encoder is not None:
             texts = [self.config.null_prompt or "" if text is None else text for text in prompts]
+            self._tokens()
             with _TOKENIZING:
                 tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
             masked = getattr(self.text_encoder.config, "use_attention_mask", False)

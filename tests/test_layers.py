@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # fmt: off
 ORDER = [
-    "errors", "processes", "locks", "atomic", "signals", "plain", "tensors", "rng", "hashes", "networks", "folders",
+    "errors", "processes", "locks", "atomic", "signals", "plain", "tensors", "rng", "hashes", "limits", "networks", "folders",
     "mistakes", "config", "schedules", "prediction", "denoiser", "noise_levels", "objective", "guidance", "ode", "grids",
     "samplers", "likelihood", "autoencoders", "conditioning", "data", "evaluation", "checkpoints", "imports", "fonts",
     "pictures", "writing", "records", "cards", "page", "generation", "training", "planning", "commands", "evaluating", "facts",
