@@ -10,10 +10,25 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from latentdiff import processes, signals
+from latentdiff import hashes, processes, signals
 from latentdiff.errors import ReportedElsewhere, UserError, printable
 from latentdiff.measures import add_cost, add_device, add_measures
 
+# The commands that open weights
+OPENING = (
+    "generate",
+    "train",
+    "encode",
+    "reconstruct",
+    "info",
+    "evaluate",
+    "compare",
+    "tune",
+    "agreement",
+    "gallery",
+    "likelihood",
+    "judge",
+)
 DEFAULT_MODEL = "weights/fashion-mnist"
 
 
@@ -37,7 +52,9 @@ def _run(argv: Sequence[str] | None) -> None:
         with signals.watched(lambda: ""):
             arguments = _parsed(argv)
             _quiet_libraries()
-            arguments.run(arguments)
+            verify = vars(arguments).pop("verify", True)  # of every command alike, so none of their functions takes it
+            with hashes.checked(verify):
+                arguments.run(arguments)
             sys.stdout.flush()
     except ReportedElsewhere:
         sys.exit(2)
@@ -114,6 +131,9 @@ def _parser() -> Parser:
     add_measures(commands)
     _add_prepare(commands)
     _add_import(commands)
+    skip = "do not hold weights against the hashes published beside them, which takes about a second a gigabyte"
+    for name in OPENING:
+        commands.choices[name].add_argument("--no-verify", dest="verify", action="store_false", help=skip)
     return parser
 
 

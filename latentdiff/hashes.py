@@ -8,13 +8,16 @@ from elsewhere. They show damage in copying and on disk; they are no protection 
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError
 
 FILE = "hashes.json"
+_CHECKED = ContextVar("checked", default=True)
 _CHUNK = 1 << 20  # bytes read at a time
 _LARGEST = 1 << 24  # bytes of a hash file that is read; 100,000 shards have less
 
@@ -41,12 +44,22 @@ def write_hashes(folder: str | Path) -> None:
     os.replace(new, folder / FILE)
 
 
+@contextmanager
+def checked(verify: bool) -> Iterator[None]:
+    """Within the block `check_hashes` checks, or with verify=False does nothing: for calls that open many networks."""
+    token = _CHECKED.set(verify)
+    try:
+        yield
+    finally:
+        _CHECKED.reset(token)
+
+
 def check_hashes(files: Iterable[Path]) -> None:
     """UserError for the first of a network's weight files that is not what hashes.json beside it says.
 
-    It takes about a second a gigabyte. Nothing is checked where there is no hashes.json.
+    It takes about a second a gigabyte. Nothing is checked where there is no hashes.json, or within `checked(False)`.
     """
-    for file in files:
+    for file in files if _CHECKED.get() else ():
         listed = file.parent / FILE
         if not listed.is_file():
             continue

@@ -15,7 +15,7 @@ from tiny_stable import open_stock, stable_parts
 
 from latentdiff import checkpoints
 from latentdiff.autoencoders.build import load_autoencoder
-from latentdiff.hashes import FILE, check_hashes, sha256_of, write_hashes
+from latentdiff.hashes import FILE, check_hashes, checked, sha256_of, write_hashes
 from latentdiff.pipelines import latent_diffusion
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
@@ -214,3 +214,17 @@ def test_a_pipeline_without_weights_in_a_part_saves(tmp_path):
     pipe.save_pretrained(tmp_path / "other")
     checkpoints.load(tmp_path / "other")
     assert load_file(tmp_path / "other" / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_commands_have_a_flag_that_skips_the_check(tmp_path, run, refused):
+    write_checkpoint(tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    flip(file, -4)
+    line = refused("generate", "a", "--model", tmp_path / "model", "--steps", 1, "--out", "x.png")
+    assert line.startswith(f"latentdiff: {file}: its sha256 is not the one in hashes.json")
+    assert refused("info", tmp_path / "model").startswith(f"latentdiff: {file}: ")
+    run("generate", "a", "--model", tmp_path / "model", "--steps", 1, "--out", "x.png", "--no-verify")
+    run("info", tmp_path / "model", "--no-verify")
+    with checked(False):
+        checkpoints.load(tmp_path / "model")
+    assert said(lambda: checkpoints.load(tmp_path / "model")) is not None
