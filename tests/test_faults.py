@@ -19,8 +19,11 @@ def killed(folder: Path, *arguments: str) -> list[dict]:
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+LEAST = [("autoencoder", 30), ("diffusion", 45), ("publish", 20), ("encode", 15), ("generate", 20)]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "least"), [("autoencoder", 30), ("diffusion", 45), ("publish", 20), ("encode", 15)])
+@pytest.mark.parametrize(("name", "least"), LEAST)
 def test_a_kill_at_any_file_event_is_gone_on_from(tmp_path, name, least):
     (counts,) = killed(tmp_path, "--events", "--only", name)
     assert counts["went_on"] == counts["kills"] >= least
