@@ -208,8 +208,8 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, 
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(UNUSED))
     if missing:  # diffusers and transformers would leave them at their random initialisation and only log it
         raise UserError(f"{shown}: cannot read the weights: {len(missing)} weights missing, the first is {missing[0]}")
-    if wrong := first_non_finite(model.named_parameters()):
-        raise UserError(f"{shown}: {wrong} is not finite in {str(dtype)[6:]}: damaged, diverged, or too large for that type")
+    if odd := first_non_finite(model.named_parameters()):
+        raise UserError(f"{shown}: {odd} is not finite in {str(dtype)[6:]}: damaged, diverged, or too large for that type")
     return model.eval()
 
 
