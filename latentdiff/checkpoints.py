@@ -244,7 +244,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
     try:
         with quiet():
             pipeline = LatentDiffusionPipeline.from_pretrained(
-                str(folder), dtype=dtype, local_files_only=True, trust_remote_code=False, **models
+                str(folder), torch_dtype=dtype, local_files_only=True, trust_remote_code=False, **models
             )
     except REFUSALS as error:
         raise UserError(f"{folder}: cannot be loaded: {' '.join(str(error).split())[:300]}") from error

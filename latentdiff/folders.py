@@ -6,6 +6,7 @@ are never opened, and no code of a folder is run.
 
 import contextlib
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, 
                 check_hashes(files)
         with quiet():
             model, found = kind.from_pretrained(
-                str(where), dtype=dtype, use_safetensors=True, local_files_only=folder.is_dir(), output_loading_info=True,
+                str(where), torch_dtype=dtype, use_safetensors=True, local_files_only=folder.is_dir(), output_loading_info=True,
                 **options,
             )  # fmt: skip
     except UserError:
@@ -225,7 +226,10 @@ def quiet() -> Iterator[None]:
         log.set_verbosity_error()
         log.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            # `torch_dtype` has a new name, which the oldest versions that are supported do not know
+            warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
+            yield
     finally:
         for log, (verbosity, bars) in zip(logs, before, strict=True):
             log.set_verbosity(verbosity)

@@ -1,5 +1,6 @@
 """Published folders in unmodified diffusers by the plainest call: no dtype, no size, no component."""
 
+import inspect
 import json
 import warnings
 
@@ -177,3 +178,14 @@ def test_the_shipped_folders_state_the_same(name):
         assert json.loads((model / "tokenizer" / "vocab.json").read_text()) == (
             json.loads((model / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
         )
+
+
+def test_older_diffusers_reads_the_pipelines_annotations():
+    """diffusers 0.36 reads a class, Any or Union[...] and fails at `list | None`; it also hands on dduf_entries."""
+    from typing import Union, get_origin
+
+    for name, parameter in inspect.signature(LatentDiffusionPipeline.__init__).parameters.items():
+        kind = parameter.annotation
+        assert name in ("self", "scheduler", "tokenizer") or isinstance(kind, type) or get_origin(kind) is Union, name
+    index = checkpoints.resolve_model("weights/fashion-mnist") / "model_index.json"
+    assert LatentDiffusionPipeline._dict_from_json_file(index, dduf_entries=None)["null_class"] == 10

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Union
 
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
@@ -79,6 +79,13 @@ _SCHEDULER_ERRORS = (
     ValueError,
 )
 _SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# Annotations of a pipeline's __init__ in the one form that older diffusers reads
+_ListOrDict = Union[list, dict, None]  # noqa: UP007
+_ListOrTuple = Union[list, tuple, None]  # noqa: UP007
+_DictOrNone = Union[dict, None]  # noqa: UP007
+_IntOrNone = Union[int, None]  # noqa: UP007
+_ModuleOrNone = Union[torch.nn.Module, None]  # noqa: UP007
+_StrOrNone = Union[str, None]  # noqa: UP007
 _TOKENIZING = threading.Lock()  # a tokenizer's padding and truncation are its state, so two threads must not use one at once
 
 
@@ -109,18 +116,18 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         unet: torch.nn.Module,  # UNet2DModel or UNet2DConditionModel over latents [B, c, h, w]; its sample_size gives h and w
         vae: torch.nn.Module,  # any diffusers autoencoder with decode(z).sample; its config holds the latent normaliser
         scheduler: Any,  # of diffusers, with set_timesteps and step; None for a noise schedule that diffusers lacks
-        class_names: list | dict | None = None,  # in the order of their index; a dict is from "index" to name
-        null_class: int | None = None,  # index of the "no class" embedding; None where training never dropped the class
-        image_size: list | tuple | None = None,  # (H, W) of the content; decoded images are larger where training padded them
-        prediction: str | None = None,  # for latentdiff's samplers: "epsilon", "sample", "v_prediction", "score", "flow", "edm"
-        schedule: dict | None = None,  # for them, too: {"name": ..., parameters} of make_schedule; None: read from scheduler
+        class_names: _ListOrDict = None,  # in the order of their index; a dict is from "index" to name
+        null_class: _IntOrNone = None,  # index of the "no class" embedding; None where training never dropped the class
+        image_size: _ListOrTuple = None,  # (H, W) of the content; decoded images are larger where training padded them
+        prediction: _StrOrNone = None,  # for latentdiff's samplers: "epsilon", "sample", "v_prediction", "score", "flow", "edm"
+        schedule: _DictOrNone = None,  # for them, too: {"name": ..., parameters} of make_schedule; None: read from scheduler
         default_guidance_scale: float = 1.0,  # the defaults are used by a call that does not say
-        default_guidance_interval: list | tuple | None = None,
+        default_guidance_interval: _ListOrTuple = None,
         default_num_inference_steps: int = 20,
-        default_sampler: str | None = None,  # the latentdiff sampler that runs where scheduler is None
-        text_encoder: torch.nn.Module | None = None,  # of transformers: the U-Net attends to its last states [B, L, d] and
+        default_sampler: _StrOrNone = None,  # the latentdiff sampler that runs where scheduler is None
+        text_encoder: _ModuleOrNone = None,  # of transformers: the U-Net attends to its last states [B, L, d] and
         tokenizer: Any = None,  # L is model_max_length; padding is masked where the encoder's config says use_attention_mask
-        null_prompt: str | None = "",  # the text that stands for "no text"; None where training never dropped the text
+        null_prompt: _StrOrNone = "",  # the text that stands for "no text"; None where training never dropped the text
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -550,7 +557,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         Path(save_directory, "pipeline.py").write_text(_SOURCE, encoding="utf-8")
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: Any) -> dict[str, Any]:
+    def _dict_from_json_file(cls, json_file: Any, **_: Any) -> dict[str, Any]:  # older diffusers: dduf_entries=None
         # Whoever calls from_pretrained on this class has the code already: none from the folder is run.
         config = json.loads(Path(json_file).read_text(encoding="utf-8"))
         if config.get("_class_name") == "StableDiffusionPipeline":
