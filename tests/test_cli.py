@@ -151,7 +151,7 @@ def test_a_truncated_first_stage_is_named(refused, autoencoder_run, stripe_folde
 def test_a_truncated_feature_network_is_named(refused, feature_folder, samples, stripe_folder, tmp_path):
     shutil.copytree(feature_folder, tmp_path / "net")
     truncate(tmp_path / "net" / "model.safetensors")
-    said = f"{tmp_path / 'net' / 'model.safetensors'}: damaged"
+    said = f"{tmp_path / 'net' / 'model.safetensors'}: has "
     command = ("evaluate", "--samples", samples, "--data", stripe_folder, "--features", tmp_path / "net", "--out", "report")
     assert said in refused(*command)
     loss = {"loss__perceptual": 1.0, "loss__perceptual_network": str(tmp_path / "net")}
@@ -190,6 +190,7 @@ def test_a_cache_of_another_autoencoder_is_refused(refused, diffusion_run, autoe
     path = tmp_path / "other" / "diffusion_pytorch_model.safetensors"
     weights = load_file(path)
     save_file({**weights, "encoder.conv_in.bias": weights["encoder.conv_in.bias"] + 0.01}, path)
+    (tmp_path / "other" / "hashes.json").unlink()
     tree_ = diffusion_tree(stripe_folder, tmp_path / "run", tmp_path / "other", cache__folder=str(tmp_path / "latents"))
     config = write_yaml(tmp_path / "d.yaml", tree_)
     for command in ("train", "encode"):

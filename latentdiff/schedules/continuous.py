@@ -211,7 +211,7 @@ class RectifiedFlow(NoiseSchedule):
             )
         settings = {"num_train_timesteps": self.num_steps, **_FLOW_SETTINGS[name], **config}
         other_grids = [key for key in (*SIGMA_OPTIONS, "use_lu_lambdas") if settings.get(key)]
-        if other_grids and name != self.default_scheduler:  # diffusers then takes the sigmas of betas
+        if other_grids and name != "FlowMatchEulerDiscreteScheduler":  # diffusers then takes the sigmas of betas
             raise UserError(f"scheduler: {name} does not run a flow with {', '.join(other_grids)}; leave it out")
         shift = settings.get("shift", settings.get("flow_shift", 1.0))
         # What the flow's other schedulers call the same, so that from_config makes any of them of this one's config

@@ -65,7 +65,7 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Pa
     run.announcement(accelerator, config.train, precision, lines=notices.warned(warnings))()
     images.say()
     if accelerator.is_main_process:
-        run.write_config(output, config)
+        run.write_config(output, config, resume)
         notices.say([notices.places_at_start(config)])
     with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)

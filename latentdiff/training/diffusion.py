@@ -110,7 +110,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
     announce()
     latents.images.say()
     if accelerator.is_main_process:
-        run.write_config(output, config)
+        run.write_config(output, config, resume)
         notices.say([notices.places_at_start(config)])
     with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
         loop.run_loop(config, work, accelerator, journal, output, progress)

@@ -154,8 +154,6 @@ def held(output: Path, config: Section, resume: bool) -> Iterator[bool]:
         processes.meet()
         if processes.rank() == 0:
             atomic.sweep(output)
-            for change in _free_changes(output, config) if restores else ():
-                print(f"{output}: goes on with {change}", file=sys.stderr)
             if resume and not restores:
                 print(f"{output}: no state was saved yet; the run starts from its beginning", file=sys.stderr)
         processes.meet()
@@ -213,7 +211,8 @@ def _free_changes(output: Path, config: Section) -> list[str]:
     tree = _with_defaults(json.loads((output / "run.json").read_text(encoding="utf-8")), config)
     before, now = _flat(tree), _flat(config.model_dump(mode="json"))
     keys = [key for key in sorted(now) if key.startswith(FREE_ON_RESUME) and key != "output"]
-    return [f"{key}={now[key]} (was {before.get(key)})" for key in keys if before.get(key) != now[key]]
+    keys = [key for key in keys if before.get(key) != now[key] and now[key] != "auto"]  # what auto found is in the record
+    return [f"{key}={now[key]} (was {before.get(key)})" for key in keys]
 
 
 def _with_defaults(tree: dict[str, Any], config: Section) -> dict[str, Any]:
@@ -270,5 +269,8 @@ def settings_kept() -> Iterator[None]:
             torch.set_num_threads(threads)
 
 
-def write_config(output: Path, config: Section) -> None:
+def write_config(output: Path, config: Section, resumed: bool = False) -> None:
+    """Record the config of a run. Of one that goes on, say first what it does otherwise than before."""
+    for change in _free_changes(output, config) if resumed else ():
+        print(f"{output}: goes on with {change}", file=sys.stderr)
     atomic.write_json(output / "run.json", config.model_dump(mode="json"))

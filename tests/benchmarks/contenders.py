@@ -96,7 +96,7 @@ def our_stage2(setting: Setting) -> Contender:
     from latentdiff.training import conditions, diffusion
 
     config, latents, accelerator = setting.ours()
-    told = conditions.prepare_conditions(config, latents, accelerator, None, False)
+    told = conditions.prepare_conditions(config, latents, accelerator)
     parts = diffusion._parts(config, latents, told, accelerator)
     work = diffusion._work(config, parts, accelerator, setting.folder / "stage2")
     return Contender(lambda number: work.step(number, 1e-4), parts.bare)

@@ -122,7 +122,8 @@ def seconds_of_a_step(config: Any) -> float:
 
     accelerator = run.start_accelerator(config.train)
     latents = prepare_latents(config, accelerator)
-    told = conditions.prepare_conditions(config, latents, accelerator)
+    reader, _ = conditions.open_text(config, latents.images, accelerator, resume=False)
+    told = conditions.prepare_conditions(config, latents, accelerator, None, reader)
     parts = diffusion._parts(config, latents, told, accelerator)
     parts.network.train()
     found = seconds_a_step(our_step(config, parts, accelerator), accelerator.device, 3.0)[0]
