@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,6 +14,17 @@ from tiny_runs import autoencoder_config, diffusion_config, tree, write_stripes
 from latentdiff.cli import main
 from latentdiff.training import train
 from latentdiff.training.features import train_features
+
+
+def pytest_configure() -> None:
+    """Signals that a test run was started to ignore, under nohup or in the background, still reach what it tests.
+
+    A command respects that, so a signal sent to it would be waited for in vain. A handler that does nothing keeps the test
+    run itself as it was asked to be, and is not handed on to other programs.
+    """
+    for number in (signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -49,22 +49,11 @@ def stopping(monkeypatch):
     return arm
 
 
-@pytest.fixture
-def signals_come(monkeypatch):
-    """A test run may ignore signals, in the background or under nohup; a command in a terminal does not."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)}
-    for number in before:
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGHUP, 75), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
 )
 def test_a_signal_ends_it_after_a_batch_and_the_same_call_goes_on(
-    model, here, whole, capsys, monkeypatch, stopping, signals_come, number, status
+    model, here, whole, capsys, monkeypatch, stopping, number, status
 ):
     made = stopping(2, number)
     command = ["generate", "--all-classes", "--model", str(model), "--num-images", "2", "--steps", "2", "--batch-size", "2"]
@@ -196,7 +185,7 @@ def test_a_hundred_million_images_are_refused_before_any_is_made(refused, model,
     assert len(made) == 1  # of the npz, whose images' size is not known before
 
 
-def test_an_npz_that_is_stopped_leaves_nothing(model, here, stopping, signals_come):
+def test_an_npz_that_is_stopped_leaves_nothing(model, here, stopping):
     stopping(2, signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
         main(["generate", "--all-classes", "--model", str(model), "--num-images", "2", "--steps", "2", "--batch-size", "2",
