@@ -15,9 +15,11 @@ from latentdiff.training import state
 # Adam's first steps are signs, which amplify rounding: a large eps keeps the runs comparable
 SMOOTH = {"optimizer__eps": 1e-3, "optimizer__lr": 3e-3}
 EACH_STEP = {"train__save_minutes": 1e-9, "train__keep": 100, "train__log_every": 5}
-ADVERSARY = {  # without l1, whose gradient is a sign: where a pixel is met exactly, rounding alone decides it
+# Without l1, whose gradient is a sign: where a pixel is met exactly, rounding alone decides it. A weight's rounding is at most
+# lr / eps times its gradient's, summed over the steps; the adversary's gradients are some hundred times the autoencoder's
+ADVERSARY = {
     "loss__adversarial": 0.5, "loss__adversarial_start": 0, "loss__discriminator_channels": 4, "loss__discriminator_layers": 1,
-    "loss__discriminator_lr": 1e-4, "loss__l1": 0.0, "loss__l2": 1.0,
+    "loss__discriminator_lr": 4e-5, "loss__l1": 0.0, "loss__l2": 1.0,
 }  # fmt: skip
 CODEBOOK = {
     "model": {"type": "VQModel", "config": {

@@ -300,6 +300,7 @@ def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8
 
 def write_report(folder: str | Path, report: dict[str, Any], picture: Image.Image, name: str = "report") -> None:
     """Write <name>.json and <name>.png into `folder`, made if missing; each appears whole or not at all."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"  # refused before anything is written
     with atomic.new_file(Path(folder) / f"{name}.png") as temporary:
         picture.save(temporary, format="PNG")
-    atomic.write_text(Path(folder) / f"{name}.json", json.dumps(report, indent=2, allow_nan=False) + "\n")
+    atomic.write_text(Path(folder) / f"{name}.json", text)
