@@ -117,7 +117,7 @@ def _prepare_image(
     """(float32 [1, C, H, W] in [-1, 1], (top, left, height, width) of the content, what was done) of one image file."""
     from dataclasses import replace
 
-    from latentdiff.data.files import DECODING_ERRORS, WHITE, decode, one_line
+    from latentdiff.data.files import DECODING_ERRORS, WHITE, decode, reason_of
     from latentdiff.data.framing import framing_facts
     from latentdiff.data.images import ImageSource
     from latentdiff.data.preprocess import SCALED, Preprocess, to_uint8
@@ -125,7 +125,7 @@ def _prepare_image(
     try:
         array = decode(file, codec.image_channels, rule.background if rule else WHITE)
     except DECODING_ERRORS as error:
-        raise UserError(f"{file}: cannot be read as an image ({one_line(error)})") from None
+        raise UserError(f"{file}: cannot be read as an image ({reason_of(file, error)})") from None
     facts: dict[str, Any] = {"file_size": list(array.shape[:2])}
     if rule is None or rule.size is None:
         height, width = (side // codec.factor * codec.factor for side in array.shape[:2])

@@ -260,8 +260,8 @@ def test_reconstruct_writes_pairs_and_scores(run, here, model, autoencoder_run, 
 def test_reconstruct_refuses_what_is_not_an_image(refused, model, stripe_folder, here):
     good = next((stripe_folder / "down").glob("*.png"))
     (here / "bad.png").write_bytes(b"nothing")
-    assert "bad.png: cannot be read as an image" in refused("reconstruct", model, good, "bad.png")
-    assert "missing.png: cannot be read" in refused("reconstruct", model, good, "missing.png")
+    assert "bad.png: cannot be read as an image (not a known image format)" in refused("reconstruct", model, good, "bad.png")
+    assert "missing.png: cannot be read as an image (no such file)" in refused("reconstruct", model, good, "missing.png")
     assert "must end in .png" in refused("reconstruct", model, good, "--out", "x.npz")
 
 

@@ -108,10 +108,8 @@ def examine(file: File) -> tuple[Header, bool]:
                     image.load()
                     several = kind in ANIMATIONS and _has_frames(image)
             return (mode, ((width, height) if rotated else (height, width))), several
-    except FileNotFoundError:
-        return "no such file", False
     except DECODING_ERRORS as error:
-        return _reason(file, error), False
+        return reason_of(file, error), False
 
 
 def open_image(stream: BinaryIO) -> Image.Image:
@@ -126,7 +124,10 @@ def _has_frames(image: Image.Image) -> bool:
         return False
 
 
-def _reason(file: File, error: BaseException) -> str:
+def reason_of(file: File, error: BaseException) -> str:
+    """Why decoding failed, in one line: Pillow's own message for an unknown format names a Python object."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
     if "cannot identify" not in str(error):
         return one_line(error)
     advice = ADVICE.get(file.suffix.lower()) if isinstance(file, Path) else None

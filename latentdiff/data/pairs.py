@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.files import DECODING_ERRORS, decode, leaves, one_line
+from latentdiff.data.files import DECODING_ERRORS, decode, leaves, one_line, reason_of
 from latentdiff.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -124,4 +124,4 @@ def _picture(path: Path) -> np.ndarray:
     try:
         return decode(path, 3)
     except DECODING_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as an image ({one_line(error)})") from error
+        raise UserError(f"{path}: cannot be read as an image ({reason_of(path, error)})") from error
