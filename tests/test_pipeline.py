@@ -371,6 +371,8 @@ def test_a_bar_shows_the_steps(capsys):
         (dict(guidance_scale=2.0), "no class or prompt to guide to"),
         (dict(class_labels=[None], guidance_scale=2.0), "no class or prompt to guide to"),
         (dict(class_labels=[0, 1], generator=[seeded()] * 3), "3 generators for 2 images"),
+        (dict(class_labels=0, generator=5), "generator 5: must be a torch.Generator"),
+        (dict(class_labels=[0, 1], generator=[seeded(), 5]), "must be a torch.Generator, or a list of one per image"),
         (dict(class_labels=[0], latents=torch.zeros(1, 5, 3, 2)), r"needs \[1, 5, 2, 3\]"),
         (dict(class_labels=[0], output_type="jpeg"), "pil, np, pt, latent"),
         (dict(class_labels=[0], sampler_options={"eta": 1.0}), "sampler="),

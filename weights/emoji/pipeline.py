@@ -269,6 +269,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         require(not unknown, f"callback_on_step_end_tensor_inputs {unknown}: {valid}")
         callback = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         generator = list(generator) if isinstance(generator, tuple) else generator
+        each = generator if isinstance(generator, list) else [generator]
+        valid = all(one is None or isinstance(one, torch.Generator) for one in each)
+        require(valid, f"generator {generator}: must be a torch.Generator, or a list of one per image")
         require(hasattr(steps, "__index__"), f"num_inference_steps {steps}: must be a whole number")
         require(steps >= 1, f"num_inference_steps {steps}: must be at least 1")
         require(steps <= _MOST["steps"], f"num_inference_steps {steps}: must be at most {_MOST['steps']}")
