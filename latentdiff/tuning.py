@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff import atomic
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 
 TABLE, INDEX = "tuning", "model_index.json"
 SAMPLERS = ("scheduler", "dpmpp_2m", "dpmpp_3m", "heun", "euler", "euler_maruyama")
@@ -187,7 +187,8 @@ def search(
         else:
             study.tell(trial, [evaluations, distance])
         save()
-        print(f"tune: {spent + evaluations:.0f} of {budget:.0f} evaluations an image: {json.dumps(cells[-1])}", file=sys.stderr)
+        state = f"tune: {spent + evaluations:.0f} of {budget:.0f} evaluations an image: {json.dumps(cells[-1])}"
+        print(printable(state), file=sys.stderr)
 
 
 def _tell(study: Any, space: Space, cell: dict[str, Any]) -> None:

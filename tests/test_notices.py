@@ -15,6 +15,7 @@ from latentdiff.cli import main
 from latentdiff.facts import info
 from latentdiff.planning.progress import Progress
 from latentdiff.training import autoencoder, diffusion, notices, train
+from latentdiff.training.journal import Journal
 from latentdiff.training.precision import OneProcess, plain_steps
 
 
@@ -264,3 +265,12 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
     ((told, ran),) = kinds
     assert (told.precision, told.batch_size, ran) == ("bfloat16", 4, "bfloat16")
     assert tree(tmp_path) == {}
+
+
+def test_names_from_files_do_not_drive_the_terminal(capsys, tmp_path):
+    """An escape code in a class or file name is written out by each of the trainer's own lines."""
+    notices.say(["a\x1b[2Jb"])
+    with Journal(tmp_path, 1, 0, True) as journal:
+        journal.say("c\x1b[2Jd\r")
+    err = capsys.readouterr().err
+    assert "a\\u001b[2Jb" in err and "c\\u001b[2Jd\\r" in err and "\x1b[2J" not in err

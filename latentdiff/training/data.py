@@ -19,6 +19,7 @@ from latentdiff.data.images import Columns, ImageSource
 from latentdiff.data.order import Batches
 from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import held_out, open_source, splits
+from latentdiff.errors import printable
 
 SPLIT_SEED = 0  # the held-out share must not move with the training seed, or two runs would not compare
 
@@ -92,7 +93,7 @@ class Images:
         """Print the lines on stderr, the first time that it is called, in one process of a launch."""
         if processes.rank() == 0 and not self._has_said:
             for line in self.lines():
-                tqdm.write(f"data {self.train.source.name}: {line}", file=sys.stderr)
+                tqdm.write(printable(f"data {self.train.source.name}: {line}"), file=sys.stderr)
         self._has_said = True
 
     def saying(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:

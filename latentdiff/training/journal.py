@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff import atomic
+from latentdiff.errors import printable
 
 
 class Journal:
@@ -71,7 +72,7 @@ class Journal:
     def say(self, text: str) -> None:
         if self.enabled:
             with contextlib.suppress(OSError):  # a terminal that was closed is no reason to lose work
-                self.bar.write(text, file=sys.stderr)
+                self.bar.write(printable(text), file=sys.stderr)
 
     def __enter__(self) -> Journal:
         return self

@@ -13,6 +13,7 @@ from typing import Any
 from latentdiff import atomic
 from latentdiff.autoencoders.build import autoencoder_folder
 from latentdiff.config import AutoencoderConfig, DiffusionConfig, EmaConfig
+from latentdiff.errors import printable
 
 MANY_EPOCHS = 1000  # passes over the images after which a small model has learnt them by heart
 REPORT = "report.json"
@@ -23,7 +24,7 @@ def say(lines: Iterable[str]) -> None:
     from tqdm import tqdm
 
     for line in lines:
-        tqdm.write(line, file=sys.stderr)
+        tqdm.write(printable(line), file=sys.stderr)
 
 
 def warned(warnings: Iterable[str]) -> list[str]:

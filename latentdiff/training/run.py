@@ -18,7 +18,7 @@ from torch import nn
 
 from latentdiff import atomic, locks, processes, signals
 from latentdiff.config import OptimizerConfig, Section, TrainConfig, keep_split
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 from latentdiff.training import sharding, state
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what can be asked for: accelerate's name for it
@@ -98,7 +98,7 @@ def announcement(
             file=sys.stderr,
         )
         for line in lines:
-            accelerator.print(line, file=sys.stderr)
+            accelerator.print(printable(line), file=sys.stderr)
 
     return announce
 
