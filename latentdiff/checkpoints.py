@@ -232,7 +232,7 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
     """The pipeline of a checkpoint, or of any folder in Stable Diffusion's layout, on the CPU, in evaluation mode.
 
     Runs the installed pipeline, never the pipeline.py of the folder. Weights may be of a variant, or in shards.
-    verify: hold weight files against the hashes that were published beside them, about a second a gigabyte.
+    verify: hold weight files against the hashes that were published beside them, about two seconds a gigabyte on a slow core.
 
     Raises:
         UserError: the folder or one of its files is missing, truncated, corrupt, pickled, or not of this kind.

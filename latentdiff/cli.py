@@ -131,7 +131,7 @@ def _parser() -> Parser:
     add_measures(commands)
     _add_prepare(commands)
     _add_import(commands)
-    skip = "do not hold weights against the hashes published beside them, which takes about a second a gigabyte"
+    skip = "do not hold weights against the hashes published beside them, which takes seconds a gigabyte"
     for name in OPENING:
         commands.choices[name].add_argument("--no-verify", dest="verify", action="store_false", help=skip)
     return parser

@@ -57,7 +57,8 @@ def checked(verify: bool) -> Iterator[None]:
 def check_hashes(files: Iterable[Path]) -> None:
     """UserError for the first of a network's weight files that is not what hashes.json beside it says.
 
-    It takes about a second a gigabyte. Nothing is checked where there is no hashes.json, or within `checked(False)`.
+    It takes about two seconds a gigabyte on a slow core.
+    Nothing is checked where there is no hashes.json, or within `checked(False)`.
     """
     for file in files if _CHECKED.get() else ():
         listed = file.parent / FILE

@@ -180,8 +180,9 @@ def open_cache(
     """Opens a finished cache, checks its shards, and refuses it where it differs from `expect`.
 
     expect: any part of what `identity` gives, and flips=True where mirrored encodings are needed.
-    check: "full" reads every shard and holds it against its sha256, about a second a gigabyte; "size" looks at headers and
-    lengths alone. Of `world` processes each reads its share. A cache of an earlier version has no hashes: a warning, once.
+    check: "full" reads every shard and holds it against its sha256, about two seconds a gigabyte on a slow core;
+    "size" looks at headers and lengths alone. Of `world` processes each reads its share. A cache of an earlier version
+    has no hashes: a warning, once.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

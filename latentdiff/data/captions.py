@@ -101,7 +101,10 @@ class CaptionStates:
     """Encoded captions, float16 or float32 [U, L, d] on disk, read through memory maps."""
 
     def __init__(self, folder: Path, made_of: Identity, check: str = "full"):
-        """check: "full" holds every shard against its sha256, about a second a gigabyte; "size" looks at its length alone."""
+        """check: "full" holds every shard against its sha256, about two seconds a gigabyte on a slow core.
+
+        "size" looks at its length alone.
+        """
         self._size = int(made_of["shard_size"])
         self._shards = []
         for number in range(shard_count(made_of)):
