@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from latentdiff.cli import main
 from latentdiff.config import load_config, parse_config
 from latentdiff.errors import UserError
 from latentdiff.guidance import LatentClassifier, load_classifier
+from latentdiff.rng import derive_seed
 from latentdiff.schedules import make_schedule
 from latentdiff.training import train
+from latentdiff.training.classifier import _info, open_inputs
 
 
 def tiny(seed=0, schedule="vp", **changes):
@@ -136,6 +139,38 @@ def test_training_writes_what_it_learnt_and_how(trained, stripe_folder):
     assert sorted(classifier.info["class_names"]) == sorted(p.name for p in stripe_folder.iterdir())
     lines = [json.loads(line) for line in (trained.parent / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [10, 20, 30, 40, 50, 60] and lines[-1]["train/loss"] < lines[0]["train/loss"]
+
+
+@pytest.mark.parametrize("use_mean", [False, True])
+def test_it_is_measured_on_draws_of_the_posterior(trained, use_mean):
+    """On draws, as it was trained; on means where cache.use_mean says so."""
+    net = load_classifier(trained)
+    config = parse_config(net.info["config"])
+    config = config.model_copy(update={"cache": config.cache.model_copy(update={"use_mean": use_mean})})
+    codec, images = open_inputs(config, torch.device("cpu"))
+
+    def moments(x):
+        mean = x.mean((2, 3), keepdim=True).expand(-1, 2, 8, 8).contiguous()
+        return mean, torch.full_like(mean, 0.7)  # wide posteriors, so that means and draws differ
+
+    codec.moments = moments
+    states = []
+    log_probs = net.log_probs
+
+    def watched(x, t):
+        states.append(x)
+        return log_probs(x, t)
+
+    net.log_probs = watched
+    _info(config, net, SimpleNamespace(codec=codec, images=images), torch.device("cpu"))
+    mean, std = moments(images.held_out_batch(config.validation_images)[0])
+    draw = torch.randn(std.shape, generator=torch.Generator().manual_seed(derive_seed("validation", "posterior")))
+    x0 = codec.normalise(mean if use_mean else mean + std * draw)
+    noise = torch.randn(std.shape, generator=torch.Generator().manual_seed(derive_seed("validation")))
+    low, high = net.schedule.t_min, net.schedule.t_max
+    t = torch.tensor([low + 0.1 * (high - low)], dtype=torch.float64)  # the first of its levels
+    expected = net.schedule.alpha(t).float() * x0 + net.schedule.sigma(t).float() * noise
+    assert len(x0) == 12 and torch.allclose(states[0], expected, atol=1e-5)
 
 
 def test_training_is_a_function_of_its_config(trained, tmp_path, stripe_folder, autoencoder_run):
