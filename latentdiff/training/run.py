@@ -272,5 +272,5 @@ def settings_kept() -> Iterator[None]:
 def write_config(output: Path, config: Section, resumed: bool = False) -> None:
     """Record the config of a run. Of one that goes on, say first what it does otherwise than before."""
     for change in _free_changes(output, config) if resumed else ():
-        print(f"{output}: goes on with {change}", file=sys.stderr)
+        print(printable(f"{output}: goes on with {change}"), file=sys.stderr)
     atomic.write_json(output / "run.json", config.model_dump(mode="json"))
