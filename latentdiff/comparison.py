@@ -99,7 +99,7 @@ class Bench:
     def __init__(self, model: str | Path, data: str, num_images: int, features: str | Path, precision: str, batch_size: int):
         from latentdiff.autoencoders.codec import LatentCodec
         from latentdiff.checkpoints import load, resolve_model
-        from latentdiff.commands import data_rule, open_features
+        from latentdiff.commands import check_classes, data_rule, open_features
         from latentdiff.evaluation.report import reference_sets
         from latentdiff.generation import every_class, set_precision
 
@@ -112,6 +112,7 @@ class Bench:
             raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(self.rows)} classes")
         net = open_features(features)
         train, test = reference_sets(data, *data_rule(self.folder, LatentCodec(self.pipeline.vae)))
+        check_classes(self.pipeline, test, data)  # before anything is generated
         self.labels = None if self.rows == [None] else np.repeat(self.rows, num_images // len(self.rows))
         self.protocol = {"model": str(model), "data": data, "images": num_images, "precision": precision,
                          "features": net.name, "reference": train.fingerprint()}  # fmt: skip

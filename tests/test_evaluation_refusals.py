@@ -1,6 +1,7 @@
 """What cannot be measured is refused before any image is generated, and the line names the way out."""
 
 import pytest
+from PIL import Image
 from tiny_runs import write_stripes
 
 from latentdiff import evaluating
@@ -31,3 +32,18 @@ def test_a_floor_of_fewer_images_says_how_many():
     report |= {"memorisation": {"features": near, "pixels": near}, "left_out": {}}
     text = markdown(report | {"protocol": {}, "reference": {}, "settings": {}})
     assert "| frechet[x] | 1.0000 | 2.0000 (3 images) |" in text and "| kid[x] | 1.0000 | 2.0000 |" in text
+
+
+@pytest.mark.parametrize("command", ["compare", "tune", "likelihood", "gallery"])
+def test_data_of_other_classes_are_refused_before_generating(refused, model, feature_folder, tmp_path, monkeypatch, command):
+    for name in ("cats", "dogs"):
+        folder = tmp_path / "pets" / name
+        folder.mkdir(parents=True)
+        for k in range(8):
+            Image.new("L", (16, 16), 20 * k).save(folder / f"{k}.png")
+    monkeypatch.setattr("latentdiff.generation.generate_batches", None)
+    own = {"compare": ("--samplers", "euler"), "tune": ("--budget", 30), "likelihood": (), "gallery": ("--out", "pictures")}
+    features = ("--features", feature_folder) if command in ("compare", "tune") else ()
+    images = ("--num-images", 12) if command in ("compare", "tune") else ()
+    message = refused(command, model, "--data", tmp_path / "pets", *own[command], *features, *images)
+    assert f"--data {tmp_path / 'pets'}: its classes" in message and "are not the model's" in message
