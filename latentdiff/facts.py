@@ -14,9 +14,8 @@ import numpy as np
 import torch
 
 from latentdiff.config import DataConfig
-from latentdiff.data.accounts import printable
 from latentdiff.data.images import EncodedImages, ImageSource, in_threads
-from latentdiff.errors import UserError
+from latentdiff.errors import UserError, printable
 from latentdiff.folders import read_json
 
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")

@@ -124,7 +124,7 @@ def test_names_that_no_terminal_takes_are_written_out(tmp_path, run):
     write_image(tmp_path / "c.png")
     out = run("info", tmp_path)
     assert "\x1b" not in out and json.loads(out)["train"]["images"] == 2
-    assert "b\\\\x1b.svg" in out
+    assert "b\\\\u001b.svg" in out
 
 
 def test_links_to_class_folders_are_followed_and_deeper_ones_named(tmp_path):

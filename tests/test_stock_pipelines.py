@@ -83,7 +83,8 @@ def test_it_opens_and_draws(folder, name):
 def test_it_opens(folder, name):
     if not hasattr(diffusers, name):
         pytest.skip(f"this diffusers has no {name}")
-    plainly(name, folder)
+    pipe = plainly(name, folder)
+    assert isinstance(pipe, getattr(diffusers, name)) and pipe.unet.dtype == pipe.text_encoder.dtype == torch.float32
 
 
 def test_stock_and_our_pipeline_draw_the_same_by_the_plainest_calls(folder):
@@ -98,7 +99,8 @@ def test_stock_and_our_pipeline_draw_the_same_by_the_plainest_calls(folder):
 def test_opening_warns_of_no_outdated_scheduler(folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        plainly("StableDiffusionPipeline", folder)
+        pipe = plainly("StableDiffusionPipeline", folder)
+    assert pipe.scheduler.config.steps_offset == 1 and pipe.scheduler.config.clip_sample is False
 
 
 def test_tiles_and_slices_change_nothing_at_the_models_own_size(folder):

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from latentdiff.errors import printable
+
 LISTED = 100  # names kept for one reason; the count goes on
 SHOWN = 3  # names in a line on stderr
 REASONS = 12  # lines on stderr
@@ -83,11 +85,6 @@ def _most(groups: dict[str, Names], limit: int) -> dict[str, Names]:
         return groups
     kept = sorted(groups, key=lambda reason: -groups[reason].count)[:limit]
     return {reason: names for reason, names in groups.items() if reason in kept}
-
-
-def printable(name: str) -> str:
-    """A file's name that any terminal and any JSON reader takes: control characters and broken bytes are written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in name)
 
 
 def listed(names: Iterable[str], limit: int = SHOWN) -> str:

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdiff.data.accounts import printable
 from latentdiff.data.images import ImageSource
 from latentdiff.data.preprocess import SCALED, Preprocess, size_name
+from latentdiff.errors import printable
 
 
 def framing_facts(source: ImageSource, rule: Preprocess, indices: torch.Tensor | None = None) -> dict[str, Any]:
