@@ -5,6 +5,7 @@ model card). Weights are safetensors; nothing is ever unpickled. Training state 
 """
 
 import copy
+import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from latentdiff import atomic, limits
 from latentdiff.errors import UserError
-from latentdiff.folders import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
-from latentdiff.hashes import write_hashes
+from latentdiff.models.loading import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
+from latentdiff.utils import atomic, limits
+from latentdiff.utils.hashes import sha256_of, write_hashes
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
+NETWORKS = ("unet", "vae", "text_encoder")
 META = "latentdiff.json"
 INDEX = "model_index.json"
 FORMAT = 1
@@ -79,10 +81,15 @@ def publish(
     _check_classes(unet, class_names, null_class, index, text_encoder is not None and null_prompt is not None)
     names, size = list(class_names) if class_names is not None else None, index.get("image_size")
     record = {
-        "format": FORMAT, **meta, "class_names": names, "null_class": null_class, "null_prompt": null_prompt,
-        "image_size": list(size) if size is not None else None, "weights_dtype": str(dtype).removeprefix("torch."),
+        "format": FORMAT,
+        **meta,
+        "class_names": names,
+        "null_class": null_class,
+        "null_prompt": null_prompt,
+        "image_size": list(size) if size is not None else None,
+        "weights_dtype": str(dtype).removeprefix("torch."),
         "versions": library_versions(),
-    }  # fmt: skip
+    }
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"  # fails before anything is written
     pipeline = LatentDiffusionPipeline(
         *_with_sizes(in_dtype(unet, dtype, "unet"), in_dtype(vae, dtype, "vae")),
@@ -370,3 +377,17 @@ def resolve_config(name: str | Path) -> Path:
         inside = shipped.joinpath(*path.parts[1:])
         return inside if inside.is_file() else path
     return path
+
+
+def weights_of(folder: Path) -> dict[str, str | None]:
+    """Which weights a checkpoint holds: the average over its training, where its latentdiff.json says so, and their sha256.
+
+    Hashed are the safetensors files of its networks, named by their places in the folder.
+    """
+    average = read_meta(folder).get("ema") if (folder / META).is_file() else None
+    digest = hashlib.sha256()
+    for path in sorted(path for part in NETWORKS for path in (folder / part).glob("*.safetensors")):
+        digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
+        digest.update(bytes.fromhex(sha256_of(path)))
+    weights = f"EMA, decay {average.get('decay')}" if isinstance(average, dict) else None
+    return {"weights": weights, "weights_sha256": digest.hexdigest()}

@@ -11,10 +11,10 @@ import yaml
 from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, ValidationError, field_validator, model_validator
 
-from latentdiff import processes
 from latentdiff.errors import UserError
-from latentdiff.mistakes import explain, override, similar_config
-from latentdiff.plain import read_yaml
+from latentdiff.utils import processes
+from latentdiff.utils.config_errors import explain, override, similar_config
+from latentdiff.utils.safe_yaml import read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 BOTH_NAMES = "data.fit is the old name of data.framing, and both are given; leave data.fit out"

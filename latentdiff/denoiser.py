@@ -14,7 +14,7 @@ from torch import Tensor
 from latentdiff import prediction as predictions
 from latentdiff.errors import UserError
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.tensors import per_sample, widen
+from latentdiff.utils.tensors import per_sample, widen
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,12 @@ import numpy as np
 import torch
 import yaml
 
-from latentdiff import locks, processes, signals
+from latentdiff.checkpoints import weights_of
 from latentdiff.errors import UserError
-from latentdiff.plain import read_yaml
-from latentdiff.records import weights_of
-from latentdiff.rng import derive_seed
-from latentdiff.writing import ImageFolder, Make, Names, check_out, to_folder, to_grid, to_npz
+from latentdiff.utils import locks, processes, signals
+from latentdiff.utils.outputs import ImageFolder, Make, Names, check_out, to_folder, to_grid, to_npz
+from latentdiff.utils.random import derive_seed
+from latentdiff.utils.safe_yaml import read_yaml
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -303,7 +303,8 @@ def generate(
     off.  sampler_options: key=value, the sampler's own keywords.  Both need a sampler.
     device: auto, cpu, or torch's name of another.
     The same arguments give the same file. UserError for an unknown class, sampler, model, a path that cannot be written,
-    a folder of another call, and one in which another job is writing. A signal ends the call as `latentdiff.signals` says.
+    a folder of another call, and one in which another job is writing. A signal ends the call: see
+    `latentdiff.utils.signals`.
     """
     path, options = _checked(out, num_images, batch_size, steps, sampler, sampler_options or [])
     processes.pick_device(device)
@@ -350,10 +351,8 @@ def generate(
     return path
 
 
-def _write(
-    path: Path, make: Make, names: Names, depends_on: dict[str, Any], batch_size: int, progress: bool
-) -> None:
-    """Make the images and write them, alone in the folder or at the file; a signal ends it as `latentdiff.signals` says."""
+def _write(path: Path, make: Make, names: Names, depends_on: dict[str, Any], batch_size: int, progress: bool) -> None:
+    """Make the images and write them, alone in the folder or at the file; a signal ends it (`utils.signals`)."""
     from tqdm import tqdm
 
     part = processes.share(len(names), batch_size)
@@ -385,9 +384,7 @@ def _checked(
     return path, parsed
 
 
-def _opened(
-    model: str | Path, device: str, sampler: str | None, precision: str
-) -> tuple[Path, LatentDiffusionPipeline]:
+def _opened(model: str | Path, device: str, sampler: str | None, precision: str) -> tuple[Path, LatentDiffusionPipeline]:
     """The model's folder, and its pipeline on the device, in the precision."""
     from latentdiff.checkpoints import load, resolve_model
 

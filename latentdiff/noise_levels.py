@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.rng import Generators, rand
 from latentdiff.schedules import NoiseSchedule
+from latentdiff.utils.random import Generators, rand
 
 
 class NoiseLevels:
@@ -33,9 +33,7 @@ class NoiseLevels:
         """t below which a share u of the draws lie: u float64 in [0, 1] -> t in [t_min, t_max]."""
         return self._quantile(u).clamp(self.schedule.t_min, self.schedule.t_max)
 
-    def sample(
-        self, batch: int, generator: Generators = None, device: torch.device | str | None = None
-    ) -> Tensor:
+    def sample(self, batch: int, generator: Generators = None, device: torch.device | str | None = None) -> Tensor:
         """t [batch], float64; generator: None, one, or (where not in strata) one per sample.
 
         Independent draws; in strata, one from each of `batch` parts of equal probability, in random order: every t has
@@ -74,9 +72,7 @@ def _logit_normal(s: NoiseSchedule, mean: float, std: float) -> NoiseLevels:
 def _log_normal(s: NoiseSchedule, mean: float, std: float) -> NoiseLevels:
     """Cut off at the usable interval: the normal's own quantiles between those of t_min and t_max."""
     low, high = torch.special.ndtr((_log_ratio_ends(s) - mean) / std)
-    return NoiseLevels(
-        s, lambda u: s.time_from_log_snr(-2 * (mean + std * torch.special.ndtri(low + (high - low) * u)))
-    )
+    return NoiseLevels(s, lambda u: s.time_from_log_snr(-2 * (mean + std * torch.special.ndtri(low + (high - low) * u))))
 
 
 def _importance(s: NoiseSchedule) -> NoiseLevels:

@@ -10,7 +10,7 @@ from latentdiff import prediction as predictions
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import flat_mean, widen
+from latentdiff.utils.tensors import flat_mean, widen
 
 WEIGHTINGS = ("none", "min_snr", "edm", "likelihood", "uncertainty")
 
@@ -20,9 +20,7 @@ def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: float | Ten
     return widen(schedule.alpha(t), x0) * x0 + widen(schedule.sigma(t), x0) * noise
 
 
-def loss_weight(
-    weighting: str, prediction: str, schedule: NoiseSchedule, t: float | Tensor, gamma: float = 5.0
-) -> Tensor:
+def loss_weight(weighting: str, prediction: str, schedule: NoiseSchedule, t: float | Tensor, gamma: float = 5.0) -> Tensor:
     """What the squared error of the prediction is multiplied by at t; float64, of t's shape.
 
     none: 1.  uncertainty: 1, as the learned weight is `Uncertainty`'s.

@@ -1,10 +1,10 @@
 """Parameterizations: what a network predicts is one row y = A(t) x0 + B(t) eps.
 
-    epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512 appendix D
-    score (0, -1/sigma)   flow (alpha', sigma')
-    edm (sigma/s, -alpha s) / sqrt(sigma^2 + alpha^2 s^2), s the data's standard deviation: F of 2206.00364 table 1,
-        x0 = c_skip x + c_out F, in the coordinates x/alpha and sigma/alpha; with s = 1 on a variance-preserving
-        schedule it is -v_prediction
+epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512 appendix D
+score (0, -1/sigma)   flow (alpha', sigma')
+edm (sigma/s, -alpha s) / sqrt(sigma^2 + alpha^2 s^2), s the data's standard deviation: F of 2206.00364 table 1,
+    x0 = c_skip x + c_out F, in the coordinates x/alpha and sigma/alpha; with s = 1 on a variance-preserving
+    schedule it is -v_prediction
 """
 
 import math
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from latentdiff.errors import UserError
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import widen
+from latentdiff.utils.tensors import widen
 
 _ROWS: Mapping[str, Callable[[NoiseSchedule, Tensor], tuple[Tensor, Tensor]]] = {
     "epsilon": lambda s, t: (torch.zeros_like(t), torch.ones_like(t)),
@@ -46,9 +46,7 @@ def row(prediction: str, schedule: NoiseSchedule, t: float | Tensor) -> tuple[Te
     return _ROWS[prediction](schedule, torch.as_tensor(t, dtype=torch.float64))
 
 
-def solve(
-    prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: float | Tensor, y: Tensor
-) -> tuple[Tensor, Tensor]:
+def solve(prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: float | Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """(x0, eps) from x_t = alpha x0 + sigma eps and y = A x0 + B eps, by the inverse of the 2x2 matrix.
 
     x_t, y: [B, ...]; t: float or [B].  Where the matrix is singular (epsilon or score at alpha = 0, sample at

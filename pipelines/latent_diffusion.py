@@ -138,11 +138,17 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if isinstance(class_names, (list, tuple)):  # a list of strings would look like a (library, class) pair
             class_names = {str(i): str(name) for i, name in enumerate(class_names)}
         self.register_to_config(
-            class_names=class_names, null_class=null_class, null_prompt=null_prompt, prediction=prediction, schedule=schedule,
-            image_size=list(image_size) if image_size is not None else None, default_guidance_scale=default_guidance_scale,
-            default_guidance_interval=default_guidance_interval, default_num_inference_steps=default_num_inference_steps,
+            class_names=class_names,
+            null_class=null_class,
+            null_prompt=null_prompt,
+            prediction=prediction,
+            schedule=schedule,
+            image_size=list(image_size) if image_size is not None else None,
+            default_guidance_scale=default_guidance_scale,
+            default_guidance_interval=default_guidance_interval,
+            default_num_inference_steps=default_num_inference_steps,
             default_sampler=default_sampler,
-        )  # fmt: skip
+        )
 
     @property
     def interrupt(self) -> bool:

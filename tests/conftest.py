@@ -12,8 +12,8 @@ from stripes import stripes
 from tiny_runs import autoencoder_config, diffusion_config, tree, write_stripes
 
 from latentdiff.cli import main
+from latentdiff.evaluation.feature_training import train_features
 from latentdiff.training import train
-from latentdiff.training.features import train_features
 
 
 def pytest_configure() -> None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentdiff.denoiser import Denoiser
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import per_sample
+from latentdiff.utils.tensors import per_sample
 
 
 @dataclass(frozen=True)

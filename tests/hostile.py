@@ -14,17 +14,23 @@ from safetensors.torch import save_file
 from tiny_models import tiny_unet, tiny_vae
 
 from latentdiff import checkpoints
-from latentdiff.autoencoders.build import load_autoencoder
-from latentdiff.data.cache import open_cache
-from latentdiff.data.shards import shard_path, write_manifest, write_shard
-from latentdiff.evaluation.features import FeatureNet, load_features
-from latentdiff.evaluation.judge import JudgeNet, load_judge
+from latentdiff.data.latent_cache import open_cache
+from latentdiff.data.tensor_shards import shard_path, write_manifest, write_shard
 from latentdiff.guidance import LatentClassifier, load_classifier
+from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.feature_net import FeatureNet, load_features
+from latentdiff.models.judge_net import JudgeNet, load_judge
 
 MADE_OF = {
-    "format": 1, "autoencoder": "a", "preprocessing": {"size": [8, 8]}, "data": "d", "count": 3, "flips": False,
-    "dtype": "float16", "shard_size": 2,
-}  # fmt: skip
+    "format": 1,
+    "autoencoder": "a",
+    "preprocessing": {"size": [8, 8]},
+    "data": "d",
+    "count": 3,
+    "flips": False,
+    "dtype": "float16",
+    "shard_size": 2,
+}
 VALUES = [None, True, -1, 0, 2**70, 10**12, 1e308, float("nan"), float("inf"), "", "../x", "\ud800", [], [None], {}, {"a": 1}]
 DEEP = "[" * 100_000
 
@@ -41,8 +47,15 @@ class Kind:
 
 def write_checkpoint(folder: Path) -> None:
     torch.manual_seed(0)
-    checkpoints.publish(folder, unet=tiny_unet(), vae=tiny_vae(), scheduler=DDIMScheduler(), meta={"steps": 7},
-                        class_names=["a", "b", "c"], null_class=3)  # fmt: skip
+    checkpoints.publish(
+        folder,
+        unet=tiny_unet(),
+        vae=tiny_vae(),
+        scheduler=DDIMScheduler(),
+        meta={"steps": 7},
+        class_names=["a", "b", "c"],
+        null_class=3,
+    )
 
 
 def without_hashes(folder: Path) -> None:
@@ -69,12 +82,16 @@ def use_cache(folder: Path) -> None:
 NET = dict(weights="model.safetensors", configs=("config.json",))
 KINDS = {
     "checkpoint": Kind(
-        write_checkpoint, checkpoints.load, "unet/diffusion_pytorch_model.safetensors",
+        write_checkpoint,
+        checkpoints.load,
+        "unet/diffusion_pytorch_model.safetensors",
         ("model_index.json", "unet/config.json", "vae/config.json", "scheduler/scheduler_config.json"),
     ),
     "autoencoder": Kind(
-        lambda folder: tiny_vae().save_pretrained(folder), lambda folder: load_autoencoder(str(folder)),
-        "diffusion_pytorch_model.safetensors", ("config.json",),
+        lambda folder: tiny_vae().save_pretrained(folder),
+        lambda folder: load_autoencoder(str(folder)),
+        "diffusion_pytorch_model.safetensors",
+        ("config.json",),
     ),
     "features": Kind(lambda folder: FeatureNet(1, 3, (8, 8, 8)).fold().save(folder), load_features, **NET),
     "judge": Kind(lambda folder: JudgeNet(["a", "b"], ["s"], (8, 8), 8).fold().save(folder), load_judge, **NET),
@@ -82,7 +99,7 @@ KINDS = {
         lambda folder: LatentClassifier(2, 3, {"name": "ddpm-linear"}, (8, 8)).save(folder), load_classifier, **NET
     ),
     "cache": Kind(write_cache, use_cache, "shard-00001.safetensors", ("manifest.json",)),
-}  # fmt: skip
+}
 
 
 def split_header(raw: bytes) -> tuple[dict[str, Any], bytes]:

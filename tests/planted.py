@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 
 from latentdiff.denoiser import Denoised
-from latentdiff.tensors import widen
+from latentdiff.utils.tensors import widen
 
 
 def planted(function: Callable, *changes: tuple[str, str], **helpers: Callable) -> Callable:

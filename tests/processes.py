@@ -93,8 +93,14 @@ def start(wanted: dict[str, Any], rank: int, world: int, port: int, log: int, ou
         os.environ |= wanted.get("environment", {})
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
         if world > 1:
-            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-                           "LOCAL_WORLD_SIZE": str(world), "MASTER_PORT": str(port)}  # fmt: skip
+            os.environ |= {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "LOCAL_WORLD_SIZE": str(world),
+                "MASTER_PORT": str(port),
+            }
         arguments, nowhere = wanted.get("command"), os.open(os.devnull, os.O_WRONLY)
         os.dup2(log if rank == 0 or arguments else nowhere, 2)
         os.dup2(out if arguments else nowhere, 1)
@@ -122,9 +128,9 @@ def start(wanted: dict[str, Any], rank: int, world: int, port: int, log: int, ou
 
 def weigh(path: Path) -> Callable[[], None]:
     """A function that writes {"weights", "average", "moments": how many numbers of each this process holds in itself}."""
-    from latentdiff.training import diffusion
+    from latentdiff.training import train_diffusion
 
-    held, make = [], diffusion._work
+    held, make = [], train_diffusion._work
 
     def noted(config: Any, parts: Any, *rest: Any) -> Any:
         held.append(parts)
@@ -139,7 +145,7 @@ def weigh(path: Path) -> Callable[[], None]:
         counts = {"weights": count(parts.bare.parameters()), "average": count(parts.ema.average.values())}
         path.write_text(json.dumps(counts | {"moments": count(moments)}))
 
-    diffusion._work = noted
+    train_diffusion._work = noted
     return write
 
 
@@ -151,8 +157,8 @@ def warm_up() -> None:
     from diffusers import AutoencoderKL, UNet2DModel, VQModel  # noqa: F401
 
     import latentdiff.pipelines.latent_diffusion
-    import latentdiff.training.autoencoder
-    import latentdiff.training.diffusion  # noqa: F401
+    import latentdiff.training.train_autoencoder
+    import latentdiff.training.train_diffusion  # noqa: F401
 
     torch.set_num_threads(1)  # threads would not survive a fork
 

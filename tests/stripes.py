@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource
+from latentdiff.data.transforms import ImageDataset, Preprocess
 
 CLASSES = ["across", "down", "blank"]
 
@@ -16,9 +16,7 @@ def stripe_pixels(n: int, seed: int = 0, size: int = 18) -> tuple[np.ndarray, to
     phase, contrast = generator.integers(0, 4, n), generator.uniform(40, 100, n)
     wave = np.where((np.arange(size)[None] + phase[:, None]) % 4 < 2, 1.0, -1.0) * contrast[:, None]  # [n, size]
     across = np.repeat(wave[:, :, None], size, axis=2)
-    pattern = np.select(
-        [labels[:, None, None] == 0, labels[:, None, None] == 1], [across, across.transpose(0, 2, 1)], 0
-    )
+    pattern = np.select([labels[:, None, None] == 0, labels[:, None, None] == 1], [across, across.transpose(0, 2, 1)], 0)
     pixels = 128 + pattern + generator.normal(0, 15, pattern.shape)
     return pixels.clip(0, 255).astype(np.uint8)[..., None], torch.from_numpy(labels)
 

@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 from test_sources import class_folder, one_line, write_image
 
-from latentdiff.data.files import decode, inspect
-from latentdiff.data.images import Columns
-from latentdiff.data.preprocess import ImageDataset, Preprocess
+from latentdiff.data.datasets import Columns
+from latentdiff.data.image_files import decode, inspect
 from latentdiff.data.sources import open_source
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
 
 
@@ -68,8 +68,9 @@ def test_a_class_folder_counts_no_checkpoints_and_names_what_is_empty(tmp_path):
     source = open_source(str(tmp_path))
     assert source.files == ["a/0.png", "a/1.png", "b/0.png", "b/1.png"] and source.class_names == ["a", "b"]
     assert left_out(source) == {
-        "hidden, or left by a system or an editor": ["a/.ipynb_checkpoints/"], "folder without images": ["c/"],
-    }  # fmt: skip
+        "hidden, or left by a system or an editor": ["a/.ipynb_checkpoints/"],
+        "folder without images": ["c/"],
+    }
 
 
 def test_heic_is_read_where_pillow_heif_is_and_named_where_it_is_not(tmp_path):
@@ -168,8 +169,9 @@ def test_captions_beside_images(tmp_path, folder):
     assert source.class_names == (["kind"] if folder else [])
     assert remarks(source) == {"no caption, used with an empty one": [f"{folder}d.png"]}
     assert left_out(source) == {
-        ".txt beside it is read instead": [f"{folder}c.caption"], "text beside no image": [f"{folder}readme.txt"],
-    }  # fmt: skip
+        ".txt beside it is read instead": [f"{folder}c.caption"],
+        "text beside no image": [f"{folder}readme.txt"],
+    }
     before = source.fingerprint()
     (tmp_path / f"{folder}b.caption").write_text("plum")
     assert open_source(str(tmp_path)).fingerprint() != before
@@ -233,8 +235,9 @@ def test_images_that_metadata_does_not_list_are_named(tmp_path):
     source = open_source(str(tmp_path))
     assert source.files == ["0.png", "0.png", "strange.data"] and int(source.read(2)[0, 0, 0]) == 7
     assert left_out(source) == {
-        "not listed in metadata.csv": ["1.png", "2.png", "3.png", "4.png"], "metadata.csv is read instead": ["4.txt"],
-    }  # fmt: skip
+        "not listed in metadata.csv": ["1.png", "2.png", "3.png", "4.png"],
+        "metadata.csv is read instead": ["4.txt"],
+    }
     assert remarks(source) == {"listed more than once in metadata.csv, and counted as often": ["0.png"]}
     (tmp_path / "metadata.jsonl").write_text('\ufeff{"file_name": "./0.png"}\r\n')
     both = open_source(str(tmp_path))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from exact import Mixture, exact, mixture
 
-from latentdiff.agreement import agreement, estimate, markdown
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.checkpoints import META, load
+from latentdiff.evaluation.compare_denoisers import agreement, estimate, markdown
+from latentdiff.models.codec import LatentCodec
 from latentdiff.schedules import make_schedule
 
 PROCESSES = ("vp", "subvp", "ve", "cosine", "flow", "edm")

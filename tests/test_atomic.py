@@ -9,10 +9,10 @@ import threading
 import pytest
 from PIL import Image
 
-from latentdiff import atomic, locks
 from latentdiff.checkpoints import resolve_model
 from latentdiff.errors import UserError
-from latentdiff.pictures import save_png
+from latentdiff.utils import atomic, locks
+from latentdiff.utils.images import save_png
 
 
 def names(folder) -> list[str]:
@@ -107,9 +107,18 @@ def test_a_file_that_is_read_and_not_there_is_not_said_to_be_unwritable(tmp_path
 
 def test_leftovers_are_swept_and_nothing_else(tmp_path):
     others = [".hidden", ".git-1234abcd", "model", "x.tmp", ".npz", ".run.json", ".model", ".cache"]
-    leftovers = [".model-a1b2c3d4", ".writing-a1b2c3d4", ".saving-________", ".x.4711.npz", ".run.json.tmp", ".step-7.tmp",
-                 ".autoencoder.new-0123abcd", ".model.old-0123abcd", ".step-7.old-0123abcd.tmp",
-                 f"manifest.{'0f' * 16}.tmp"]  # fmt: skip
+    leftovers = [
+        ".model-a1b2c3d4",
+        ".writing-a1b2c3d4",
+        ".saving-________",
+        ".x.4711.npz",
+        ".run.json.tmp",
+        ".step-7.tmp",
+        ".autoencoder.new-0123abcd",
+        ".model.old-0123abcd",
+        ".step-7.old-0123abcd.tmp",
+        f"manifest.{'0f' * 16}.tmp",
+    ]
     places = [tmp_path, tmp_path / "state", tmp_path / ".cache"]
     for inside in places:
         for name in others + leftovers:

@@ -6,9 +6,9 @@ from tiny_runs import diffusion_config
 from torch.nn.attention import SDPBackend
 from torch.nn.functional import scaled_dot_product_attention
 
-from latentdiff.planning import plan
-from latentdiff.training import diffusion, train
+from latentdiff.training import train, train_diffusion
 from latentdiff.training.attention import SHORT, attention_kernel
+from latentdiff.training.estimate import plan
 
 
 def attend(context, dtype: torch.dtype, places: int) -> tuple[list[torch.Tensor], list[str]]:
@@ -22,11 +22,14 @@ def attend(context, dtype: torch.dtype, places: int) -> tuple[list[torch.Tensor]
     return values, [event.key for event in seen.key_averages()]
 
 
-@pytest.mark.parametrize("device, precision, places, plain", [
-    ("cpu", "bfloat16", SHORT, True),
-    ("cpu", "bfloat16", SHORT + 1, False),
-    ("cpu", "float32", 16, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device, precision, places, plain",
+    [
+        ("cpu", "bfloat16", SHORT, True),
+        ("cpu", "bfloat16", SHORT + 1, False),
+        ("cpu", "float32", 16, False),
+    ],
+)
 def test_short_bfloat16_attention_takes_matrix_products(device, precision, places, plain):
     context = attention_kernel(torch.device(device), precision, places)
     _, ran = attend(context, getattr(torch, precision), places)
@@ -56,7 +59,7 @@ def test_a_run_and_what_is_measured_before_it_take_the_same_kernel(tmp_path, str
         asked.append((device.type, precision, positions))
         return attention_kernel(device, precision, positions)
 
-    monkeypatch.setattr(diffusion, "attention_kernel", recorded)
+    monkeypatch.setattr(train_diffusion, "attention_kernel", recorded)
     changes = {"train__precision": "bfloat16", "train__steps": 1}
     train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, **changes))
     (run,) = set(asked)

@@ -10,8 +10,11 @@ from diffusers import AutoencoderKL, VQModel
 from torch import nn
 from torch.nn import functional as F
 
-from latentdiff.autoencoders.discriminator import PatchDiscriminator
-from latentdiff.autoencoders.losses import (
+from latentdiff.errors import UserError
+from latentdiff.models.discriminator import PatchDiscriminator
+from latentdiff.models.feature_net import FeatureNet
+from latentdiff.models.perceptual import Lpips, Perceptual
+from latentdiff.training.autoencoder_loss import (
     Stage1Weights,
     adaptive_weight,
     discriminator_loss,
@@ -22,9 +25,6 @@ from latentdiff.autoencoders.losses import (
     l2,
     stage1_terms,
 )
-from latentdiff.autoencoders.perceptual import Lpips, Perceptual
-from latentdiff.errors import UserError
-from latentdiff.evaluation.features import FeatureNet
 
 TINY = dict(
     in_channels=1,

@@ -9,15 +9,9 @@ from diffusers import AutoencoderKL, VQModel
 from PIL import Image
 from torch import nn
 
-from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.autoencoders.report import (
-    LatentStatistics,
-    psnr,
-    reconstruction_grid,
-    ssim,
-    stage1_report,
-    write_report,
-)
+from latentdiff.evaluation.image_quality import psnr, ssim
+from latentdiff.models.codec import LatentCodec
+from latentdiff.training.autoencoder_report import LatentStatistics, reconstruction_grid, stage1_report, write_report
 
 
 class PixelCodec:

@@ -6,16 +6,21 @@ import pytest
 import torch
 from diffusers import VQModel
 
-from latentdiff.autoencoders.vq import CodeUsage, code_indices, revive_dead_codes
+from latentdiff.models.codebook import CodeUsage, code_indices, revive_dead_codes
 
 
 @pytest.fixture
 def model():
     torch.manual_seed(0)
     return VQModel(
-        in_channels=1, out_channels=1, block_out_channels=(8,), norm_num_groups=4, latent_channels=3,
-        num_vq_embeddings=16, mid_block_add_attention=False,
-    )  # fmt: skip
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        latent_channels=3,
+        num_vq_embeddings=16,
+        mid_block_add_attention=False,
+    )
 
 
 def test_perplexity_and_usage_in_closed_form():

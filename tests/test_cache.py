@@ -13,11 +13,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.data.cache import build_cache, identity, open_cache
-from latentdiff.data.preprocess import ImageDataset, Preprocess
+from latentdiff.data.latent_cache import build_cache, identity, open_cache
 from latentdiff.data.sources import ArraySource
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
+from latentdiff.models.codec import LatentCodec
 
 N = 22  # images: three shards of 8, the last one short
 
@@ -115,8 +115,10 @@ def test_another_autoencoder_preprocessing_or_data_is_named_and_refused(tmp_path
         (PlainCodec(), make_dataset(seed=1), r"other data \(\w{12}, now \w{12}\);"),
         (PlainCodec(2.0), make_dataset(seed=1), "other autoencoder weights .* and other data "),
     ]:
-        for attempt in (lambda c=codec, d=dataset: open_cache(tmp_path, identity(c, d)),
-                        lambda c=codec, d=dataset: build(tmp_path, c, d)):  # fmt: skip
+        for attempt in (
+            lambda c=codec, d=dataset: open_cache(tmp_path, identity(c, d)),
+            lambda c=codec, d=dataset: build(tmp_path, c, d),
+        ):
             with pytest.raises(UserError, match=said) as error:
                 attempt()
             assert str(tmp_path) in one_line(error)
@@ -240,9 +242,14 @@ def test_a_real_autoencoder_changes_its_cache_with_any_weight(tmp_path):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL(
-        in_channels=1, out_channels=1, block_out_channels=(4, 4), norm_num_groups=2, latent_channels=2,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-    )  # fmt: skip
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(4, 4),
+        norm_num_groups=2,
+        latent_channels=2,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+    )
     codec, dataset = LatentCodec(vae), make_dataset()
     cache = build(tmp_path, codec, dataset)
     mean, std = codec.moments(dataset.batch(range(9))[0])

@@ -8,8 +8,8 @@ from PIL import Image
 from tiny_runs import diffusion_tree, write_stripes, write_yaml
 
 from latentdiff.cli import main
-from latentdiff.data.cache import open_cache
-from latentdiff.data.shards import shard_path
+from latentdiff.data.latent_cache import open_cache
+from latentdiff.data.tensor_shards import shard_path
 
 
 def test_parts_make_the_cache_that_one_job_makes(tmp_path, stripe_folder, autoencoder_run, capsys):

@@ -11,10 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cache import N, PlainCodec, build, make_dataset
 
-from latentdiff import locks, signals
-from latentdiff.data.cache import build_part, open_cache
-from latentdiff.data.shards import building, content_sha256, shard_path, write_shard
+from latentdiff.data.latent_cache import build_part, open_cache
+from latentdiff.data.tensor_shards import building, content_sha256, shard_path, write_shard
 from latentdiff.errors import UserError
+from latentdiff.utils import locks, signals
 
 PARTS = {"batch": 3, "shard_size": 8, "dtype": "float32"}
 
@@ -172,7 +172,7 @@ def test_a_full_disk_names_the_shard(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("latentdiff.data.shards.save_file", full)
+    monkeypatch.setattr("latentdiff.data.tensor_shards.save_file", full)
     with pytest.raises(UserError, match=r"shard-00000.safetensors: cannot be written \(No space left on device\)"):
         build(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -204,14 +204,14 @@ def test_states_of_captions_are_hashed_too(tmp_path):
 
 
 def test_a_killed_evaluation_leaves_nothing_beside_the_reference(tmp_path):
-    from latentdiff.evaluation import reference
-    from latentdiff.evaluation.scores import Seen
-    from latentdiff.evaluation.statistics import Moments
+    from latentdiff.evaluation import feature_cache
+    from latentdiff.evaluation.classification import Seen
+    from latentdiff.evaluation.frechet import Moments
 
     moments = Moments(2)
     moments.update(torch.arange(8.0).reshape(4, 2))
     path = tmp_path / "reference-0.safetensors"
     for leftover in (".reference-0.0123.tmp", ".reference-0.safetensors.01234567.tmp"):
         (tmp_path / leftover).write_bytes(b"half")
-    reference._write(path, Seen(moments, None, "0", torch.zeros(4, 2)), {})
+    feature_cache._write(path, Seen(moments, None, "0", torch.zeros(4, 2)), {})
     assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -24,10 +24,16 @@ NAMES = ["T-shirt/top", "Bag", "42"]
 def publish(folder, **changes):
     torch.manual_seed(0)
     arguments = dict(
-        unet=tiny_unet(), vae=tiny_vae(), scheduler=DDIMScheduler(), meta={"steps": 7, "metrics": {"psnr_db": 27.5}},
-        class_names=NAMES, null_class=3, image_size=(6, 5), default_guidance_scale=1.5,
+        unet=tiny_unet(),
+        vae=tiny_vae(),
+        scheduler=DDIMScheduler(),
+        meta={"steps": 7, "metrics": {"psnr_db": 27.5}},
+        class_names=NAMES,
+        null_class=3,
+        image_size=(6, 5),
+        default_guidance_scale=1.5,
         default_guidance_interval=(0.0, 1.0),
-    )  # fmt: skip
+    )
     return checkpoints.publish(folder, **{**arguments, **changes})
 
 
@@ -114,9 +120,12 @@ def test_stock_diffusers_gives_the_same_pixels(published, tmp_path):
     environment["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # sums are split by threads
     result = subprocess.run(
         [sys.executable, "-c", STOCK, str(published), str(tmp_path / "images.npy")],
-        cwd=tmp_path, env={**environment, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
-        capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**environment, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0, result.stderr
     assert "said so" in result.stdout
     assert "not found in your environment" not in result.stderr
@@ -184,9 +193,7 @@ def test_default_guidance_needs_a_null_class(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "changes", [dict(class_names=["a", "b"], null_class=2), dict(null_class=0), dict(null_class=None)]
-)
+@pytest.mark.parametrize("changes", [dict(class_names=["a", "b"], null_class=2), dict(null_class=0), dict(null_class=None)])
 def test_classes_that_contradict_the_unet_are_refused(tmp_path, changes):
     with pytest.raises(UserError, match="num_class_embeds"):
         publish(tmp_path / "model", default_guidance_scale=1.0, **changes)

@@ -14,10 +14,10 @@ from latentdiff.cli import main
 from latentdiff.config import load_config, parse_config
 from latentdiff.errors import UserError
 from latentdiff.guidance import LatentClassifier, load_classifier
-from latentdiff.rng import derive_seed
 from latentdiff.schedules import make_schedule
 from latentdiff.training import train
-from latentdiff.training.classifier import _info, open_inputs
+from latentdiff.training.train_classifier import _info, open_inputs
+from latentdiff.utils.random import derive_seed
 
 
 def tiny(seed=0, schedule="vp", **changes):
@@ -203,8 +203,11 @@ def test_the_shipped_recipe_is_small():
     config = load_config("configs/fashion-mnist/classifier.yaml")
     diffusion = load_config("configs/fashion-mnist/diffusion.yaml")
     assert [config.schedule, config.data, config.cache, config.autoencoder] == [
-        diffusion.schedule, diffusion.data, diffusion.cache, diffusion.autoencoder,
-    ]  # fmt: skip
+        diffusion.schedule,
+        diffusion.data,
+        diffusion.cache,
+        diffusion.autoencoder,
+    ]
     net = LatentClassifier(8, 10, {"name": "flow"}, **config.model)
     assert sum(p.numel() for p in net.parameters()) < 0.5e6
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import autoencoder_tree, diffusion_tree, tree, write_stripes, write_yaml
 
 from latentdiff import samplers
-from latentdiff.cli import _parsed, main
+from latentdiff.cli.app import _parsed, main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = ["across", "blank", "down"]
@@ -75,8 +75,10 @@ def test_generate_into_a_folder_writes_an_image_a_file(run, here, model, samples
     assert image.shape == (16, 16) and np.abs(image - np.load(samples)["arr_0"][5, ..., 0]).max() <= 1
 
 
-@pytest.mark.parametrize("options", [("--sampler", "heun"), ("--guidance", "3"), ("--steps", "5"), ("--guidance", "1"),
-                                     ("--guidance-interval", "0.4", "0.6")])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [("--sampler", "heun"), ("--guidance", "3"), ("--steps", "5"), ("--guidance", "1"), ("--guidance-interval", "0.4", "0.6")],
+)
 def test_every_option_of_generate_changes_the_images(run, here, model, samples, options):
     run("generate", "--all-classes", "--model", model, "--num-images", 5, "--steps", 3, *options, "--out", "x.npz")
     assert np.abs(np.load(here / "x.npz")["arr_0"].astype(int) - np.load(samples)["arr_0"]).max() > 2
@@ -303,7 +305,7 @@ def test_info_reports_on_data(run, tmp_path, monkeypatch):
     assert facts["most_common_sizes"] == [{"size": [16, 16], "images": 8}, {"size": [4, 8], "images": 1}]
     alike = {"images": 2, "groups": 1, "first": [sorted([str(first), "down/again.bmp", "down/copy.png"])], "compared": "pixels"}
     assert facts["duplicates"] == alike
-    monkeypatch.setattr("latentdiff.facts.MANY_PIXELS", 100)  # then only files are compared
+    monkeypatch.setattr("latentdiff.cli.info.MANY_PIXELS", 100)  # then only files are compared
     of_files = json.loads(run("info", data))["train"]["duplicates"]
     assert of_files == {"images": 1, "groups": 1, "first": [sorted([str(first), "down/copy.png"])], "compared": "files"}
 

@@ -8,15 +8,15 @@ from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderTiny, VQModel
 from safetensors.torch import load_file, save_file
 from tiny_models import tiny_vae
 
-from latentdiff.autoencoders.build import (
+from latentdiff.errors import UserError
+from latentdiff.models.autoencoder import (
     build_autoencoder,
     fold_normaliser,
     load_autoencoder,
     set_normaliser,
     store_normaliser,
 )
-from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.errors import UserError
+from latentdiff.models.codec import LatentCodec
 from latentdiff.pipelines.latent_diffusion import denormalise
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,17 +30,27 @@ def tiny_vq(**config) -> VQModel:
 
 def tiny_tiny() -> AutoencoderTiny:
     return AutoencoderTiny(
-        encoder_block_out_channels=(4, 4, 4), decoder_block_out_channels=(4, 4, 4), num_encoder_blocks=(1, 1, 1),
-        num_decoder_blocks=(1, 1, 1), latent_channels=5,
-    )  # fmt: skip
+        encoder_block_out_channels=(4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=5,
+    )
 
 
 def tiny_dc() -> AutoencoderDC:
     return AutoencoderDC(
-        latent_channels=4, attention_head_dim=4, encoder_block_out_channels=(4, 8, 8), decoder_block_out_channels=(4, 8, 8),
-        encoder_block_types=("ResBlock",) * 3, decoder_block_types=("ResBlock",) * 3, encoder_layers_per_block=(1, 1, 1),
-        decoder_layers_per_block=(1, 1, 1), encoder_qkv_multiscales=((), (), ()), decoder_qkv_multiscales=((), (), ()),
-    )  # fmt: skip
+        latent_channels=4,
+        attention_head_dim=4,
+        encoder_block_out_channels=(4, 8, 8),
+        decoder_block_out_channels=(4, 8, 8),
+        encoder_block_types=("ResBlock",) * 3,
+        decoder_block_types=("ResBlock",) * 3,
+        encoder_layers_per_block=(1, 1, 1),
+        decoder_layers_per_block=(1, 1, 1),
+        encoder_qkv_multiscales=((), (), ()),
+        decoder_qkv_multiscales=((), (), ()),
+    )
 
 
 KINDS = {  # class: (make, factor, latent channels, image channels, has a posterior)
@@ -275,9 +285,7 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path):
 def test_images_that_do_not_fit_are_one_line():
     codec = LatentCodec(tiny_vae())
     assert "expected [B, 1, H, W]; set data.channels=1" in refusal(lambda: codec.moments(images(3)))
-    assert "images of 15x24: the autoencoder needs sides divisible by 2" in refusal(
-        lambda: codec.moments(images(height=15))
-    )
+    assert "images of 15x24: the autoencoder needs sides divisible by 2" in refusal(lambda: codec.moments(images(height=15)))
 
 
 def test_an_autoencoder_in_half_precision_works():

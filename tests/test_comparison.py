@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latentdiff.comparison import markdown
+from latentdiff.evaluation.compare_samplers import markdown
 
 BASE = ("--num-images", 15, "--guidance", 2, "--out", "table")
 

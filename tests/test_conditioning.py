@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from latentdiff.conditioning import ClassCondition, drop
 from latentdiff.errors import UserError
+from latentdiff.models.text_encoder import ClassCondition, drop
 
 
 def generator(seed):

@@ -88,9 +88,19 @@ def test_a_file_that_is_not_a_yaml_mapping_is_one_line(tmp_path, text):
 
 def test_overrides_replace_and_add_values_of_their_type(tmp_path):
     path = write_yaml(tmp_path / "run.yaml", diffusion())
-    config = load_config(path, ["train.steps=9", "cache.folder=there", "data.flips=true", "data.size=[8, 24]",
-                                "noise_levels={name: logit_normal, params: {mean: 0.5}}", "optimizer.lr=1e-4",
-                                "model.config.layers_per_block=2", "optimizer.clip=null"])  # fmt: skip
+    config = load_config(
+        path,
+        [
+            "train.steps=9",
+            "cache.folder=there",
+            "data.flips=true",
+            "data.size=[8, 24]",
+            "noise_levels={name: logit_normal, params: {mean: 0.5}}",
+            "optimizer.lr=1e-4",
+            "model.config.layers_per_block=2",
+            "optimizer.clip=null",
+        ],
+    )
     assert config.train.steps == 9 and config.cache.folder == "there" and config.data.flips is True
     assert config.data.size == (8, 24) and config.noise_levels.params == {"mean": 0.5}
     assert config.optimizer.lr == 1e-4 and config.optimizer.clip is None  # YAML takes 1e-4 for a string

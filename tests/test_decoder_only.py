@@ -10,11 +10,11 @@ from test_training import refusal
 from tiny_runs import autoencoder_config, autoencoder_tree, diffusion_config, write_yaml
 
 from latentdiff import LatentDiffusionPipeline
-from latentdiff.autoencoders.build import load_autoencoder
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import DataConfig, parse_config
+from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.codec import LatentCodec
 from latentdiff.training import train
-from latentdiff.training.data import Images
+from latentdiff.training.images import Images
 
 
 def continued(data, output, start, **changes):
@@ -72,9 +72,15 @@ def test_two_processes_take_the_steps_of_one(tmp_path, stripe_folder, autoencode
     jobs = []
     for name, world in (("one", 1), ("two", 2)):
         tree = continued(
-            stripe_folder, tmp_path / name, autoencoder_run, train__steps=8, **SMOOTH, **ADVERSARY,
-            train__micro_batch=3, train__gradient_checkpointing=True,
-        )  # fmt: skip
+            stripe_folder,
+            tmp_path / name,
+            autoencoder_run,
+            train__steps=8,
+            **SMOOTH,
+            **ADVERSARY,
+            train__micro_batch=3,
+            train__gradient_checkpointing=True,
+        )
         jobs.append(job(write_yaml(tmp_path / f"{name}.yaml", tree), world))
     for result in carry_out(jobs):
         assert set(result["codes"]) == {0}, result["stderr"]

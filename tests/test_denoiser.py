@@ -9,7 +9,7 @@ from latentdiff import prediction
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.schedules import make_schedule, names
-from latentdiff.tensors import widen
+from latentdiff.utils.tensors import widen
 
 SHAPE = (2, 4, 4)  # with a batch of 4, B == W == H
 

@@ -6,12 +6,13 @@ import pytest
 import torch
 from stripes import CLASSES
 
-from latentdiff import evaluating, generation, judging, processes
+from latentdiff import generation
 from latentdiff.checkpoints import load
-from latentdiff.evaluation import reference, report
-from latentdiff.evaluation.judge import JudgeNet
+from latentdiff.evaluation import evaluate, feature_cache, judge, metrics
 from latentdiff.generation import image_generators
-from latentdiff.rng import randn_like
+from latentdiff.models.judge_net import JudgeNet
+from latentdiff.utils import processes
+from latentdiff.utils.random import randn_like
 
 META = torch.device("meta")
 
@@ -95,11 +96,11 @@ def test_evaluate_moves_the_pipeline_and_the_feature_network(model, stripe_folde
         assert reference is net and places(codec.vae) == {"meta"}
         raise Enough
 
-    monkeypatch.setattr(evaluating, "_make", make)
-    monkeypatch.setattr(reference, "see_reference", see)
-    monkeypatch.setattr(report, "evaluate_samples", measure)
+    monkeypatch.setattr(evaluate, "_make", make)
+    monkeypatch.setattr(feature_cache, "see_reference", see)
+    monkeypatch.setattr(metrics, "evaluate_samples", measure)
     with pytest.raises(Enough):
-        evaluating.evaluate(model, str(stripe_folder), 6, features=feature_folder)
+        evaluate.evaluate(model, str(stripe_folder), 6, features=feature_folder)
     assert seen == [{"meta"}]
 
 
@@ -114,11 +115,11 @@ def test_judge_moves_the_pipeline_and_the_judge(monkeypatch, on_meta, model):
 
     monkeypatch.setattr("latentdiff.checkpoints.load", lambda folder: pipeline)
     monkeypatch.setattr("latentdiff.checkpoints.resolve_model", lambda name, *rest: name)
-    monkeypatch.setattr("latentdiff.evaluation.judge.load_judge", lambda folder: net)
-    monkeypatch.setattr("latentdiff.evaluation.judge.open_gallery", open_gallery)
+    monkeypatch.setattr("latentdiff.models.judge_net.load_judge", lambda folder: net)
+    monkeypatch.setattr("latentdiff.evaluation.retrieval.open_gallery", open_gallery)
     monkeypatch.setattr("latentdiff.data.pairs.read_pairs", lambda data: None)
     with pytest.raises(Enough):
-        judging.judge(model, "data", "judge")
+        judge.judge(model, "data", "judge")
 
 
 def test_a_device_without_float64_is_for_the_scheduler_alone(model, monkeypatch):

@@ -18,10 +18,10 @@ from test_locks import elsewhere
 from tiny_runs import autoencoder_config, autoencoder_tree, diffusion_config, diffusion_tree, tree, write_stripes, write_yaml
 
 import latentdiff
-from latentdiff import locks, signals
 from latentdiff.errors import UserError
-from latentdiff.training import autoencoder as stage1
-from latentdiff.training import loop, state, train
+from latentdiff.training import state, train, trainer
+from latentdiff.training import train_autoencoder as stage1
+from latentdiff.utils import locks, signals
 
 OFTEN = {"train__steps": 4, "train__save_minutes": 1e-9, "train__keep": 10}
 
@@ -268,12 +268,12 @@ def test_processes_agree_on_the_signal():
         return accelerator
 
     watch = signals.Watch()
-    assert loop.agree(answers(0.0, 0.0, 0.0), True, watch) == (False, None)
-    assert loop.agree(answers(1.0, 0.0, 0.0), False, watch) == (True, None)
-    assert loop.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGTERM)
+    assert trainer.agree(answers(0.0, 0.0, 0.0), True, watch) == (False, None)
+    assert trainer.agree(answers(1.0, 0.0, 0.0), False, watch) == (True, None)
+    assert trainer.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGTERM)
     watch.seen = [signal.SIGUSR1]
-    assert loop.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGUSR1)
-    assert loop.agree(answers(0.0, 1.0, 1.0), False, watch) == (False, signal.SIGINT)  # Ctrl-C goes before the others
+    assert trainer.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGUSR1)
+    assert trainer.agree(answers(0.0, 1.0, 1.0), False, watch) == (False, signal.SIGINT)  # Ctrl-C goes before the others
 
 
 @pytest.mark.slow

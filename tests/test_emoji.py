@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 from tiny_runs import tree
 
-from latentdiff.data import emoji as module
-from latentdiff.data.emoji import prepare_emoji
-from latentdiff.data.emoji_captions import captions, clean_name, words
 from latentdiff.errors import UserError
+from latentdiff.recipes.emoji import prepare as module
+from latentdiff.recipes.emoji.captions import captions, clean_name, words
+from latentdiff.recipes.emoji.prepare import prepare_emoji
 
 OTHER = {"noto": "twemoji", "twemoji": "noto"}
 VENDOR = {"noto": "google", "twemoji": "twitter"}
@@ -127,9 +127,13 @@ def test_a_row_says_what_the_picture_is(tarballs, tmp_path):
     every = {row["file_name"]: row for part in ("train", "test") for row in rows(tmp_path / "out", part)}
     row = every["twemoji/1f34e.png"]
     assert {k: v for k, v in row.items() if k != "text"} == {
-        "file_name": "twemoji/1f34e.png", "style": "twemoji", "identity": "1F34E", "name": "red apple",
-        "group": "food & drink", "tags": ["apple", "fruit", "red"],
-    }  # fmt: skip
+        "file_name": "twemoji/1f34e.png",
+        "style": "twemoji",
+        "identity": "1F34E",
+        "name": "red apple",
+        "group": "food & drink",
+        "tags": ["apple", "fruit", "red"],
+    }
     assert every["noto/0031-fe0f-20e3.png"]["name"] == "keycap 1"  # emojibase writes it without FE0F
     assert every["noto/1f499.png"]["name"] == "blue heart"  # and this one with
     assert every["noto/1f6f8.png"]["name"] == "flying saucer"  # emojibase has none: emoji-data's name

@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from tiny_runs import autoencoder_tree, diffusion_tree, write_yaml
 
-from latentdiff.autoencoders.build import load_autoencoder
 from latentdiff.cli import main
 from latentdiff.config import load_config
+from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.training import state, train
 
 ROOT = Path(__file__).parent.parent
@@ -40,11 +40,24 @@ def test_a_folder_of_photographs_goes_through_four_commands_to_a_grid(tmp_path, 
     write_photographs(tmp_path / "photos")
     monkeypatch.chdir(tmp_path)
     both = ["data.source=photos", "data.size=[32, 32]", "train.batch_size=16", "train.threads=1", "ema.decay=0.9"]
-    stage1 = ["output=run/autoencoder", "train.steps=24", "loss.adversarial_start=12", "optimizer.warmup_steps=5",
-              "model.config.block_out_channels=[8, 16]", "model.config.norm_num_groups=4", "optimizer.lr=3e-3"]  # fmt: skip
-    stage2 = ["output=run/diffusion", "autoencoder=run/autoencoder", "train.steps=12", "optimizer.warmup_steps=5",
-              "model.config.block_out_channels=[16, 16]", "model.config.norm_num_groups=4",
-              "model.config.attention_head_dim=8"]  # fmt: skip
+    stage1 = [
+        "output=run/autoencoder",
+        "train.steps=24",
+        "loss.adversarial_start=12",
+        "optimizer.warmup_steps=5",
+        "model.config.block_out_channels=[8, 16]",
+        "model.config.norm_num_groups=4",
+        "optimizer.lr=3e-3",
+    ]
+    stage2 = [
+        "output=run/diffusion",
+        "autoencoder=run/autoencoder",
+        "train.steps=12",
+        "optimizer.warmup_steps=5",
+        "model.config.block_out_channels=[16, 16]",
+        "model.config.norm_num_groups=4",
+        "model.config.attention_head_dim=8",
+    ]
     main(["train", str(CONFIGS / "autoencoder.yaml"), *both, *stage1])
     main(["encode", str(CONFIGS / "diffusion.yaml"), *both, *stage2])
     shards = {p: p.stat().st_mtime_ns for p in Path("run").rglob("shard-*")}
@@ -54,8 +67,12 @@ def test_a_folder_of_photographs_goes_through_four_commands_to_a_grid(tmp_path, 
     main([*command, "--out", "grid.png"])
     main([*command, "--out", "grid.npz"])
     assert capsys.readouterr().out.split() == [
-        "run/autoencoder/autoencoder", str(Path("run/diffusion/latents")), "run/diffusion/model", "grid.png", "grid.npz"
-    ]  # fmt: skip
+        "run/autoencoder/autoencoder",
+        str(Path("run/diffusion/latents")),
+        "run/diffusion/model",
+        "grid.png",
+        "grid.npz",
+    ]
     grid = np.asarray(Image.open("grid.png"))
     assert grid.shape[0] == 3 * (2 * 32 + 2) and grid.shape[2] == 3 and grid.std() > 10
     with np.load("grid.npz") as file:
@@ -73,12 +90,29 @@ def test_three_captioned_images_go_through_four_commands_to_a_prompted_picture(t
         rows.append(json.dumps({"file_name": name, "text": text}))
     Path("mine/metadata.jsonl").write_text("\n".join(rows) + "\n")
     both = ["data.source=mine", "data.size=[32, 32]", "train.threads=1", "ema.decay=0.9", "data.workers=0"]
-    stage1 = ["output=run/autoencoder", "train.steps=8", "train.batch_size=4", "loss.adversarial=0", "optimizer.warmup_steps=2",
-              "model.config.block_out_channels=[8, 16]", "model.config.norm_num_groups=4", "optimizer.lr=3e-3"]  # fmt: skip
-    stage2 = ["output=run/diffusion", "autoencoder=run/autoencoder", "train.steps=8", "train.batch_size=4",
-              "optimizer.warmup_steps=2", "model.config.block_out_channels=[16, 16]", "model.config.norm_num_groups=4",
-              "condition.text.width=16", "condition.text.layers=1", "condition.text.heads=2",
-              "model.config.addition_embed_type_num_heads=4"]  # fmt: skip
+    stage1 = [
+        "output=run/autoencoder",
+        "train.steps=8",
+        "train.batch_size=4",
+        "loss.adversarial=0",
+        "optimizer.warmup_steps=2",
+        "model.config.block_out_channels=[8, 16]",
+        "model.config.norm_num_groups=4",
+        "optimizer.lr=3e-3",
+    ]
+    stage2 = [
+        "output=run/diffusion",
+        "autoencoder=run/autoencoder",
+        "train.steps=8",
+        "train.batch_size=4",
+        "optimizer.warmup_steps=2",
+        "model.config.block_out_channels=[16, 16]",
+        "model.config.norm_num_groups=4",
+        "condition.text.width=16",
+        "condition.text.layers=1",
+        "condition.text.heads=2",
+        "model.config.addition_embed_type_num_heads=4",
+    ]
     main(["train", str(CONFIGS / "autoencoder.yaml"), *both, *stage1])
     main(["encode", str(CONFIGS / "text.yaml"), *both, *stage2])
     main(["train", str(CONFIGS / "text.yaml"), *both, *stage2])
@@ -110,10 +144,17 @@ def test_two_processes_train_both_stages(tmp_path, stripe_folder, autoencoder_ru
     # Plain gradient noise is not to be amplified: Adam's first steps are signs, so a large eps keeps them comparable
     same = {"optimizer__eps": 1e-3, "optimizer__lr": 1e-2, "train__steps": 4, "data__flips": True}
     trees = {
-        "stage1": autoencoder_tree(stripe_folder, tmp_path / "stage1", train__steps=10, train__precision="auto",
-                                   loss__adversarial=0.5, loss__discriminator_channels=4, loss__discriminator_layers=1),
+        "stage1": autoencoder_tree(
+            stripe_folder,
+            tmp_path / "stage1",
+            train__steps=10,
+            train__precision="auto",
+            loss__adversarial=0.5,
+            loss__discriminator_channels=4,
+            loss__discriminator_layers=1,
+        ),
         "stage2": diffusion_tree(stripe_folder, tmp_path / "stage2", autoencoder_run, **same),
-    }  # fmt: skip
+    }
     configs = {name: write_yaml(tmp_path / f"{name}.yaml", tree) for name, tree in trees.items()}
     running = {name: launch(path, tmp_path / f"{name}.log") for name, path in configs.items()}
     alone = diffusion_tree(stripe_folder, tmp_path / "alone", autoencoder_run, **same)

@@ -9,19 +9,21 @@ import pytest
 import yaml
 from tiny_runs import write_stripes
 
-from latentdiff import processes
-from latentdiff.cards import with_results
 from latentdiff.errors import UserError
-from latentdiff.evaluation.scores import read_batches
-from latentdiff.page import guidance_plots, recall_curve
-from latentdiff.records import JUDGED, PROTOCOL, make_judge_record, write_record
+from latentdiff.evaluation.classification import read_batches
+from latentdiff.evaluation.html_report import guidance_plots, recall_curve
+from latentdiff.evaluation.model_card import with_results
+from latentdiff.evaluation.records import JUDGED, PROTOCOL, make_judge_record, write_record
+from latentdiff.utils import processes
 
 SHARES = {"pictures": 4, "top1": 0.5, "style": 0.75}
 TABLE = {
     "protocol": {"model": "m", "seed": 0, "prompts": "<style> style, <name>", "judge": "abc", "strength_of_augmentation": 0.5},
     "scores": {
         group: {
-            "generated": SHARES, "augmented real": SHARES | {"top1": 0.9}, "shuffled prompts": SHARES | {"top1": 0.1},
+            "generated": SHARES,
+            "augmented real": SHARES | {"top1": 0.9},
+            "shuffled prompts": SHARES | {"top1": 0.1},
         }
         for group in ("seen", "held-out")
     },
@@ -29,7 +31,7 @@ TABLE = {
         "generated, seen": {"pictures": 4, "pixels": 0.1, "embedding": 0.2},
         "real, held-out": {"pictures": 2, "pixels": 0.3, "embedding": 0.4},
     },
-}  # fmt: skip
+}
 
 
 def judged() -> dict:

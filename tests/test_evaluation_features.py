@@ -7,12 +7,12 @@ import pytest
 import torch
 from stripes import stripes
 
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation.features import FeatureNet, extract, load_features
-from latentdiff.evaluation.scores import label_accuracy
-from latentdiff.training.features import shift_images, train_features
+from latentdiff.evaluation.classification import label_accuracy
+from latentdiff.evaluation.feature_training import shift_images, train_features
+from latentdiff.models.feature_net import FeatureNet, extract, load_features
 
 WIDTHS = (8, 8, 16)
 

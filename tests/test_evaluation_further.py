@@ -10,14 +10,15 @@ import pytest
 from stripes import stripe_pixels, stripes
 from tiny_runs import write_stripes
 
-from latentdiff.evaluation.curve import guidance_curve
-from latentdiff.evaluation.features import load_features
-from latentdiff.evaluation.neighbours import support
-from latentdiff.evaluation.scores import look, read_batches
-from latentdiff.evaluation.sets import matching_rows, sample_set
-from latentdiff.evaluation.statistics import frechet_distance
-from latentdiff.page import guidance_plots
-from latentdiff.records import read_record, weights_of
+from latentdiff.checkpoints import weights_of
+from latentdiff.evaluation.classification import look, read_batches
+from latentdiff.evaluation.frechet import frechet_distance
+from latentdiff.evaluation.guidance_curve import guidance_curve
+from latentdiff.evaluation.html_report import guidance_plots
+from latentdiff.evaluation.precision_recall import support
+from latentdiff.evaluation.records import read_record
+from latentdiff.evaluation.sample_sets import matching_rows, sample_set
+from latentdiff.models.feature_net import load_features
 
 
 def test_a_point_of_the_curve_is_what_its_samples_score_alone(feature_folder):

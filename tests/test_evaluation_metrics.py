@@ -11,12 +11,12 @@ from sklearn.neighbors import NearestNeighbors
 from stripes import stripe_pixels, stripes
 from test_evaluation_scores import rows, rows_with
 
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource
-from latentdiff.evaluation import kernels, memorisation
+from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.evaluation import kid, memorization
 from latentdiff.evaluation.extrapolation import extrapolate, fewest
-from latentdiff.evaluation.neighbours import nearest, support
-from latentdiff.evaluation.statistics import Moments, distance_from
+from latentdiff.evaluation.frechet import Moments, distance_from
+from latentdiff.evaluation.precision_recall import nearest, support
 
 
 def moments(x: torch.Tensor) -> Moments:
@@ -46,18 +46,18 @@ def test_squared_mmd_is_the_double_loop():
     pairs = [[(s[i], s[j]) for i in range(len(s)) for j in range(len(s)) if i != j] for s in (x, y)]
     within = [sum(k(a, b) for a, b in each) / len(each) for each in pairs]
     across = sum(k(a, b) for a in x for b in y) / 35
-    assert kernels.squared_mmd(x, y) == pytest.approx(within[0] + within[1] - 2 * across, rel=1e-10)
+    assert kid.squared_mmd(x, y) == pytest.approx(within[0] + within[1] - 2 * across, rel=1e-10)
     with pytest.raises(ValueError, match="at least 2 rows"):
-        kernels.squared_mmd(x[:1], y)
+        kid.squared_mmd(x[:1], y)
 
 
 def test_kernel_distance_has_no_bias_and_sees_a_shift():
-    same = [kernels.kernel_distance(normal(60, 4, seed=k), normal(60, 4, seed=100 + k), subsets=1)[0] for k in range(60)]
+    same = [kid.kernel_distance(normal(60, 4, seed=k), normal(60, 4, seed=100 + k), subsets=1)[0] for k in range(60)]
     mean, error = float(np.mean(same)), float(np.std(same)) / math.sqrt(60)
     assert abs(mean) < 3 * error and min(same) < 0
-    shifted, spread = kernels.kernel_distance(normal(300, 4, seed=1) + 0.7, normal(300, 4, seed=2), subsets=20, size=100)
+    shifted, spread = kid.kernel_distance(normal(300, 4, seed=1) + 0.7, normal(300, 4, seed=2), subsets=20, size=100)
     assert shifted > 5 * error and 0 < spread < shifted
-    assert kernels.kernel_distance(normal(300, 4, seed=1), normal(300, 4, seed=2), seed=3) == kernels.kernel_distance(
+    assert kid.kernel_distance(normal(300, 4, seed=1), normal(300, 4, seed=2), seed=3) == kid.kernel_distance(
         normal(300, 4, seed=1), normal(300, 4, seed=2), seed=3
     )
 
@@ -131,19 +131,19 @@ def test_cosine_distance_is_torchmetrics():
 
     samples, train = rows(30, 6, 1).abs(), rows(50, 6, 2).abs()  # as after a ReLU: the metric's modulus changes nothing
     peer = _compute_cosine_distance(samples, train, cosine_distance_eps=10.0)
-    assert memorisation.cosine_distance(samples, train) == pytest.approx(peer.item(), rel=1e-6)
+    assert memorization.cosine_distance(samples, train) == pytest.approx(peer.item(), rel=1e-6)
 
 
 def test_the_penalty_leaves_what_is_far_and_multiplies_what_is_near():
-    assert memorisation.penalised(2.0, 0.3, 0.3) == memorisation.penalised(2.0, 0.9, 0.3) == 2.0
-    assert memorisation.penalised(2.0, 0.1, 0.3) == pytest.approx(2 * 3 / 1.003)
-    assert memorisation.penalised(2.0, 0.0, 0.3) == pytest.approx(2000)
-    assert memorisation.penalised(2.0, 0.0, 0.0) == 2.0
+    assert memorization.penalised(2.0, 0.3, 0.3) == memorization.penalised(2.0, 0.9, 0.3) == 2.0
+    assert memorization.penalised(2.0, 0.1, 0.3) == pytest.approx(2 * 3 / 1.003)
+    assert memorization.penalised(2.0, 0.0, 0.3) == pytest.approx(2000)
+    assert memorization.penalised(2.0, 0.0, 0.0) == 2.0
 
 
 def test_pixel_distances_are_root_mean_squares_over_a_range_of_one():
     train, images = stripes(40, 1), stripes(9, 2)
-    near, _ = memorisation.pixel_nearness(images, stripes(5, 3), train)
+    near, _ = memorization.pixel_nearness(images, stripes(5, 3), train)
     flat = [data.source.images.reshape(len(data), -1) / 255 for data in (images, train)]
     distances = cdist(*flat) / math.sqrt(18 * 18)
     assert near.rows.tolist() == distances.argmin(axis=1).tolist()
@@ -151,13 +151,13 @@ def test_pixel_distances_are_root_mean_squares_over_a_range_of_one():
 
 
 def test_large_images_are_compared_by_means_of_squares():
-    assert memorisation.compared_size(1, 28, 28) == (1, 28, 28) and memorisation.compared_size(3, 64, 64) == (2, 32, 32)
-    side, height, width = memorisation.compared_size(3, 301, 77)
-    assert 3 * height * width <= memorisation.PIXELS and height == -(-301 // side)
+    assert memorization.compared_size(1, 28, 28) == (1, 28, 28) and memorization.compared_size(3, 64, 64) == (2, 32, 32)
+    side, height, width = memorization.compared_size(3, 301, 77)
+    assert 3 * height * width <= memorization.PIXELS and height == -(-301 // side)
     pixels = np.random.default_rng(0).integers(0, 256, (3, 130, 70, 1), dtype=np.uint8)
     data = ImageDataset(ArraySource("big", pixels, None), Preprocess())
-    (flat,) = memorisation.pixel_rows(data)
-    side, height, width = memorisation.compared_size(1, 130, 70)
+    (flat,) = memorization.pixel_rows(data)
+    side, height, width = memorization.compared_size(1, 130, 70)
     assert flat.shape == (3, height * width)
     corner = pixels[:, :side, :side, 0].reshape(3, -1).mean(axis=1) / 127.5 - 1
     assert flat[:, 0].numpy() == pytest.approx(corner, abs=1e-6)
@@ -166,7 +166,7 @@ def test_large_images_are_compared_by_means_of_squares():
 def test_shares_count_the_samples_closer_than_held_out_images():
     held_out = torch.arange(1, 102, dtype=torch.float64)  # percentile p is p + 1
     samples = torch.tensor([0.5, 1.5, 5.5, 30.0, 60.0, 90.0, 95.0, 99.0, 100.0, 200.0], dtype=torch.float64)
-    found = memorisation.shares(samples, held_out)
+    found = memorization.shares(samples, held_out)
     assert [each["share"] for each in found["closer_than_held_out"]] == [0.2, 0.3, 0.4]
     assert [each["distance"] for each in found["closer_than_held_out"]] == pytest.approx([2, 6, 51])
     assert found["median"] == 60.0 and found["held_out_median"] == 51.0
@@ -178,11 +178,11 @@ def test_planted_copies_are_the_worst_and_are_named():
     pixels[[4, 7]] = train.source.images[[50, 11]]
     samples = ImageDataset(ArraySource("samples", pixels, None), Preprocess())
     flat = [torch.from_numpy(d.source.images.reshape(60, -1)).double() for d in (samples, held_out, train)]
-    by_features = [memorisation.feature_nearness(x, flat[2]) for x in flat[:2]]
-    by_pixels = memorisation.pixel_nearness(samples, held_out, train)
+    by_features = [memorization.feature_nearness(x, flat[2]) for x in flat[:2]]
+    by_pixels = memorization.pixel_nearness(samples, held_out, train)
     ours = [(pair[0], pair[1].distances.median().item()) for pair in (by_features, by_pixels)]
-    first, second, third = memorisation.worst(*ours, count=3)
+    first, second, third = memorization.worst(*ours, count=3)
     assert {(e["sample"], e["feature_neighbour"], e["pixel_neighbour"]) for e in (first, second)} == {(4, 50, 50), (7, 11, 11)}
     assert first["feature_distance"] == first["pixel_distance"] == second["pixel_distance"] == 0 < third["pixel_distance"]
-    share = memorisation.shares(by_pixels[0].distances, by_pixels[1].distances)["closer_than_held_out"][0]
+    share = memorization.shares(by_pixels[0].distances, by_pixels[1].distances)["closer_than_held_out"][0]
     assert share["percentile"] == 1 and share["share"] >= 2 / 60 > share["held_out"]

@@ -12,15 +12,16 @@ from PIL import Image
 from tiny_runs import autoencoder_config
 from tiny_text import text_tree, write_captioned
 
-from latentdiff import checkpoints, evaluating
+from latentdiff import checkpoints
 from latentdiff.config import parse_config
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import open_source
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
+from latentdiff.evaluation import evaluate
+from latentdiff.evaluation.metrics import reference_sets
 from latentdiff.evaluation.prompts import draw_prompts
-from latentdiff.evaluation.report import reference_sets
+from latentdiff.evaluation.records import read_record
 from latentdiff.generation import Numbered, image_generators
-from latentdiff.records import read_record
 from latentdiff.training import train
 
 
@@ -31,9 +32,7 @@ def runs(tmp_path_factory) -> tuple[Path, Path, Path]:
     data = write_captioned(root / "data")
     first = train(autoencoder_config(data, root / "first"))
     changes = ({"train__steps": 2}, {"train__steps": 2, "condition__type": "class+text"})
-    text, both = (
-        train(parse_config(text_tree(data, root / str(k), first, **each))) for k, each in enumerate(changes)
-    )  # fmt: skip
+    text, both = (train(parse_config(text_tree(data, root / str(k), first, **each))) for k, each in enumerate(changes))
     return data, text, both
 
 
@@ -92,7 +91,9 @@ def test_a_text_model_draws_the_held_out_captions(run, refused, here, runs, feat
     data, model, _ = runs
     ask = ("evaluate", model, "--data", data, "--features", feature_folder, "--cas-seeds", 0, "--steps", 2, "--seed", 3)
     kept = {}
-    monkeypatch.setattr("latentdiff.page.write_page", lambda *arguments: kept.update(images=arguments[2], said=arguments[5]))
+    monkeypatch.setattr(
+        "latentdiff.evaluation.html_report.write_page", lambda *arguments: kept.update(images=arguments[2], said=arguments[5])
+    )
     report = json.loads(run(*ask, "--num-images", 14, "--guidance-curve", 1, 3, "--curve-images", 6, "--out", "one"))
     _, held_out = reference_sets(str(data), Preprocess(), 0.25)
     wanted = draw_prompts(held_out, 14, "test", "d")
@@ -121,7 +122,9 @@ def test_a_model_told_both_draws_each_caption_under_its_images_class(run, here, 
     data, _, model = runs
     ask = ("--data", data, "--features", feature_folder, "--cas-seeds", 0, "--steps", 2, "--seed", 3, "--num-images", 12)
     kept = {}
-    monkeypatch.setattr("latentdiff.page.write_page", lambda *arguments: kept.update(images=arguments[2], labels=arguments[3]))
+    monkeypatch.setattr(
+        "latentdiff.evaluation.html_report.write_page", lambda *arguments: kept.update(images=arguments[2], labels=arguments[3])
+    )
     report = json.loads(run("evaluate", model, *ask, "--batch-size", 5, "--out", "one"))
     _, held_out = reference_sets(str(data), Preprocess(), 0.25)
     wanted = draw_prompts(held_out, 12, "test", "d")
@@ -145,16 +148,24 @@ def test_what_goes_with_no_prompts_is_refused(refused, model, runs, stripe_folde
 
 @pytest.mark.parametrize(
     ("classes", "null_class", "text", "null_prompt", "guided"),
-    [(3, 3, False, "", True), (3, None, False, "", False), (0, None, False, "", False), (0, None, True, "", True),
-     (0, None, True, None, False), (3, 3, True, None, False), (3, None, True, "", False), (3, 3, True, "", True)],
-)  # fmt: skip
+    [
+        (3, 3, False, "", True),
+        (3, None, False, "", False),
+        (0, None, False, "", False),
+        (0, None, True, "", True),
+        (0, None, True, None, False),
+        (3, 3, True, None, False),
+        (3, None, True, "", False),
+        (3, 3, True, "", True),
+    ],
+)
 def test_what_was_dropped_in_training_can_be_guided(classes, null_class, text, null_prompt, guided):
     config = SimpleNamespace(null_class=null_class, null_prompt=null_prompt)
     pipeline = SimpleNamespace(num_classes=classes, text_encoder=object() if text else None, config=config)
-    assert evaluating._can_be_guided(pipeline) is guided
+    assert evaluate._can_be_guided(pipeline) is guided
     for count, images in ((5000, 999 if classes and not text else 1000), (20, 18 if classes and not text else 20)):
-        assert evaluating._curve_images(pipeline, None, count) == images
-        assert evaluating._curve_images(pipeline, 7, count) == 7
+        assert evaluate._curve_images(pipeline, None, count) == images
+        assert evaluate._curve_images(pipeline, 7, count) == 7
 
 
 def test_a_bound_that_cannot_be_made_is_refused_before_anything_is_drawn(refused, runs, feature_folder, tmp_path, monkeypatch):
@@ -162,7 +173,7 @@ def test_a_bound_that_cannot_be_made_is_refused_before_anything_is_drawn(refused
     shutil.copytree(model, tmp_path / "undropped")
     index = tmp_path / "undropped" / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | {"null_prompt": None}))
-    monkeypatch.setattr(evaluating, "_make", None)  # would fail otherwise than by one line
+    monkeypatch.setattr(evaluate, "_make", None)  # would fail otherwise than by one line
     ask = ("evaluate", tmp_path / "undropped", "--data", data, "--features", feature_folder, "--num-images", 4)
     assert "trained without text dropout, so it has no likelihood" in refused(*ask, "--bits-images", 2)
     assert "--guidance-curve: this model has no guidance" in refused(*ask, "--guidance-curve", 1, 2)

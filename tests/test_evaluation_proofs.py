@@ -10,15 +10,15 @@ import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 from stripes import CLASSES, stripe_pixels, stripes
 
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation import kernels, surroundings
-from latentdiff.evaluation.features import FeatureNet, load_features
-from latentdiff.evaluation.neighbours import support
-from latentdiff.evaluation.report import evaluate_samples
-from latentdiff.evaluation.scores import frechet
-from latentdiff.records import PROTOCOL, check_alike, compare_records, make_record, write_record
+from latentdiff.evaluation import kid, reference_values
+from latentdiff.evaluation.classification import frechet
+from latentdiff.evaluation.metrics import evaluate_samples
+from latentdiff.evaluation.precision_recall import support
+from latentdiff.evaluation.records import PROTOCOL, check_alike, compare_records, make_record, write_record
+from latentdiff.models.feature_net import FeatureNet, load_features
 
 NET = "[stripes-net]"
 MODES, WIDE = 8, 12.0  # modes of unit variance in 3 dimensions, and how far from each other they lie
@@ -62,7 +62,7 @@ def drawn(gaussian: tuple[torch.Tensor, torch.Tensor], count: int, seed: int) ->
 def test_kernel_distance_of_known_gaussians_is_its_true_value_on_average():
     p, q = gaussians()
     truth = true_mmd(p, q)
-    found = [kernels.squared_mmd(drawn(p, 300, 2 * seed), drawn(q, 200, 2 * seed + 1)) for seed in range(60)]
+    found = [kid.squared_mmd(drawn(p, 300, 2 * seed), drawn(q, 200, 2 * seed + 1)) for seed in range(60)]
     error = float(np.std(found, ddof=1)) / math.sqrt(60)
     assert abs(np.mean(found) - truth) < 3 * error < 0.3 * truth
 
@@ -73,16 +73,16 @@ def test_squared_mmd_is_that_of_scikit_learns_kernel():
     kernel = partial(polynomial_kernel, degree=3, gamma=1 / 4, coef0=1)
     within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (kernel(x), kernel(y))]
     expected = within[0] + within[1] - 2 * kernel(x, y).mean()
-    assert kernels.squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-6)
+    assert kid.squared_mmd(torch.from_numpy(x), torch.from_numpy(y)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_subsets_of_the_kernel_distance_meet_every_row_and_average_to_the_whole():
     p, q = gaussians()
     x, y = drawn(p, 400, 1), drawn(q, 400, 2)
-    whole = kernels.squared_mmd(x, y)
-    mean, spread = kernels.kernel_distance(x, y, subsets=200, size=100)
+    whole = kid.squared_mmd(x, y)
+    mean, spread = kid.kernel_distance(x, y, subsets=200, size=100)
     assert abs(mean - whole) < 4 * spread / math.sqrt(200) < 0.4 * whole
-    assert kernels.kernel_distance(x, y, subsets=1) == (pytest.approx(whole, rel=1e-9), 0.0)  # one subset, of everything
+    assert kid.kernel_distance(x, y, subsets=1) == (pytest.approx(whole, rel=1e-9), 0.0)  # one subset, of everything
 
 
 # collapse
@@ -130,9 +130,13 @@ def net(feature_folder) -> FeatureNet:
 def measure(net, pixels=None, labels=None, train=None, test=None, **options) -> dict:
     pixels, labels = stripe_pixels(30, seed=3) if pixels is None else (pixels, labels)
     return evaluate_samples(
-        pixels, None if labels is None else labels.numpy(), train or stripes(240, 1), test or stripes(150, 2), net,
+        pixels,
+        None if labels is None else labels.numpy(),
+        train or stripes(240, 1),
+        test or stripes(150, 2),
+        net,
         **{"log": lambda line: None, **options},
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +177,7 @@ DIFFERENCES: dict[str, Callable[[FeatureNet], dict]] = {
     "reference_sha256": lambda net: measure(net, train=stripes(240, 9)),
     "held_out_sha256": lambda net: measure(net, test=stripes(150, 9)),
     "draw_seed": lambda net: measure(net, draw_seed=1, test=stripes(30, 2)) | {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("field", DIFFERENCES)
@@ -192,8 +196,8 @@ def test_another_feature_network_is_refused(net, base, feature_folder, field, ch
 
 
 def test_other_constants_of_the_measures_are_refused_by_their_name(net, base, monkeypatch):
-    monkeypatch.setattr(kernels, "SUBSETS", 7)
-    monkeypatch.setattr(surroundings, "SUPPORT_IMAGES", 20)
+    monkeypatch.setattr(kid, "SUBSETS", 7)
+    monkeypatch.setattr(reference_values, "SUPPORT_IMAGES", 20)
     other = make_record(measure(net), {}, {})
     with pytest.raises(UserError, match=r"compare: settings\.kernel_subsets is 100 in a and 7 in b"):
         check_alike("a", base, "b", other)

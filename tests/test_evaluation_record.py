@@ -13,13 +13,13 @@ from PIL import Image
 from stripes import CLASSES, stripe_pixels, stripes
 from tiny_runs import write_stripes
 
-from latentdiff import processes
 from latentdiff.errors import UserError
-from latentdiff.evaluation import reference, sets
-from latentdiff.evaluation.features import FeatureNet, load_features
-from latentdiff.evaluation.report import evaluate_samples, markdown
-from latentdiff.page import page, write_page
-from latentdiff.records import PROTOCOL, compare_records, make_record, read_record, write_record
+from latentdiff.evaluation import feature_cache, sample_sets
+from latentdiff.evaluation.html_report import page, write_page
+from latentdiff.evaluation.metrics import evaluate_samples, markdown
+from latentdiff.evaluation.records import PROTOCOL, compare_records, make_record, read_record, write_record
+from latentdiff.models.feature_net import FeatureNet, load_features
+from latentdiff.utils import processes
 
 NET = "[stripes-net]"
 MEASURES = ["kid", "precision", "recall", "density", "coverage", "frechet_of_infinite", "penalised_frechet"]
@@ -299,10 +299,10 @@ def write_images(root: Path, pixels: np.ndarray, labels: torch.Tensor | None) ->
 def test_a_folder_of_images_is_what_an_npz_of_them_is(tmp_path):
     pixels, labels = stripe_pixels(12, 3)
     names = sorted(CLASSES, reverse=True)  # numbered otherwise than the folders' names sort
-    images, read = sets.read_folder(write_images(tmp_path / "classes", pixels, labels), names)
+    images, read = sample_sets.read_folder(write_images(tmp_path / "classes", pixels, labels), names)
     order = np.argsort([f"{CLASSES[int(c)]}/{k:03}" for k, c in enumerate(labels)])
     assert np.array_equal(images, pixels[order]) and [names[c] for c in read] == [CLASSES[int(labels[k])] for k in order]
-    images, read = sets.read_folder(write_images(tmp_path / "flat", pixels, None), names)
+    images, read = sample_sets.read_folder(write_images(tmp_path / "flat", pixels, None), names)
     assert np.array_equal(images, pixels) and read is None
 
 
@@ -310,24 +310,24 @@ def test_folders_that_are_no_samples_are_refused(tmp_path):
     pixels, labels = stripe_pixels(6, 3)
     folder = write_images(tmp_path / "s", pixels, labels)
     with pytest.raises(UserError, match="--samples .*s: sub-folder 'down' is no class of the data; valid are across, blank$"):
-        sets.read_folder(folder, ["across", "blank"])
+        sample_sets.read_folder(folder, ["across", "blank"])
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(folder / "down" / "small.png")
     with pytest.raises(UserError, match="--samples .*s: images of 2 sizes"):
-        sets.read_folder(folder, CLASSES)
+        sample_sets.read_folder(folder, CLASSES)
     (folder / "down" / "small.png").write_bytes(b"not an image")
     with pytest.raises(UserError, match="--samples .*s: .*small.png"):
-        sets.read_folder(folder, CLASSES)
+        sample_sets.read_folder(folder, CLASSES)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="--samples .*empty"):
-        sets.read_folder(tmp_path / "empty", CLASSES)
+        sample_sets.read_folder(tmp_path / "empty", CLASSES)
 
 
 def test_the_reference_is_looked_at_once(net, tmp_path, monkeypatch):
-    looks, look = [], reference.look
-    monkeypatch.setattr(reference, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
+    looks, look = [], feature_cache.look
+    monkeypatch.setattr(feature_cache, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
 
     def see(net=net, **data):
-        return reference.see_reference(net, stripes(60, **{"seed": 1, **data}), 25, tmp_path / "kept", lambda line: None)
+        return feature_cache.see_reference(net, stripes(60, **{"seed": 1, **data}), 25, tmp_path / "kept", lambda line: None)
 
     first, again = see(), see()
     assert len(looks) == 1 and again.sha256 == first.sha256 and torch.equal(again.kept, first.kept)
@@ -340,7 +340,7 @@ def test_the_reference_is_looked_at_once(net, tmp_path, monkeypatch):
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, monkeypatch, world):
     images, sent = stripes(60, 1), {}
-    alone = reference.see_reference(net, images, 25, None, print)
+    alone = feature_cache.see_reference(net, images, 25, None, print)
 
     def gather(mine, total, batch):  # the others have sent theirs when the first one gathers
         sent.setdefault(place[0], []).append(mine)
@@ -355,18 +355,18 @@ def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, mon
     monkeypatch.setattr(processes, "agree", lambda value: value)
     monkeypatch.setattr(processes, "gather", gather)
     for place[0] in reversed(range(world)):
-        found = reference.see_reference(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
+        found = feature_cache.see_reference(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
         assert (found is None) == (place[0] > 0)
     assert sum(len(each[0]) for each in sent.values()) == 60 and len(sent[0][0]) == 25 * (2 if world == 2 else 1)
     assert found.sha256 == alone.sha256 and torch.equal(found.kept, alone.kept)
     assert torch.equal(found.moments.covariance, alone.moments.covariance) and found.moments.count == 60
-    assert reference.see_reference(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256  # as it was kept
+    assert feature_cache.see_reference(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256  # as it was kept
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "renamed", "nonsense"])
 def test_a_damaged_reference_is_made_again(net, tmp_path, damage):
     def see(seed):
-        return reference.see_reference(net, stripes(60, seed), 25, tmp_path, said.append)
+        return feature_cache.see_reference(net, stripes(60, seed), 25, tmp_path, said.append)
 
     said: list[str] = []
     first = see(1)

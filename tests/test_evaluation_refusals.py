@@ -4,11 +4,11 @@ import pytest
 from PIL import Image
 from tiny_runs import write_stripes
 
-from latentdiff import evaluating
-from latentdiff.data.preprocess import Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation.report import markdown, reference_sets
-from latentdiff.evaluation.sets import subset
+from latentdiff.evaluation import evaluate
+from latentdiff.evaluation.metrics import markdown, reference_sets
+from latentdiff.evaluation.sample_sets import subset
 
 
 def test_a_class_without_held_out_images_is_refused_before_generating(feature_folder, model, monkeypatch, tmp_path):
@@ -17,10 +17,10 @@ def test_a_class_without_held_out_images_is_refused_before_generating(feature_fo
     sets = reference_sets(str(data), Preprocess((16, 16), 1), 0.25)
     train, test = sets
     test = subset(test, (test.labels != 1).nonzero().flatten())
-    monkeypatch.setattr("latentdiff.evaluation.report.reference_sets", lambda *arguments: (train, test))
-    monkeypatch.setattr(evaluating, "_make", None)  # whatever would generate
+    monkeypatch.setattr("latentdiff.evaluation.metrics.reference_sets", lambda *arguments: (train, test))
+    monkeypatch.setattr(evaluate, "_make", None)  # whatever would generate
     with pytest.raises(UserError) as error:
-        evaluating.evaluate(model, str(data), 12, features=feature_folder)
+        evaluate.evaluate(model, str(data), 12, features=feature_folder)
     scarce = test.class_names[1]
     assert f"too few of {scarce} (0)" in str(error.value) and "a test/ folder beside train/" in str(error.value)
 

@@ -10,9 +10,10 @@ from stripes import CLASSES, stripe_pixels, stripes
 
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
-from latentdiff.evaluation.features import FeatureNet, load_features
-from latentdiff.evaluation.report import evaluate_samples, reference_sets, write_report
-from latentdiff.training.features import train_feature_network, train_features
+from latentdiff.evaluation.feature_training import train_features
+from latentdiff.evaluation.metrics import evaluate_samples, reference_sets, write_report
+from latentdiff.models.feature_net import FeatureNet, load_features
+from latentdiff.training.train_feature_net import train_feature_network
 
 KEY = "frechet[stripes-net]"
 WIDTHS = (8, 8, 16)
@@ -166,11 +167,16 @@ def test_reference_sets_are_the_test_split_or_a_share_held_out(tmp_path):
 
 
 def config(tmp_path, **model):
-    return parse_config({
-        "stage": "features", "output": str(tmp_path / "run"), "name": "my-features", "model": model,
-        "data": {"source": str(tmp_path / "images"), "channels": 1},
-        "train": {"steps": 3, "precision": "float32", "batch_size": 8},
-    })  # fmt: skip
+    return parse_config(
+        {
+            "stage": "features",
+            "output": str(tmp_path / "run"),
+            "name": "my-features",
+            "model": model,
+            "data": {"source": str(tmp_path / "images"), "channels": 1},
+            "train": {"steps": 3, "precision": "float32", "batch_size": 8},
+        }
+    )
 
 
 def test_a_config_becomes_a_folder_that_loads(tmp_path):

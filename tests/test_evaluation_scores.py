@@ -6,10 +6,10 @@ import torch
 from scipy.linalg import sqrtm
 from stripes import stripes
 
-from latentdiff.evaluation.features import FeatureNet
-from latentdiff.evaluation.scores import cas, frechet, label_accuracy, look, read_batches
-from latentdiff.evaluation.statistics import Moments, frechet_distance
-from latentdiff.training.features import train_features
+from latentdiff.evaluation.classification import cas, frechet, label_accuracy, look, read_batches
+from latentdiff.evaluation.feature_training import train_features
+from latentdiff.evaluation.frechet import Moments, frechet_distance
+from latentdiff.models.feature_net import FeatureNet
 
 WIDTHS = (8, 8, 16)
 

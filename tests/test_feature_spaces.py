@@ -15,13 +15,13 @@ from stripes import stripe_pixels, stripes
 from tiny_runs import write_stripes
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation import spaces
-from latentdiff.evaluation.features import extract
-from latentdiff.evaluation.reference import see_reference
-from latentdiff.evaluation.report import evaluate_samples
-from latentdiff.evaluation.sets import without_padding
-from latentdiff.evaluation.spaces import open_inception, open_space
-from latentdiff.records import make_record, read_record
+from latentdiff.evaluation import feature_spaces
+from latentdiff.evaluation.feature_cache import see_reference
+from latentdiff.evaluation.feature_spaces import open_inception, open_space
+from latentdiff.evaluation.metrics import evaluate_samples
+from latentdiff.evaluation.records import make_record, read_record
+from latentdiff.evaluation.sample_sets import without_padding
+from latentdiff.models.feature_net import extract
 
 SIDE = 16
 VISION = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
@@ -128,7 +128,7 @@ def test_what_is_no_space_is_one_line(tmp_path, dino):
 def test_inception_is_torch_fidelitys_with_2048_features(tmp_path, monkeypatch):
     if find_spec("torch_fidelity") is None:
         pytest.skip("torch-fidelity is not installed")
-    module = spaces._fidelity()
+    module = feature_spaces._fidelity()
     with monkeypatch.context() as patch:  # its own first weights instead of a download
         patch.setattr(module, "load_state_dict_from_url", lambda *_, **__: None)
         patch.setattr(module.FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)

@@ -8,7 +8,7 @@ from tiny_runs import autoencoder_config, diffusion_config
 
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
-from latentdiff.training import diffusion, loop, micro_batch, reconstruction, state, train
+from latentdiff.training import autoencoder_step, micro_batch, state, train, train_diffusion, trainer
 from latentdiff.training.loss_scale import LEAST, LossScale
 from latentdiff.training.run import start_accelerator
 
@@ -68,7 +68,7 @@ def test_other_precisions_have_no_factor():
 
 def test_a_step_that_overflows_is_taken_again_and_none_is_lost(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
     tries = []
-    real = diffusion._step
+    real = train_diffusion._step
 
     def counted(config, parts, accelerator, step, lr):
         if not tries:
@@ -76,7 +76,7 @@ def test_a_step_that_overflows_is_taken_again_and_none_is_lost(tmp_path, stripe_
         tries.append(step)
         return real(config, parts, accelerator, step, lr)
 
-    monkeypatch.setattr(diffusion, "_step", counted)
+    monkeypatch.setattr(train_diffusion, "_step", counted)
     train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=3, train__precision="float16"))
     assert tries.count(0) > 50 and tries.count(1) == tries.count(2) == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -117,18 +117,18 @@ def test_the_adversary_is_weighed_alike_in_pieces_and_at_any_scale(tmp_path, str
     """In float32 a factor of a power of two changes no bit; in pieces the sums are rounded in another order."""
     config = autoencoder_config(stripe_folder, tmp_path, **CRITIC, train__precision="float32")
     accelerator = start_accelerator(config.train)
-    from latentdiff.training import autoencoder
+    from latentdiff.training import train_autoencoder
 
     weights = {}
     for name, (micro, factor) in {"whole": (None, 1.0), "scaled": (None, 1024.0), "pieces": (2, 1024.0)}.items():
         torch.manual_seed(0)
         changed = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
-        vae = autoencoder._build(config)
-        autoencoder.to_train(config, vae)
-        parts = autoencoder._parts(changed, vae, 2, accelerator)
+        vae = train_autoencoder._build(config)
+        train_autoencoder.to_train(config, vae)
+        parts = train_autoencoder._parts(changed, vae, 2, accelerator)
         parts.scale.factor = lambda factor=factor: factor
         x = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        values, good = reconstruction.update(changed, parts, accelerator, x, 3, 1e-3)
+        values, good = autoencoder_step.update(changed, parts, accelerator, x, 3, 1e-3)
         assert good
         weights[name] = float(values["adaptive_weight"][0])
     assert weights["scaled"] == weights["whole"] and weights["pieces"] == pytest.approx(weights["whole"], rel=1e-4)
@@ -214,4 +214,4 @@ def test_auto_is_the_run_of_any_other_micro_batch(tmp_path, stripe_folder, autoe
     assert "train.micro_batch: 3 of 8 samples at a time (auto)" in capsys.readouterr().err
     train(config(tmp_path / "three", 3))
     assert_same(tmp_path / "auto", tmp_path / "three", 4)
-    assert loop.shares(8, 3) == [slice(0, 3), slice(3, 6), slice(6, 8)] and loop.shares(8, "auto") == [slice(0, 8)]
+    assert trainer.shares(8, 3) == [slice(0, 3), slice(3, 6), slice(6, 8)] and trainer.shares(8, "auto") == [slice(0, 8)]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import ImageFont
 
-from latentdiff import fonts
-from latentdiff.pictures import captioned_grid, labelled_grid
+from latentdiff.utils import fonts
+from latentdiff.utils.images import captioned_grid, labelled_grid
 
 NAMES = ["Äpfel", "яблоко", "日本"]
 
@@ -34,8 +34,10 @@ def test_an_installed_font_draws_what_pillows_own_lacks():
 
 def test_without_a_font_every_label_is_readable_still(no_fonts):
     assert [fonts.labelled_font(name, 14)[1] for name in NAMES] == [
-        "Apfel", "U+044F U+0431 U+043B U+043E U+043A U+043E ", "U+65E5 U+672C ",
-    ]  # fmt: skip
+        "Apfel",
+        "U+044F U+0431 U+043B U+043E U+043A U+043E ",
+        "U+65E5 U+672C ",
+    ]
 
 
 def test_grids_draw_what_is_readable(no_fonts):

@@ -12,15 +12,16 @@ from test_sources import class_folder, write_image
 from tiny_runs import autoencoder_tree, diffusion_tree, write_stripes, write_yaml
 
 from latentdiff.cli import main
-from latentdiff.commands import data_rule
 from latentdiff.config import load_config, parse_config
+from latentdiff.data.datasets import ImageSource
 from latentdiff.data.framing import framing_facts, framing_lines
-from latentdiff.data.images import ImageSource
-from latentdiff.data.preprocess import ImageDataset, Preprocess, to_uint8
 from latentdiff.data.sources import open_source
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation.report import reference_sets
-from latentdiff.training.data import Images
+from latentdiff.evaluation.metrics import reference_sets
+from latentdiff.evaluation.model_data import data_rule
+from latentdiff.training.images import Images
+from latentdiff.utils.images import to_uint8
 
 
 def of_sizes(*sizes: tuple[int, int]) -> ImageSource:
@@ -57,8 +58,13 @@ def test_a_cache_tells_backgrounds_apart_and_keeps_what_it_said_of_older_framing
     rules = [Preprocess((8, 8), 1, "letterbox", background=color) for color in ((255, 255, 255), (0, 0, 0))]
     assert rules[0].describe() != rules[1].describe() and rules[0].describe()["background"] == [255, 255, 255]
     assert Preprocess((8, 8), 1, "crop").describe() == {
-        "padded_size": [8, 8], "content": [0, 0, 8, 8], "channels": 1, "fit": "crop", "pad_mode": None, "resample": "lanczos",
-    }  # fmt: skip
+        "padded_size": [8, 8],
+        "content": [0, 0, 8, 8],
+        "channels": 1,
+        "fit": "crop",
+        "pad_mode": None,
+        "resample": "lanczos",
+    }
 
 
 @pytest.mark.parametrize(
@@ -141,8 +147,15 @@ def test_evaluation_reads_the_images_that_training_read(tmp_path):
     Image.new("RGBA", (4, 6), (0, 0, 0, 0)).save(tmp_path / "a" / "clear.png")
     (tmp_path / "a" / "bad.png").write_bytes(b"x")
     (tmp_path / "b" / "bad.png").write_bytes(b"x")
-    tree = autoencoder_tree(tmp_path, tmp_path, data__max_bad_share=0.2, data__background="red", data__channels=3,
-                            data__framing="letterbox", data__size=[8, 8])  # fmt: skip
+    tree = autoencoder_tree(
+        tmp_path,
+        tmp_path,
+        data__max_bad_share=0.2,
+        data__background="red",
+        data__channels=3,
+        data__framing="letterbox",
+        data__size=[8, 8],
+    )
     images = Images(parse_config(tree).data, 2)
     meta = tmp_path / "model"
     meta.mkdir()

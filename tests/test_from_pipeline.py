@@ -39,24 +39,45 @@ def stable(tmp_path_factory):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
-            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), layers_per_block=1,
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            cross_attention_dim=8, attention_head_dim=4, norm_num_groups=4,
-        )  # fmt: skip
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=8,
+            attention_head_dim=4,
+            norm_num_groups=4,
+        )
         vae = AutoencoderKL(
-            block_out_channels=(8, 8), latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-        )  # fmt: skip
+            block_out_channels=(8, 8),
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        )
         encoder = CLIPTextModel(
             CLIPTextConfig(
-                hidden_size=8, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1, vocab_size=50,
-                max_position_embeddings=8, bos_token_id=0, eos_token_id=1,
+                hidden_size=8,
+                intermediate_size=16,
+                num_attention_heads=2,
+                num_hidden_layers=1,
+                vocab_size=50,
+                max_position_embeddings=8,
+                bos_token_id=0,
+                eos_token_id=1,
             )
-        )  # fmt: skip
+        )
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
-        timestep_spacing="leading", steps_offset=1,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        timestep_spacing="leading",
+        steps_offset=1,
+    )
     folder = tmp_path_factory.mktemp("stable") / "model"
     parts = dict(tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     StableDiffusionPipeline(unet=unet, vae=vae, text_encoder=encoder, scheduler=scheduler, **parts).save_pretrained(folder)
@@ -74,9 +95,13 @@ def own_grid(pipe):
 
 def run_theirs(pipe, noise, scale):
     return pipe(
-        prompt_embeds=text(), negative_prompt_embeds=text(2), latents=noise, guidance_scale=scale,
-        num_inference_steps=STEPS, output_type="latent",
-    ).images  # fmt: skip
+        prompt_embeds=text(),
+        negative_prompt_embeds=text(2),
+        latents=noise,
+        guidance_scale=scale,
+        num_inference_steps=STEPS,
+        output_type="latent",
+    ).images
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])

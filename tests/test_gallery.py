@@ -7,10 +7,19 @@ from PIL import Image
 
 from latentdiff import checkpoints
 from latentdiff.denoiser import Denoiser
-from latentdiff.gallery import COLUMNS, SCALES, STRENGTHS, Stage, _pairs, classifier_columns, interpolation, trajectory
+from latentdiff.evaluation.gallery import (
+    COLUMNS,
+    SCALES,
+    STRENGTHS,
+    Stage,
+    _pairs,
+    classifier_columns,
+    interpolation,
+    trajectory,
+)
 from latentdiff.generation import generate_batches
 from latentdiff.guidance import LatentClassifier
-from latentdiff.rng import derive_seed, generators
+from latentdiff.utils.random import derive_seed, generators
 
 
 @pytest.fixture
@@ -88,7 +97,7 @@ def _encoded(stage, images):
 
 
 def test_a_picture_that_is_done_is_not_lost_with_the_next(monkeypatch, model, stripe_folder, tmp_path):
-    from latentdiff import gallery
+    from latentdiff.evaluation import gallery
 
     def fail(*args):
         raise KeyboardInterrupt

@@ -10,11 +10,12 @@ from PIL import Image
 from stripes import CLASSES
 from tiny_runs import tree
 
-from latentdiff import generation, signals, writing
+from latentdiff import generation
 from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.generation import generate
-from latentdiff.locks import locked
+from latentdiff.utils import outputs, signals
+from latentdiff.utils.locks import locked
 
 SIX = {"num_images": 2, "steps": 2, "batch_size": 2, "all_classes": True, "progress": False}
 
@@ -121,12 +122,12 @@ def test_other_files_among_the_images_are_refused(model, tmp_path):
 def test_an_image_says_what_made_it(model, tmp_path):
     folder = generate(model, out=tmp_path / "images", **SIX)
     (path,) = folder.glob("00003-*.png")
-    found = writing.metadata(path)
+    found = outputs.metadata(path)
     assert found["image"] == 3 and path.name == f"00003-{found['shows']}.png" and found["shows"] in CLASSES
     assert found["call"]["--seed"] == 0
     assert found["call"]["num_inference_steps"] == 2 and len(found["call"]["model"]) == 64
     Image.new("L", (4, 4)).save(tmp_path / "plain.png")
-    assert writing.metadata(tmp_path / "plain.png") is None
+    assert outputs.metadata(tmp_path / "plain.png") is None
 
 
 @pytest.mark.parametrize("out", ["images", "all.npz", "grid.png"])
@@ -188,15 +189,29 @@ def test_a_hundred_million_images_are_refused_before_any_is_made(refused, model,
 def test_an_npz_that_is_stopped_leaves_nothing(model, here, stopping):
     stopping(2, signal.SIGTERM)
     with pytest.raises(SystemExit) as end:
-        main(["generate", "--all-classes", "--model", str(model), "--num-images", "2", "--steps", "2", "--batch-size", "2",
-              "--out", "all.npz"])  # fmt: skip
+        main(
+            [
+                "generate",
+                "--all-classes",
+                "--model",
+                str(model),
+                "--num-images",
+                "2",
+                "--steps",
+                "2",
+                "--batch-size",
+                "2",
+                "--out",
+                "all.npz",
+            ]
+        )
     assert end.value.code == signals.STOPPED and list(here.iterdir()) == []
 
 
 def test_an_npz_written_as_it_goes_is_what_numpy_writes(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 1), dtype=np.uint8)
     labels = np.array([0, 1, -1, 2, 2])
-    with writing.npz_writer(tmp_path / "a.npz", labels) as add:
+    with outputs.npz_writer(tmp_path / "a.npz", labels) as add:
         for start in (0, 2, 4):
             add(images[start : start + 2])
     np.savez(tmp_path / "b.npz", images.repeat(3, -1), labels.astype(np.int64))
@@ -219,5 +234,3 @@ def test_subjects_named_twice_count_on_without_a_list_of_all():
     assert images[10**12 : 10**12 + 2] == [(1, 0, 1), (1, 1, 1)]
     with pytest.raises(IndexError):
         images[3 * 10**12]
-
-

@@ -9,8 +9,8 @@ from processes import carry_out, command
 from stripes import CLASSES
 from tiny_runs import tree, write_stripes
 
-from latentdiff import processes
 from latentdiff.cli import main
+from latentdiff.utils import processes
 
 WORLDS = (1, 2, 3)
 FIFTEEN = ("--all-classes", "--num-images", 5, "--steps", 2, "--batch-size", 4)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentdiff import grids
 from latentdiff.errors import UserError
+from latentdiff.samplers import grids
 from latentdiff.schedules import make_schedule, names
 
 

@@ -96,9 +96,7 @@ def test_nests_and_shares_what_is_not_a_tensor():
         return x * label.reshape(-1, 1) + extra.reshape(-1, 1)
 
     one, zero = torch.ones(2), torch.zeros(2)
-    inner = ClassifierFree(
-        Denoiser(model, s), {"label": one, "scale": "same"}, {"label": zero, "scale": "same"}, 2.0
-    )
+    inner = ClassifierFree(Denoiser(model, s), {"label": one, "scale": "same"}, {"label": zero, "scale": "same"}, 2.0)
     x = torch.randn(2, 3, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(inner(x, 0.5, extra=one).eps, 2 * x + 1)
     outer = ClassifierFree(inner, {"extra": one}, {"extra": one}, 1.0)

@@ -109,9 +109,11 @@ def test_off_costs_nothing():
 
     weak = Denoiser(never, s)
     guides = [
-        Autoguidance(denoiser, weak, 1.0), Classifier(denoiser, never, 0.0), Reconstruction(denoiser, never, x, 0.0),
+        Autoguidance(denoiser, weak, 1.0),
+        Classifier(denoiser, never, 0.0),
+        Reconstruction(denoiser, never, x, 0.0),
         Reconstruction(denoiser, never, x, 0.0, covariance=True),
-    ]  # fmt: skip
+    ]
     for guide in guides:
         seen.clear()
         assert torch.equal(guide(x, 0.5).x0, denoiser(x, 0.5).x0) and seen == [3, 3]

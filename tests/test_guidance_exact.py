@@ -172,9 +172,7 @@ def test_a_weak_model_of_another_prediction_and_of_another_schedule():
 def observed(s, covariance, n, dims=4, **options):
     matrix, apply = operator(dims)
     prior = gaussian(dims)
-    guide = Reconstruction(
-        exact(prior, s), apply, Y.expand(n, 2), 1.0, noise_std=NOISE_STD, covariance=covariance, **options
-    )
+    guide = Reconstruction(exact(prior, s), apply, Y.expand(n, 2), 1.0, noise_std=NOISE_STD, covariance=covariance, **options)
     return guide, prior.given(matrix, Y, NOISE_STD)
 
 
@@ -276,7 +274,7 @@ def test_an_observation_of_the_decoded_image_guides():
     """A linear decoder D: what is observed is D x0, and with the covariance the posterior is Kalman's."""
     from tiny_models import tiny_vae
 
-    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.models.codec import LatentCodec
 
     class Linear(torch.nn.Module):
         def __init__(self):

@@ -14,10 +14,10 @@ from tiny_models import tiny_vae
 from tiny_stable import open_stock, stable_parts
 
 from latentdiff import checkpoints
-from latentdiff.autoencoders.build import load_autoencoder
-from latentdiff.hashes import FILE, check_hashes, checked, sha256_of, write_hashes
+from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.pipelines import latent_diffusion
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+from latentdiff.utils.hashes import FILE, check_hashes, checked, sha256_of, write_hashes
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = {name: kind for name, kind in KINDS.items() if name not in ("cache", "autoencoder")}
@@ -57,7 +57,7 @@ def test_every_part_of_a_text_model_is_hashed(tmp_path):
         (file,) = (folder / part).glob("*.safetensors")
         assert json.loads((folder / part / FILE).read_text()) == {
             file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
-        }  # fmt: skip
+        }
         flip(file)
         assert str(file) in str(said(lambda: checkpoints.load(folder)))
         assert checkpoints.load(folder, verify=False).unet is not None

@@ -14,16 +14,16 @@ from tiny_stable import BETAS, WEIGHTS, change_json, open_stock, stable_parts, w
 from tiny_text import write_captioned
 
 from latentdiff import checkpoints, samplers
-from latentdiff.autoencoders.build import load_autoencoder
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import parse_config
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.likelihood import log_prob
+from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.codec import LatentCodec
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
-from latentdiff.rng import generators
 from latentdiff.training import train
-from latentdiff.training.data import Images
+from latentdiff.training.images import Images
+from latentdiff.utils.random import generators
 
 PROMPTS = ["a picture of stripes", "blank"]
 TOLERANCE = dict(rtol=0, atol=1e-4)
@@ -228,9 +228,12 @@ def test_an_old_scheduler_is_corrected_as_stock_corrects_it(tmp_path):
 
 def tuning(data, folder, output, **changes):
     start = {
-        "model": {"pretrained": str(folder)}, "data__channels": 3, "schedule": {"name": "ddpm-scaled-linear"},
-        "condition": {"type": "text", "text": {"encoder": str(folder)}}, "train__steps": 2,
-    }  # fmt: skip
+        "model": {"pretrained": str(folder)},
+        "data__channels": 3,
+        "schedule": {"name": "ddpm-scaled-linear"},
+        "condition": {"type": "text", "text": {"encoder": str(folder)}},
+        "train__steps": 2,
+    }
     return diffusion_tree(data, output, changes.pop("autoencoder", folder), **{**start, **changes})
 
 
@@ -370,7 +373,7 @@ def test_an_original_single_file_becomes_a_checkpoint(stable, tmp_path, run, ave
 
 
 def test_halves_stay_halves(stable, tmp_path):
-    from latentdiff.imports import import_checkpoint
+    from latentdiff.single_file import import_checkpoint
 
     file = write_original(stable, tmp_path / "model.safetensors")
     halves = {k: v.half() if v.is_floating_point() else v for k, v in load_file(file).items()}

@@ -22,10 +22,10 @@ from tiny_text import text_tree, write_bert, write_captioned
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentdiff import checkpoints
-from latentdiff.conditioning import load_prompts
 from latentdiff.config import parse_config
 from latentdiff.data.captions import Captions, build_states
 from latentdiff.data.sources import open_source
+from latentdiff.models.text_encoder import load_prompts
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.training import train
 

@@ -14,18 +14,26 @@ from processes import carry_out, command
 from tiny_models import tiny_unet, tiny_vae
 from tiny_runs import autoencoder_config, diffusion_config, tree, write_yaml
 
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.checkpoints import load, publish
 from latentdiff.config import load_config
 from latentdiff.data.pairs import read_pairs
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
-from latentdiff.evaluation.judge import Gallery, JudgeNet, load_judge, look, open_gallery
-from latentdiff.evaluation.retrieval import augmented_scores, chosen_rows, judge_pictures, markdown, nearest
-from latentdiff.judging import FREE_PROMPTS, _check_pictures, draw, measure
-from latentdiff.records import read_record
+from latentdiff.evaluation.judge import FREE_PROMPTS, _check_pictures, draw, measure
+from latentdiff.evaluation.records import read_record
+from latentdiff.evaluation.retrieval import (
+    Gallery,
+    augmented_scores,
+    chosen_rows,
+    judge_pictures,
+    markdown,
+    nearest,
+    open_gallery,
+)
+from latentdiff.models.codec import LatentCodec
+from latentdiff.models.judge_net import JudgeNet, load_judge, look
 from latentdiff.training import train
-from latentdiff.training.judge import fit_judge
+from latentdiff.training.train_judge import fit_judge
 
 SIDE = 32
 THINGS = ["red square", "red circle", "green square", "green circle", "blue square", "blue circle"]
@@ -289,9 +297,13 @@ def text_model(tmp_path_factory, shapes) -> Path:
     colour = {"model__config__in_channels": 3, "model__config__out_channels": 3}
     first = train(autoencoder_config(shapes, root / "first", **data, **colour))
     unet = {
-        "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 8,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-    }  # fmt: skip
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    }
     text = {"width": 16, "layers": 1, "heads": 2, "max_length": 12}
     changes = {"model__type": "UNet2DConditionModel", "model__config": unet, "condition": {"type": "text", "text": text}}
     return train(diffusion_config(shapes, root / "second", first, **data, **changes))
@@ -315,8 +327,13 @@ def test_the_command_draws_measures_and_writes(run, refused, here, text_model, s
     assert len(FREE_PROMPTS) == 12
     record, score = read_record("out"), table["scores"]["seen"]
     entry = record["values"]["top5[seen]"]
-    assert entry == {"value": score["generated"]["top5"], "floor": score["augmented real"]["top5"], "images": 4,
-                     "floor_images": 4, "chance": score["shuffled prompts"]["top5"]}  # fmt: skip
+    assert entry == {
+        "value": score["generated"]["top5"],
+        "floor": score["augmented real"]["top5"],
+        "images": 4,
+        "floor_images": 4,
+        "chance": score["shuffled prompts"]["top5"],
+    }
     assert record["made"].items() >= {"steps": 2, "sampler": "euler", "guidance": 2.0, "seed": 0}.items()
     run(*command, "--seed", "1", "--out", "other")
     assert "top5_in_style[held-out]" in run("compare", "out", "other")

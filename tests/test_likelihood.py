@@ -13,8 +13,8 @@ from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.guidance import Classifier, ClassifierFree
 from latentdiff.likelihood import log_prob, variational_bound
-from latentdiff.rng import generators, rand
 from latentdiff.schedules import make_schedule, names
+from latentdiff.utils.random import generators, rand
 
 
 def truth(m, schedule, x0, latent):
@@ -269,14 +269,17 @@ def test_a_probe_redrawn_at_each_call_is_caught(monkeypatch):
         check("hutchinson")
 
 
-@pytest.mark.parametrize("options, said", [
-    ({"divergence": "trace"}, "divergence: 'trace' is unknown; valid: hutchinson, exact"),
-    ({"noise": "uniform"}, "noise: 'uniform' is unknown"),
-    ({"probes": 0}, "probes: at least 1"),
-    ({"divergence": "exact", "probes": 4}, "probes: the exact divergence has none"),
-    ({"max_steps": 2}, "max_steps: 2 steps from angle = "),
-    ({"rtol": 0.0}, "rtol: must be above 0"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"divergence": "trace"}, "divergence: 'trace' is unknown; valid: hutchinson, exact"),
+        ({"noise": "uniform"}, "noise: 'uniform' is unknown"),
+        ({"probes": 0}, "probes: at least 1"),
+        ({"divergence": "exact", "probes": 4}, "probes: the exact divergence has none"),
+        ({"max_steps": 2}, "max_steps: 2 steps from angle = "),
+        ({"rtol": 0.0}, "rtol: must be above 0"),
+    ],
+)
 def test_mistakes_are_said(options, said):
     s, m = make_schedule("vp"), mixture((2,))
     with pytest.raises(UserError, match=said):

@@ -10,8 +10,8 @@ from latentdiff import likelihood
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.likelihood import bits_per_dim, bound_terms, variational_bound
-from latentdiff.rng import generators
 from latentdiff.schedules import make_schedule, names
+from latentdiff.utils.random import generators
 
 
 def misfit(m, s, x0, n=4000):

@@ -13,12 +13,12 @@ from tiny_models import tiny_unet, tiny_vae
 from tiny_runs import write_stripes
 
 from latentdiff import checkpoints
-from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.data.order import permutation
+from latentdiff.data.shuffling import permutation
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
-from latentdiff.evaluation import bits
-from latentdiff.evaluation.bits import BANDS, DiscretisedLogistic, fit_observation, pixel_bits, pixel_terms
+from latentdiff.evaluation import bits_per_dim
+from latentdiff.evaluation.bits_per_dim import BANDS, DiscretisedLogistic, fit_observation, pixel_bits, pixel_terms
+from latentdiff.models.codec import LatentCodec
 from latentdiff.schedules import make_schedule
 
 NOISE = 0.3  # standard deviation of the linear model's pixels around its decoder
@@ -99,15 +99,15 @@ def test_with_a_wrong_q_the_bound_misses_by_the_divergence(normal):
 @pytest.mark.parametrize("bug", ["volume left out", "volume of one pixel", "entropy's sign", "z without noise"])
 def test_planted_bugs_break_the_identity(monkeypatch, normal, bug):
     codec, x = LinearCodec(), pictures(20)
-    right = bits._draw
+    right = bits_per_dim._draw
     if bug == "volume left out":
         codec.scale = torch.ones(2)
     elif bug == "volume of one pixel":
         codec.scale = LinearCodec.scale.sqrt()  # half of h * w = 2
     elif bug == "entropy's sign":
-        monkeypatch.setattr(bits, "_draw", lambda *a: (right(*a)[0], -right(*a)[1]))
+        monkeypatch.setattr(bits_per_dim, "_draw", lambda *a: (right(*a)[0], -right(*a)[1]))
     else:
-        monkeypatch.setattr(bits, "_draw", lambda codec, x, g: (codec.moments(x)[0], right(codec, x, g)[1]))
+        monkeypatch.setattr(bits_per_dim, "_draw", lambda codec, x, g: (codec.moments(x)[0], right(codec, x, g)[1]))
     found = terms(codec, normal, x)
     error = found.decoder + found.prior + found.encoder - codec.log_prob(x)
     assert float(error.abs().mean()) > 0.3
@@ -117,7 +117,7 @@ def test_the_border_is_not_data(normal):
     codec = LinearCodec()
     inner = terms(codec, normal, pictures(3), crop=lambda x: x[..., 1:3])
     whole = terms(codec, normal, pictures(3))
-    means = codec.decode(codec.normalise(bits._draw(codec, pictures(3), torch.Generator().manual_seed(1))[0]))
+    means = codec.decode(codec.normalise(bits_per_dim._draw(codec, pictures(3), torch.Generator().manual_seed(1))[0]))
     torch.testing.assert_close(inner.decoder, gaussian(pictures(3)[..., 1:3], means[..., 1:3]))
     torch.testing.assert_close(inner.prior, whole.prior)
 
@@ -178,7 +178,7 @@ def test_the_fit_finds_the_scales_that_made_the_data():
 def test_images_survive_the_trip_to_levels_exactly():
     values = torch.arange(256).reshape(1, 1, 16, 16)
     images = (values.float() / 127.5 - 1.0).expand(2, -1, -1, -1)  # as preprocessing makes them
-    assert torch.equal(bits._levels(images).round(), values.double().expand(2, -1, -1, -1))
+    assert torch.equal(bits_per_dim._levels(images).round(), values.double().expand(2, -1, -1, -1))
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -197,9 +197,16 @@ def tiny(tmp_path_factory):
     torch.manual_seed(0)
     rule = {"size": [6, 6], "channels": 1, "framing": "pad", "multiple_of": 4, "held_out": 0.25}
     return checkpoints.publish(
-        tmp_path_factory.mktemp("likelihood") / "model", tiny_unet(), tiny_vae(), DDIMScheduler(),
-        {"config": {"data": rule}}, NAMES, 3, image_size=(6, 6), dtype=torch.float32,
-    )  # fmt: skip
+        tmp_path_factory.mktemp("likelihood") / "model",
+        tiny_unet(),
+        tiny_vae(),
+        DDIMScheduler(),
+        {"config": {"data": rule}},
+        NAMES,
+        3,
+        image_size=(6, 6),
+        dtype=torch.float32,
+    )
 
 
 @pytest.fixture
@@ -277,15 +284,24 @@ def test_a_model_without_classes_and_one_without_a_null_class(tmp_path, run, ref
     rule = {"size": [6, 6], "channels": 1, "framing": "pad", "multiple_of": 4, "held_out": 0.25}
     torch.manual_seed(0)
     plain = checkpoints.publish(
-        tmp_path / "plain", tiny_unet(num_class_embeds=None), tiny_vae(), DDIMScheduler(), {"config": {"data": rule}},
+        tmp_path / "plain",
+        tiny_unet(num_class_embeds=None),
+        tiny_vae(),
+        DDIMScheduler(),
+        {"config": {"data": rule}},
         image_size=(6, 6),
-    )  # fmt: skip
+    )
     report = json.loads(run("likelihood", plain, "--data", data, "--num-images", 2, "--rtol", 0.1))
     assert report["protocol"]["density"] == "log p(x)"
     classes = checkpoints.publish(
-        tmp_path / "classes", tiny_unet(num_class_embeds=3), tiny_vae(), DDIMScheduler(), {"config": {"data": rule}}, NAMES,
+        tmp_path / "classes",
+        tiny_unet(num_class_embeds=3),
+        tiny_vae(),
+        DDIMScheduler(),
+        {"config": {"data": rule}},
+        NAMES,
         image_size=(6, 6),
-    )  # fmt: skip
+    )
     assert "--unconditional: this model" in refused("likelihood", classes, "--data", data, "--unconditional")
 
 

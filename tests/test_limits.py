@@ -11,11 +11,11 @@ from tiny_stable import change_json
 
 from latentdiff import checkpoints
 from latentdiff.errors import UserError, printable
-from latentdiff.fonts import labelled_font
-from latentdiff.grids import make_grid
-from latentdiff.pictures import labelled_grid
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+from latentdiff.samplers.grids import make_grid
 from latentdiff.schedules import make_schedule
+from latentdiff.utils.fonts import labelled_font
+from latentdiff.utils.images import labelled_grid
 
 NAN, INF = float("nan"), float("inf")
 NUMBERS = [
@@ -27,7 +27,7 @@ NUMBERS = [
     *(("model_index.json", "class_names", value) for value in ({"x": "a"}, {"0": 5}, "abc", 5, [1], {"9" * 5000: "a"})),
     *(("unet/config.json", "sample_size", value) for value in (100_000, 10**12, 0, -4, "x", [8], [8, 0], [8, 10**9], 2.5, NAN)),
     *(("scheduler/scheduler_config.json", "num_train_timesteps", value) for value in (10**12, 0, -1, "x", None, NAN)),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,8 @@ import threading
 
 import pytest
 
-from latentdiff import locks, processes
 from latentdiff.errors import ReportedElsewhere, UserError
+from latentdiff.utils import locks, processes
 
 
 def refusal(folder, **how) -> str:
@@ -22,7 +22,7 @@ def refusal(folder, **how) -> str:
 
 def elsewhere(folder, ending="input()", **how):
     """Another process that holds the folder."""
-    code = "from latentdiff.locks import locked\n"
+    code = "from latentdiff.utils.locks import locked\n"
     code += f"with locked({str(folder)!r}, **{how!r}):\n print('held', flush=True)\n {ending}"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert child.stdout.readline() == b"held\n"
@@ -65,9 +65,10 @@ def test_the_same_thread_may_hold_a_folder_twice_and_another_may_not(tmp_path):
         thread.join()
         assert f"process {os.getpid()} on" in said[0]
         child = subprocess.run(
-            [sys.executable, "-c", f"from latentdiff.locks import locked\nwith locked({str(tmp_path)!r}): pass"],
-            capture_output=True, text=True,
-        )  # fmt: skip
+            [sys.executable, "-c", f"from latentdiff.utils.locks import locked\nwith locked({str(tmp_path)!r}): pass"],
+            capture_output=True,
+            text=True,
+        )
         assert "is in use by another run" in child.stderr  # leaving the inner blocks did not give the lock back
     with locks.locked(tmp_path):
         pass
@@ -94,7 +95,7 @@ def test_a_forked_child_that_leaves_the_block_leaves_the_lock(tmp_path):
             os._exit(0)
         os.waitpid(child, 0)
         assert (tmp_path / locks.NAME).exists()
-        code = f"from latentdiff.locks import locked\nwith locked({str(tmp_path)!r}): pass"
+        code = f"from latentdiff.utils.locks import locked\nwith locked({str(tmp_path)!r}): pass"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 1
 
 

@@ -11,12 +11,12 @@ from tiny_models import tiny_unet, tiny_vae
 from tiny_stable import stable_parts
 
 from latentdiff import checkpoints, samplers
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import NotFiniteError, UserError
-from latentdiff.evaluation.features import FeatureNet
-from latentdiff.evaluation.scores import look
+from latentdiff.evaluation.classification import look
 from latentdiff.likelihood import log_prob, variational_bound
+from latentdiff.models.codec import LatentCodec
+from latentdiff.models.feature_net import FeatureNet
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, NonFiniteError
 from latentdiff.schedules import make_schedule
 
@@ -151,8 +151,16 @@ def broken(tmp_path):
     with torch.no_grad():
         vae.decoder.conv_out.bias.fill_(3e38)
         vae.decoder.conv_out.weight.fill_(3e38)
-    return checkpoints.publish(tmp_path / "model", unet=tiny_unet(), vae=vae, scheduler=DDIMScheduler(clip_sample=False),
-                               meta={}, class_names=["a", "b", "c"], null_class=3, dtype=torch.float32)  # fmt: skip
+    return checkpoints.publish(
+        tmp_path / "model",
+        unet=tiny_unet(),
+        vae=vae,
+        scheduler=DDIMScheduler(clip_sample=False),
+        meta={},
+        class_names=["a", "b", "c"],
+        null_class=3,
+        dtype=torch.float32,
+    )
 
 
 def test_generate_and_reconstruct_write_nothing(broken, refused, tmp_path):
@@ -162,7 +170,7 @@ def test_generate_and_reconstruct_write_nothing(broken, refused, tmp_path):
     for out in ("x.png", "x.npz", "x"):
         assert "latentdiff: decoder: its output is not finite" in refused(
             "generate", "a", "--model", broken, "--steps", 2, "--out", out
-        )  # fmt: skip
+        )
     line = refused("reconstruct", broken, tmp_path / "a.png", "--out", "r.png")
     assert line.startswith("latentdiff: decoder (AutoencoderKL, float32): its output is not finite")
 
@@ -181,7 +189,7 @@ def test_a_weight_that_is_not_finite_is_named_when_the_checkpoint_is_opened(brok
 
 
 def test_a_small_network_is_looked_at_too(tmp_path):
-    from latentdiff.evaluation.features import load_features
+    from latentdiff.models.feature_net import load_features
 
     FeatureNet(1, 3, (8, 8, 8)).fold().save(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -12,9 +12,9 @@ from tiny_runs import autoencoder_config, autoencoder_tree, diffusion_config, di
 from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff.cli import main
-from latentdiff.facts import info
-from latentdiff.planning.progress import Progress
-from latentdiff.training import autoencoder, diffusion, notices, train
+from latentdiff.cli.info import info
+from latentdiff.training import notices, train, train_autoencoder, train_diffusion
+from latentdiff.training.estimate.progress import Progress
 from latentdiff.training.journal import Journal
 from latentdiff.training.precision import OneProcess, plain_steps
 
@@ -52,8 +52,9 @@ def test_the_first_stages_verdict_is_printed_and_goes_with_its_weights(said, str
     for name in (output, output / "autoencoder", moved):
         expected = [f"autoencoder {name}: {line.removeprefix('warn: ')}" for line in weak]
         assert notices.first_stage_warnings(str(name)) == expected
-        config = diffusion_config(stripe_folder, tmp_path / f"second-{Path(name).name}", name, train__steps=1,
-                                  normaliser="measured")  # fmt: skip
+        config = diffusion_config(
+            stripe_folder, tmp_path / f"second-{Path(name).name}", name, train__steps=1, normaliser="measured"
+        )
         lines = said(lambda config=config: train(config))
         start = next(k for k, line in enumerate(lines) if line.startswith("latentdiff train: "))
         assert lines[start + 1 : start + 1 + len(weak)] == [f"warning: {line}" for line in expected]
@@ -154,7 +155,7 @@ def test_days_of_a_cpu_are_warned_of(monkeypatch, stripe_folder, tmp_path, said)
         step = {"device": "cpu", "threads": 1, "precision": "float32"}
         return {"step": step, "hours": {"training": 135.0}}
 
-    monkeypatch.setattr("latentdiff.planning.stages.dry_run", slow)
+    monkeypatch.setattr("latentdiff.training.estimate.stages.dry_run", slow)
     path = write_yaml(tmp_path / "a.yaml", autoencoder_tree(stripe_folder, tmp_path / "run", train__steps=900))
     found = []
     lines = said(lambda: found.append(info(str(path))))
@@ -208,8 +209,9 @@ def test_sides_are_multiples_of_both_numbers(stripe_folder, autoencoder_run, tmp
 
 
 def test_a_first_stage_that_is_nowhere_is_warned_of(stripe_folder, tmp_path):
-    path = write_yaml(tmp_path / "d.yaml", diffusion_tree(stripe_folder, tmp_path / "run", tmp_path / "nowhere",
-                                                            ema__decay=0.5))  # fmt: skip
+    path = write_yaml(
+        tmp_path / "d.yaml", diffusion_tree(stripe_folder, tmp_path / "run", tmp_path / "nowhere", ema__decay=0.5)
+    )
     (warning,) = info(str(path))["warnings"]
     assert warning.startswith(f"autoencoder: {tmp_path / 'nowhere'}: there is none yet") and "train it first" in warning
 
@@ -220,8 +222,15 @@ def test_a_first_stage_that_is_nowhere_is_warned_of(stripe_folder, tmp_path):
 def test_info_says_what_it_does_at_each_stage(said, stripe_folder, autoencoder_run, tmp_path):
     path = write_yaml(tmp_path / "d.yaml", diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run))
     lines = said(lambda: info(str(path), ["train.precision=auto"]))
-    words = ["opening the autoencoder", "reading the images", "building the U-Net", "encoding a few images",
-             "timing a few steps in float32 and in bfloat16", "timing training steps in", "on this machine (cpu"]  # fmt: skip
+    words = [
+        "opening the autoencoder",
+        "reading the images",
+        "building the U-Net",
+        "encoding a few images",
+        "timing a few steps in float32 and in bfloat16",
+        "timing training steps in",
+        "on this machine (cpu",
+    ]
     assert len(lines) == len(words)
     assert all(line.startswith(f"info: {start}") for line, start in zip(lines, words, strict=True)), lines
 
@@ -231,7 +240,7 @@ def test_lines_held_back_are_printed_after_a_moment_and_dropped_with_an_error(ca
         progress("reading")
         raise ValueError("wrong")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("latentdiff.planning.progress.PATIENCE", 0.05)
+    monkeypatch.setattr("latentdiff.training.estimate.progress.PATIENCE", 0.05)
     with pytest.raises(ValueError, match="wrong"), Progress() as progress:
         progress("reading")
         progress._timer.join(5)
@@ -257,10 +266,12 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
     step("bfloat16", 4)
     assert kinds == [(torch.float32, 2), (torch.bfloat16, 4)]
     kinds.clear()
-    monkeypatch.setattr(diffusion, "_step", lambda config, parts, alone, *rest: kinds.append((config.train, alone.precision)))
+    monkeypatch.setattr(
+        train_diffusion, "_step", lambda config, parts, alone, *rest: kinds.append((config.train, alone.precision))
+    )
     config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run)
-    codec = autoencoder.LatentCodec(autoencoder.load_autoencoder(str(autoencoder_run)))
-    step = diffusion.trial_steps(config, codec, None, (2, 8, 8), 3, OneProcess(torch.device("cpu")))
+    codec = train_autoencoder.LatentCodec(train_autoencoder.load_autoencoder(str(autoencoder_run)))
+    step = train_diffusion.trial_steps(config, codec, None, (2, 8, 8), 3, OneProcess(torch.device("cpu")))
     step("bfloat16", 4)
     ((told, ran),) = kinds
     assert (told.precision, told.batch_size, ran) == ("bfloat16", 4, "bfloat16")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from latentdiff.data.order import Batches, coin_flips, permutation, stream
+from latentdiff.data.shuffling import Batches, coin_flips, permutation, stream
 from latentdiff.errors import UserError
 
 GOLDEN_ORDER = [6, 5, 3, 2, 0, 9, 7, 4, 1, 8]

@@ -16,8 +16,8 @@ from diffusers import (
 from tiny_models import PictureVae, PointMassNet, tiny_unet, tiny_vae
 
 from latentdiff import samplers
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.generation import set_precision
+from latentdiff.models.codec import LatentCodec
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, PipelineInputError, denormalise
 
 NAMES = ["Trouser", "Bag", "7"]
@@ -300,9 +300,17 @@ def test_an_unconditional_network():
 def test_a_unet_that_could_cross_attend():
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=4, mid_block_type=None,
-    )  # fmt: skip
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        num_class_embeds=4,
+        mid_block_type=None,
+    )
     pipe = LatentDiffusionPipeline(unet, tiny_vae(), DDIMScheduler(clip_sample=False), NAMES, null_class=3)
     pipe.set_progress_bar_config(disable=True)
     one, other = latents_of(pipe, class_labels=[0]), latents_of(pipe, class_labels=[1])

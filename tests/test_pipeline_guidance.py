@@ -77,9 +77,13 @@ def test_guidance_needs_a_sampler():
 def bare_pipe(**config):
     torch.manual_seed(0)
     defaults = dict(
-        class_names=NAMES, null_class=3, prediction="epsilon", schedule={"name": "subvp"}, default_sampler="heun",
+        class_names=NAMES,
+        null_class=3,
+        prediction="epsilon",
+        schedule={"name": "subvp"},
+        default_sampler="heun",
         default_num_inference_steps=4,
-    )  # fmt: skip
+    )
     pipe = LatentDiffusionPipeline(tiny_unet(), tiny_vae(), None, **{**defaults, **config})
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -122,9 +126,16 @@ def test_it_is_saved_and_loaded(tmp_path):
 def publish(folder, **changes):
     torch.manual_seed(0)
     arguments = dict(
-        unet=tiny_unet(), vae=tiny_vae(), scheduler=None, meta={}, class_names=NAMES, null_class=3, prediction="score",
-        schedule={"name": "ve"}, default_sampler="heun",
-    )  # fmt: skip
+        unet=tiny_unet(),
+        vae=tiny_vae(),
+        scheduler=None,
+        meta={},
+        class_names=NAMES,
+        null_class=3,
+        prediction="score",
+        schedule={"name": "ve"},
+        default_sampler="heun",
+    )
     return checkpoints.publish(folder, **{**arguments, **changes})
 
 
@@ -172,9 +183,12 @@ except ValueError as error:
 def test_without_latentdiff_the_call_says_what_is_missing(tmp_path):
     folder = publish(tmp_path / "model")
     done = subprocess.run(
-        [sys.executable, "-c", WITHOUT, str(folder)], capture_output=True, text=True, cwd=tmp_path,
+        [sys.executable, "-c", WITHOUT, str(folder)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
         env={"HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules"), "PATH": "/usr/bin:/bin"},
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     name, text, classes = json.loads(done.stdout)
     assert name == "PipelineInputError" and "sampler='heun' needs the latentdiff package" in text and classes == 3

@@ -10,10 +10,10 @@ from test_judge import judge_tree, write_shapes
 from tiny_runs import autoencoder_tree, change, diffusion_tree, write_yaml
 
 from latentdiff.checkpoints import read_meta
+from latentdiff.cli.info import info
 from latentdiff.config import LoopConfig, load_config, parse_config
 from latentdiff.errors import UserError
-from latentdiff.facts import info
-from latentdiff.training import autoencoder, precision, run, state, train
+from latentdiff.training import precision, run, state, train, train_autoencoder
 from latentdiff.training.precision import OneProcess, choose_precision
 
 CPU = torch.device("cpu")
@@ -96,12 +96,12 @@ def test_what_cannot_be_measured_is_said():
 
 def test_steps_are_taken_in_the_precision_that_they_are_timed_in(stripe_folder, tmp_path):
     config = parse_config(autoencoder_tree(stripe_folder, tmp_path / "run"))
-    vae, kinds = autoencoder._build(config), []
+    vae, kinds = train_autoencoder._build(config), []
     for parameter in vae.parameters():
         parameter.requires_grad_(True)
     before = {key: value.clone() for key, value in vae.state_dict().items()}
     vae.decoder.conv_in.register_forward_hook(lambda *call: kinds.append(call[-1].dtype))
-    step = autoencoder.trial_steps(config, vae, (1, 16, 16), OneProcess(CPU))
+    step = train_autoencoder.trial_steps(config, vae, (1, 16, 16), OneProcess(CPU))
     for name in ("float32", "bfloat16", "float32"):
         step(name, 3)
     assert kinds == [torch.float32, torch.bfloat16, torch.float32]
@@ -206,12 +206,24 @@ def test_every_trainer_measures(stripe_folder, autoencoder_run, tmp_path, capsys
     judge = judge_tree(shapes, tmp_path / "j")
     judge["train"] = few
     trees = {
-        "f": {"stage": "features", "output": str(tmp_path / "f"), "name": "tiny", "data": data, "train": few,
-              "model": {"widths": [4, 4, 8]}},
-        "c": {"stage": "classifier", "output": str(tmp_path / "c"), "autoencoder": str(autoencoder_run), "data": data,
-              "train": few, "model": {"widths": [8, 8]}},
+        "f": {
+            "stage": "features",
+            "output": str(tmp_path / "f"),
+            "name": "tiny",
+            "data": data,
+            "train": few,
+            "model": {"widths": [4, 4, 8]},
+        },
+        "c": {
+            "stage": "classifier",
+            "output": str(tmp_path / "c"),
+            "autoencoder": str(autoencoder_run),
+            "data": data,
+            "train": few,
+            "model": {"widths": [8, 8]},
+        },
         "j": judge,
-    }  # fmt: skip
+    }
     for name, tree in trees.items():
         train(parse_config(tree))
         said = capsys.readouterr().err

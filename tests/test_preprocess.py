@@ -5,9 +5,10 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.data.preprocess import ImageDataset, Preprocess, to_uint8
 from latentdiff.data.sources import ArraySource, ImageSource
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
+from latentdiff.utils.images import to_uint8
 
 
 def ramp(height: int, width: int, channels: int = 1) -> np.ndarray:
@@ -46,11 +47,14 @@ def test_memory_is_laid_out_plane_by_plane(channels):
     assert images.stride() == (30 * channels, 30, 5, 1)
 
 
-@pytest.mark.parametrize("size, multiple, padded, content", [
-    ((28, 28), 8, (32, 32), (2, 2, 28, 28)),
-    ((5, 8), 4, (8, 8), (1, 0, 5, 8)),
-    ((8, 8), 4, (8, 8), (0, 0, 8, 8)),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "size, multiple, padded, content",
+    [
+        ((28, 28), 8, (32, 32), (2, 2, 28, 28)),
+        ((5, 8), 4, (8, 8), (1, 0, 5, 8)),
+        ((8, 8), 4, (8, 8), (0, 0, 8, 8)),
+    ],
+)
 def test_padding_is_symmetric_and_known(size, multiple, padded, content):
     rule = Preprocess(size, 1, "pad", multiple)
     image = np.full((*size, 1), 255, np.uint8)
@@ -110,20 +114,24 @@ def test_channels_convert_by_the_stated_rule():
 def test_misfits_are_refused_with_the_settings_that_would_do():
     square, wide = np.zeros((8, 8, 1), np.uint8), np.zeros((8, 12, 1), np.uint8)
     for call, said in [
-        (lambda: Preprocess((28, 28), multiple_of=8),
-         r"not a multiple of 8: set framing=pad, or size=\[24, 24\] or size=\[32, 32\]"),
+        (
+            lambda: Preprocess((28, 28), multiple_of=8),
+            r"not a multiple of 8: set framing=pad, or size=\[24, 24\] or size=\[32, 32\]",
+        ),
         (lambda: Preprocess().for_source(Mixed(square, wide)), r"2 sizes \(8x8 … 8x12\): set data.size=.* data.framing=crop"),
         (lambda: Preprocess((8, 8)).for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with framing=exact"),
         (lambda: Preprocess((16, 16), framing="pad").for_source(Mixed(square, wide)), "8x12 does not fit 8x8 with"),
-        (lambda: Preprocess((4, 4), framing="pad").for_source(Mixed(square)),
-         "8x8 does not fit 4x4 with framing=pad.* set data.framing to one of crop .*, letterbox "),
+        (
+            lambda: Preprocess((4, 4), framing="pad").for_source(Mixed(square)),
+            "8x8 does not fit 4x4 with framing=pad.* set data.framing to one of crop .*, letterbox ",
+        ),
         (lambda: Preprocess(multiple_of=5).for_source(Mixed(square)), "8x8 is not a multiple of 5"),
         (lambda: Preprocess(framing="cover"), "framing 'cover': valid are exact, resize, crop, pad, letterbox"),
         (lambda: Preprocess(pad_mode="grey"), "valid are constant, edge, reflect"),
         (lambda: Preprocess(channels=4), "channels=4"),
         (lambda: Preprocess((8,)), "height, width"),
         (lambda: Preprocess().content, "size is not set"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(UserError, match=said) as error:
             call()
         assert "\n" not in str(error.value)
@@ -150,8 +158,14 @@ def test_dataset_flips_each_its_own():
 def test_description_and_fingerprint_tell_what_changes_the_pixels():
     source = ArraySource("x", np.zeros((3, 8, 8, 1), np.uint8), None)
     padded = Preprocess(framing="pad", multiple_of=16)
-    rules = [Preprocess(), padded, Preprocess(framing="pad", multiple_of=16, pad_mode="edge"),
-             Preprocess((4, 4), framing="crop"), Preprocess((4, 4), framing="resize"), Preprocess(channels=3)]  # fmt: skip
+    rules = [
+        Preprocess(),
+        padded,
+        Preprocess(framing="pad", multiple_of=16, pad_mode="edge"),
+        Preprocess((4, 4), framing="crop"),
+        Preprocess((4, 4), framing="resize"),
+        Preprocess(channels=3),
+    ]
     described = [str(rule.for_source(source).describe()) for rule in rules]
     assert len(set(described)) == len(rules)
     assert str(Preprocess((8, 8), 1, multiple_of=4).for_source(source).describe()) == described[0]  # the same pixels

@@ -18,14 +18,28 @@ EACH_STEP = {"train__save_minutes": 1e-9, "train__keep": 100, "train__log_every"
 # Without l1, whose gradient is a sign: where a pixel is met exactly, rounding alone decides it. A weight's rounding is at most
 # lr / eps times its gradient's, summed over the steps; the adversary's gradients are some hundred times the autoencoder's
 ADVERSARY = {
-    "loss__adversarial": 0.5, "loss__adversarial_start": 0, "loss__discriminator_channels": 4, "loss__discriminator_layers": 1,
-    "loss__discriminator_lr": 4e-5, "loss__l1": 0.0, "loss__l2": 1.0,
-}  # fmt: skip
+    "loss__adversarial": 0.5,
+    "loss__adversarial_start": 0,
+    "loss__discriminator_channels": 4,
+    "loss__discriminator_layers": 1,
+    "loss__discriminator_lr": 4e-5,
+    "loss__l1": 0.0,
+    "loss__l2": 1.0,
+}
 CODEBOOK = {
-    "model": {"type": "VQModel", "config": {
-        "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": 3, "norm_num_groups": 4,
-        "num_vq_embeddings": 64, "mid_block_add_attention": False}},
-}  # fmt: skip
+    "model": {
+        "type": "VQModel",
+        "config": {
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "latent_channels": 3,
+            "vq_embed_dim": 3,
+            "norm_num_groups": 4,
+            "num_vq_embeddings": 64,
+            "mid_block_add_attention": False,
+        },
+    },
+}
 STEPS = 20
 
 
@@ -68,9 +82,15 @@ def assert_equal_runs(first: Path, second: Path, step: int) -> None:
     assert lines(first) == lines(second)
 
 
-@pytest.mark.parametrize("stage", [
-    "autoencoder", pytest.param("vq", marks=pytest.mark.slow), "diffusion", pytest.param("weighted", marks=pytest.mark.slow),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "autoencoder",
+        pytest.param("vq", marks=pytest.mark.slow),
+        "diffusion",
+        pytest.param("weighted", marks=pytest.mark.slow),
+    ],
+)
 def test_processes_and_pieces_take_the_steps_of_one(tmp_path, stripe_folder, autoencoder_run, stage):
     # Of the diffusion run the whole batch is 8; each of two processes has 4, each of four 2; pieces are of 3, 3 and 2
     ways = {"one": (1, {}), "pieces": (1, {"train__micro_batch": 3}), "two": (2, {"train__micro_batch": 2}), "four": (4, {})}

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from latentdiff.rng import derive_seed, generators, rand, randn, randn_like
-from latentdiff.tensors import flat_mean, flat_std, per_sample, widen
+from latentdiff.utils.random import derive_seed, generators, rand, randn, randn_like
+from latentdiff.utils.tensors import flat_mean, flat_std, per_sample, widen
 
 
 def test_widen_goes_along_the_batch_even_where_every_axis_is_as_long():

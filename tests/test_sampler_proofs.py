@@ -15,17 +15,27 @@ import torch
 from exact import Mixture, deviations, mixture
 from planted import Lying, planted
 
-from latentdiff import grids, samplers
+from latentdiff import samplers
 from latentdiff.denoiser import Denoiser
+from latentdiff.samplers import grids
 from latentdiff.samplers.langevin import PREDICTORS
 from latentdiff.schedules import RectifiedFlow, make_schedule, names
 
 CLEAN = RectifiedFlow(), 0.0  # alpha 1, sigma 0
 STEPS = {
-    "ancestral": 100, "ddim": 100, "euler": 100, "euler_maruyama": 100, "reverse_diffusion": 200,
-    "predictor_corrector": 80, "annealed_langevin": 40, "heun": 30, "dopri5": 20, "dpmpp_2m": 40, "dpmpp_3m": 40,
+    "ancestral": 100,
+    "ddim": 100,
+    "euler": 100,
+    "euler_maruyama": 100,
+    "reverse_diffusion": 200,
+    "predictor_corrector": 80,
+    "annealed_langevin": 40,
+    "heun": 30,
+    "dopri5": 20,
+    "dpmpp_2m": 40,
+    "dpmpp_3m": 40,
     "dpmpp_2m_sde": 80,
-}  # fmt: skip
+}
 OPTIONS = {"annealed_langevin": {"inner_steps": 20}}
 
 

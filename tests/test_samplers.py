@@ -11,9 +11,9 @@ from torch import nn
 from latentdiff import samplers
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
-from latentdiff.rng import generators, randn
 from latentdiff.samplers import sample
 from latentdiff.schedules import RectifiedFlow, make_schedule, names
+from latentdiff.utils.random import generators, randn
 
 # Options that make a sampler draw, or do more than by default
 BUSY = {

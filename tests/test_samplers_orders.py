@@ -18,8 +18,13 @@ from latentdiff.schedules import make_schedule, names
 
 MEAN, STD = 0.5, 0.5
 ODE = [("euler", 1), ("ddim", 1), ("heun", 2), ("dpmpp_2m", 2), ("dpmpp_3m", 3)]
-SDE = [("ancestral", 1, {}), ("ddim", 1, {"eta": 0.5}), ("euler_maruyama", 1, {}), ("reverse_diffusion", 1, {}),
-       ("dpmpp_2m_sde", 2, {})]  # fmt: skip
+SDE = [
+    ("ancestral", 1, {}),
+    ("ddim", 1, {"eta": 0.5}),
+    ("euler_maruyama", 1, {}),
+    ("reverse_diffusion", 1, {}),
+    ("dpmpp_2m_sde", 2, {}),
+]
 
 
 def gaussian(s) -> Denoiser:
@@ -60,9 +65,9 @@ def law(s, run, grid, monkeypatch, **options) -> tuple[float, float]:
     x = torch.full((2, 1), alpha * MEAN, dtype=torch.float64)
     x[1] += math.sqrt((alpha * STD) ** 2 + sigma**2)
     with monkeypatch.context() as patch:
-        patch.setattr("latentdiff.rng._draw", count := Impulses())
+        patch.setattr("latentdiff.utils.random._draw", count := Impulses())
         run(gaussian(s), x, grid, **options)
-        patch.setattr("latentdiff.rng._draw", Impulses())
+        patch.setattr("latentdiff.utils.random._draw", Impulses())
         out = run(gaussian(s), torch.cat([x, x[:1].expand(count.drawn, 1)]), grid, **options)
     return float(out[0]), float((out[1:] - out[0]).square().sum())
 
@@ -151,7 +156,7 @@ def test_a_lost_weak_order_is_seen(sampler, change, monkeypatch):
 
 def one_step(run, s, x, t: float, dt: float, z: float, monkeypatch) -> torch.Tensor:
     with monkeypatch.context() as patch:
-        patch.setattr("latentdiff.rng._draw", lambda draw, shape, *_: torch.full(tuple(shape), z, dtype=torch.float64))
+        patch.setattr("latentdiff.utils.random._draw", lambda draw, shape, *_: torch.full(tuple(shape), z, dtype=torch.float64))
         return run(gaussian(s), x, torch.tensor([t, t - dt], dtype=torch.float64))
 
 

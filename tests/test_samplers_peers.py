@@ -7,9 +7,9 @@ import torch
 from exact import mixture
 from torch import nn
 
-from latentdiff import grids, samplers
+from latentdiff import samplers
 from latentdiff.denoiser import Denoiser, unet_model
-from latentdiff.samplers import sample
+from latentdiff.samplers import grids, sample
 from latentdiff.schedules import NoiseSchedule, make_schedule
 
 

@@ -18,7 +18,7 @@ from latentdiff import checkpoints, prediction
 from latentdiff.errors import UserError
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, PipelineInputError
 from latentdiff.schedules import make_schedule
-from latentdiff.tensors import widen
+from latentdiff.utils.tensors import widen
 
 MEAN, STD = 0.8, 0.6  # of the data, within what clip_sample and thresholding would cut off at 1
 COUNT, SHAPE = 256, (2, 2, 2)
@@ -38,24 +38,54 @@ PATHS = {
     "edm": ("edm", None),
 }
 VP = {
-    "DDIMParallelScheduler", "DDIMScheduler", "DDPMParallelScheduler", "DDPMScheduler", "DEISMultistepScheduler",
-    "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "LCMScheduler",
-    "LMSDiscreteScheduler", "PNDMScheduler", "SASolverScheduler", "TCDScheduler", "UniPCMultistepScheduler",
-}  # fmt: skip
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+}
 TWO_STAGE = {"HeunDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler"}
 FLOW = {
-    "DEISMultistepScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "FlowMatchEulerDiscreteScheduler",
-    "FlowMatchHeunDiscreteScheduler", "FlowMatchLCMScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
-}  # fmt: skip
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+}
 WORKING = {
-    "cosine": VP - TWO_STAGE, "vp": VP, "ddpm-scaled-linear": VP, "flow": FLOW, "flow by DPM-Solver": FLOW,
+    "cosine": VP - TWO_STAGE,
+    "vp": VP,
+    "ddpm-scaled-linear": VP,
+    "flow": FLOW,
+    "flow by DPM-Solver": FLOW,
     "edm": {"EDMDPMSolverMultistepScheduler", "EDMEulerScheduler"},
-}  # fmt: skip
+}
 STOCHASTIC = {
-    "DDPMParallelScheduler", "DDPMScheduler", "EulerAncestralDiscreteScheduler", "FlowMatchLCMScheduler",
-    "KDPM2AncestralDiscreteScheduler", "LCMScheduler", "SASolverScheduler", "TCDScheduler",
-}  # fmt: skip
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "FlowMatchLCMScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "LCMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+}
 
 
 @pytest.fixture(autouse=True)

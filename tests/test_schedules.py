@@ -10,7 +10,7 @@ from exact import mixture
 from latentdiff import samplers
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
-from latentdiff.grids import make_grid
+from latentdiff.samplers.grids import make_grid
 from latentdiff.schedules import (
     EDM,
     VE,
@@ -108,9 +108,7 @@ def test_continuous_vp_through_diffusers():
     for s in (VP(), Cosine()):
         peer = s.to_scheduler("DDIMScheduler")
         k = torch.arange(0, 999)
-        torch.testing.assert_close(
-            peer.alphas_cumprod[k].double(), s.alpha(s.time_from_timestep(k)) ** 2, rtol=1e-3, atol=1e-6
-        )
+        torch.testing.assert_close(peer.alphas_cumprod[k].double(), s.alpha(s.time_from_timestep(k)) ** 2, rtol=1e-3, atol=1e-6)
 
 
 def test_flow_through_diffusers():

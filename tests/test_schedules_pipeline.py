@@ -11,7 +11,7 @@ from latentdiff import prediction
 from latentdiff.denoiser import Denoiser
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.tensors import widen
+from latentdiff.utils.tensors import widen
 
 SHAPE = (2, 2, 2)
 

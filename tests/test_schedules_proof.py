@@ -71,24 +71,36 @@ def log_mean(t):
 
 SCORE_SDE = {
     VP: (
-        lambda t: log_mean(t).exp(), lambda t: (1 - torch.exp(2 * log_mean(t))).sqrt(),
-        lambda t: -0.5 * beta(t), lambda t: beta(t).sqrt(), 1.0,
+        lambda t: log_mean(t).exp(),
+        lambda t: (1 - torch.exp(2 * log_mean(t))).sqrt(),
+        lambda t: -0.5 * beta(t),
+        lambda t: beta(t).sqrt(),
+        1.0,
     ),
     SubVP: (
-        lambda t: log_mean(t).exp(), lambda t: 1 - torch.exp(2 * log_mean(t)),
-        lambda t: -0.5 * beta(t), lambda t: (beta(t) * (1 - torch.exp(-2 * B0 * t - (B1 - B0) * t**2))).sqrt(), 1.0,
+        lambda t: log_mean(t).exp(),
+        lambda t: 1 - torch.exp(2 * log_mean(t)),
+        lambda t: -0.5 * beta(t),
+        lambda t: (beta(t) * (1 - torch.exp(-2 * B0 * t - (B1 - B0) * t**2))).sqrt(),
+        1.0,
     ),
     VE: (
-        torch.ones_like, lambda t: LOW * (HIGH / LOW) ** t,
-        torch.zeros_like, lambda t: LOW * (HIGH / LOW) ** t * math.sqrt(2 * (math.log(HIGH) - math.log(LOW))), HIGH,
+        torch.ones_like,
+        lambda t: LOW * (HIGH / LOW) ** t,
+        torch.zeros_like,
+        lambda t: LOW * (HIGH / LOW) ** t * math.sqrt(2 * (math.log(HIGH) - math.log(LOW))),
+        HIGH,
     ),
     Cosine: (
-        lambda t: torch.cos(math.pi * t / 2), lambda t: torch.sin(math.pi * t / 2),
-        lambda t: -math.pi / 2 * torch.tan(math.pi * t / 2), lambda t: (math.pi * torch.tan(math.pi * t / 2)).sqrt(), 1.0,
+        lambda t: torch.cos(math.pi * t / 2),
+        lambda t: torch.sin(math.pi * t / 2),
+        lambda t: -math.pi / 2 * torch.tan(math.pi * t / 2),
+        lambda t: (math.pi * torch.tan(math.pi * t / 2)).sqrt(),
+        1.0,
     ),
     RectifiedFlow: (lambda t: 1 - t, lambda t: t, lambda t: -1 / (1 - t), lambda t: (2 * t / (1 - t)).sqrt(), 1.0),
     EDM: (torch.ones_like, lambda t: 80 * t, torch.zeros_like, lambda t: 80 * (2 * t).sqrt(), 80.0),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", names())

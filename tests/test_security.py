@@ -22,24 +22,38 @@ from tiny_stable import change_json
 
 from latentdiff import checkpoints
 from latentdiff.config import load_config
-from latentdiff.data.emoji import prepare_emoji
-from latentdiff.data.files import decode, inspect, read_idx
+from latentdiff.data.image_files import decode, inspect, read_idx
 from latentdiff.data.pairs import read_pairs
 from latentdiff.data.sources import open_source
 from latentdiff.errors import UserError
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+from latentdiff.recipes.emoji.prepare import prepare_emoji
 
 ROOT = Path(__file__).parent.parent
 PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {
-    "torch.load", "torch.save", "torch.jit.load", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
-    "yaml.load_all", "eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "runpy.run_path",
-}  # fmt: skip
+    "torch.load",
+    "torch.save",
+    "torch.jit.load",
+    "os.system",
+    "os.popen",
+    "yaml.load",
+    "yaml.unsafe_load",
+    "yaml.full_load",
+    "yaml.load_all",
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "builtins.eval",
+    "builtins.exec",
+    "runpy.run_path",
+}
 FILES = [*(ROOT / "latentdiff").rglob("*.py"), *(ROOT / "pipelines").glob("*.py"), *(ROOT / "weights").rglob("*.py")]
 
 
 def dotted(node: ast.AST) -> str:
-    """"a.b.c" of a name with its attributes; "" of anything else."""
+    """ "a.b.c" of a name with its attributes; "" of anything else."""
     if isinstance(node, ast.Attribute):
         return f"{dotted(node.value) or '?'}.{node.attr}"
     return node.id if isinstance(node, ast.Name) else ""
@@ -136,7 +150,7 @@ def bomb(join: str) -> str:
         ("stage: 2001-99-99", "not valid YAML"),
         ("stage: {[1]: 2}", "not valid YAML"),
     ],
-)  # fmt: skip
+)
 def test_yaml_runs_nothing_and_ends(here, text, said):
     Path("run.yaml").write_text(text)
     assert refusal(lambda: load_config("run.yaml")).startswith(f"run.yaml: {said}")
@@ -222,8 +236,10 @@ def test_file_names_stay_in_the_data_folder(tmp_path, name):
         (folder / "a").mkdir(parents=True)
         for file in (tmp_path / "secret.png", tmp_path / "data" / "secret.png", folder / "in.png"):
             Image.new("RGB", (16, 16)).save(file)
-        rows = [{"file_name": n, "text": "x", "style": "s", "identity": "i", "name": "n"}
-                for n in ("in.png", name.replace("SECRET", str(tmp_path / "secret.png")))]  # fmt: skip
+        rows = [
+            {"file_name": n, "text": "x", "style": "s", "identity": "i", "name": "n"}
+            for n in ("in.png", name.replace("SECRET", str(tmp_path / "secret.png")))
+        ]
         (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for read in (open_source, read_pairs):
         line = refusal(lambda read=read: read(str(tmp_path / "data")))
@@ -264,11 +280,12 @@ def member(name: str, kind: bytes = tarfile.REGTYPE, link: str = "", size: int =
 def test_nothing_of_a_tarball_is_extracted_or_followed(here):
     rest = [tarball(here / f"{i}.tgz", package(n)) for i, n in enumerate(("emojibase-data", "emoji-datasource-twitter"))]
     members = [
-        member("../../escaped", size=3), member(str(here / "escaped"), size=3),
+        member("../../escaped", size=3),
+        member(str(here / "escaped"), size=3),
         member("package/emoji.json", tarfile.SYMTYPE, "/etc/passwd"),
         member("package/package.json", tarfile.SYMTYPE, "package/package.json"),
         member("package/emoji.json", tarfile.LNKTYPE, "nowhere"),
-    ]  # fmt: skip
+    ]
     prepare_emoji(here / "out", [evil(here / "evil.tgz", *members), *rest])
     assert sorted(p.name for p in here.iterdir()) == ["0.tgz", "1.tgz", "evil.tgz", "out"]
     assert not list(here.parent.rglob("escaped"))
@@ -307,9 +324,21 @@ def test_code_of_a_checkpoint_runs_only_where_it_is_trusted(planted, run):
     assert mark.exists()
 
 
-@pytest.mark.parametrize("pair", [["os", "system"], ["pipeline", "LatentDiffusionPipeline"], ["mine", "UNet2DModel"],
-                                  ["diffusers", "utils"], ["diffusers", "__loader__"], ["subprocess", "Popen"], "os.system",
-                                  ["diffusers", ["os"]], {"diffusers": 1}, [None, None]])  # fmt: skip
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ["os", "system"],
+        ["pipeline", "LatentDiffusionPipeline"],
+        ["mine", "UNet2DModel"],
+        ["diffusers", "utils"],
+        ["diffusers", "__loader__"],
+        ["subprocess", "Popen"],
+        "os.system",
+        ["diffusers", ["os"]],
+        {"diffusers": 1},
+        [None, None],
+    ],
+)
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_parts_are_classes_of_known_libraries(planted, part, pair):
     folder, mark = planted
@@ -364,12 +393,18 @@ def mapped(tmp_path, monkeypatch):
 
 
 AUTO = [
-    ("text_encoder", ["transformers", "AutoModel"]), ("text_encoder", ["transformers", "AutoModelForCausalLM"]),
-    ("tokenizer", ["transformers", "AutoTokenizer"]), ("tokenizer", ["transformers", "AutoProcessor"]),
-    ("unet", ["diffusers", "AutoModel"]), ("unet", ["transformers", "AutoModel"]), ("vae", ["diffusers", "AutoModel"]),
-    ("text_encoder", ["transformers", "pipeline"]), ("unet", ["diffusers", "DiffusionPipeline"]),
-    ("scheduler", ["diffusers", "AutoPipelineForText2Image"]), ("scheduler", ["transformers", "AutoConfig"]),
-]  # fmt: skip
+    ("text_encoder", ["transformers", "AutoModel"]),
+    ("text_encoder", ["transformers", "AutoModelForCausalLM"]),
+    ("tokenizer", ["transformers", "AutoTokenizer"]),
+    ("tokenizer", ["transformers", "AutoProcessor"]),
+    ("unet", ["diffusers", "AutoModel"]),
+    ("unet", ["transformers", "AutoModel"]),
+    ("vae", ["diffusers", "AutoModel"]),
+    ("text_encoder", ["transformers", "pipeline"]),
+    ("unet", ["diffusers", "DiffusionPipeline"]),
+    ("scheduler", ["diffusers", "AutoPipelineForText2Image"]),
+    ("scheduler", ["transformers", "AutoConfig"]),
+]
 
 
 @pytest.mark.parametrize(("part", "pair"), AUTO, ids=lambda value: value if isinstance(value, str) else value[1])
@@ -395,12 +430,19 @@ def test_a_pair_in_the_place_of_a_value_is_no_part(mapped, key):
 
 
 FETCHED = [
-    ("attn_implementation", "kernels-community/flash-attn"), ("_attn_implementation", "someone/kernel@main:f"),
-    ("_attn_implementation_internal", "someone/kernel"), ("attn_implementation", {"": "someone/kernel"}),
-    ("attn_implementation", "flash_attention_2"), ("attn_implementation", "paged|sdpa"), ("experts_implementation", "a/b"),
-    ("quantization_config", {"quant_method": "awq"}), ("quantization_config", "x"), ("fusion_config", {"a": "b/c"}),
-    ("transformers_weights", "evil.bin"), ("text_config", {"attn_implementation": "someone/kernel"}),
-]  # fmt: skip
+    ("attn_implementation", "kernels-community/flash-attn"),
+    ("_attn_implementation", "someone/kernel@main:f"),
+    ("_attn_implementation_internal", "someone/kernel"),
+    ("attn_implementation", {"": "someone/kernel"}),
+    ("attn_implementation", "flash_attention_2"),
+    ("attn_implementation", "paged|sdpa"),
+    ("experts_implementation", "a/b"),
+    ("quantization_config", {"quant_method": "awq"}),
+    ("quantization_config", "x"),
+    ("fusion_config", {"a": "b/c"}),
+    ("transformers_weights", "evil.bin"),
+    ("text_config", {"attn_implementation": "someone/kernel"}),
+]
 
 
 @pytest.mark.parametrize(("key", "value"), FETCHED)
@@ -427,9 +469,9 @@ def test_plain_attention_is_read(mapped):
 def test_training_measuring_and_importing_refuse_them_too(mapped, tmp_path):
     from tiny_stable import write_original
 
-    from latentdiff.conditioning import load_prompts, states_width
-    from latentdiff.evaluation.spaces import open_space
-    from latentdiff.imports import import_checkpoint
+    from latentdiff.evaluation.feature_spaces import open_space
+    from latentdiff.models.text_encoder import load_prompts, states_width
+    from latentdiff.single_file import import_checkpoint
 
     folder, _ = mapped
     file = write_original(folder, tmp_path / "a.safetensors")

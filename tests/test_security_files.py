@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from tiny_text import write_bert
 
 from latentdiff import checkpoints
-from latentdiff.conditioning import Prompts
 from latentdiff.data.captions import Captions, build_states
-from latentdiff.data.shards import stored_identity, write_shard
+from latentdiff.data.tensor_shards import stored_identity, write_shard
 from latentdiff.errors import UserError
-from latentdiff.folders import weight_files
+from latentdiff.models.loading import weight_files
+from latentdiff.models.text_encoder import Prompts
 
 # Deterministic, and few enough for a checkpoint of four configs
 TRIED = {"checkpoint": (1, 29), "autoencoder": (1, 11), "cache": (3, 3)}  # (depth, one in so many); (3, 1) for the rest
@@ -137,8 +137,12 @@ def test_caption_states_that_lie_are_named(tmp_path, prompts):
     build_states(prompts, captions, folder)
     (file,) = folder.glob("*.safetensors")
     raw, made_of = file.read_bytes(), stored_identity(file)
-    for tensors in ({"other": torch.zeros(4, 2, 2)}, {"states": torch.zeros(3, 2, 2)}, {"states": torch.zeros(4)},
-                    {"states": torch.zeros(4, 2, 2, dtype=torch.int64)}):  # fmt: skip
+    for tensors in (
+        {"other": torch.zeros(4, 2, 2)},
+        {"states": torch.zeros(3, 2, 2)},
+        {"states": torch.zeros(4)},
+        {"states": torch.zeros(4, 2, 2, dtype=torch.int64)},
+    ):
         write_shard(file, tensors, made_of)
         line = said(lambda: build_states(prompts, captions, folder))
         assert line is not None and str(file) in line
@@ -156,5 +160,3 @@ def test_huge_headers_take_no_memory(kind, folder):
         assert tracemalloc.get_traced_memory()[1] < 20_000_000
     finally:
         tracemalloc.stop()
-
-

@@ -21,15 +21,15 @@ from test_emoji import package, tarball
 from tiny_runs import diffusion_tree
 
 from latentdiff import checkpoints
-from latentdiff.commands import read_npz
 from latentdiff.config import load_config, parse_config
-from latentdiff.data import emoji
-from latentdiff.data.files import DECODING_ERRORS, decode, inspect, read_idx
+from latentdiff.data.image_files import DECODING_ERRORS, decode, inspect, read_idx
 from latentdiff.data.pairs import read_pairs
-from latentdiff.data.shards import read_manifest, stored_identity
 from latentdiff.data.sources import open_source
+from latentdiff.data.tensor_shards import read_manifest, stored_identity
 from latentdiff.errors import UserError
-from latentdiff.folders import read_json, weight_files, weight_names
+from latentdiff.evaluation.sample_sets import read_npz
+from latentdiff.models.loading import read_json, weight_files, weight_names
+from latentdiff.recipes.emoji import prepare as emoji
 from latentdiff.training import state
 
 LIMIT = 10.0  # seconds of processor time a case may take: what other programs take does not count
@@ -279,14 +279,41 @@ def own_index(monkeypatch, tmp_path):
 
 # Cases in the slow part
 COUNTS = {
-    "header": 900, "shard": 500, "manifest": 800, "index": 400, "record": 400, "weight map": 400, "config": 700,
-    "idx": 700, "idx gz": 700, "npz": 450, "metadata": 400, "table": 400, "pairs": 400, "tarball": 400,
-    "state": 400, "state weights": 400, "tar": 400,
-    "image png": 500, "image jpeg": 400, "image gif": 400, "image bmp": 400, "image webp": 400, "image tiff": 400,
-    "features": 100, "cache": 100, "features/config.json": 100, "judge/config.json": 60, "classifier/config.json": 40,
-    "cache/manifest.json": 120, "autoencoder": 25, "autoencoder/config.json": 40, "checkpoint/unet/config.json": 20,
-    "checkpoint/model_index.json": 20, "parquet": 30,
-}  # fmt: skip
+    "header": 900,
+    "shard": 500,
+    "manifest": 800,
+    "index": 400,
+    "record": 400,
+    "weight map": 400,
+    "config": 700,
+    "idx": 700,
+    "idx gz": 700,
+    "npz": 450,
+    "metadata": 400,
+    "table": 400,
+    "pairs": 400,
+    "tarball": 400,
+    "state": 400,
+    "state weights": 400,
+    "tar": 400,
+    "image png": 500,
+    "image jpeg": 400,
+    "image gif": 400,
+    "image bmp": 400,
+    "image webp": 400,
+    "image tiff": 400,
+    "features": 100,
+    "cache": 100,
+    "features/config.json": 100,
+    "judge/config.json": 60,
+    "classifier/config.json": 40,
+    "cache/manifest.json": 120,
+    "autoencoder": 25,
+    "autoencoder/config.json": 40,
+    "checkpoint/unet/config.json": 20,
+    "checkpoint/model_index.json": 20,
+    "parquet": 30,
+}
 FAST = 100
 
 

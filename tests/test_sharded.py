@@ -16,7 +16,7 @@ from tiny_text import text_tree, write_bert, write_captioned
 from latentdiff import checkpoints
 from latentdiff.config import LoopConfig, parse_config
 from latentdiff.objective import Uncertainty
-from latentdiff.training import run, sharding, state, train
+from latentdiff.training import distributed, run, state, train
 
 pytestmark = pytest.mark.slow  # one fixture of many runs, most in several processes
 
@@ -61,9 +61,11 @@ def jobs_of(root: Path, data: Path, autoencoder: Path) -> dict[str, dict]:
 
     cache = {"cache__folder": str(root / "latents"), "data__flips": True}
     weighted = {
-        "train__batch_size": 6, "train__gradient_checkpointing": True,
-        "weighting": "uncertainty", "model__config__dropout": 0.1,
-    }  # fmt: skip
+        "train__batch_size": 6,
+        "train__gradient_checkpointing": True,
+        "weighting": "uncertainty",
+        "model__config__dropout": 0.1,
+    }
     each = weighted | EACH_STEP
     text = {"condition__text__layers": 2}
     # A tokenizer numbers its tokens anew each time it is learnt: both go on from one and the same start
@@ -200,7 +202,7 @@ def test_bfloat16_is_taken_and_weights_stay_float32(runs):
     assert {value.dtype for value in at(two, 2)["model"].values()} == {torch.float32}
     for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
         accelerator = run.start_accelerator(LoopConfig(steps=1, precision=precision, threads=1))
-        assert sharding.Cast(torch.nn.Linear(2, 2), accelerator)(torch.ones(1, 2)).dtype == dtype
+        assert distributed.Cast(torch.nn.Linear(2, 2), accelerator)(torch.ones(1, 2)).dtype == dtype
 
 
 REFUSED = [
@@ -209,7 +211,7 @@ REFUSED = [
     ({**SHARDED, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "set train.gradient_checkpointing=true instead"),
     ({"ACCELERATE_USE_DEEPSPEED": "true"}, "--use_deepspeed is not supported; launch with --multi_gpu, or, .*--use_fsdp"),
     ({**SHARDED, "ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "--use_parallelism_config is not supported"),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("environment", "said"), REFUSED)
@@ -231,14 +233,14 @@ def test_what_cannot_be_sharded_is_refused_before_anything_is_written(stage1, tm
 
 
 def test_a_launch_that_asks_for_nothing_passes_and_one_that_asks_loads_whole_text_encoders(monkeypatch):
-    for name in (*SHARDED, *sharding.OTHERS):
+    for name in (*SHARDED, *distributed.OTHERS):
         monkeypatch.delenv(name, raising=False)
-    sharding.check_launch(shards=False)
-    assert not sharding.asked()
+    distributed.check_launch(shards=False)
+    assert not distributed.asked()
     for name, value in SHARDED.items():
         monkeypatch.setenv(name, value)
-    sharding.check_launch(shards=True)
-    assert sharding.asked()
+    distributed.check_launch(shards=True)
+    assert distributed.asked()
     from transformers.integrations.fsdp import is_fsdp_enabled
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -9,7 +9,8 @@ import time
 
 import pytest
 
-from latentdiff import cli, processes, signals
+from latentdiff.cli import app
+from latentdiff.utils import processes, signals
 
 NAMES = [("SIGINT", 130), ("SIGHUP", 75), ("SIGTERM", 75), ("SIGUSR1", 75)]
 
@@ -125,7 +126,7 @@ def slow(*_):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 facts.info = slow
-cli.main(["info", "x"])
+app.main(["info", "x"])
 """
 
 
@@ -151,8 +152,8 @@ def test_stderr_that_is_gone_stops_no_command(tmp_path, monkeypatch):
         sys.stderr.flush()
         done.append(sys.stderr.isatty())
 
-    monkeypatch.setattr(cli, "info_command", slow)
-    cli.main(["info", "x"])
+    monkeypatch.setattr(app, "info_command", slow)
+    app.main(["info", "x"])
     assert done == [False] and sys.stderr is lost
 
 

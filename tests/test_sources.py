@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import ArraySource, held_out, open_source, splits
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
 
 

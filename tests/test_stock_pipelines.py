@@ -37,10 +37,14 @@ CALLS = {
     "LatentDiffusionPipeline": TEXT,
 }
 OPENED_ALONE = [  # a call needs more than these tests have
-    "CycleDiffusionPipeline", "LEditsPPPipelineStableDiffusion", "LatentConsistencyModelPipeline",
-    "StableDiffusionAttendAndExcitePipeline", "StableDiffusionDiffEditPipeline", "StableDiffusionGLIGENPipeline",
+    "CycleDiffusionPipeline",
+    "LEditsPPPipelineStableDiffusion",
+    "LatentConsistencyModelPipeline",
+    "StableDiffusionAttendAndExcitePipeline",
+    "StableDiffusionDiffEditPipeline",
+    "StableDiffusionGLIGENPipeline",
     "StableDiffusionInstructPix2PixPipeline",
-]  # fmt: skip
+]
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +61,15 @@ def folder(request, tmp_path_factory):
     parts["vae"].register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
     parts["scheduler"] = make_schedule("cosine").to_scheduler(prediction="v_prediction")
     return checkpoints.publish(
-        tmp_path_factory.mktemp("stock") / "model", **parts, meta={}, null_prompt="", image_size=(16, 16),
-        prediction="v_prediction", schedule={"name": "cosine"}, dtype=getattr(torch, request.param),
-    )  # fmt: skip
+        tmp_path_factory.mktemp("stock") / "model",
+        **parts,
+        meta={},
+        null_prompt="",
+        image_size=(16, 16),
+        prediction="v_prediction",
+        schedule={"name": "cosine"},
+        dtype=getattr(torch, request.param),
+    )
 
 
 def plainly(name, folder):
@@ -140,9 +150,14 @@ def test_an_oblong_model_keeps_both_sides(tmp_path):
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.register_to_config(sample_size=1)
     folder = checkpoints.publish(
-        tmp_path / "model", unet=unet, vae=vae, scheduler=diffusers.DDIMScheduler(), meta={},
-        class_names=["a", "b", "c"], null_class=3,
-    )  # fmt: skip
+        tmp_path / "model",
+        unet=unet,
+        vae=vae,
+        scheduler=diffusers.DDIMScheduler(),
+        meta={},
+        class_names=["a", "b", "c"],
+        null_class=3,
+    )
     assert json.loads((folder / "unet" / "config.json").read_text())["sample_size"] == [2, 4]
     assert json.loads((folder / "vae" / "config.json").read_text())["sample_size"] == 4 * factor
     assert unet.config.sample_size == [2, 4] and vae.config.sample_size == 1  # what is published is a copy
@@ -177,8 +192,9 @@ def test_the_shipped_folders_state_the_same(name):
         assert json.loads((model / "text_encoder" / "config.json").read_text())["dtype"] == "float32"
         weights = load_file(model / "text_encoder" / "model.safetensors")
         assert {weight.dtype for weight in weights.values()} == {torch.float16}
-        assert json.loads((model / "tokenizer" / "vocab.json").read_text()) == (
-            json.loads((model / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
+        assert (
+            json.loads((model / "tokenizer" / "vocab.json").read_text())
+            == (json.loads((model / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"])
         )
 
 

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 from tiny_runs import autoencoder_config, diffusion_config, write_stripes
 
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.checkpoints import load
-from latentdiff.commands import data_rule
-from latentdiff.data import rowgroups
-from latentdiff.data.order import WINDOW, Batches, stream
-from latentdiff.data.preprocess import ImageDataset, Preprocess
+from latentdiff.data import parquet_stream
+from latentdiff.data.shuffling import WINDOW, Batches, stream
 from latentdiff.data.sources import held_out, open_source, splits
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation.report import reference_sets
+from latentdiff.evaluation.metrics import reference_sets
+from latentdiff.evaluation.model_data import data_rule
+from latentdiff.models.codec import LatentCodec
 from latentdiff.training import state, train
 
 pa = pytest.importorskip("pyarrow")
@@ -48,16 +48,21 @@ def write_files(root, files: int = 2, prefix: str = "part", typed: bool = True, 
     root.mkdir(exist_ok=True)
     for number in range(files):
         rows = range(EACH * number, EACH * (number + 1))
-        table = pa.table({
-            "image": [{"bytes": noise(k, side), "path": None} for k in rows],
-            "label": [k % 3 for k in rows],
-            "text": [[f"number {k}"] if k % 2 else [f"number {k}", "even"] for k in rows],
-        })  # fmt: skip
+        table = pa.table(
+            {
+                "image": [{"bytes": noise(k, side), "path": None} for k in rows],
+                "label": [k % 3 for k in rows],
+                "text": [[f"number {k}"] if k % 2 else [f"number {k}", "even"] for k in rows],
+            }
+        )
         if typed:
-            features = datasets.Features({
-                "image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b", "c"]),
-                "text": datasets.Sequence(datasets.Value("string")),
-            })  # fmt: skip
+            features = datasets.Features(
+                {
+                    "image": datasets.Image(),
+                    "label": datasets.ClassLabel(names=["a", "b", "c"]),
+                    "text": datasets.Sequence(datasets.Value("string")),
+                }
+            )
             table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features.to_dict()}})})
         pq.write_table(table, root / f"{prefix}-{number}.parquet", row_group_size=GROUP)
     return str(root / f"{prefix}-*.parquet")
@@ -93,13 +98,13 @@ def test_splits_are_told_by_the_names_of_files(tmp_path):
 
 def test_a_hub_name_is_its_parquet_files(tmp_path, monkeypatch):
     write_files(tmp_path / "data")
-    asked, find = [], rowgroups.find_shards
+    asked, find = [], parquet_stream.find_shards
 
     def listing(name, data):
         asked.append(name)
         return find(str(tmp_path / "data" / "*.parquet"), data)
 
-    monkeypatch.setattr(rowgroups, "find_shards", listing)
+    monkeypatch.setattr(parquet_stream, "find_shards", listing)
     assert len(open_source("owner/name", streaming=True)) == 2 * EACH
     assert set(asked) == {"hf://datasets/owner/name/**/*.parquet"}
 
@@ -181,18 +186,21 @@ def test_a_server_without_ranges_is_refused(tmp_path, served):
         open_source(f"{address}/data/part-0.parquet", streaming=True)
 
 
-@pytest.mark.parametrize("how, said", [
-    ("cut", "cannot be read as parquet"),
-    ("text", "cannot be read as parquet"),
-    ("empty", "has no rows"),
-    ("other", "has other columns than"),
-    ("column", "image_column pixels is not a column; the columns are image, label, text"),
-    ("nothing", "no such parquet file"),
-    ("folder", "nothing to stream; data.streaming reads parquet files"),
-    ("shards", "nothing to stream"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("cut", "cannot be read as parquet"),
+        ("text", "cannot be read as parquet"),
+        ("empty", "has no rows"),
+        ("other", "has other columns than"),
+        ("column", "image_column pixels is not a column; the columns are image, label, text"),
+        ("nothing", "no such parquet file"),
+        ("folder", "nothing to stream; data.streaming reads parquet files"),
+        ("shards", "nothing to stream"),
+    ],
+)
 def test_what_cannot_be_streamed_is_one_line(tmp_path, how, said):
-    from latentdiff.data.images import Columns
+    from latentdiff.data.datasets import Columns
 
     data, path, columns = write_files(tmp_path / "data"), tmp_path / "data" / "part-1.parquet", Columns()
     if how == "cut":
@@ -236,7 +244,7 @@ def striped_table(root):
 
 
 def test_both_stages_train_from_a_stream_and_go_on_bit_for_bit(tmp_path, monkeypatch):
-    data, opened = striped_table(tmp_path), rowgroups.open_streamed
+    data, opened = striped_table(tmp_path), parquet_stream.open_streamed
     kept = {"data__streaming": True, "train__save_minutes": 1e-9, "train__keep": 100}
     for name, lengths in (("whole", [8]), ("broken", [3, 8])):
         for resume, steps in enumerate(lengths):
@@ -251,7 +259,7 @@ def test_both_stages_train_from_a_stream_and_go_on_bit_for_bit(tmp_path, monkeyp
     model = train(diffusion_config(data, tmp_path / "stage2", tmp_path / "whole", data__streaming=True, train__steps=3))
     assert (model / "model_index.json").is_file()
     seen = []
-    monkeypatch.setattr(rowgroups, "open_streamed", lambda *found: seen.append(found) or opened(*found))
+    monkeypatch.setattr(parquet_stream, "open_streamed", lambda *found: seen.append(found) or opened(*found))
     pipeline = load(model)
     held = reference_sets(str(data), *data_rule(model, LatentCodec(pipeline.vae)))[1]
     assert seen and type(held.source).__name__ == "StreamedTable"  # what measures the model streams as its training did

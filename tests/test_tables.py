@@ -15,11 +15,11 @@ from test_sources import class_folder, one_line, write_image
 from tiny_runs import autoencoder_config, write_stripes
 
 from latentdiff.config import DataConfig
-from latentdiff.data.images import Columns
+from latentdiff.data.datasets import Columns
 from latentdiff.data.sources import open_source, splits
 from latentdiff.errors import UserError
 from latentdiff.training import train
-from latentdiff.training.data import Images
+from latentdiff.training.images import Images
 
 datasets = pytest.importorskip("datasets")
 

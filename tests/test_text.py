@@ -15,15 +15,22 @@ from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff import checkpoints
 from latentdiff.cli import main
-from latentdiff.conditioning import PromptedUNet, Prompts, build_text_encoder, load_prompts, states_width, train_tokenizer
 from latentdiff.config import parse_config
 from latentdiff.data.captions import Captions, build_states, encoder_fingerprint
-from latentdiff.data.preprocess import ImageDataset, Preprocess
 from latentdiff.data.sources import open_source
+from latentdiff.data.transforms import ImageDataset, Preprocess
 from latentdiff.errors import UserError
 from latentdiff.generation import generate, generate_batches, image_generators
-from latentdiff.rng import generators
+from latentdiff.models.text_encoder import (
+    PromptedUNet,
+    Prompts,
+    build_text_encoder,
+    load_prompts,
+    states_width,
+    train_tokenizer,
+)
 from latentdiff.training import train
+from latentdiff.utils.random import generators
 
 WORDS = "horizontal vertical diagonal blank stripes a picture of"
 TEXTS = ["a red apple", "a green apple", "grinning face", "blue heart"]
@@ -196,7 +203,7 @@ def test_a_resumed_text_run_is_the_unbroken_one(runs, tmp_path, monkeypatch):
     learnt = train_tokenizer(["horizontal vertical diagonal stripes", "a picture of"], 400, 12)
     calls: list[int] = []
     # Learnt anew it would number its tokens otherwise; a resumed run must read the one it began with
-    monkeypatch.setattr("latentdiff.training.conditions.train_tokenizer", lambda *_: calls.append(1) or learnt)
+    monkeypatch.setattr("latentdiff.training.conditioning.train_tokenizer", lambda *_: calls.append(1) or learnt)
     whole = train(parse_config(text_tree(data, tmp_path / "whole", autoencoder)))
     train(parse_config(text_tree(data, tmp_path / "two", autoencoder, train__steps=3)))
     two = train(parse_config(text_tree(data, tmp_path / "two", autoencoder)), resume=True)

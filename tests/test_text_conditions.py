@@ -12,12 +12,12 @@ from tiny_runs import autoencoder_config
 from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff import checkpoints
-from latentdiff.conditioning import ClassCondition, Prompts, build_text_encoder, train_tokenizer
 from latentdiff.config import DiffusionConfig, load_config, parse_config
 from latentdiff.data.captions import Captions, build_states
 from latentdiff.errors import UserError
+from latentdiff.models.text_encoder import ClassCondition, Prompts, build_text_encoder, train_tokenizer
 from latentdiff.training import train
-from latentdiff.training.conditions import Conditions, TextCondition, check
+from latentdiff.training.conditioning import Conditions, TextCondition, check
 
 WORDS = "across blank down stripes a picture of"
 TEXTS = ["a red apple", "a green apple", "grinning face", "blue heart"]
@@ -75,7 +75,7 @@ def test_the_configs_that_ship_and_what_run_json_writes_out_pass(kind):
 def test_an_empty_prompt_is_drawn_as_the_unconditional_picture(runs, tmp_path, monkeypatch):
     data, autoencoder = runs
     learnt, drawn = train_tokenizer(WORDS.split(), 400, 12), {}
-    monkeypatch.setattr("latentdiff.training.conditions.train_tokenizer", lambda *_: learnt)  # learnt anew it differs
+    monkeypatch.setattr("latentdiff.training.conditioning.train_tokenizer", lambda *_: learnt)  # learnt anew it differs
     for prompt in ("", "down stripes"):
         for guidance in (1.0, 30.0):
             changes = {"sample__prompts": [prompt], "sample__guidance": guidance, "train__steps": 1, "ema__decay": 0.0}

@@ -13,25 +13,36 @@ from safetensors.torch import load_file
 from tiny_runs import autoencoder_config, diffusion_config, write_stripes
 
 from latentdiff import checkpoints
-from latentdiff.autoencoders.build import load_autoencoder
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import DataConfig
-from latentdiff.data.cache import open_cache
+from latentdiff.data.latent_cache import open_cache
 from latentdiff.errors import UserError
-from latentdiff.training import autoencoder as stage1
-from latentdiff.training import diffusion as stage2
+from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.codec import LatentCodec
 from latentdiff.training import state, train
-from latentdiff.training.data import Images, sweep
+from latentdiff.training import train_autoencoder as stage1
+from latentdiff.training import train_diffusion as stage2
+from latentdiff.training.images import Images, sweep
 
 VQ = {
-    "model": {"type": "VQModel", "config": {
-        "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": 3, "norm_num_groups": 4,
-        "num_vq_embeddings": 64, "mid_block_add_attention": False}},
-}  # fmt: skip
+    "model": {
+        "type": "VQModel",
+        "config": {
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "latent_channels": 3,
+            "vq_embed_dim": 3,
+            "norm_num_groups": 4,
+            "num_vq_embeddings": 64,
+            "mid_block_add_attention": False,
+        },
+    },
+}
 CRITIC = {
-    "loss__adversarial": 0.5, "loss__adversarial_start": 2, "loss__discriminator_channels": 4,
+    "loss__adversarial": 0.5,
+    "loss__adversarial_start": 2,
+    "loss__discriminator_channels": 4,
     "loss__discriminator_layers": 1,
-}  # fmt: skip
+}
 FLOW = {"schedule": {"name": "flow"}, "prediction": "flow", "sample__scheduler": "FlowMatchEulerDiscreteScheduler"}
 
 
@@ -88,9 +99,7 @@ def test_stage_1_ends_with_the_averaged_weights_and_unit_latents(autoencoder_run
     assert vae.config.scaling_factor == 1.0 and len(images.train) == 36
 
 
-def test_perceptual_and_adversarial_terms_are_logged_apart_and_start_when_told(
-    tmp_path, stripe_folder, feature_folder, curves
-):
+def test_perceptual_and_adversarial_terms_are_logged_apart_and_start_when_told(tmp_path, stripe_folder, feature_folder, curves):
     perceptual = {"loss__perceptual": 0.5, "loss__perceptual_network": str(feature_folder)}
     train(autoencoder_config(stripe_folder, tmp_path / "run", **perceptual, **CRITIC, train__picture_every=3))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -238,8 +247,16 @@ def test_noise_levels_and_weighting_reach_the_loss(tmp_path, stripe_folder, auto
 def test_each_epoch_draws_fresh_latents_unless_means_are_asked_for(tmp_path, stripe_folder, autoencoder_run, seen):
     data = write_stripes(tmp_path / "data", 9)  # 7 to train on: a batch of 7 is an epoch
     for name, use_mean in (("draw", False), ("mean", True)):
-        run_stage_2(tmp_path, name, data, autoencoder_run, cache__use_mean=use_mean, train__batch_size=7,
-                    data__held_out=0.2, normaliser="measured")  # fmt: skip
+        run_stage_2(
+            tmp_path,
+            name,
+            data,
+            autoencoder_run,
+            cache__use_mean=use_mean,
+            train__batch_size=7,
+            data__held_out=0.2,
+            normaliser="measured",
+        )
     epochs = [step["x0"].flatten(1).sort(0).values for step in seen]
     assert len({tuple(e[:, 0].tolist()) for e in epochs[:4]}) == 4
     assert len({tuple(e[:, 0].tolist()) for e in epochs[4:]}) == 1
@@ -247,8 +264,15 @@ def test_each_epoch_draws_fresh_latents_unless_means_are_asked_for(tmp_path, str
 
 def test_flips_reach_the_latents(tmp_path, stripe_folder, autoencoder_run, seen):
     run_stage_2(tmp_path, "plain", stripe_folder, autoencoder_run, train__steps=1)
-    run_stage_2(tmp_path, "flips", stripe_folder, autoencoder_run, train__steps=1, data__flips=True,
-                cache__folder=str(tmp_path / "flipped"))  # fmt: skip
+    run_stage_2(
+        tmp_path,
+        "flips",
+        stripe_folder,
+        autoencoder_run,
+        train__steps=1,
+        data__flips=True,
+        cache__folder=str(tmp_path / "flipped"),
+    )
     same = (seen[0]["x0"] == seen[1]["x0"]).flatten(1).all(1).float().mean()
     assert 0.25 < float(same) < 0.75 and open_cache(tmp_path / "flipped").has_flips
 
@@ -260,12 +284,21 @@ def test_flips_reach_the_latents(tmp_path, stripe_folder, autoencoder_run, seen)
         {"prediction": "v_prediction", "schedule": {"name": "cosine"}, "sample__scheduler": "DDIMScheduler"},
         {"prediction": "sample", "schedule": {"name": "ddpm-scaled-linear"}},
         {**FLOW, "noise_levels": {"name": "logit_normal", "params": {}}},
-        {"model__type": "UNet2DConditionModel", "model__config": {
-            "block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 4, "cross_attention_dim": 8,
-            "down_block_types": ["DownBlock2D"], "up_block_types": ["UpBlock2D"], "mid_block_type": None}},
+        {
+            "model__type": "UNet2DConditionModel",
+            "model__config": {
+                "block_out_channels": [8],
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "cross_attention_dim": 8,
+                "down_block_types": ["DownBlock2D"],
+                "up_block_types": ["UpBlock2D"],
+                "mid_block_type": None,
+            },
+        },
     ],
     ids=["epsilon", "v_prediction", "sample", "flow", "condition-unet"],
-)  # fmt: skip
+)
 def test_every_prediction_trains_and_samples(tmp_path, stripe_folder, autoencoder_run, changes):
     model = train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, **changes, train__steps=2))
     pipeline = checkpoints.load(model)
@@ -305,8 +338,10 @@ def test_the_seed_decides_the_run(tmp_path, stripe_folder, autoencoder_run):
 
 def test_a_run_is_not_written_over(autoencoder_run, diffusion_run, stripe_folder):
     before = sorted(autoencoder_run.rglob("*")), sorted(diffusion_run.rglob("*"))
-    for config in (autoencoder_config(stripe_folder, autoencoder_run),
-                   diffusion_config(stripe_folder, diffusion_run, autoencoder_run)):  # fmt: skip
+    for config in (
+        autoencoder_config(stripe_folder, autoencoder_run),
+        diffusion_config(stripe_folder, diffusion_run, autoencoder_run),
+    ):
         assert "holds a training run already; continue it with --resume" in refusal(lambda c=config: train(c))
     assert before == (sorted(autoencoder_run.rglob("*")), sorted(diffusion_run.rglob("*")))
 

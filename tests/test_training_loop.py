@@ -10,10 +10,10 @@ from tiny_runs import autoencoder_config, diffusion_config
 from torch import nn
 
 from latentdiff.errors import UserError
-from latentdiff.training import autoencoder as stage1
-from latentdiff.training import diffusion as stage2
-from latentdiff.training import loop, run, state, train
-from latentdiff.training.compilation import compile_checked
+from latentdiff.training import run, state, train, trainer
+from latentdiff.training import train_autoencoder as stage1
+from latentdiff.training import train_diffusion as stage2
+from latentdiff.training.compile import compile_checked
 from latentdiff.training.dropout import replace_dropout, set_keys, uniform
 from latentdiff.training.meters import Averages
 
@@ -147,9 +147,9 @@ def test_a_bad_step_is_skipped_counted_and_written_down(tmp_path, stripe_folder,
 
 
 def test_a_bad_step_of_stage_1_is_skipped(tmp_path, stripe_folder, monkeypatch):
-    from latentdiff.training import reconstruction
+    from latentdiff.training import autoencoder_step
 
-    poison(monkeypatch, reconstruction, "stage1_terms", {1, 3})
+    poison(monkeypatch, autoencoder_step, "stage1_terms", {1, 3})
     train(autoencoder_config(stripe_folder, tmp_path / "run"))
     saved, meta = state.load_state(tmp_path / "run")
     assert meta["skipped"] == 2 and meta["ema_updates"] == 4
@@ -194,9 +194,9 @@ def test_a_roll_back_needs_a_state(tmp_path, stripe_folder, autoencoder_run, mon
 
 
 def test_a_bad_adversary_leaves_the_autoencoder_where_it_was(tmp_path, stripe_folder, monkeypatch):
-    from latentdiff.training import reconstruction
+    from latentdiff.training import autoencoder_step
 
-    poison(monkeypatch, reconstruction, "discriminator_terms", set(range(100)))
+    poison(monkeypatch, autoencoder_step, "discriminator_terms", set(range(100)))
     adversary = {"loss__adversarial": 0.5, "loss__discriminator_channels": 4, "loss__discriminator_layers": 1}
     train(autoencoder_config(stripe_folder, tmp_path / "run", **adversary, loss__adversarial_start=2))
     saved, meta = state.load_state(tmp_path / "run")
@@ -219,8 +219,8 @@ def test_ways_to_run_that_neither_copy_nor_shard_the_weights_are_refused():
 
 
 def test_pieces_cover_the_batch():
-    assert loop.shares(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert loop.shares(4, None) == loop.shares(4, 9) == [slice(0, 4)]
+    assert trainer.shares(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert trainer.shares(4, None) == trainer.shares(4, 9) == [slice(0, 4)]
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, stripe_folder, autoencoder_run, monkeypatch):

@@ -20,8 +20,8 @@ from latentdiff.noise_levels import make_noise_levels
 from latentdiff.prediction import check_learnable, error_gain
 from latentdiff.samplers import sample
 from latentdiff.schedules import make_schedule, names
-from latentdiff.training import diffusion as stage2
 from latentdiff.training import train
+from latentdiff.training import train_diffusion as stage2
 
 DIMS, WIDTH, LEVELS = 8, 64, 1024
 SCHEDULES = {name: make_schedule(name) for name in names()}
@@ -87,10 +87,15 @@ def spreads(pairs: list[tuple[str, str, str]], steps: int, batch: int) -> list[f
         return torch.randn(shape, generator=generator)
 
     layers = [
-        draw(1, DIMS + 8, WIDTH) / (DIMS + 8) ** 0.5, torch.zeros(1, 1, WIDTH), draw(1, WIDTH, WIDTH) / WIDTH**0.5,
-        torch.zeros(1, 1, WIDTH), 0.01 * draw(1, WIDTH, DIMS) / WIDTH**0.5, torch.zeros(1, 1, DIMS),
-        torch.zeros(1, 8, 1), torch.zeros(1, 1, 1),
-    ]  # fmt: skip
+        draw(1, DIMS + 8, WIDTH) / (DIMS + 8) ** 0.5,
+        torch.zeros(1, 1, WIDTH),
+        draw(1, WIDTH, WIDTH) / WIDTH**0.5,
+        torch.zeros(1, 1, WIDTH),
+        0.01 * draw(1, WIDTH, DIMS) / WIDTH**0.5,
+        torch.zeros(1, 1, DIMS),
+        torch.zeros(1, 8, 1),
+        torch.zeros(1, 1, 1),
+    ]
     w = [layer.repeat(count, 1, 1).requires_grad_() for layer in layers]
     optimizer, pair = torch.optim.Adam(w, lr=5e-3), torch.arange(count)[:, None]
     for step in range(steps):
@@ -165,8 +170,9 @@ def test_the_gain_is_the_one_of_the_formula():
         t, x_t = torch.tensor([s.t_max], dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
         for kind in predictions.names():
             a, b = predictions.row(kind, s, t)
-            right, off = (predictions.solve(kind, s, x_t, t, torch.full_like(x_t, y))[0]
-                          for y in (0.0, 0.01 * float(torch.hypot(a, b))))  # fmt: skip
+            right, off = (
+                predictions.solve(kind, s, x_t, t, torch.full_like(x_t, y))[0] for y in (0.0, 0.01 * float(torch.hypot(a, b)))
+            )
             assert error_gain(kind, s) == pytest.approx(100 * float((off - right).abs()), rel=1e-6)
     s = make_schedule("ddpm-linear", zero_terminal_snr=True)
     assert error_gain("epsilon", s) > 4000 and error_gain("v_prediction", s) == pytest.approx(1, rel=1e-6)

@@ -13,8 +13,8 @@ from latentdiff.errors import UserError
 from latentdiff.noise_levels import make_noise_levels
 from latentdiff.objective import loss_weight
 from latentdiff.schedules import make_schedule
-from latentdiff.training import diffusion as stage2
 from latentdiff.training import state, train
+from latentdiff.training import train_diffusion as stage2
 
 NO_TWIN = {"sample__scheduler": None, "sample__sampler": "dpmpp_2m"}
 RUNS = {
@@ -22,21 +22,40 @@ RUNS = {
     "subvp": {"schedule": "subvp", **NO_TWIN},
     "ve": {"schedule": {"name": "ve", "params": {"sigma_min": 0.02, "sigma_max": 20.0}}, "noise_levels": "stratified"},
     # Its target is 5,000 times as large at one end as at the other: it takes longer to learn
-    "ve score": {"schedule": "ve", "prediction": "score", "weighting": "likelihood", "optimizer__lr": 2e-3,
-                 "train__steps": 60, **NO_TWIN},
+    "ve score": {
+        "schedule": "ve",
+        "prediction": "score",
+        "weighting": "likelihood",
+        "optimizer__lr": 2e-3,
+        "train__steps": 60,
+        **NO_TWIN,
+    },
     "cosine": {"schedule": "cosine", "prediction": "v_prediction", "weighting": "edm", "sample__scheduler": "DDIMScheduler"},
-    "flow": {"schedule": "flow", "prediction": "flow", "noise_levels": "logit_normal",
-             "sample__scheduler": "DPMSolverMultistepScheduler", "sample__scheduler_config": {"flow_shift": 1.5}},
+    "flow": {
+        "schedule": "flow",
+        "prediction": "flow",
+        "noise_levels": "logit_normal",
+        "sample__scheduler": "DPMSolverMultistepScheduler",
+        "sample__scheduler_config": {"flow_shift": 1.5},
+    },
     "edm": {"schedule": "edm", "prediction": "edm", "weighting": "uncertainty", "noise_levels": "log_normal"},
-    "zero snr": {"schedule": {"name": "ddpm-linear", "params": {"zero_terminal_snr": True}}, "prediction": "sample",
-                 "noise_levels": {"name": "logit_normal", "params": {"mean": -1.5, "stratified": True}},
-                 "sample__scheduler": "EulerDiscreteScheduler"},
-}  # fmt: skip
+    "zero snr": {
+        "schedule": {"name": "ddpm-linear", "params": {"zero_terminal_snr": True}},
+        "prediction": "sample",
+        "noise_levels": {"name": "logit_normal", "params": {"mean": -1.5, "stratified": True}},
+        "sample__scheduler": "EulerDiscreteScheduler",
+    },
+}
 SCHEDULERS = {
-    "vp": "DPMSolverMultistepScheduler", "subvp": "NoneType", "ve": "NoneType", "ve score": "NoneType",
-    "cosine": "DDIMScheduler", "flow": "DPMSolverMultistepScheduler", "edm": "EDMEulerScheduler",
+    "vp": "DPMSolverMultistepScheduler",
+    "subvp": "NoneType",
+    "ve": "NoneType",
+    "ve score": "NoneType",
+    "cosine": "DDIMScheduler",
+    "flow": "DPMSolverMultistepScheduler",
+    "edm": "EDMEulerScheduler",
     "zero snr": "EulerDiscreteScheduler",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -60,9 +79,13 @@ def test_every_schedule_trains_is_published_and_samples(
     validation_set, held = stage2._validation_set, {}
     monkeypatch.setattr(stage2, "_validation_set", lambda *arguments: held.setdefault("set", validation_set(*arguments)))
     config = diffusion_config(
-        stripe_folder, tmp_path / "run", autoencoder_run, **{"train__steps": 30, **RUNS[name]}, cache__folder=latents,
+        stripe_folder,
+        tmp_path / "run",
+        autoencoder_run,
+        **{"train__steps": 30, **RUNS[name]},
+        cache__folder=latents,
         train__batch_size=16,
-    )  # fmt: skip
+    )
     model = train(config)
     logged = curves(tmp_path / "run")
     assert all(np.isfinite(logged["train/loss"])) and len(logged["train/loss"]) == config.train.steps
@@ -75,9 +98,12 @@ def test_every_schedule_trains_is_published_and_samples(
     assert pipeline.config.default_sampler == (None if pipeline.scheduler is not None else "dpmpp_2m")
     for sampler in (None, "heun"):
         images = pipeline(
-            class_labels=[0, "blank"], sampler=sampler, num_inference_steps=4, output_type="np",
+            class_labels=[0, "blank"],
+            sampler=sampler,
+            num_inference_steps=4,
+            output_type="np",
             generator=torch.Generator().manual_seed(0),
-        ).images  # fmt: skip
+        ).images
         assert images.shape == (2, 16, 16, 1) and np.isfinite(images).all() and images.std() > 0
     assert (tmp_path / "run" / "pictures" / f"step-{config.train.steps:06d}.png").is_file()
 
@@ -119,9 +145,18 @@ def test_importance_sampling_reaches_the_step_with_its_correction(
         return loss
 
     monkeypatch.setattr(stage2, "diffusion_loss", spy)
-    folder = run(tmp_path / "run", stripe_folder, autoencoder_run, schedule="flow", prediction="flow", weighting=weighting,
-                 noise_levels="importance", cache__folder=latents, train__steps=1)  # fmt: skip
-    (t, loss), = seen
+    folder = run(
+        tmp_path / "run",
+        stripe_folder,
+        autoencoder_run,
+        schedule="flow",
+        prediction="flow",
+        weighting=weighting,
+        noise_levels="importance",
+        cache__folder=latents,
+        train__steps=1,
+    )
+    ((t, loss),) = seen
     s = make_schedule("flow")
     span = float(s.log_snr(s.t_min) - s.log_snr(s.t_max))
     density = 2 / (t * (1 - t) * span)  # g^2/sigma^2 = 2/(t (1 - t)) on the straight path, over its integral
@@ -133,8 +168,9 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
     tmp_path, stripe_folder, autoencoder_run, latents, monkeypatch
 ):
     """Each of N processes takes its rows of one draw for the whole batch, so that together they are the strata."""
-    config = diffusion_config(stripe_folder, tmp_path, autoencoder_run, noise_levels="stratified", train__batch_size=8,
-                              cache__folder=latents)  # fmt: skip
+    config = diffusion_config(
+        stripe_folder, tmp_path, autoencoder_run, noise_levels="stratified", train__batch_size=8, cache__folder=latents
+    )
     drawn = []
 
     class Stop(Exception):
@@ -188,8 +224,18 @@ def test_what_cannot_be_is_refused_in_one_line(tmp_path, stripe_folder, autoenco
 
 def test_a_name_alone_is_the_name_without_parameters():
     a, b = (
-        parse_config({"stage": "diffusion", "output": "o", "autoencoder": "a", "data": {"source": "s"}, "model": {},
-                      "train": {"steps": 1}, "schedule": schedule, "noise_levels": levels})
+        parse_config(
+            {
+                "stage": "diffusion",
+                "output": "o",
+                "autoencoder": "a",
+                "data": {"source": "s"},
+                "model": {},
+                "train": {"steps": 1},
+                "schedule": schedule,
+                "noise_levels": levels,
+            }
+        )
         for schedule, levels in (("vp", "log_normal"), ({"name": "vp"}, {"name": "log_normal", "params": {}}))
-    )  # fmt: skip
+    )
     assert a == b and a.schedule.name == "vp" and a.model_dump()["schedule"] == {"name": "vp", "params": {}}

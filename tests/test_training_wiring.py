@@ -14,23 +14,32 @@ from planted import planted
 from tiny_runs import autoencoder_config, diffusion_config
 from tiny_text import text_tree, write_captioned
 
-from latentdiff.conditioning import NULL_PROMPT, ClassCondition
 from latentdiff.config import ConditionConfig, parse_config
 from latentdiff.data.captions import Captions
 from latentdiff.errors import UserError
+from latentdiff.models.text_encoder import NULL_PROMPT, ClassCondition
 from latentdiff.objective import add_noise
-from latentdiff.training import autoencoder as stage1
-from latentdiff.training import conditions, reconstruction, state, train
-from latentdiff.training import diffusion as stage2
-from latentdiff.training.conditions import Conditions, TextCondition, joint_dropout
-from latentdiff.training.data import Images
+from latentdiff.training import autoencoder_step, conditioning, state, train
+from latentdiff.training import train_autoencoder as stage1
+from latentdiff.training import train_diffusion as stage2
+from latentdiff.training.conditioning import Conditions, TextCondition, joint_dropout
+from latentdiff.training.images import Images
 
 MIN_SNR = {"prediction": "v_prediction", "weighting": "min_snr", "min_snr_gamma": 0.5}
 VQ = {
-    "model": {"type": "VQModel", "config": {
-        "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 3, "vq_embed_dim": 3, "norm_num_groups": 4,
-        "num_vq_embeddings": 64, "mid_block_add_attention": False}},
-}  # fmt: skip
+    "model": {
+        "type": "VQModel",
+        "config": {
+            "block_out_channels": [8, 8],
+            "layers_per_block": 1,
+            "latent_channels": 3,
+            "vq_embed_dim": 3,
+            "norm_num_groups": 4,
+            "num_vq_embeddings": 64,
+            "mid_block_add_attention": False,
+        },
+    },
+}
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +57,7 @@ def stage_2(stripe_folder, autoencoder_run, cache, tmp_path):
         with stage2.progress_bar("encoding", False, lambda: None) as progress:
             latents = stage2.prepare_latents(config, accelerator, progress)
         torch.manual_seed(0)
-        told = conditions.prepare_conditions(config, latents, accelerator)
+        told = conditioning.prepare_conditions(config, latents, accelerator)
         return config, stage2._parts(config, latents, told, accelerator), accelerator
 
     return build
@@ -307,7 +316,7 @@ def test_the_joint_dropout_that_a_config_means():
 )
 def test_a_joint_dropout_that_cannot_be_is_refused(stripe_folder, autoencoder_run, tmp_path, condition, said):
     with pytest.raises(UserError, match=said):
-        conditions.check(parse_config(text_tree(stripe_folder, tmp_path / "run", autoencoder_run, condition=condition)))
+        conditioning.check(parse_config(text_tree(stripe_folder, tmp_path / "run", autoencoder_run, condition=condition)))
 
 
 def test_a_run_from_before_the_joint_dropout_is_resumed_without_it(tmp_path):
@@ -347,9 +356,9 @@ def check_posterior_noise(draw, config, images, parts, accelerator):
 
 def test_stage_1_draws_its_posteriors_anew_at_every_step(stage_1):
     made = stage_1()
-    check_posterior_noise(reconstruction.draw_noise, *made)
+    check_posterior_noise(autoencoder_step.draw_noise, *made)
     with pytest.raises(AssertionError):
-        check_posterior_noise(planted(reconstruction.draw_noise, ('"posterior", step', '"posterior"')), *made)
+        check_posterior_noise(planted(autoencoder_step.draw_noise, ('"posterior", step', '"posterior"')), *made)
 
 
 def check_commitment(terms, config, images, parts, accelerator):
@@ -376,13 +385,13 @@ def check_commitment(terms, config, images, parts, accelerator):
 
 def test_the_commitment_has_the_weights_of_the_paper(stage_1):
     made = stage_1(**VQ)
-    check_commitment(reconstruction._terms, *made)
+    check_commitment(autoencoder_step._terms, *made)
     tenth = ('commitment=out.get("commitment")', 'commitment=0.1 * out["commitment"]')
     with pytest.raises(AssertionError):
-        check_commitment(planted(reconstruction._terms, tenth), *made)
+        check_commitment(planted(autoencoder_step._terms, tenth), *made)
     made[2].bare.vae.quantize.legacy = True
     with pytest.raises(AssertionError):
-        check_commitment(reconstruction._terms, *made)
+        check_commitment(autoencoder_step._terms, *made)
 
 
 def check_usage(folder, data, curves):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff import tuning
+from latentdiff.evaluation import tuning
 
 DEFAULT = {"sampler": "scheduler", "steps": 20, "guidance": 1.5, "guidance_interval": None}
 SPACE = tuning.Space(("scheduler", "heun"), guided=True)
@@ -82,13 +82,16 @@ def test_the_finalists_are_measured_again_and_dear_ones_left_out():
     assert confirmed[0]["mean"] == pytest.approx(0.575) and confirmed[0]["spread"] == pytest.approx(0.01 / 2**0.5)
 
 
-@pytest.mark.parametrize("challenger, evaluations, wins", [
-    ([0.40, 0.41, 0.39], 20, True),  # better on every seed by far more than the differences vary
-    ([0.49, 0.53, 0.46], 20, False),  # better on average by less than twice the error
-    ([0.51, 0.52, 0.50], 20, False),
-    ([0.505, 0.515, 0.495], 10, True),  # worse by 1 %, at half the cost
-    ([0.60, 0.61, 0.59], 10, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "challenger, evaluations, wins",
+    [
+        ([0.40, 0.41, 0.39], 20, True),  # better on every seed by far more than the differences vary
+        ([0.49, 0.53, 0.46], 20, False),  # better on average by less than twice the error
+        ([0.51, 0.52, 0.50], 20, False),
+        ([0.505, 0.515, 0.495], 10, True),  # worse by 1 %, at half the cost
+        ([0.60, 0.61, 0.59], 10, False),
+    ],
+)
 def test_a_choice_must_be_better_than_chance(challenger, evaluations, wins):
     default = {**cell(20, 0), "frechet": [0.50, 0.51, 0.49], "mean": 0.5}
     other = {**cell(evaluations, 0), "frechet": challenger, "mean": sum(challenger) / 3}
@@ -98,8 +101,21 @@ def test_a_choice_must_be_better_than_chance(challenger, evaluations, wins):
 def test_the_command_writes_table_picture_and_default(run, refused, here, model, stripe_folder, feature_folder):
     from latentdiff.checkpoints import load
 
-    ask = ("tune", model, "--data", stripe_folder, "--features", feature_folder, "--num-images", 15, "--samplers", "scheduler",
-           "euler", "--confirm-seeds", 2)  # fmt: skip
+    ask = (
+        "tune",
+        model,
+        "--data",
+        stripe_folder,
+        "--features",
+        feature_folder,
+        "--num-images",
+        15,
+        "--samplers",
+        "scheduler",
+        "euler",
+        "--confirm-seeds",
+        2,
+    )
     before = load(model)
     text = run(*ask, "--budget", 60, "--max-evaluations", 60, "--write")
     table = json.loads((here / "tuning" / "tuning.json").read_text())
@@ -110,8 +126,11 @@ def test_the_command_writes_table_picture_and_default(run, refused, here, model,
     assert chosen["sampler"] == "scheduler"  # which the checkpoint has, so it keeps it
     assert tuning.present(after) == chosen
     assert after.config.class_names == before.config.class_names
-    said = {"num_inference_steps": chosen["steps"], "guidance_scale": chosen["guidance"],
-            "guidance_interval": chosen["guidance_interval"] or (0, 1)}  # fmt: skip
+    said = {
+        "num_inference_steps": chosen["steps"],
+        "guidance_scale": chosen["guidance"],
+        "guidance_interval": chosen["guidance_interval"] or (0, 1),
+    }
     calls = ((after, {}), (before, said))
     images = [pipe(class_labels=[0], output_type="np", generator=fresh(), **call).images for pipe, call in calls]
     assert np.array_equal(*images)

@@ -9,11 +9,11 @@ from tiny_runs import diffusion_config, diffusion_tree, write_yaml
 
 from latentdiff.checkpoints import load
 from latentdiff.errors import UserError
-from latentdiff.evaluation.features import extract, load_features
-from latentdiff.evaluation.scores import frechet
-from latentdiff.rng import derive_seed, generators
+from latentdiff.evaluation.classification import frechet
+from latentdiff.models.feature_net import extract, load_features
 from latentdiff.training import state, train
-from latentdiff.training.data import Images
+from latentdiff.training.images import Images
+from latentdiff.utils.random import derive_seed, generators
 
 WATCHED = {"train__steps": 6, "evaluate__every": 2, "evaluate__images": 14, "evaluate__reference": 40, "sample__guidance": 1.0}
 
@@ -37,11 +37,16 @@ def test_the_distance_is_that_of_the_published_models_images(tmp_path, stripe_fo
     pipe, net, images = load(model), load_features(feature_folder), Images(config.data, 1)
     pipe.set_progress_bar_config(disable=True)
     drawn = pipe(
-        class_labels=[k % pipe.num_classes for k in range(14)], num_inference_steps=2, guidance_scale=1.0, output_type="pt",
+        class_labels=[k % pipe.num_classes for k in range(14)],
+        num_inference_steps=2,
+        guidance_scale=1.0,
+        output_type="pt",
         generator=generators(derive_seed(config.seed, "evaluate"), range(14)),
-    ).images  # fmt: skip
-    real = [part.batch(torch.linspace(0, len(part) - 1, min(n, len(part))).long())[0] for part, n in (
-        (images.train, 40), (images.held_out, 14))]  # fmt: skip
+    ).images
+    real = [
+        part.batch(torch.linspace(0, len(part) - 1, min(n, len(part))).long())[0]
+        for part, n in ((images.train, 40), (images.held_out, 14))
+    ]
     made, reference, held = (extract(net, x)[0] for x in ((drawn * 255).round() / 127.5 - 1, *real))
     assert lines[0]["evaluation/floor"] == pytest.approx(frechet(held, reference), rel=1e-4)
     assert values[-1] == pytest.approx(frechet(made, reference), rel=0.02)  # published in float16
@@ -61,11 +66,14 @@ def test_processes_share_it_and_hold_the_same_number(tmp_path, stripe_folder, au
         assert b["evaluation/floor"] == pytest.approx(a["evaluation/floor"], rel=1e-6)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"train__best": "evaluation/frechet"}, "train.best: evaluation/frechet is never measured; set evaluate.every"),
-    ({"evaluate__every": 2}, "evaluate.features: name the folder of a feature network"),
-    ({"evaluate__every": 2, "evaluate__features": "nowhere"}, "evaluate.features 'nowhere': no such folder"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"train__best": "evaluation/frechet"}, "train.best: evaluation/frechet is never measured; set evaluate.every"),
+        ({"evaluate__every": 2}, "evaluate.features: name the folder of a feature network"),
+        ({"evaluate__every": 2, "evaluate__features": "nowhere"}, "evaluate.features 'nowhere': no such folder"),
+    ],
+)
 def test_settings_that_measure_nothing_are_refused_first(tmp_path, stripe_folder, autoencoder_run, changes, message):
     with pytest.raises(UserError, match=message):
         train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, **changes))

@@ -10,19 +10,33 @@ from diffusers.models.unets.unet_2d import UNet2DOutput
 def tiny_unet(**config) -> UNet2DModel:
     """A random U-Net over [B, 4, 4, 4] latents; three classes and the null class unless told otherwise."""
     defaults = dict(
-        sample_size=4, in_channels=4, out_channels=4, block_out_channels=(8,), norm_num_groups=4, layers_per_block=1,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), num_class_embeds=4, add_attention=False,
-    )  # fmt: skip
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        num_class_embeds=4,
+        add_attention=False,
+    )
     return UNet2DModel(**{**defaults, **config}).eval()
 
 
 def tiny_vae(**config) -> AutoencoderKL:
     """A random autoencoder of grey [B, 1, 8, 8] images to [B, 4, 4, 4] latents."""
     defaults = dict(
-        in_channels=1, out_channels=1, block_out_channels=(8, 8), layers_per_block=1, latent_channels=4,
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+        in_channels=1,
+        out_channels=1,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=4,
         scaling_factor=1.0,
-    )  # fmt: skip
+    )
     return AutoencoderKL(**{**defaults, **config}).eval()
 
 

@@ -28,14 +28,21 @@ def autoencoder_tree(data: Path, output: Path, **changes: Any) -> dict[str, Any]
         "stage": "autoencoder",
         "output": str(output),
         "data": {"source": str(data), "size": [SIZE, SIZE], "channels": 1, "held_out": 0.25},
-        "model": {"type": "AutoencoderKL", "config": {
-            "block_out_channels": [8, 8], "layers_per_block": 1, "latent_channels": 2, "norm_num_groups": 4,
-            "mid_block_add_attention": False}},
+        "model": {
+            "type": "AutoencoderKL",
+            "config": {
+                "block_out_channels": [8, 8],
+                "layers_per_block": 1,
+                "latent_channels": 2,
+                "norm_num_groups": 4,
+                "mid_block_add_attention": False,
+            },
+        },
         "loss": {"l1": 1.0, "l2": 1.0, "kl": 1e-5},
         "optimizer": {"lr": 5e-3},
         "ema": {"decay": 0.9},
         "train": {"steps": 6, "batch_size": 8, "precision": "float32", "threads": 1, "log_every": 1, "picture_every": 1000},
-    }  # fmt: skip
+    }
     return change(tree, changes)
 
 
@@ -46,14 +53,22 @@ def diffusion_tree(data: Path, output: Path, autoencoder: Path, **changes: Any) 
         "output": str(output),
         "autoencoder": str(autoencoder),
         "data": {"source": str(data), "size": [SIZE, SIZE], "channels": 1, "held_out": 0.25},
-        "model": {"type": "UNet2DModel", "config": {
-            "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "add_attention": False,
-            "down_block_types": ["DownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "UpBlock2D"]}},
+        "model": {
+            "type": "UNet2DModel",
+            "config": {
+                "block_out_channels": [8, 16],
+                "layers_per_block": 1,
+                "norm_num_groups": 4,
+                "add_attention": False,
+                "down_block_types": ["DownBlock2D", "DownBlock2D"],
+                "up_block_types": ["UpBlock2D", "UpBlock2D"],
+            },
+        },
         "optimizer": {"lr": 5e-3},
         "ema": {"decay": 0.9},
         "train": {"steps": 6, "batch_size": 8, "precision": "float32", "threads": 1, "log_every": 1, "picture_every": 1000},
         "sample": {"steps": 2, "per_class": 1},
-    }  # fmt: skip
+    }
     return change(tree, changes)
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from latentdiff.conditioning import train_tokenizer
+from latentdiff.models.text_encoder import train_tokenizer
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -30,14 +30,23 @@ def stable_parts(seed: int = 0) -> dict[str, Any]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(
-            sample_size=8, block_out_channels=(8, 16), layers_per_block=1, cross_attention_dim=WIDTH,
-            attention_head_dim=2, norm_num_groups=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            sample_size=8,
+            block_out_channels=(8, 16),
+            layers_per_block=1,
+            cross_attention_dim=WIDTH,
+            attention_head_dim=2,
+            norm_num_groups=4,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        )  # fmt: skip
+        )
         vae = AutoencoderKL(
-            block_out_channels=(8, 16), latent_channels=4, down_block_types=("DownEncoderBlock2D",) * 2, sample_size=16,
-            up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
-        )  # fmt: skip
+            block_out_channels=(8, 16),
+            latent_channels=4,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            sample_size=16,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            norm_num_groups=4,
+        )
         sizes = dict(hidden_size=WIDTH, intermediate_size=16, num_attention_heads=2, num_hidden_layers=1)
         ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
         config = CLIPTextConfig(**sizes, **ends, vocab_size=len(tokenizer), max_position_embeddings=LENGTH)
@@ -97,16 +106,23 @@ def write_original(folder: Path, file: Path, averaged: bool = False) -> Path:
 def original_unet_name(name: str, layers: int, attending: set[str]) -> str:
     """attending: the blocks with attention, such as up_blocks.1."""
     fixed = {
-        "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2", "conv_in": "input_blocks.0.0",
-        "conv_norm_out": "out.0", "conv_out": "out.2",
-    }  # fmt: skip
+        "time_embedding.linear_1": "time_embed.0",
+        "time_embedding.linear_2": "time_embed.2",
+        "conv_in": "input_blocks.0.0",
+        "conv_norm_out": "out.0",
+        "conv_out": "out.2",
+    }
     part, _, ending = name.rpartition(".")
     if part in fixed:
         return f"{fixed[part]}.{ending}"
     for ours, theirs in (
-        ("norm1", "in_layers.0"), ("conv1", "in_layers.2"), ("norm2", "out_layers.0"), ("conv2", "out_layers.3"),
-        ("time_emb_proj", "emb_layers.1"), ("conv_shortcut", "skip_connection"),
-    ):  # fmt: skip
+        ("norm1", "in_layers.0"),
+        ("conv1", "in_layers.2"),
+        ("norm2", "out_layers.0"),
+        ("conv2", "out_layers.3"),
+        ("time_emb_proj", "emb_layers.1"),
+        ("conv_shortcut", "skip_connection"),
+    ):
         if ".resnets." in name:
             name = name.replace(f".{ours}.", f".{theirs}.")
     if found := re.match(r"mid_block\.(resnets|attentions)\.(\d)\.", name):
@@ -126,15 +142,20 @@ def original_unet_name(name: str, layers: int, attending: set[str]) -> str:
 
 def original_vae_name(name: str, levels: int) -> str:
     for ours, theirs in (
-        (r"conv_norm_out\.", "norm_out."), (r"conv_shortcut\.", "nin_shortcut."),
-        (r"mid_block\.attentions\.0\.", "mid.attn_1."), (r"down_blocks\.(\d)\.resnets\.", r"down.\1.block."),
+        (r"conv_norm_out\.", "norm_out."),
+        (r"conv_shortcut\.", "nin_shortcut."),
+        (r"mid_block\.attentions\.0\.", "mid.attn_1."),
+        (r"down_blocks\.(\d)\.resnets\.", r"down.\1.block."),
         (r"down_blocks\.(\d)\.downsamplers\.0\.", r"down.\1.downsample."),
-        (r"group_norm\.", "norm."), (r"to_out\.0\.", "proj_out."), (r"to_([qkv])\.", r"\1."),
-    ):  # fmt: skip
+        (r"group_norm\.", "norm."),
+        (r"to_out\.0\.", "proj_out."),
+        (r"to_([qkv])\.", r"\1."),
+    ):
         name = re.sub(ours, theirs, name)
     name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
     place = {"resnets": "block.", "upsamplers": "upsample."}
     return re.sub(
         r"up_blocks\.(\d)\.(resnets\.|upsamplers\.0\.)",
-        lambda m: f"up.{levels - 1 - int(m[1])}.{place[m[2].split('.')[0]]}", name,
-    )  # fmt: skip
+        lambda m: f"up.{levels - 1 - int(m[1])}.{place[m[2].split('.')[0]]}",
+        name,
+    )

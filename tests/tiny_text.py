@@ -11,10 +11,14 @@ from tiny_runs import change, diffusion_tree, write_stripes
 UNET = {
     "type": "UNet2DConditionModel",
     "config": {
-        "block_out_channels": [8, 16], "layers_per_block": 1, "norm_num_groups": 4, "attention_head_dim": 2,
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": [8, 16],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 2,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     },
-}  # fmt: skip
+}
 ENCODER = {"width": 16, "layers": 1, "heads": 2, "max_length": 12}
 
 

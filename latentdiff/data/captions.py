@@ -15,10 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from latentdiff import signals
-from latentdiff.conditioning import NULL_PROMPT, OWN_LENGTH, Prompts, train_tokenizer, uses_mask
 from latentdiff.config import TextConfig
-from latentdiff.data.shards import (
+from latentdiff.data.tensor_shards import (
     Identity,
     building,
     check_content,
@@ -32,7 +30,9 @@ from latentdiff.data.shards import (
     write_shard,
 )
 from latentdiff.errors import UserError
-from latentdiff.folders import UNUSED
+from latentdiff.models.loading import UNUSED
+from latentdiff.models.text_encoder import NULL_PROMPT, OWN_LENGTH, Prompts, train_tokenizer, uses_mask
+from latentdiff.utils import signals
 
 FORMAT = 2  # 1 held infinities for what float16 cannot
 SHARD_SIZE = 4096
@@ -82,9 +82,12 @@ def token_facts(texts: Sequence[str], tokenizer: Any, limit: int) -> dict[str, A
         counts += map(len, tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
     longest = max(range(len(counts)), key=counts.__getitem__)
     return {
-        "captions": len(counts), "longest": counts[longest], "limit": limit, "cut": sum(count > limit for count in counts),
+        "captions": len(counts),
+        "longest": counts[longest],
+        "limit": limit,
+        "cut": sum(count > limit for count in counts),
         "longest_caption": texts[longest][:200],
-    }  # fmt: skip
+    }
 
 
 def own_token_facts(texts: Sequence[str]) -> dict[str, Any]:
@@ -142,9 +145,13 @@ def build_states(
     """
     folder = Path(folder)
     made_of: Identity = {
-        "format": FORMAT, "text encoder": encoder_fingerprint(prompts), "length": prompts.length,
-        "captions": captions.fingerprint(), "count": len(captions.distinct), "shard_size": SHARD_SIZE,
-    }  # fmt: skip
+        "format": FORMAT,
+        "text encoder": encoder_fingerprint(prompts),
+        "length": prompts.length,
+        "captions": captions.fingerprint(),
+        "count": len(captions.distinct),
+        "shard_size": SHARD_SIZE,
+    }
     if _missing(folder, made_of):
         with building(folder, rank, world):
             _make_shards(prompts, captions, folder, made_of, batch, progress, range(rank, shard_count(made_of), world))

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdiff.data.images import ImageSource
-from latentdiff.data.preprocess import SCALED, Preprocess, size_name
+from latentdiff.data.datasets import ImageSource
+from latentdiff.data.transforms import SCALED, Preprocess, size_name
 from latentdiff.errors import printable
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.data.accounts import Account, listed
-from latentdiff.data.files import image_suffixes, leaves, one_line
-from latentdiff.data.images import TEXT_COLUMNS, Columns, captions_of
+from latentdiff.data.datasets import TEXT_COLUMNS, Columns, captions_of
+from latentdiff.data.image_files import image_suffixes, leaves, one_line
 from latentdiff.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.files import DECODING_ERRORS, decode, leaves, one_line, reason_of
+from latentdiff.data.image_files import DECODING_ERRORS, decode, leaves, one_line, reason_of
 from latentdiff.errors import UserError
 
 METADATA = "metadata.jsonl"

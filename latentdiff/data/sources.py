@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentdiff.data import rowgroups, tables, webshards
-from latentdiff.data.files import WHITE, Color, examine, read_idx
-from latentdiff.data.images import ArraySource, Columns, EncodedImages, ImageSource, class_names_of, in_threads, numbered
-from latentdiff.data.listing import Listing, account_beside, list_folder
+from latentdiff.data import hub, parquet_stream, webdataset
+from latentdiff.data.datasets import ArraySource, Columns, EncodedImages, ImageSource, class_names_of, in_threads, numbered
+from latentdiff.data.folders import Listing, account_beside, list_folder
+from latentdiff.data.image_files import WHITE, Color, examine, read_idx
 from latentdiff.data.metadata import METADATA
-from latentdiff.data.order import permutation
+from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 
 FASHION_MNIST_CLASSES = [
@@ -53,7 +53,7 @@ class FolderSource(EncodedImages):
         headers = [header for header, _ in found]
         super().__init__(
             name, f"{root}/", listing.files, headers, labels, class_names, listing.captions, channels, max_bad_share, background
-        )  # fmt: skip
+        )
         self._captions_ignored_before = listing.captions_ignored_before
         self.root, self.account, self.unlabelled = root, listing.account, listing.unlabelled
         for file, (_, several) in zip(listing.files, found, strict=True):
@@ -90,8 +90,8 @@ def open_source(
     channels: 1, 3 or None (1 when every image is grey, else 3). EXIF rotation is applied.
     max_bad_share: the share of images that may be unreadable (one at least, unless it is 0); they are named in `.bad` and
     skipped. What else is not used is in `.account`.
-    columns: of tables, shards and metadata; see latentdiff.data.tables, webshards and metadata for the usual ones.
-    streaming: parquet is read where it lies and never stored; see latentdiff.data.rowgroups.
+    columns: of tables, shards and metadata; see latentdiff.data.hub, webshards and metadata for the usual ones.
+    streaming: parquet is read where it lies and never stored; see latentdiff.data.parquet_stream.
     background: the colour that transparency is laid on, red, green and blue.
     """
     if channels not in (None, 1, 3):
@@ -102,15 +102,15 @@ def open_source(
     if kind == "fashion-mnist" and columns != USUAL_COLUMNS:
         raise UserError(f"data '{data}': has no columns; leave image_column, label_column and text_column out")
     if streaming:
-        return rowgroups.open_streamed(data, split, channels, max_bad_share, columns, background)
+        return parquet_stream.open_streamed(data, split, channels, max_bad_share, columns, background)
     if kind == "fashion-mnist":
         return _fashion_mnist(split, channels or 1)
     if kind == "table":
-        return tables.open_table(data, split, channels, max_bad_share, columns, background)
+        return hub.open_table(data, split, channels, max_bad_share, columns, background)
     if kind == "shards":
         if split == "test":
             raise UserError(f"data '{data}': shards have no test split; hold a share of their images out")
-        return webshards.open_shards(data, channels, max_bad_share, columns, background)
+        return webdataset.open_shards(data, channels, max_bad_share, columns, background)
     return _open_folder(data, split, channels, max_bad_share, columns, background)
 
 
@@ -120,15 +120,15 @@ def kind_of(data: str) -> str:
         return data
     folder = Path(data).expanduser()
     if folder.is_dir():
-        return "table" if tables.is_table_folder(folder) else "folder"
-    if webshards.is_shards(data):
+        return "table" if hub.is_table_folder(folder) else "folder"
+    if webdataset.is_shards(data):
         return "shards"
-    return "table" if tables.is_table_name(data) else "folder"
+    return "table" if hub.is_table_name(data) else "folder"
 
 
 def is_data_name(data: str) -> bool:
     """Whether a string that names no folder can be nothing but a data set: fashion-mnist, parquet files or shards."""
-    return data == "fashion-mnist" or ".parquet" in data or webshards.is_shards(data)
+    return data == "fashion-mnist" or ".parquet" in data or webdataset.is_shards(data)
 
 
 def takes_columns(data: str) -> bool:
@@ -163,10 +163,10 @@ def _open_folder(
 def splits(data: str, streaming: bool = False) -> tuple[str, ...]:
     """("train", "test") where the data set comes with a test split of its own, else ("train",)."""
     if streaming:
-        return rowgroups.streamed_splits(data)
+        return parquet_stream.streamed_splits(data)
     kind, folder = kind_of(data), Path(data).expanduser()
     if kind == "table":
-        return tables.table_splits(data)
+        return hub.table_splits(data)
     two = kind == "fashion-mnist" or ((folder / "train").is_dir() and (folder / "test").is_dir())
     return ("train", "test") if two else ("train",)
 

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from latentdiff.data.order import permutation
-from latentdiff.evaluation.statistics import Moments, distance_from
+from latentdiff.data.shuffling import permutation
+from latentdiff.evaluation.frechet import Moments, distance_from
 
 PARTS = (1, 2, 3, 4, 5)
 ROWS_A_DIMENSION = 2  # of the smallest part at least: with fewer, the covariance is far from the line's regime

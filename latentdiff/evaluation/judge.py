@@ -1,162 +1,204 @@
-"""The judge: a small network that says which real picture a generated one is nearest to, and in which style it is.
+"""`latentdiff judge`: does a text-to-image model draw what its prompts say, as a judge trained on real pictures sees it?"""
 
-It is a measuring device, not a competitor: it is trained on all real pictures, those of the held-out pairs too, so that
-a drawing of a pair no model has seen can be recognised. What it knows never reaches a model that it judges.
-"""
+from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+import numpy as np
 
-from latentdiff.data.pairs import Pairs
 from latentdiff.errors import UserError
-from latentdiff.evaluation.features import Convolution, ResidualBlock
-from latentdiff.networks import fingerprint, load_network, save_network
+from latentdiff.utils import processes
 
-MIN_SIDE = 16
-WIDTHS = (32, 64, 128, 192)
-COSINE_SCALE = 20.0  # of the logits: cosines in [-1, 1] could not tell 2,000 classes apart
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.data.pairs import Pairs
+    from latentdiff.evaluation.retrieval import Gallery
+    from latentdiff.models.codec import LatentCodec
+
+GRID_COLUMNS, GRID_ROWS = 6, 2  # of each kind of prompt
+DRAW_SEED = 0  # of the ceiling and of chance: whatever seed draws the pictures, they stand beside the same floor
+PROMPT_FORM = "<style> style, <name>"
+FREE_PROMPTS = (
+    "a red apple",
+    "a green apple",
+    "grinning face",
+    "blue heart",
+    "yellow star",
+    "red car",
+    "dog",
+    "smiling cat",
+    "pizza",
+    "rocket",
+    "twemoji style, dog",
+    "noto style, rocket",
+)
 
 
-class JudgeNet(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1], any H, W >= 16, to embeddings of unit length and to styles.
+def judge(
+    model: str | Path,
+    data: str | Path,
+    judge: str | Path,
+    num_prompts: int = 200,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    precision: str = "float32",
+    seed: int = 0,
+    batch_size: int = 64,
+    out: str | Path | None = None,
+    device: str = "auto",
+) -> dict[str, Any] | None:
+    """Scores, ceiling, chance and memorisation of a model's pictures of num_prompts seen pairs and all held-out ones.
 
-    Stages, each halving the resolution. The embedding comes from the mean of the last, which learns to be the same
-    in every style; so the style is read off means and deviations of the others, where texture and shading still
-    are. As in `FeatureNet` batch normalisation serves training alone (normed) and fold() merges it into the convolutions.
+    One picture a pair, from the prompt "<style> style, <name>"; with `out` its files judge.json, judge.md, metrics.json (the
+    record) and grid.png are written, the last with pictures of free prompts too, uncurated. What the numbers are:
+    `evaluation.retrieval`.
+    steps, sampler, guidance, guidance_interval: None are the checkpoint's.  device: of model and judge; auto, cpu, or torch's
+    name of another. Several processes of a launcher share the drawing; the first one judges, the others return None.
 
-    Args:
-        identities, styles: the names of the classes of the two heads.
-        widths: channels of the stages, two or more. dim: D, of the embedding.
-        info: facts kept beside the weights (data, how trained, own accuracy); JSON values.
+    UserError for a model that reads no text, data without styles and identities, or a judge trained on other data.
     """
+    from latentdiff.checkpoints import load, resolve_model, weights_of
+    from latentdiff.data.pairs import read_pairs
+    from latentdiff.evaluation.records import make_judge_record, stated, write_record
+    from latentdiff.evaluation.retrieval import MILD, chosen_rows, open_gallery
+    from latentdiff.generation import place, set_precision
+    from latentdiff.guidance import check_interval
+    from latentdiff.models.codec import LatentCodec
+    from latentdiff.models.judge_net import load_judge
+    from latentdiff.utils.outputs import check_out_folder
 
-    def __init__(
-        self,
-        identities: Sequence[str],
-        styles: Sequence[str],
-        widths: Sequence[int] = WIDTHS,
-        dim: int = 192,
-        info: dict[str, Any] | None = None,
-        normed: bool = False,
-    ) -> None:
-        super().__init__()
-        self.identities, self.styles = list(identities), list(styles)
-        self.widths, self.dim, self.info = tuple(widths), dim, dict(info or {})
-        stages: list[nn.Module] = [nn.Sequential(Convolution(3, widths[0], 2, normed), nn.ReLU())]
-        for before, width in zip(widths, widths[1:], strict=False):
-            stages.append(nn.Sequential(Convolution(before, width, 2, normed), nn.ReLU(), ResidualBlock(width, normed)))
-        self.stages = nn.ModuleList(stages)
-        self.projection = nn.Linear(widths[-1], dim)
-        self.prototypes = nn.Parameter(F.normalize(torch.randn(len(self.identities), dim), dim=1))
-        texture, hidden = 2 * sum(widths[:-1]) + widths[-1], widths[-1]
-        self.style_head = nn.Sequential(nn.Linear(texture, hidden), nn.ReLU(), nn.Linear(hidden, len(self.styles)))
-
-    def fold(self) -> "JudgeNet":
-        """Merge batch normalisation into the convolutions, in place; returns self, in eval mode."""
-        for module in self.modules():
-            if isinstance(module, Convolution):
-                module.fold()
-        return self.eval()
-
-    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(embeddings of unit length [B, D], style logits [B, styles])."""
-        if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE:
-            raise ValueError(f"the judge takes [B, 3, H, W] with H, W >= {MIN_SIDE}, got {list(x.shape)}")
-        texture = []
-        for stage in self.stages[:-1]:
-            x = stage(x)
-            variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)
-            texture += [mean, (variance + 1e-4).sqrt()]
-        pooled = self.stages[-1](x).mean(dim=(2, 3))  # [B, widths[-1]]
-        return F.normalize(self.projection(pooled), dim=1), self.style_head(torch.cat([*texture, pooled], dim=1))
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(identity logits [B, identities], style logits [B, styles]), for training."""
-        embedding, style = self.look(x)
-        return COSINE_SCALE * embedding @ F.normalize(self.prototypes, dim=1).T, style
-
-    def fingerprint(self) -> str:
-        """Hex sha256 over structure and weights."""
-        return fingerprint(self, (self.identities, self.styles, self.widths, self.dim))
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (float32) into folder.
-
-        Raises:
-            ValueError: the network still has its batch normalisation; fold() it first.
-        """
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            raise ValueError("fold() the judge before saving it")
-        config = {
-            "_class_name": "JudgeNet",
-            "identities": self.identities,
-            "styles": self.styles,
-            "widths": list(self.widths),
-            "dim": self.dim,
-            "info": self.info,
-        }
-        save_network(self, config, folder)
+    if num_prompts < 2 or batch_size < 1 or (steps is not None and steps < 1):
+        raise UserError("judge: --num-prompts must be at least 2, --batch-size and --steps at least 1")
+    _check_sampler(sampler)
+    check_interval(guidance_interval, "--guidance-interval")
+    if out is not None:
+        check_out_folder(out)
+    processes.pick_device(device)
+    started = time.perf_counter()
+    net = load_judge(resolve_model(judge, "--judge", "model.safetensors"))
+    pipeline = load(resolve_model(model))
+    if pipeline.text_encoder is None:
+        raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
+    found = place(pipeline, device, sampler)
+    gallery = open_gallery(net.to(found), read_pairs(data), str(judge))
+    codec = LatentCodec(pipeline.vae)
+    _check_pictures(pipeline, codec, gallery.pairs)
+    rows = chosen_rows(gallery, num_prompts)
+    pipeline.set_progress_bar_config(disable=True)
+    set_precision(pipeline, precision)
+    call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
+    call["guidance_interval"] = guidance_interval
+    prompts = _prompts(gallery.pairs, rows, free=out is not None)
+    processes.announce("judge", found, max(map(len, prompts.values())), batch_size)
+    made = draw(pipeline, prompts, seed, batch_size, **call)
+    if made is None:
+        return None
+    drawn = time.perf_counter()
+    protocol = stated(pipeline, str(model), seed=seed, **call)
+    protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
+    protocol |= {"strength_of_augmentation": MILD, "trained_on_this_train_part": trained_on(resolve_model(model), str(data))}
+    whole = all(side % codec.factor == 0 for side in gallery.pairs.pictures.shape[1:3])  # else training padded them
+    table = {"protocol": protocol, **measure(gallery, made, rows, DRAW_SEED, codec.reconstruct if whole else None)}
+    if out is not None:
+        _write(Path(out), table, made, _prompts(gallery.pairs, rows, free=True))
+        seconds = {"loading_and_drawing": drawn - started, "judging": time.perf_counter() - drawn}
+        how = {**weights_of(resolve_model(model)), "device": str(found)}
+        write_record(make_judge_record(table, gallery.pairs.fingerprint(), net.fingerprint(), how, seconds), out)
+    return table
 
 
-def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> JudgeNet:
-    """The frozen judge saved in folder, in eval mode on device.
+def draw(
+    pipeline: Any, prompts: Mapping[str, list[str]], seed: int, batch_size: int, **call: Any
+) -> dict[str, np.ndarray] | None:
+    """One picture of each prompt, uint8 [Q, H, W, C] a kind of prompts: functions of seed and prompt alone.
 
-    Raises:
-        UserError: a file is missing, damaged, or does not describe a judge; the message names it.
+    Several processes share them; on all but the first the result is None.
     """
-    keys = ("identities", "styles", "widths", "dim", "info")
-    return load_network(folder, lambda config: JudgeNet(**{key: config[key] for key in keys}), "judge", device)
+    from tqdm import tqdm
+
+    from latentdiff.generation import generate_share
+
+    parts = [processes.share(len(texts), batch_size) for texts in prompts.values()]
+    total, hidden = sum(part.stop - part.start for part in parts), processes.rank() > 0
+    with tqdm(total=total, unit="image", desc="drawing", delay=0.5, disable=hidden) as bar:
+        mine = [generate_share(pipeline, texts, 1, seed, batch_size, bar.update, **call) for texts in prompts.values()]
+    made = {}
+    for (kind, texts), images in zip(prompts.items(), mine, strict=True):  # they meet when everything is drawn
+        made[kind] = processes.gather(images, len(texts), batch_size)
+    return None if hidden else made
 
 
-@torch.no_grad()
-def look(net: JudgeNet, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
-    """(embeddings [N, D], predicted styles [N] int64), on the CPU, of images [N, 3, H, W] in [-1, 1]."""
-    device = net.prototypes.device
-    seen = [net.look(part.to(device)) for part in images.split(batch)]
-    return torch.cat([e.cpu() for e, _ in seen]), torch.cat([s.argmax(dim=1).cpu() for _, s in seen])
+def trained_on(folder: Path, data: str) -> bool:
+    """Whether a checkpoint says that it was trained on the training part of `data`, and so on none of its held-out pairs."""
+    from latentdiff.checkpoints import META, read_meta
+    from latentdiff.data.sources import open_source
+    from latentdiff.data.transforms import ImageDataset, Preprocess
+
+    stated = read_meta(folder).get("data", {}) if (folder / META).is_file() else {}
+    source = open_source(data, "train", 3)
+    return stated.get("fingerprint") == ImageDataset(source, Preprocess()).fingerprint()
 
 
-@dataclass(frozen=True)
-class Gallery:
-    """All real pictures as a judge sees them: what queries are ranked against."""
+def measure(
+    gallery: Gallery, made: Mapping[str, np.ndarray], rows: Mapping[str, Tensor], seed: int = 0, reconstruct: Any = None
+) -> dict[str, Any]:
+    """`judge_pictures` of pictures made for these rows, uint8 [Q, H, W, 3] each."""
+    from latentdiff.data.pairs import to_images
+    from latentdiff.evaluation.retrieval import judge_pictures
 
-    net: JudgeNet
-    pairs: Pairs
-    embeddings: Tensor  # [N, D]
-
-    def ranks(self, embeddings: Tensor, wanted: Tensor) -> Tensor:
-        """How many other identities are as near to each query [Q, D] as the wanted one [Q], or nearer; int64 [Q].
-
-        An identity is as near as the nearest of its pictures, whatever its style. A tie counts against the query, so
-        that a judge that cannot tell anything apart scores nothing.
-        """
-        index = self.pairs.identities.expand(len(embeddings), -1)  # [Q, N]
-        nearness = torch.full((len(embeddings), len(self.pairs.identity_names)), -torch.inf)
-        nearness = nearness.scatter_reduce(1, index, embeddings @ self.embeddings.T, "amax")  # [Q, identities]
-        return (nearness >= nearness.gather(1, wanted[:, None])).sum(dim=1) - 1
+    return judge_pictures(gallery, {kind: (to_images(made[kind]), rows[kind]) for kind in rows}, seed, reconstruct)
 
 
-def open_gallery(net: JudgeNet, pairs: Pairs, name: str = "") -> Gallery:
-    """The gallery of a data set. UserError where the judge, called `name`, was trained on other data.
+def _check_sampler(name: str | None) -> None:
+    from latentdiff import samplers
 
-    Identities and styles alone do not show it: other pictures of the same things, or others of them held out, have the
-    same. A judge that keeps no record of its data is taken at its names.
-    """
-    flag = f"--judge {name}".rstrip()
-    if net.identities != pairs.identity_names or net.styles != pairs.style_names:
-        theirs, ours = (f"{len(i)} identities in {', '.join(s)}" for i, s in
-                        ((net.identities, net.styles), (pairs.identity_names, pairs.style_names)))  # fmt: skip
-        raise UserError(f"{flag}: was trained on other pairs ({theirs}) than those of --data {pairs.name} ({ours})")
-    trained, given = net.info.get("data_fingerprint"), pairs.fingerprint()
-    if trained not in (None, given):
-        raise UserError(
-            f"{flag}: was trained on data with fingerprint {str(trained)[:12]}, and --data {pairs.name} has {given[:12]}: "
-            "other pictures, or other pairs held out; give the data it was trained on, or train a judge on these"
-        )
-    return Gallery(net, pairs, torch.cat([look(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)]))
+    if name is not None and name not in samplers.names():
+        raise UserError(f"--sampler {name}: unknown; valid: {', '.join(samplers.names())}")
+
+
+def _check_pictures(pipeline: Any, codec: LatentCodec, pairs: Pairs) -> None:
+    """UserError where the model's pictures are not of the data's size and channels."""
+    height, width = pipeline.config.image_size or [side * codec.factor for side in pipeline.latent_shape[1:]]
+    theirs, ours = (height, width, codec.image_channels), pairs.pictures.shape[1:]
+    if theirs != ours:
+        said = ["x".join(map(str, shape)) for shape in (theirs, ours)]
+        raise UserError(f"judge: the model's pictures are {said[0]}, those of --data {pairs.name} are {said[1]}")
+
+
+def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, list[str]]:
+    """{kind: prompts}: those of the pairs, and the free ones."""
+    prompts: dict[str, list[str]] = {}
+    for kind, chosen in rows.items():
+        texts = [pairs.prompts[row] for row in chosen.tolist()]
+        if None in texts:
+            identity = pairs.identity_names[int(pairs.identities[chosen[texts.index(None)]])]
+            raise UserError(f"--data {pairs.name}: {identity} has no caption of the form '{PROMPT_FORM}'")
+        prompts[kind] = [text for text in texts if text is not None]
+    return prompts | ({"free": list(FREE_PROMPTS)} if free else {})
+
+
+def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
+    from latentdiff.evaluation.retrieval import markdown
+    from latentdiff.utils.images import captioned_grid, save_png
+    from latentdiff.utils.outputs import replace_text
+
+    rows, captions, names = [], [], []
+    for kind, images in made.items():
+        count = min(len(images), GRID_COLUMNS * GRID_ROWS)
+        shown = np.linspace(0, len(images) - 1, count).round().astype(int)
+        for start in range(0, count, GRID_COLUMNS):
+            part = shown[start : start + GRID_COLUMNS]
+            rows.append([images[k] for k in part])
+            captions.append([prompts[kind][k] for k in part])
+            names.append(kind if start == 0 else "")
+    save_png(captioned_grid(rows, captions, names), out / "grid.png")
+    texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": markdown(table)}
+    for name, text in texts.items():
+        replace_text(out / name, text)

@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from latentdiff.data.order import permutation
-from latentdiff.data.preprocess import ImageDataset
+from latentdiff.data.shuffling import permutation
+from latentdiff.data.transforms import ImageDataset
 from latentdiff.errors import UserError
-from latentdiff.rng import derive_seed
+from latentdiff.utils.random import derive_seed
 
 PARTS = {"test": "held-out", "train": "training"}
 
@@ -41,7 +41,9 @@ def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: i
     places += [(captioned[i], rounds) for i in order[:rest].sort().values.tolist()]
     texts = [captions[i][derive_seed(seed, "prompts", i, n) % len(captions[i])] for i, n in places]
     facts = {
-        "captions_of": f"{PARTS[part]} images", "captioned_images": min(count, len(captioned)), "different": len(set(texts)),
+        "captions_of": f"{PARTS[part]} images",
+        "captioned_images": min(count, len(captioned)),
+        "different": len(set(texts)),
         "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
-    }  # fmt: skip
+    }
     return Prompts(texts, None if images.labels is None else images.labels[[i for i, _ in places]], facts)

@@ -8,9 +8,9 @@ nothing, and cost nothing beyond the denoiser where they are off: at scale 1, at
 
 from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier_free import ClassifierFree
-from latentdiff.guidance.classifier_net import LatentClassifier, load_classifier
 from latentdiff.guidance.common import check_interval, check_same_path
 from latentdiff.guidance.gradient import Classifier, Reconstruction
+from latentdiff.guidance.latent_classifier import LatentClassifier, load_classifier
 
 __all__ = [
     "Autoguidance",

@@ -8,7 +8,7 @@ from torch import Tensor
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.guidance.common import Interval, check_options, check_same_path, replaced, touched
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import per_sample
+from latentdiff.utils.tensors import per_sample
 
 
 class Autoguidance:

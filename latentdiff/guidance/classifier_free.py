@@ -9,7 +9,7 @@ from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance.common import Interval, check_options, replaced, touched
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import per_sample
+from latentdiff.utils.tensors import per_sample
 
 
 class ClassifierFree:

@@ -8,7 +8,7 @@ from torch import Tensor
 from latentdiff.denoiser import Denoised
 from latentdiff.errors import UserError
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import flat_std, widen
+from latentdiff.utils.tensors import flat_std, widen
 
 Interval = tuple[float, float] | None
 

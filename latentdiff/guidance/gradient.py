@@ -23,7 +23,7 @@ from latentdiff.guidance.common import (
     variable,
 )
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import per_sample, widen
+from latentdiff.utils.tensors import per_sample, widen
 
 
 class Classifier:

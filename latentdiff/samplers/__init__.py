@@ -8,17 +8,17 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import NotFiniteError, UserError
-from latentdiff.grids import make_grid
-from latentdiff.rng import Generators, randn
 from latentdiff.samplers.adaptive import dopri5
 from latentdiff.samplers.ancestral import ancestral, ddim
 from latentdiff.samplers.common import Callback, DenoiserLike
 from latentdiff.samplers.encoding import encode, slerp
+from latentdiff.samplers.grids import make_grid
 from latentdiff.samplers.langevin import annealed_langevin, predictor_corrector
 from latentdiff.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from latentdiff.samplers.ode import euler, heun
 from latentdiff.samplers.sde import euler_maruyama, reverse_diffusion
-from latentdiff.tensors import flat_mean
+from latentdiff.utils.random import Generators, randn
+from latentdiff.utils.tensors import flat_mean
 
 __all__ = [
     "Callback",
@@ -97,7 +97,7 @@ def sample(
     predictor_corrector (unless told otherwise), inner_steps for annealed_langevin; dopri5 takes as many as it needs.
     generator: one, or B of them (image i is then the same at any batch size).
     callback(step, t, x, x0): called after each step (dopri5: once, at the end); may return a tensor to go on from.
-    grid: a name of latentdiff.grids, or descending times [n + 1] (steps is then not looked at).
+    grid: a name of latentdiff.samplers.grids, or descending times [n + 1] (steps is then not looked at).
     grid_options: the named grid's own, such as {"rho": 5.0} for karras.  device: of noise that is drawn here.
     options: the sampler's own, such as eta for ddim.  UserError for an unknown sampler, grid or option, and for samples
     that are not finite.

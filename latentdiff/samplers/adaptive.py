@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from latentdiff.ode import solve
-from latentdiff.rng import Generators
+from latentdiff.samplers.adaptive_ode import solve
 from latentdiff.samplers.common import Callback, DenoiserLike, report
 from latentdiff.samplers.ode import heun
-from latentdiff.tensors import widen
+from latentdiff.utils.random import Generators
+from latentdiff.utils.tensors import widen
 
 
 def dopri5(
@@ -27,7 +27,7 @@ def dopri5(
     The variable is the angle atan(sigma/alpha): along it the path is smooth on every schedule, whereas in t it is not
     at the knots of a DDPM schedule, nor at t = 0 on VP, where sigma' is infinite.  For the same reason an end at
     sigma = 0 is reached from t_min: down by the x0 estimate there, up by a step of `heun`.
-    rtol, atol: of the local error of a step; max_steps: the most of a sample, as in `latentdiff.ode.solve`.  UserError
+    rtol, atol: of the local error of a step; max_steps: the most of a sample, as in `samplers.adaptive_ode.solve`.  UserError
     where it does not arrive.
     x: the state [B, ...] at grid[0]; returns the state at grid[-1].
     """

@@ -5,8 +5,8 @@ from itertools import pairwise
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.common import Callback, DenoiserLike, knots, report
+from latentdiff.utils.random import Generators, randn_like
 
 VARIANCES = ("small", "large")
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.schedules import NoiseSchedule
-from latentdiff.tensors import per_sample
+from latentdiff.utils.tensors import per_sample
 
 # callback(step, t, x, x0): after step number `step` (from 0), which looked at time t and found x0 there, x [B, ...] is
 # the new state.  A tensor that it returns takes the place of x.

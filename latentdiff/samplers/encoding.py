@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import NotFiniteError, UserError
-from latentdiff.grids import make_grid
 from latentdiff.samplers.adaptive import dopri5
 from latentdiff.samplers.common import Callback, DenoiserLike
+from latentdiff.samplers.grids import make_grid
 from latentdiff.samplers.ode import euler, heun
-from latentdiff.tensors import flat_mean, widen
+from latentdiff.utils.tensors import flat_mean, widen
 
 # Solvers that run in both directions, with the options that make sense upwards (churn would draw).
 ENCODERS: Mapping[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from latentdiff.denoiser import Denoised
 from latentdiff.errors import UserError
-from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.adaptive import dopri5
 from latentdiff.samplers.ancestral import ancestral, ddim
 from latentdiff.samplers.common import Callback, DenoiserLike, Knot, knots, report
 from latentdiff.samplers.ode import euler, heun
 from latentdiff.samplers.sde import euler_maruyama, reverse_diffusion
-from latentdiff.tensors import flat_mean, widen
+from latentdiff.utils.random import Generators, randn_like
+from latentdiff.utils.tensors import flat_mean, widen
 
 # What can be broken off after each step; a multistep solver would lose its memory.
 PREDICTORS: Mapping[str, Callable[..., Tensor]] = {

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.common import Callback, DenoiserLike, Knot, knots, look, report
 from latentdiff.schedules import NoiseSchedule
+from latentdiff.utils.random import Generators, randn_like
 
 
 def euler(

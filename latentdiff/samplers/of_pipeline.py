@@ -9,7 +9,7 @@ from torch import Tensor
 from latentdiff import samplers
 from latentdiff.denoiser import Denoiser
 from latentdiff.guidance import ClassifierFree
-from latentdiff.rng import Generators
+from latentdiff.utils.random import Generators
 
 
 class _Interrupted(Exception):

@@ -10,8 +10,8 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from latentdiff.rng import Generators, randn_like
 from latentdiff.samplers.common import Callback, DenoiserLike, knots, report
+from latentdiff.utils.random import Generators, randn_like
 
 # The last two terms are a Langevin step: at any size c they keep the marginals, but discretised they turn a unit of
 # variance into (1 - c/2)^2 + c = 1 + c^2/4.  No step takes c above this, that is: g is lowered where a coarse grid

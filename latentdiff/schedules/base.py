@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.rng import Generators, randn
+from latentdiff.utils.random import Generators, randn
 
 Time = float | Tensor
 # For schedules made of betas, with the predictions each takes
@@ -93,7 +93,7 @@ class NoiseSchedule:
         return self.prior_std * (spread / torch.hypot(self.alpha(self.t_max), self.sigma(self.t_max)))
 
     def prior_sample(self, shape: Sequence[int], generator: Generators = None) -> Tensor:
-        """x at t_max drawn from N(0, prior_std^2 I): float32 of the given shape; generator as in latentdiff.rng.randn."""
+        """x at t_max drawn from N(0, prior_std^2 I): float32 of the given shape; generator as in utils.random.randn."""
         return self.prior_std * randn(shape, generator)
 
     def prior_log_prob(self, x: Tensor) -> Tensor:

@@ -59,9 +59,7 @@ class DiscreteVP(VariancePreserving):
             return cls(_without_signal(betas) if zero else betas)
         if config["beta_schedule"] not in BETAS:
             return cls(betas)
-        return cls.named(
-            config["beta_schedule"], config["beta_start"], config["beta_end"], config["num_train_timesteps"], zero
-        )
+        return cls.named(config["beta_schedule"], config["beta_start"], config["beta_end"], config["num_train_timesteps"], zero)
 
     def betas(self) -> dict[str, Any]:
         # Rescaling betas that are so already changes nothing, and makes diffusers treat the last one apart too.
@@ -89,7 +87,7 @@ class DiscreteVP(VariancePreserving):
 
     def log_snr(self, t: Time) -> Tensor:
         t = f64(t)
-        below = torch.log1p(-self._below(t) ** 2) - 2 * self._below(t).log()
+        below = torch.log1p(-(self._below(t) ** 2)) - 2 * self._below(t).log()
         return torch.where(t < self.t_min, below, self._slot(t)[1])
 
     def _below(self, t: Tensor) -> Tensor:

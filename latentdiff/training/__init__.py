@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from latentdiff import atomic, locks, processes, signals
 from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig, FeaturesConfig, JudgeConfig
 from latentdiff.errors import UserError
+from latentdiff.utils import atomic, locks, processes, signals
 
 
 def train(config: Config, resume: bool = False) -> Path:
     """Run the trainer that the config's stage names; returns the folder of what it made.
 
-    A signal ends the run as `latentdiff.signals` says: by Interrupted (a KeyboardInterrupt) after Ctrl-C, else by Stopped (a
+    A signal ends the run (`latentdiff.utils.signals`): by Interrupted (a KeyboardInterrupt) after Ctrl-C, else by Stopped (a
     SystemExit), with the state saved. Torch's count of threads and its global random numbers are afterwards as before.
     """
     from latentdiff.training import run
@@ -23,11 +23,11 @@ def train(config: Config, resume: bool = False) -> Path:
 
 def _train(config: Config, resume: bool) -> Path:
     if isinstance(config, AutoencoderConfig):
-        from latentdiff.training.autoencoder import train_autoencoder
+        from latentdiff.training.train_autoencoder import train_autoencoder
 
         return train_autoencoder(config, resume)
     if isinstance(config, DiffusionConfig):
-        from latentdiff.training.diffusion import train_diffusion
+        from latentdiff.training.train_diffusion import train_diffusion
 
         return train_diffusion(config, resume)
     if processes.count() > 1:
@@ -41,13 +41,13 @@ def _train(config: Config, resume: bool) -> Path:
 
 def _train_in_one_go(config: ClassifierConfig | JudgeConfig | FeaturesConfig, resume: bool) -> Path:
     if isinstance(config, ClassifierConfig):
-        from latentdiff.training.classifier import train_latent_classifier
+        from latentdiff.training.train_classifier import train_latent_classifier
 
         return train_latent_classifier(config, resume)
     if isinstance(config, JudgeConfig):
-        from latentdiff.training.judge import train_judge
+        from latentdiff.training.train_judge import train_judge
 
         return train_judge(config, resume)
-    from latentdiff.training.features import train_feature_network
+    from latentdiff.training.train_feature_net import train_feature_network
 
     return train_feature_network(config, resume)

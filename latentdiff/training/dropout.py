@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from latentdiff.rng import derive_seed
+from latentdiff.utils.random import derive_seed
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from latentdiff.training.sharding import fill, local, split
+from latentdiff.training.distributed import fill, local, split
 
 
 class Ema:

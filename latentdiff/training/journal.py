@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from latentdiff import atomic
 from latentdiff.errors import printable
+from latentdiff.utils import atomic
 
 
 class Journal:

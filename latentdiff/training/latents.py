@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.autoencoders.build import load_autoencoder, set_normaliser
-from latentdiff.autoencoders.codec import LatentCodec
 from latentdiff.config import ClassifierConfig, DiffusionConfig
-from latentdiff.data.cache import LatentCache, build_cache, build_part
+from latentdiff.data.latent_cache import LatentCache, build_cache, build_part
 from latentdiff.errors import UserError
-from latentdiff.training.data import Images
+from latentdiff.models.autoencoder import load_autoencoder, set_normaliser
+from latentdiff.models.codec import LatentCodec
+from latentdiff.training.images import Images
 
 CHECKED = 1024  # latents that must agree with the stored normaliser
 TOLERANCE = 1.25  # how far their root mean square may be from 1, as a factor
@@ -81,10 +81,17 @@ def prepare_latents(
     """
     codec, images = opened or open_inputs(config, accelerator.device)
     cache = build_cache(
-        codec, images.train, cache_folder(config), flips=config.data.flips, batch=config.cache.batch_size,
-        shard_size=config.cache.shard_size, progress=images.saying(progress), rank=accelerator.process_index,
-        world=accelerator.num_processes, check=config.cache.check,
-    )  # fmt: skip
+        codec,
+        images.train,
+        cache_folder(config),
+        flips=config.data.flips,
+        batch=config.cache.batch_size,
+        shard_size=config.cache.shard_size,
+        progress=images.saying(progress),
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        check=config.cache.check,
+    )
     if config.normaliser == "measured":
         statistics = cache.statistics()
         set_normaliser(codec.vae, statistics.mean, statistics.std)

@@ -73,6 +73,4 @@ class LossScale:
         if not self.enabled or not tensors:
             return
         values = self.scaler.state_dict()
-        self.scaler.load_state_dict(
-            values | {"scale": float(tensors["factor"]), "_growth_tracker": int(tensors["growth"])}
-        )
+        self.scaler.load_state_dict(values | {"scale": float(tensors["factor"]), "_growth_tracker": int(tensors["growth"])})

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff import atomic
-from latentdiff.autoencoders.build import autoencoder_folder
 from latentdiff.config import AutoencoderConfig, DiffusionConfig, EmaConfig
 from latentdiff.errors import printable
+from latentdiff.models.autoencoder import autoencoder_folder
+from latentdiff.utils import atomic
 
 MANY_EPOCHS = 1000  # passes over the images after which a small model has learnt them by heart
 REPORT = "report.json"

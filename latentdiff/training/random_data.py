@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.conditioning import LONGEST, OWN_LENGTH, ClassCondition, _text_config, build_text_encoder, states_width
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.captions import Captions
-from latentdiff.training.conditions import Conditions, TextCondition, joint_dropout, takes
-from latentdiff.training.data import Images
+from latentdiff.models.text_encoder import LONGEST, OWN_LENGTH, ClassCondition, _text_config, build_text_encoder, states_width
+from latentdiff.training.conditioning import Conditions, TextCondition, joint_dropout, takes
+from latentdiff.training.images import Images
 
 STAND_IN = 4096  # images, where it is not known how many there are
 

@@ -16,19 +16,40 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff import atomic, locks, processes, signals
 from latentdiff.config import OptimizerConfig, Section, TrainConfig, keep_split
 from latentdiff.errors import UserError, printable
-from latentdiff.training import sharding, state
+from latentdiff.training import distributed, state
+from latentdiff.utils import atomic, locks, processes, signals
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # what can be asked for: accelerate's name for it
 # Keys that may change when a run is resumed: they move neither what is trained nor the order of the data
 FREE_ON_RESUME = (
-    "output", "optimizer.", "sample.", "evaluate.", "validation_images", "data.workers", "cache.folder", "cache.batch_size",
-    "cache.shard_size", "condition.text.folder", "train.steps", "train.threads", "train.log_every", "train.picture_every",
-    "train.save_minutes", "train.keep", "train.micro_batch", "train.gradient_checkpointing", "train.compile", "train.bad_steps",
-    "train.on_bad", "train.best", "train.snapshot_every", "train.timeout_minutes", "cache.check",
-)  # fmt: skip
+    "output",
+    "optimizer.",
+    "sample.",
+    "evaluate.",
+    "validation_images",
+    "data.workers",
+    "cache.folder",
+    "cache.batch_size",
+    "cache.shard_size",
+    "condition.text.folder",
+    "train.steps",
+    "train.threads",
+    "train.log_every",
+    "train.picture_every",
+    "train.save_minutes",
+    "train.keep",
+    "train.micro_batch",
+    "train.gradient_checkpointing",
+    "train.compile",
+    "train.bad_steps",
+    "train.on_bad",
+    "train.best",
+    "train.snapshot_every",
+    "train.timeout_minutes",
+    "cache.check",
+)
 
 
 def start_accelerator(train: TrainConfig, shards: bool = False):
@@ -40,7 +61,7 @@ def start_accelerator(train: TrainConfig, shards: bool = False):
     from accelerate import Accelerator, InitProcessGroupKwargs
     from accelerate.state import AcceleratorState
 
-    sharding.check_launch(shards)
+    distributed.check_launch(shards)
     # accelerate keeps the first run's precision for the life of the process, and refuses a second run in another
     AcceleratorState._reset_state()
     if train.threads is not None:
@@ -94,7 +115,7 @@ def announcement(
             f"latentdiff {command}: {accelerator.num_processes} process(es), device {accelerator.device}, "
             f"precision {precision or train.precision}, global batch {train.batch_size}, "
             f"{torch.get_num_threads()} CPU thread(s) per process"
-            + (", the network sharded over them (FSDP2)" if sharding.sharded(accelerator) else ""),
+            + (", the network sharded over them (FSDP2)" if distributed.sharded(accelerator) else ""),
             file=sys.stderr,
         )
         for line in lines:
@@ -128,7 +149,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
 def gradient_norm(module: nn.Module, clip: float | None) -> float:
     """Clip the gradient's norm to `clip` (None: measure only) and return what it was; of a sharded module, the whole one's."""
     norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip if clip is not None else math.inf)
-    return float(sharding.whole(norm))
+    return float(distributed.whole(norm))
 
 
 def recorded_config(output: Path, cls: type[Section]) -> Section:

@@ -15,9 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from latentdiff import atomic
 from latentdiff.errors import UserError
-from latentdiff.training.sharding import split
+from latentdiff.training.distributed import split
+from latentdiff.utils import atomic
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

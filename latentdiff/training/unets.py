@@ -9,16 +9,16 @@ from typing import Any
 from torch import nn
 
 from latentdiff import prediction as predictions
-from latentdiff.autoencoders.build import checked_arguments, diffusers_class
-from latentdiff.autoencoders.codec import LatentCodec
-from latentdiff.conditioning import states_width
 from latentdiff.config import DiffusionConfig
 from latentdiff.errors import UserError
-from latentdiff.folders import load_part, part_class, quiet, read_json, weight_files
 from latentdiff.guidance import check_same_path
+from latentdiff.models.autoencoder import checked_arguments, diffusers_class
+from latentdiff.models.codec import LatentCodec
+from latentdiff.models.loading import load_part, part_class, quiet, read_json, weight_files
+from latentdiff.models.text_encoder import states_width
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditions
-from latentdiff.training.data import Images
+from latentdiff.training import conditioning
+from latentdiff.training.images import Images
 from latentdiff.training.latents import latent_shape
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
@@ -72,7 +72,7 @@ def make_unet(
 def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
     """The U-Net's class and its arguments as the config gives them, checked."""
     cls = diffusers_class(config.model.type or "", UNETS, "model.type")
-    text = conditions.takes(config.condition, "text")
+    text = conditioning.takes(config.condition, "text")
     for key in (*DERIVED, *(["cross_attention_dim"] if text else [])):
         if key in config.model.config:
             raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
@@ -164,7 +164,7 @@ def _check_conditions(config: DiffusionConfig, start: Start) -> None:
     blocks.append(start.config.get("mid_block_type") or "")
     attends, classes = any("CrossAttn" in block for block in blocks), start.config.get("num_class_embeds") is not None
     for name, has in (("text", attends), ("class", classes)):
-        if has != conditions.takes(config.condition, name):
+        if has != conditioning.takes(config.condition, name):
             takes = "is told" if has else "cannot be told"
             raise UserError(f"condition.type: {kind}, but the U-Net of model.pretrained {start.where} {takes} {name}")
     if not attends:

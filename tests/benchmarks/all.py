@@ -28,19 +28,33 @@ def measured(name: str, arguments: list[str]) -> list[reporting.Table]:
 def summary(stage2: reporting.Table, stage1: reporting.Table, images: reporting.Table, starts: reporting.Table) -> str:
     """What is asked for beside what was reached, as the cells of the tables have it; a peer that was left out is not in it."""
     ours = speed.OURS
-    wanted = [(stage2, name, speed.TIMES, f"training step, stage 2: times {name}", asked) for name, asked in (
-        ("plain, encoding", "2.5"), ("plain, cached", "1.5"), ("MONAI, encoding", ""), ("MONAI, cached", ""),
-        ("denoising-diffusion-pytorch, pixels", ""))]  # fmt: skip
+    wanted = [
+        (stage2, name, speed.TIMES, f"training step, stage 2: times {name}", asked)
+        for name, asked in (
+            ("plain, encoding", "2.5"),
+            ("plain, cached", "1.5"),
+            ("MONAI, encoding", ""),
+            ("MONAI, cached", ""),
+            ("denoising-diffusion-pytorch, pixels", ""),
+        )
+    ]
     wanted += [(stage2, ours, speed.SHARE, "training step, stage 2: of the matrix rate", "40%")]
-    wanted += [(stage1, name, speed.TIMES, f"training step, stage 1: times {name}", asked) for name, asked in (
-        ("plain", "1.5"), ("MONAI", ""))]  # fmt: skip
+    wanted += [
+        (stage1, name, speed.TIMES, f"training step, stage 1: times {name}", asked)
+        for name, asked in (("plain", "1.5"), ("MONAI", ""))
+    ]
     wanted += [
         (images, sampling.OURS, f"to best at {batch}", f"images, {batch} at a time: times {BEST}", "3") for batch in (1, 64)
     ]
-    wanted += [(starts, "16 images", "seconds", "seconds of `latentdiff generate` with 16 images", "at most 6"),
-               (starts, "of these start-up", "seconds", "seconds of its start-up", "at most 4")]  # fmt: skip
-    rows = [f"| {said} | {asked or '–'} | {table.cell(row, column)} |" for table, row, column, said, asked in wanted
-            if row in table.rows]  # fmt: skip
+    wanted += [
+        (starts, "16 images", "seconds", "seconds of `latentdiff generate` with 16 images", "at most 6"),
+        (starts, "of these start-up", "seconds", "seconds of its start-up", "at most 4"),
+    ]
+    rows = [
+        f"| {said} | {asked or '–'} | {table.cell(row, column)} |"
+        for table, row, column, said, asked in wanted
+        if row in table.rows
+    ]
     return "\n".join(["\nRatios\n", "| | asked for | reached |", "|---|---|---|", *rows])
 
 

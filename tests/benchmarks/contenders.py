@@ -52,16 +52,23 @@ class Setting:
         from latentdiff.training import run
         from latentdiff.training.latents import prepare_latents
 
-        settings = [f"data.source={self.folder / 'pictures'}", f"autoencoder={WEIGHTS / 'vae'}", "normaliser=measured",
-                    f"output={self.folder / 'stage2'}", f"cache.folder={self.folder / 'latents'}",
-                    f"train.batch_size={self.batch}", "train.precision=bfloat16", "sample.guidance_interval=null"]  # fmt: skip
+        settings = [
+            f"data.source={self.folder / 'pictures'}",
+            f"autoencoder={WEIGHTS / 'vae'}",
+            "normaliser=measured",
+            f"output={self.folder / 'stage2'}",
+            f"cache.folder={self.folder / 'latents'}",
+            f"train.batch_size={self.batch}",
+            "train.precision=bfloat16",
+            "sample.guidance_interval=null",
+        ]
         config = load_config(CONFIGS / "diffusion.yaml", settings)
         accelerator = run.start_accelerator(config.train)
         return config, prepare_latents(config, accelerator), accelerator
 
     def latents(self) -> tuple[Tensor, Tensor]:
         """Normalised latents [N, 8, 8, 8] and labels [N], in memory."""
-        from latentdiff.data.cache import open_cache
+        from latentdiff.data.latent_cache import open_cache
 
         cache = open_cache(self.folder / "latents")
         mean, _ = cache.moments(torch.arange(len(cache)))
@@ -93,12 +100,12 @@ def finisher(network: nn.Module, decay: float) -> Callable[[Tensor], None]:
 
 def our_stage2(setting: Setting) -> Contender:
     """The trainer's own step on cached latents."""
-    from latentdiff.training import conditions, diffusion
+    from latentdiff.training import conditioning, train_diffusion
 
     config, latents, accelerator = setting.ours()
-    told = conditions.prepare_conditions(config, latents, accelerator)
-    parts = diffusion._parts(config, latents, told, accelerator)
-    work = diffusion._work(config, parts, accelerator, setting.folder / "stage2")
+    told = conditioning.prepare_conditions(config, latents, accelerator)
+    parts = train_diffusion._parts(config, latents, told, accelerator)
+    work = train_diffusion._work(config, parts, accelerator, setting.folder / "stage2")
     return Contender(lambda number: work.step(number, 1e-4), parts.bare)
 
 
@@ -130,18 +137,23 @@ def plain_stage2(setting: Setting, encode: bool = False) -> Contender:
 
 def our_stage1(setting: Setting) -> Contender:
     from latentdiff.config import load_config
-    from latentdiff.training import autoencoder, run
-    from latentdiff.training.data import Images
+    from latentdiff.training import run, train_autoencoder
+    from latentdiff.training.images import Images
 
-    settings = [f"data.source={setting.folder / 'pictures'}", f"output={setting.folder / 'stage1'}",
-                f"train.batch_size={setting.batch // 2}", "train.precision=bfloat16", "loss.perceptual=0"]  # fmt: skip
+    settings = [
+        f"data.source={setting.folder / 'pictures'}",
+        f"output={setting.folder / 'stage1'}",
+        f"train.batch_size={setting.batch // 2}",
+        "train.precision=bfloat16",
+        "loss.perceptual=0",
+    ]
     config = load_config(CONFIGS / "autoencoder-kl.yaml", settings)
-    vae = autoencoder._build(config)
+    vae = train_autoencoder._build(config)
     accelerator = run.start_accelerator(config.train)
     vae.train().requires_grad_(True)
-    parts = autoencoder._parts(config, vae, 4, accelerator)
+    parts = train_autoencoder._parts(config, vae, 4, accelerator)
     images = Images(config.data, 4)
-    work = autoencoder._work(config, images, parts, accelerator, setting.folder / "stage1")
+    work = train_autoencoder._work(config, images, parts, accelerator, setting.folder / "stage1")
     return Contender(lambda number: work.step(number, 1e-4), parts.bare)
 
 

@@ -172,7 +172,7 @@ def warm_up() -> None:
     import transformers
 
     from latentdiff import checkpoints, samplers, training  # noqa: F401
-    from latentdiff.training import autoencoder, diffusion  # noqa: F401
+    from latentdiff.training import train_autoencoder, train_diffusion  # noqa: F401
 
     for name in ("AutoencoderKL", "UNet2DModel", "UNet2DConditionModel", "DDPMScheduler"):
         getattr(diffusers, name)

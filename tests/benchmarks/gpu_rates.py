@@ -25,9 +25,9 @@ def measure(name: str, device: torch.device, clock: Any, results: Any) -> None:
 
 def sampling(device: torch.device, clock: Any, results: Any) -> None:
     """weights/fashion-mnist as its own pipeline draws it, and its decoder alone."""
-    from latentdiff.autoencoders.codec import LatentCodec
     from latentdiff.checkpoints import load
     from latentdiff.generation import set_precision
+    from latentdiff.models.codec import LatentCodec
 
     batches, slot = ((1, 2), 0.0) if clock.dry else ((1, 16, 256, 2048), 2.5)
     call = {"num_inference_steps": 2} if clock.dry else {}
@@ -60,9 +60,9 @@ def cache(device: torch.device, clock: Any, results: Any) -> None:
 
     Held against the training step's images a second, these two say whether the cache feeds it.
     """
-    from latentdiff.data.cache import open_cache
-    from latentdiff.data.order import stream
-    from latentdiff.rng import randn
+    from latentdiff.data.latent_cache import open_cache
+    from latentdiff.data.shuffling import stream
+    from latentdiff.utils.random import randn
 
     batch, count = (8, 64) if clock.dry else (CACHE_BATCH, 200_000)
     slot = max(0.2, min(4.0, clock.left() / 6))

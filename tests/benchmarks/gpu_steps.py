@@ -88,7 +88,7 @@ def config_of(name: str, clock: Any, folder: Path, **overrides: Any) -> Any:
 
 def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """(config, parts, accelerator, latent shape) of the trainer on random latents and conditions."""
-    from latentdiff.training import diffusion, run
+    from latentdiff.training import run, train_diffusion
     from latentdiff.training.latents import Latents
     from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 
@@ -100,15 +100,15 @@ def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, A
     images: Any = None
     cache: Any = RandomCache(shape, STAND_IN)
     latents = Latents(codec, images, cache)
-    parts = diffusion._parts(config, latents, told, accelerator)
+    parts = train_diffusion._parts(config, latents, told, accelerator)
     parts.network.train()
     return config, parts, accelerator, shape
 
 
 def our_step(config: Any, parts: Any, accelerator: Any) -> Step:
-    from latentdiff.training import diffusion
+    from latentdiff.training import train_diffusion
 
-    return lambda number: diffusion._step(config, parts, accelerator, number, 1e-4)
+    return lambda number: train_diffusion._step(config, parts, accelerator, number, 1e-4)
 
 
 def plain_stage2(parts: Any, config: Any, accelerator: Any, shape: tuple[int, ...], batch: int) -> Step:
@@ -136,17 +136,17 @@ def plain_stage2(parts: Any, config: Any, accelerator: Any, shape: tuple[int, ..
 
 def stage1(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """(config, parts, accelerator, picture shape) of the trainer."""
-    from latentdiff.autoencoders.codec import LatentCodec
-    from latentdiff.training import autoencoder, run
+    from latentdiff.models.codec import LatentCodec
+    from latentdiff.training import run, train_autoencoder
 
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
-    vae = autoencoder._build(config)
+    vae = train_autoencoder._build(config)
     factor = LatentCodec(vae).factor
-    autoencoder.to_train(config, vae)
+    train_autoencoder.to_train(config, vae)
     accelerator = run.start_accelerator(config.train)
     unit = math.lcm(factor, config.data.multiple_of)
     sides = [-(-side // unit) * unit for side in config.data.size]
-    return config, autoencoder._parts(config, vae, factor, accelerator), accelerator, (config.data.channels, *sides)
+    return config, train_autoencoder._parts(config, vae, factor, accelerator), accelerator, (config.data.channels, *sides)
 
 
 def plain_stage1(parts: Any, accelerator: Any, pictures: Tensor, batch: int) -> Step:
@@ -277,14 +277,14 @@ def measure_stage2(name: str, device: torch.device, clock: Any, folder: Path, ba
 def measure_compiled(name: str, device: torch.device, clock: Any, folder: Path, batch: int, table: Table, slot: float) -> None:
     """torch.compile, held against eager by the trainer's own check; a refusal is a result."""
     from latentdiff.errors import UserError
-    from latentdiff.training import diffusion
+    from latentdiff.training import train_diffusion
 
     config, parts, accelerator, _ = stage2(name, clock, folder, batch)
     step = our_step(config, parts, accelerator)
     table.row("latentdiff", lambda: step, slot, parts.bare)
     began = time.perf_counter()
     try:
-        diffusion._compile(config, parts, accelerator)
+        train_diffusion._compile(config, parts, accelerator)
     except UserError as error:
         table.results.add("latentdiff, train.compile", note=str(error)[:200])
         return
@@ -294,7 +294,7 @@ def measure_compiled(name: str, device: torch.device, clock: Any, folder: Path, 
 
 
 def measure_stage1(name: str, clock: Any, folder: Path, batch: int, table: Table, slot: float) -> None:
-    from latentdiff.training.reconstruction import update
+    from latentdiff.training.autoencoder_step import update
 
     config, parts, accelerator, shape = stage1(name, clock, folder, batch)
     pictures = torch.rand(2 * batch, *shape, device=accelerator.device) * 2 - 1

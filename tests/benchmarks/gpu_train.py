@@ -24,8 +24,8 @@ SHARE = 0.8  # of the time left that is planned for steps: validation, pictures 
 
 def pack(arguments: argparse.Namespace) -> None:
     """Pictures, captions, the first stage and its latents of all pictures, in one folder."""
-    from latentdiff.commands import encode
-    from latentdiff.data.emoji import prepare_emoji
+    from latentdiff.recipes.emoji.prepare import prepare_emoji
+    from latentdiff.training.encode import encode_dataset as encode
 
     folder = Path(arguments.folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -117,14 +117,14 @@ def seconds_of_a_step(config: Any) -> float:
     """Of the trainer's own step on the cached latents, without a picture or a state."""
     from gpu_steps import our_step, seconds_a_step
 
-    from latentdiff.training import conditions, diffusion, run
+    from latentdiff.training import conditioning, run, train_diffusion
     from latentdiff.training.latents import prepare_latents
 
     accelerator = run.start_accelerator(config.train)
     latents = prepare_latents(config, accelerator)
-    reader, _ = conditions.open_text(config, latents.images, accelerator, resume=False)
-    told = conditions.prepare_conditions(config, latents, accelerator, None, reader)
-    parts = diffusion._parts(config, latents, told, accelerator)
+    reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=False)
+    told = conditioning.prepare_conditions(config, latents, accelerator, None, reader)
+    parts = train_diffusion._parts(config, latents, told, accelerator)
     parts.network.train()
     found = seconds_a_step(our_step(config, parts, accelerator), accelerator.device, 3.0)[0]
     shutil.rmtree(config.output, ignore_errors=True)  # the tokenizer was written there

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import torch
 
-from latentdiff.data.order import stream
-from latentdiff.data.shards import shard_count, shard_path, shard_rows, write_manifest, write_shard
+from latentdiff.data.shuffling import stream
+from latentdiff.data.tensor_shards import shard_count, shard_path, shard_rows, write_manifest, write_shard
 
 COUNTS = (10_000, 100_000, 1_000_000)
 SHAPE = (8, 8, 8)  # as weights/emoji has
@@ -26,8 +26,16 @@ BATCH, SECONDS = 256, 20.0
 def write_cache(folder: Path, count: int) -> None:
     """A finished cache of `count` random latents."""
     folder.mkdir(parents=True)
-    made_of = {"format": 1, "autoencoder": "made up", "preprocessing": {}, "data": "made up", "count": count, "flips": False,
-               "dtype": "float16", "shard_size": 4096}  # fmt: skip
+    made_of = {
+        "format": 1,
+        "autoencoder": "made up",
+        "preprocessing": {},
+        "data": "made up",
+        "count": count,
+        "flips": False,
+        "dtype": "float16",
+        "shard_size": 4096,
+    }
     generator = torch.Generator().manual_seed(0)
     for number in range(shard_count(made_of)):
         rows = len(shard_rows(made_of, number))
@@ -50,8 +58,8 @@ def memory() -> dict[str, float]:
 
 def read_cache(folder: Path, seconds: float = SECONDS) -> dict[str, float]:
     """Read shuffled batches for so many seconds."""
-    from latentdiff.data.cache import open_cache
-    from latentdiff.rng import randn
+    from latentdiff.data.latent_cache import open_cache
+    from latentdiff.utils.random import randn
 
     torch.set_num_threads(1)
     before, began = memory(), time.monotonic()
@@ -67,9 +75,12 @@ def read_cache(folder: Path, seconds: float = SECONDS) -> dict[str, float]:
     taken = time.monotonic() - began
     after = memory()
     return {
-        "count": len(cache), "open_seconds": opened, "samples_per_second": step * BATCH / taken,
-        "own_mib": largest - before["RssAnon"], "mapped_mib": after["RssFile"] - before["RssFile"],
-    }  # fmt: skip
+        "count": len(cache),
+        "open_seconds": opened,
+        "samples_per_second": step * BATCH / taken,
+        "own_mib": largest - before["RssAnon"],
+        "mapped_mib": after["RssFile"] - before["RssFile"],
+    }
 
 
 def main(counts: list[int]) -> None:

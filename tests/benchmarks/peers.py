@@ -21,9 +21,15 @@ def monai_autoencoder() -> nn.Module:
     from monai.networks.nets import AutoencoderKL
 
     return AutoencoderKL(
-        spatial_dims=2, in_channels=1, out_channels=1, channels=(32, 64, 128), num_res_blocks=(1, 1, 1),
-        attention_levels=(False, False, False), latent_channels=8, norm_num_groups=16,
-    )  # fmt: skip
+        spatial_dims=2,
+        in_channels=1,
+        out_channels=1,
+        channels=(32, 64, 128),
+        num_res_blocks=(1, 1, 1),
+        attention_levels=(False, False, False),
+        latent_channels=8,
+        norm_num_groups=16,
+    )
 
 
 def monai_stage2(setting: Setting, encode: bool = False) -> Contender:
@@ -33,10 +39,21 @@ def monai_stage2(setting: Setting, encode: bool = False) -> Contender:
     from monai.networks.schedulers import DDPMScheduler
 
     # attention is left at MONAI's default, matrix products: over 64 positions faster than torch's kernel on a CPU
-    unet = DiffusionModelUNet(
-        spatial_dims=2, in_channels=8, out_channels=8, channels=(128, 256), attention_levels=(False, True), num_res_blocks=2,
-        num_head_channels=(0, 64), norm_num_groups=32, num_class_embeds=11,
-    ).train().to(setting.device)  # fmt: skip
+    unet = (
+        DiffusionModelUNet(
+            spatial_dims=2,
+            in_channels=8,
+            out_channels=8,
+            channels=(128, 256),
+            attention_levels=(False, True),
+            num_res_blocks=2,
+            num_head_channels=(0, 64),
+            norm_num_groups=32,
+            num_class_embeds=11,
+        )
+        .train()
+        .to(setting.device)
+    )
     latents, labels = setting.latents()
     finish, batch, scheduler = finisher(unet, 0.998), setting.batch, DDPMScheduler(num_train_timesteps=1000)
     if encode:

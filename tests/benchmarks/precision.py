@@ -12,7 +12,7 @@ import json
 import statistics
 from pathlib import Path
 
-from latentdiff.facts import info
+from latentdiff.cli.info import info
 
 ROOT = Path(__file__).parent.parent.parent
 CONFIGS = [ROOT / "configs" / "fashion-mnist" / name for name in ("autoencoder-kl.yaml", "diffusion.yaml")]

@@ -27,8 +27,14 @@ def table(title: str, step: Callable[[int], Any], device: torch.device) -> repor
             torch.cuda.synchronize(device)
     spent = sorted(found.key_averages(), key=lambda event: -getattr(event, here))
     total = sum(getattr(event, here) for event in spent)  # µs
-    rows = {f"`{event.key}`": {"share": [getattr(event, here) / total], "ms": [getattr(event, here) / 1e3 / STEPS],
-                               "calls": [event.count / STEPS]} for event in spent[:TOP]}  # fmt: skip
+    rows = {
+        f"`{event.key}`": {
+            "share": [getattr(event, here) / total],
+            "ms": [getattr(event, here) / 1e3 / STEPS],
+            "calls": [event.count / STEPS],
+        }
+        for event in spent[:TOP]
+    }
     formats = {"share": "{:.1%}", "ms": "{:.1f}", "calls": "{:.0f}"}
     about = {"ms in all": total / 1e3 / STEPS, "threads": torch.get_num_threads()}
     return reporting.Table(f"Profile of {title[0].lower()}{title[1:]}", formats, rows, about)

@@ -41,8 +41,18 @@ def generating(rounds: int, device: str) -> reporting.Table:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
             for name, (how, count) in calls.items():
-                call = [sys.executable, *how, "generate", "Sneaker", "--num-images", str(count), "--device", device,
-                        "--out", str(Path(folder) / "out.png")]  # fmt: skip
+                call = [
+                    sys.executable,
+                    *how,
+                    "generate",
+                    "Sneaker",
+                    "--num-images",
+                    str(count),
+                    "--device",
+                    device,
+                    "--out",
+                    str(Path(folder) / "out.png"),
+                ]
                 began = time.perf_counter()
                 subprocess.run(call, cwd=ROOT, check=True, capture_output=True)
                 if number:  # the first one reads the files from the disk
@@ -52,8 +62,8 @@ def generating(rounds: int, device: str) -> reporting.Table:
 
 def coding(rounds: int, device: torch.device) -> reporting.Table:
     """Images a second through the first stage of weights/fashion-mnist, BATCH at a time."""
-    from latentdiff.autoencoders.build import load_autoencoder
-    from latentdiff.autoencoders.codec import LatentCodec
+    from latentdiff.models.autoencoder import load_autoencoder
+    from latentdiff.models.codec import LatentCodec
 
     codec = LatentCodec(load_autoencoder(str(MODEL / "vae")).to(device))
     images = torch.rand(BATCH, 1, 32, 32, device=device) * 2 - 1

@@ -115,7 +115,7 @@ def add_rates(table: reporting.Table, draws: dict[str, Draw], batch: int, rounds
 
 def distances(draws: dict[str, Draw], count: int) -> dict[str, float]:
     """Fréchet distance of `count` class-balanced images of each, and of as many real test images."""
-    from latentdiff.comparison import Bench
+    from latentdiff.evaluation.compare_samplers import Bench
 
     bench = Bench(MODEL, "fashion-mnist", count, FEATURES, "float32", 100)
     found = {REAL: bench.yardstick.floor}

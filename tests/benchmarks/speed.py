@@ -137,8 +137,20 @@ def peak(device: torch.device) -> float:
 
 def memory_of(title: str, name: str, arguments: argparse.Namespace, folder: Path) -> float:
     """The peak of a process of its own."""
-    call = [sys.executable, __file__, "--alone", title, name, str(folder), "--batch", str(arguments.batch), "--device",
-            arguments.device, "--threads", str(torch.get_num_threads())]  # fmt: skip
+    call = [
+        sys.executable,
+        __file__,
+        "--alone",
+        title,
+        name,
+        str(folder),
+        "--batch",
+        str(arguments.batch),
+        "--device",
+        arguments.device,
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
     done = subprocess.run(call, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 

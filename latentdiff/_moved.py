@@ -1,0 +1,163 @@
+"""Module names of version 0.1, for one release: each still imports, with a DeprecationWarning that says the new name."""
+
+import importlib
+import sys
+import warnings
+from collections.abc import Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# Old module -> new module, both below latentdiff
+MODULES = {
+    "agreement": "evaluation.compare_denoisers",
+    "atomic": "utils.atomic",
+    "autoencoders.build": "models.autoencoder",
+    "autoencoders.codec": "models.codec",
+    "autoencoders.discriminator": "models.discriminator",
+    "autoencoders.losses": "training.autoencoder_loss",
+    "autoencoders.perceptual": "models.perceptual",
+    "autoencoders.report": "training.autoencoder_report",
+    "autoencoders.vq": "models.codebook",
+    "cards": "evaluation.model_card",
+    "comparison": "evaluation.compare_samplers",
+    "conditioning": "models.text_encoder",
+    "data.cache": "data.latent_cache",
+    "data.emoji": "recipes.emoji.prepare",
+    "data.emoji_captions": "recipes.emoji.captions",
+    "data.files": "data.image_files",
+    "data.images": "data.datasets",
+    "data.listing": "data.folders",
+    "data.order": "data.shuffling",
+    "data.preprocess": "data.transforms",
+    "data.rowgroups": "data.parquet_stream",
+    "data.shards": "data.tensor_shards",
+    "data.tables": "data.hub",
+    "data.tarindex": "data.tar_index",
+    "data.webshards": "data.webdataset",
+    "evaluating": "evaluation.evaluate",
+    "evaluation.bits": "evaluation.bits_per_dim",
+    "evaluation.curve": "evaluation.guidance_curve",
+    "evaluation.features": "models.feature_net",
+    "evaluation.judge": "models.judge_net",
+    "evaluation.kernels": "evaluation.kid",
+    "evaluation.memorisation": "evaluation.memorization",
+    "evaluation.neighbours": "evaluation.precision_recall",
+    "evaluation.reference": "evaluation.feature_cache",
+    "evaluation.report": "evaluation.metrics",
+    "evaluation.scores": "evaluation.classification",
+    "evaluation.sets": "evaluation.sample_sets",
+    "evaluation.spaces": "evaluation.feature_spaces",
+    "evaluation.statistics": "evaluation.frechet",
+    "evaluation.surroundings": "evaluation.reference_values",
+    "facts": "cli.info",
+    "folders": "models.loading",
+    "fonts": "utils.fonts",
+    "gallery": "evaluation.gallery",
+    "grids": "samplers.grids",
+    "guidance.classifier_net": "guidance.latent_classifier",
+    "hashes": "utils.hashes",
+    "imports": "single_file",
+    "judging": "evaluation.judge",
+    "limits": "utils.limits",
+    "locks": "utils.locks",
+    "measures": "cli.measures",
+    "mistakes": "utils.config_errors",
+    "networks": "utils.weights",
+    "ode": "samplers.adaptive_ode",
+    "page": "evaluation.html_report",
+    "pictures": "utils.images",
+    "plain": "utils.safe_yaml",
+    "planning": "training.estimate",
+    "planning.dry_run": "training.estimate.dry_run",
+    "planning.facts": "training.estimate.facts",
+    "planning.inputs": "training.estimate.inputs",
+    "planning.progress": "training.estimate.progress",
+    "planning.stages": "training.estimate.stages",
+    "processes": "utils.processes",
+    "records": "evaluation.records",
+    "rng": "utils.random",
+    "signals": "utils.signals",
+    "tensors": "utils.tensors",
+    "training.autoencoder": "training.train_autoencoder",
+    "training.classifier": "training.train_classifier",
+    "training.compilation": "training.compile",
+    "training.conditions": "training.conditioning",
+    "training.data": "training.images",
+    "training.diffusion": "training.train_diffusion",
+    "training.features": "training.train_feature_net",
+    "training.judge": "training.train_judge",
+    "training.loop": "training.trainer",
+    "training.publishing": "training.diffusion_checkpoint",
+    "training.reconstruction": "training.autoencoder_step",
+    "training.republish": "training.publish",
+    "training.sharding": "training.distributed",
+    "training.watching": "training.monitor",
+    "tuning": "evaluation.tuning",
+    "writing": "utils.outputs",
+}
+
+# Old name -> new name, of what did not move with its module. The module `commands` was split: all of it stands here.
+NAMES = {
+    "autoencoders.report.psnr": "evaluation.image_quality.psnr",
+    "autoencoders.report.ssim": "evaluation.image_quality.ssim",
+    "commands.DEFAULT_FEATURES": "evaluation.feature_spaces.DEFAULT_FEATURES",
+    "commands.UNPACKING_ERRORS": "evaluation.sample_sets.UNPACKING_ERRORS",
+    "commands.check_classes": "evaluation.model_data.check_classes",
+    "commands.check_likelihood": "evaluation.measure_likelihood.check_likelihood",
+    "commands.data_rule": "evaluation.model_data.data_rule",
+    "commands.default_sampler": "evaluation.records.default_sampler",
+    "commands.dump": "cli.output.dump",
+    "commands.encode": "training.encode.encode_dataset",
+    "commands.likelihood": "evaluation.measure_likelihood.measure_likelihood",
+    "commands.open_features": "evaluation.feature_spaces.open_features",
+    "commands.read_npz": "evaluation.sample_sets.read_npz",
+    "commands.reconstruct": "evaluation.reconstruct.reconstruct",
+    "commands.stated": "evaluation.records.stated",
+    "commands.trained_on_means": "evaluation.model_data.trained_on_means",
+    "data.preprocess.to_uint8": "utils.images.to_uint8",
+    "evaluation.judge.Gallery": "evaluation.retrieval.Gallery",
+    "evaluation.judge.open_gallery": "evaluation.retrieval.open_gallery",
+    "records.weights_of": "checkpoints.weights_of",
+    "training.features.shift_images": "evaluation.feature_training.shift_images",
+    "training.features.train_classifier": "evaluation.feature_training.train_classifier",
+    "training.features.train_features": "evaluation.feature_training.train_features",
+}
+
+
+class OldModules(MetaPathFinder, Loader):
+    """Finds an old module name after every other finder has failed, and gives a module that looks names up in the new one."""
+
+    def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
+        package, _, old = fullname.partition(".")
+        if package != "latentdiff" or not _is_old(old):
+            return None
+        return ModuleSpec(fullname, self, is_package=any(name.startswith(f"{old}.") for name in MODULES))
+
+    def create_module(self, spec: ModuleSpec) -> None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        old = module.__name__.partition(".")[2]
+        new = MODULES.get(old)
+        advice = f"; use latentdiff.{new}" if new else "; its functions are elsewhere"
+        warnings.warn(f"latentdiff.{old} has moved{advice}", DeprecationWarning, stacklevel=2)
+
+        def find(name: str) -> Any:
+            target, _, attribute = NAMES.get(f"{old}.{name}", f"{new}.{name}").rpartition(".")
+            if target == "None":
+                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
+            return getattr(importlib.import_module(f"latentdiff.{target}"), attribute)
+
+        module.__getattr__ = find  # type: ignore[method-assign]
+
+
+def _is_old(name: str) -> bool:
+    known = [*MODULES, *NAMES]
+    return any(old == name or old.startswith(f"{name}.") for old in known)
+
+
+def install() -> None:
+    """Let old module names import. The finder stands last, so it costs nothing where a name exists."""
+    sys.meta_path.append(OldModules())

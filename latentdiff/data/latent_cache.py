@@ -1,0 +1,416 @@
+"""The latent cache: posterior moments of a frozen autoencoder over a data set, on disk, read through memory maps.
+
+Moments are kept, not draws: each epoch takes fresh latents mean + std * noise, so no noise is frozen into the data.
+Mirrored images are encoded apart, because an encoder does not commute with mirroring. A cache that was made of another
+autoencoder, preprocessing or data is refused.
+
+    manifest.json                written last: its presence says that all shards are there; sha256 of each
+    shard-00000.safetensors      mean, std [n, c, h, w]; mirrored.mean, mirrored.std where flips were cached; labels [n]
+"""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from latentdiff.data.tensor_shards import (
+    Identity,
+    building,
+    check_content,
+    read_manifest,
+    refuse_difference,
+    shard_count,
+    shard_path,
+    shard_problem,
+    shard_rows,
+    stored_identity,
+    stored_unreadable,
+    sweep_if_free,
+    tensor_name,
+    tensor_shapes,
+    write_manifest,
+    write_shard,
+)
+from latentdiff.data.transforms import ImageDataset
+from latentdiff.errors import UserError
+from latentdiff.utils import processes, signals
+from latentdiff.utils.random import Generators, randn
+
+FORMAT = 2  # 1 told autoencoders apart by decoder and normaliser too
+REMAKE = "run `latentdiff encode` again, which makes only this one anew"
+DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+class Codec(Protocol):
+    """What the cache needs of a first stage; latentdiff.models.codec.LatentCodec has it."""
+
+    def moments(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def fingerprint(self, latents_only: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class LatentStatistics:
+    """Per-channel moments of the raw latents z = mean + std * noise, each float64 [c].
+
+    mean = E[mean]; variance = Var[mean] + E[std^2] (law of total variance, so no draw is needed);
+    posterior_share = E[std^2] / variance: the share of the variance that is noise.
+    """
+
+    mean: Tensor
+    std: Tensor
+    posterior_share: Tensor
+
+
+class LatentCache:
+    """An opened cache of N images. Shards are memory-mapped: memory in use is bounded by what a batch touches.
+
+    Attributes: manifest, labels (int64 [N] | None), class_names, latent_shape (c, h, w), has_flips.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any]):
+        made_of: Identity = manifest["identity"]
+        self.folder, self.manifest = folder, manifest
+        self.class_names: list[str] = manifest["class_names"]
+        self.latent_shape: tuple[int, ...] = tuple(manifest["latent_shape"])
+        self.has_flips: bool = made_of["flips"]
+        self._count, self._shard_size = int(made_of["count"]), int(made_of["shard_size"])
+        self._shards = []
+        self._views: dict[tuple[int, str], Tensor] = {}
+        for number in range(shard_count(made_of)):
+            problem = shard_problem(folder, made_of, number)
+            if problem:
+                raise UserError(f"{shard_path(folder, number)}: {problem}; run the encoding again to replace it")
+            self._shards.append(safe_open(shard_path(folder, number), "pt"))
+            self._check_shard(shard_path(folder, number))
+        self.labels = torch.cat([s.get_tensor("labels") for s in self._shards]) if manifest["labelled"] else None
+        if self.labels is not None and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.class_names):
+            raise UserError(f"{folder}: labels outside the {len(self.class_names)} classes of manifest.json; encode again")
+
+    def _check_shard(self, path: Path) -> None:
+        """UserError where a whole shard is not what the manifest says."""
+        held = tensor_shapes(path)
+        if held["mean"][1][1:] != self.latent_shape:
+            shown = f"latents {list(held['mean'][1][1:])}, where manifest.json says {list(self.latent_shape)}"
+        elif self.manifest["labelled"] and "labels" not in held:
+            shown = "no labels, where manifest.json says there are"
+        else:
+            return
+        raise UserError(f"{path}: holds {shown}; delete the folder and encode again")
+
+    def __len__(self) -> int:
+        return self._count
+
+    def batch(
+        self, indices: Tensor | Sequence[int], generator: Generators = None, flips: Tensor | bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """(z float32 [B, c, h, w], labels int64 [B] | None): raw latents, not normalised.
+
+        generator: one, or one for each sample, to draw z = mean + std * noise; None gives the posterior mean.
+        flips: bool or [B]; True takes the encoding of the mirrored image (a UserError where none was cached).
+        """
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        mean, std = self.moments(index, flips)
+        z = mean if generator is None else mean + std * randn(mean.shape, generator, mean.device, mean.dtype)
+        return z, None if self.labels is None else self.labels[index]
+
+    def moments(self, indices: Tensor | Sequence[int], flips: Tensor | bool = False) -> tuple[Tensor, Tensor]:
+        """(mean, std) of the posteriors, float32 [B, c, h, w] each. IndexError outside 0..N-1."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        if len(index) and not (0 <= int(index.min()) and int(index.max()) < self._count):
+            raise IndexError(f"latent index {int(index.min())}..{int(index.max())} outside 0..{self._count - 1}")
+        mirrored = torch.as_tensor(flips).expand(len(index))
+        if bool(mirrored.any()) and not self.has_flips:
+            raise UserError(f"{self.folder}: this cache was built without flips; encode again with flips on")
+        mean, std = torch.empty(2, len(index), *self.latent_shape)
+        shard_of = index // self._shard_size
+        for number in shard_of.unique().tolist():
+            for side in mirrored[shard_of == number].unique().tolist():
+                rows = (shard_of == number) & (mirrored == side)
+                local = index[rows] - number * self._shard_size
+                mean[rows] = self._view(number, tensor_name("mean", side))[local].float()
+                std[rows] = self._view(number, tensor_name("std", side))[local].float()
+        return mean, std
+
+    def _view(self, number: int, name: str) -> Tensor:
+        """A tensor of a shard as a view into the mapped file: only the pages of the rows picked are read from disk."""
+        if (number, name) not in self._views:
+            self._views[number, name] = self._shards[number].get_tensor(name)
+        return self._views[number, name]
+
+    def statistics(self) -> LatentStatistics:
+        """Exact per-channel moments over the whole cache in one streaming pass, mirrored encodings included."""
+        count = 0
+        mean, squares, noise = torch.zeros(3, self.latent_shape[0], 1, dtype=torch.float64)
+        for shard in self._shards:
+            for side in (False, True) if self.has_flips else (False,):
+                values, stds = (
+                    shard.get_tensor(tensor_name(name, side)).double().transpose(0, 1).flatten(1)  # [c, n·h·w]
+                    for name in ("mean", "std")
+                )
+                n, centre = values.shape[1], values.mean(1, keepdim=True)
+                # Chan's merge of two (count, mean, sum of squared deviations)
+                squares = squares + (values - centre).square().sum(1, keepdim=True)
+                squares = squares + (centre - mean).square() * (count * n / (count + n))
+                mean = mean + (centre - mean) * (n / (count + n))
+                noise = noise + stds.square().sum(1, keepdim=True)
+                count += n
+        variance = (squares + noise)[:, 0] / count
+        return LatentStatistics(mean[:, 0], variance.sqrt(), noise[:, 0] / count / variance)
+
+
+def identity(codec: Codec, dataset: ImageDataset) -> Identity:
+    """What a cache of these latents must have been made of; give it to open_cache as `expect`."""
+    return {
+        "autoencoder": codec.fingerprint(latents_only=True),
+        "preprocessing": dataset.preprocess.describe(),
+        "data": dataset.latents_fingerprint(),
+    } | ({"split": dataset.split} if dataset.split else {})
+
+
+def open_cache(
+    folder: str | Path, expect: Identity | None = None, check: str = "full", rank: int = 0, world: int = 1
+) -> LatentCache:
+    """Opens a finished cache, checks its shards, and refuses it where it differs from `expect`.
+
+    expect: any part of what `identity` gives, and flips=True where mirrored encodings are needed.
+    check: "full" reads every shard and holds it against its sha256, about two seconds a gigabyte on a slow core;
+    "size" looks at headers and lengths alone. Of `world` processes each reads its share. A cache of an earlier version
+    has no hashes: a warning, once.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise UserError(f"{folder}: no finished latent cache here (no manifest.json); build it with: latentdiff encode")
+    wanted = dict(expect or {})
+    if wanted.get("flips") is False:
+        del wanted["flips"]  # a cache that has more than was asked for is fine
+    refuse_difference(folder, manifest["identity"], wanted)
+    cache = LatentCache(folder, manifest)
+    if check == "full":
+        _check_hashes(folder, manifest, rank, world)
+    return cache
+
+
+_warned: set[Path] = set()
+
+
+def _check_hashes(folder: Path, manifest: dict[str, Any], rank: int, world: int) -> None:
+    hashes = manifest.get("sha256")
+    if hashes is None:
+        if folder.absolute() not in _warned and processes.rank() == 0:
+            _warned.add(folder.absolute())
+            text = "has no hashes, as an earlier version wrote it; only lengths are checked"
+            print(f"warning: {folder}: {text}", file=sys.stderr)
+        return
+    for number in range(rank, len(hashes), world):
+        check_content(shard_path(folder, number), REMAKE, hashes[number])
+
+
+def build_cache(
+    codec: Codec,
+    dataset: ImageDataset,
+    folder: str | Path,
+    flips: bool = False,
+    batch: int = 64,
+    dtype: str = "float16",
+    shard_size: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
+    patience: float = 1800.0,
+    check: str = "full",
+) -> LatentCache:
+    """Encodes the data set into `folder`, going on from whatever finished shards are there, and opens the result.
+
+    Processes 0..world-1 build shards rank, rank + world, … each and need no communication: whichever sees that all
+    are there writes the manifest, and the others wait for the shards, giving up (UserError) when none appears for
+    `patience` seconds. progress(done, total) counts this process's images, finished ones included, and is called only
+    when there is something to encode. A folder with latents of another autoencoder, preprocessing or data is refused,
+    never overwritten. A folder in which another job encodes is refused too; a finished cache may be opened by any number.
+    check: as in `open_cache`. A signal ends the work after a shard, as `latentdiff.utils.signals` says.
+    """
+    folder = Path(folder)
+    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
+    if not _is_finished(folder, made_of):
+        with building(folder, rank, world):
+            _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
+            _wait_for_shards(folder, made_of, patience)
+            _finish(dataset, folder, made_of)
+    else:
+        sweep_if_free(folder)
+    return open_cache(folder, made_of, check, rank, world)
+
+
+def build_part(
+    codec: Codec,
+    dataset: ImageDataset,
+    folder: str | Path,
+    flips: bool = False,
+    batch: int = 64,
+    dtype: str = "float16",
+    shard_size: int = 4096,
+    progress: Callable[[int, int], None] | None = None,
+    rank: int = 0,
+    world: int = 1,
+) -> list[int]:
+    """Builds shards rank, rank + world, … of a cache without waiting for the others; the numbers of those still missing.
+
+    For jobs that run at different times, or on machines that share the folder alone. Whoever finds none missing marks the
+    cache as finished. Arguments and refusals as `build_cache`.
+    """
+    folder = Path(folder)
+    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
+    with building(folder, rank, world):
+        _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
+        missing = _missing_shards(folder, made_of)
+        if not missing:
+            _finish(dataset, folder, made_of)
+    return missing
+
+
+def _identity_here(codec: Codec, dataset: ImageDataset, folder: Path, flips: bool, dtype: str, shard_size: int) -> Identity:
+    """What the cache in a folder is to be made of; UserError where it is made of anything else."""
+    if dtype not in DTYPES:
+        raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
+    wanted = {"format": FORMAT, **identity(codec, dataset), "count": len(dataset)}
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return {**wanted, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
+    # A finished cache serves whatever its dtype and shard size; damaged shards of it are made again in its own way
+    refuse_difference(folder, manifest["identity"], {**wanted, "flips": True} if flips else wanted)
+    return manifest["identity"]
+
+
+def _is_finished(folder: Path, made_of: Identity) -> bool:
+    manifest = read_manifest(folder)
+    return manifest is not None and None not in manifest.get("sha256", ()) and not _missing_shards(folder, made_of)
+
+
+def _build_shards(
+    codec: Codec,
+    dataset: ImageDataset,
+    folder: Path,
+    made_of: Identity,
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    rank: int,
+    world: int,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    _expect_others(folder, _missing_shards(folder, made_of))
+    mine = range(rank, shard_count(made_of), world)
+    total = sum(len(shard_rows(made_of, number)) for number in mine)
+    done, worked = 0, False
+    with signals.watched() as watch, watch.deferred():
+        for number in mine:
+            path, rows = shard_path(folder, number), shard_rows(made_of, number)
+            stored = stored_identity(path)
+            if stored is not None:
+                refuse_difference(path, stored, made_of)
+            if shard_problem(folder, made_of, number):
+                pieces = []
+                for start in range(rows.start, rows.stop, batch):
+                    indices = torch.arange(start, min(start + batch, rows.stop))
+                    pieces.append(_encode(codec, dataset, indices, made_of))
+                    worked = True
+                    if progress:
+                        progress(done + int(indices[-1]) + 1 - rows.start, total)
+                tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+                write_shard(path, tensors, made_of, dataset.source.bad)
+                if watch:
+                    watch.stop()
+            done += len(rows)
+            if progress and worked:
+                progress(done, total)
+
+
+def _expect_others(folder: Path, missing: list[int]) -> None:
+    """Have a finished cache's manifest say which of its shards are about to be made again: their bytes may be others.
+
+    `missing` is listed before the manifest is read. So where several processes do this at once, whichever writes last also
+    names what the others name and have not made yet.
+    """
+    manifest = read_manifest(folder)
+    if manifest is not None and "sha256" in manifest and any(manifest["sha256"][number] is not None for number in missing):
+        for number in missing:
+            manifest["sha256"][number] = None
+        write_manifest(folder, manifest)
+
+
+def _missing_shards(folder: Path, made_of: Identity) -> list[int]:
+    """Numbers of the shards that are not there, or not whole."""
+    return [n for n in range(shard_count(made_of)) if shard_problem(folder, made_of, n)]
+
+
+def _finish(dataset: ImageDataset, folder: Path, made_of: Identity) -> None:
+    """Mark a cache whose shards are all there as finished, by its manifest: the same bytes from every process."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        manifest = _manifest(folder, dataset, made_of)
+    elif None not in manifest.get("sha256", ()):
+        return
+    hashes = manifest["sha256"]
+    for number in range(len(hashes)):
+        if hashes[number] is None:
+            hashes[number] = check_content(shard_path(folder, number), REMAKE)
+    write_manifest(folder, manifest)
+
+
+def _encode(codec: Codec, dataset: ImageDataset, indices: Tensor, made_of: Identity) -> dict[str, Tensor]:
+    """The rows of a shard for one batch of images, on the CPU."""
+    rows: dict[str, Tensor] = {}
+    dtype = DTYPES[made_of["dtype"]]
+    for side in (False, True) if made_of["flips"] else (False,):
+        images, labels = dataset.batch(indices, flips=side)
+        for name, value in zip(("mean", "std"), codec.moments(images), strict=True):
+            rows[tensor_name(name, side)] = value.to("cpu", dtype)
+            if not torch.isfinite(rows[tensor_name(name, side)]).all():
+                raise UserError(
+                    f"latents of images {int(indices[0])} to {int(indices[-1])} are not finite as {dtype}: "
+                    "use dtype float32, or check the autoencoder"
+                )
+        if labels is not None:
+            rows["labels"] = labels
+    return rows
+
+
+def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
+    """Returns when every shard is there, whichever process made it."""
+    missing, since = -1, time.monotonic()
+    while True:
+        still = _missing_shards(folder, made_of)
+        if not still:
+            return
+        if len(still) != missing:
+            missing, since = len(still), time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise UserError(
+                f"{folder}: waited {patience:g} s for other processes, and {shard_path(folder, still[0]).name} and "
+                f"{len(still) - 1} more are not there; run the encoding again, it goes on from what is"
+            )
+        time.sleep(min(0.5, patience))
+
+
+def _manifest(folder: Path, dataset: ImageDataset, made_of: Identity) -> dict[str, Any]:
+    with safe_open(shard_path(folder, 0), "pt") as shard:
+        latent_shape = list(shard.get_slice("mean").get_shape()[1:])
+    # Each process knows what it could not read itself
+    bad = dict(dataset.source.bad)
+    for number in range(shard_count(made_of)):
+        bad |= stored_unreadable(shard_path(folder, number))
+    return {
+        "identity": made_of,
+        "latent_shape": latent_shape,
+        "labelled": dataset.labels is not None,
+        "class_names": dataset.class_names,
+        "source": dataset.source.name,
+        "unreadable": dict(sorted(bad.items())),
+        "sha256": [None] * shard_count(made_of),
+    }

@@ -1,0 +1,302 @@
+"""From images of any size to the tensors an autoencoder takes, by stated rules: nothing happens silently."""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from latentdiff.data.datasets import ImageSource, UnreadableImage
+from latentdiff.data.image_files import WHITE, Color
+from latentdiff.errors import UserError
+
+FRAMINGS = ("exact", "resize", "crop", "pad", "letterbox")
+WAYS = {"crop": "cuts the ends off", "letterbox": "fills with data.background", "resize": "stretches"}
+SCALED = ("resize", "crop", "letterbox")  # those that bring any size to any other
+PAD_MODES = ("constant", "edge", "reflect")
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """How a uint8 image becomes a float32 tensor in [-1, 1].
+
+    size: (H, W) wanted; None: the one size that all images of the source share.
+    channels: 1 or 3; None: as the source. Grey to RGB repeats, RGB to grey is the luma of ITU-R 601.
+    framing: how images come to one shape. "exact": images are H x W already. "resize": stretched to H x W. "crop": scaled,
+        aspect kept, until H x W is covered, then cut out of the middle. "letterbox": scaled, aspect kept, until the longer
+        side fills H x W, the rest filled with `background` on both sides alike. "pad": images are all of one size, at most
+        H x W, and a border around them brings both sides to H x W and up to the next multiple of `multiple_of`; the border
+        is taken off what the model makes.
+    multiple_of: what the network divides a side by (autoencoder factor times the U-Net's); except with "pad", size
+        must obey.
+    pad_mode: "constant" (black, -1), "edge" or "reflect". The border is split evenly; an odd pixel goes to the
+        bottom/right.
+    content_size: (H, W) of the images inside the border, filled in by `for_source`; None: `size`.
+    background: red, green and blue of what fills a letterbox, and, where a source is opened for this, of what lies under
+        transparency. Of one channel it is the colour's luma.
+    """
+
+    size: tuple[int, int] | None = None
+    channels: int | None = None
+    framing: str = "exact"
+    multiple_of: int = 1
+    pad_mode: str = "constant"
+    content_size: tuple[int, int] | None = None
+    background: Color = WHITE
+
+    def __post_init__(self) -> None:
+        if self.framing not in FRAMINGS:
+            raise UserError(f"framing '{self.framing}': valid are {', '.join(FRAMINGS)}")
+        if self.pad_mode not in PAD_MODES:
+            raise UserError(f"pad_mode '{self.pad_mode}': valid are {', '.join(PAD_MODES)}")
+        if self.channels not in (None, 1, 3):
+            raise UserError(f"channels={self.channels}: valid are 1 and 3")
+        if self.multiple_of < 1:
+            raise UserError(f"multiple_of={self.multiple_of}: must be at least 1")
+        if self.size is not None:
+            if len(self.size) != 2 or min(self.size) < 1:
+                raise UserError(f"size={list(self.size)}: needs [height, width], each at least 1")
+            object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))  # so that a list from YAML compares equal
+            self._check_multiple(*self.size)
+
+    def for_source(self, source: ImageSource) -> "Preprocess":
+        """With size and channels filled in from the source, after checking that every image fits it."""
+        sizes = np.unique(source.sizes, axis=0)
+        if self.size is None and len(sizes) > 1:
+            raise UserError(
+                f"data '{source.name}' has images of {len(sizes)} sizes ({size_name(sizes[0])} … {size_name(sizes[-1])}): "
+                f"set data.size=[height,width] and data.framing=crop ({WAYS['crop']}), letterbox ({WAYS['letterbox']}) or "
+                f"resize ({WAYS['resize']})"
+            )
+        first = (int(sizes[0][0]), int(sizes[0][1]))
+        size = self.size or first
+        inside = first if self.framing == "pad" and first[0] <= size[0] and first[1] <= size[1] else size
+        resolved = replace(self, size=size, channels=self.channels or source.channels, content_size=self.content_size or inside)
+        for height, width in sizes.tolist():
+            resolved._check_fits(height, width)
+        return resolved
+
+    @property
+    def padded_size(self) -> tuple[int, int]:
+        """(H', W') of the tensors."""
+        height, width = self._known_size()
+        if self.framing != "pad":
+            return height, width
+        return _round_up(height, self.multiple_of), _round_up(width, self.multiple_of)
+
+    @property
+    def content(self) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of the real content within the padded image."""
+        (height, width), (tall, wide) = self.content_size or self._known_size(), self.padded_size
+        return (tall - height) // 2, (wide - width) // 2, height, width
+
+    def crop_content(self, images: torch.Tensor) -> torch.Tensor:
+        """[..., H', W'] -> [..., H, W]: takes the border off again."""
+        top, left, height, width = self.content
+        return images[..., top : top + height, left : left + width]
+
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the pixels, as JSON values: for manifests and for comparing caches.
+
+        The framing keeps its old name, fit: caches and records hold this.
+        """
+        rule = {
+            "padded_size": list(self.padded_size),
+            "content": list(self.content),
+            "channels": self.channels,
+            "fit": self.framing,
+            "pad_mode": self.pad_mode if self.framing == "pad" else None,
+            "resample": "lanczos" if self.framing in SCALED else None,
+        }
+        return rule | ({"background": list(self.background)} if self.framing == "letterbox" else {})
+
+    def __call__(self, image: np.ndarray, flip: bool = False) -> torch.Tensor:
+        """uint8 [H0, W0, C0] -> float32 [C, H', W'] in [-1, 1]; mirrored left-right before padding when `flip`."""
+        return self.batch([image], [flip])[0]
+
+    def batch(self, images: Sequence[np.ndarray], flips: Sequence[bool]) -> torch.Tensor:
+        """B images, uint8 [H0, W0, C0] each -> float32 [B, C, H', W'] in [-1, 1]. UserError for a size that misfits."""
+        fitted = np.stack([self._fit(image) for image in images])  # [B, H, W, C]
+        mirrored = np.asarray(flips, dtype=bool)
+        fitted[mirrored] = fitted[mirrored, :, ::-1]
+        (top, left, height, width), (tall, wide) = self.content, self.padded_size
+        if (tall, wide) != (height, width):
+            border = ((0, 0), (top, tall - height - top), (left, wide - width - left), (0, 0))
+            fitted = np.pad(fitted, border, mode=self.pad_mode)  # type: ignore[call-overload]  # constant: 0, that is -1
+        planes = np.ascontiguousarray(fitted.transpose(0, 3, 1, 2))
+        # Through one dimension: numpy leaves strides of a single channel that torch takes for channels-last, and then the
+        # whole autoencoder runs in that order, in which the CPU's group normalisation is several times slower
+        pixels = torch.from_numpy(planes.reshape(-1)).view(planes.shape)
+        return pixels.to(torch.float32) / 127.5 - 1.0
+
+    def _fit(self, image: np.ndarray) -> np.ndarray:
+        """uint8 [H0, W0, C0] -> uint8 [H, W, C]: the content."""
+        self._check_fits(*image.shape[:2])
+        image = _match_channels(image, self.channels or image.shape[-1])
+        _, _, height, width = self.content
+        if image.shape[:2] == (height, width):
+            return image
+        if self.framing == "letterbox":
+            return _letterbox(image, (height, width), self.background)
+        return _resample(image, (height, width), crop=self.framing == "crop")
+
+    def _known_size(self) -> tuple[int, int]:
+        if self.size is None:
+            raise UserError("size is not set: give size=[height,width], or take it from the data with for_source")
+        return self.size
+
+    def _check_multiple(self, height: int, width: int) -> None:
+        m = self.multiple_of
+        if self.framing != "pad" and (height % m or width % m):
+            larger = (_round_up(height, m), _round_up(width, m))
+            smaller = (max(m, height // m * m), max(m, width // m * m))
+            raise UserError(
+                f"size {size_name((height, width))} is not a multiple of {m}: set framing=pad, or size={list(smaller)} or "
+                f"size={list(larger)} with framing=crop, letterbox or resize"
+            )
+
+    def _check_fits(self, height: int, width: int) -> None:
+        expected = self.content_size or self._known_size()
+        if self.framing in ("exact", "pad") and (height, width) != expected:
+            ways = ", ".join(f"{way} ({does})" for way, does in WAYS.items())
+            raise UserError(
+                f"an image of {size_name((height, width))} does not fit {size_name(expected)} with framing={self.framing}, "
+                f"which takes images of one size; for mixed sizes set data.framing to one of {ways}"
+            )
+
+
+class ImageDataset:
+    """A source seen through a preprocessing: what trainers and the latent cache read.
+
+    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one. split: the rule that
+    chose the indices, where it is not the one of earlier versions; a latent cache keeps it.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        preprocess: Preprocess,
+        indices: torch.Tensor | Sequence[int] | None = None,
+        split: str | None = None,
+    ):
+        self.source, self.preprocess, self.split = source, preprocess.for_source(source), split
+        self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self.class_names = source.class_names
+        self.labels = None if source.labels is None else source.labels[self.indices]
+        self.blocks = None if source.blocks is None else self._blocks(source.blocks)
+
+    def _blocks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many of this data set's images lie in each of the source's blocks; they keep the source's order."""
+        block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[self.indices]
+        if bool((block.diff() < 0).any()):
+            raise ValueError("indices of a streamed source must keep its order")
+        return tuple(torch.bincount(block, minlength=len(sizes)).tolist())
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def batch(
+        self,
+        indices: torch.Tensor | Sequence[int],
+        *,
+        flips: torch.Tensor | bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
+
+        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by this data set's next readable
+        one, together with its label.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64)
+        mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
+        pairs = [self._read_or_next(i) for i in wanted.tolist()]
+        images = self.preprocess.batch([image for _, image in pairs], mirrored)
+        labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
+        return images, labels
+
+    def _read_or_next(self, i: int) -> tuple[int, np.ndarray]:
+        """(index in the source, image): image i of this data set, or the next one of it that can be read, with wrap-around.
+
+        Never one from outside, so that a held-out image cannot slip into training. The substitute depends on i alone, so
+        the order of a run stays a function of its seed. More bad files than the source allows are a UserError of its own.
+        """
+        for step in range(len(self)):
+            j = int(self.indices[(i + step) % len(self)])
+            try:
+                return j, self.source.read(j)
+            except UnreadableImage:
+                continue
+        raise UserError(f"data '{self.source.name}': none of the {len(self)} images in use can be read")
+
+    def captions(self, unreadable: Collection[str] = ()) -> list[tuple[str, ...]] | None:
+        """The captions of every image as `batch` reads it: of its substitute where its file is among the unreadable."""
+        texts = self.source.captions
+        if texts is None:
+            return None
+        rows = self.indices.tolist()
+        files = getattr(self.source, "files", [""] * len(self.source))
+        read = [files[j] not in unreadable for j in rows]
+        n, shown = len(rows), []
+        for i in range(n):
+            while not read[i % n]:
+                i += 1
+            shown.append(texts[rows[i % n]])
+        return shown
+
+    def fingerprint(self) -> str:
+        """Hex sha256 of the source's content and of which of its images are used."""
+        return self._digest(self.source.fingerprint())
+
+    def latents_fingerprint(self) -> str:
+        """The same for a latent cache; see ImageSource.latents_fingerprint."""
+        return self._digest(self.source.latents_fingerprint())
+
+    def _digest(self, content: str) -> str:
+        return hashlib.sha256(content.encode() + self.indices.numpy().tobytes()).hexdigest()
+
+
+def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
+    """uint8 [H, W, C0] -> [H, W, channels]."""
+    if image.shape[-1] == channels:
+        return image
+    if channels == 3:
+        return np.repeat(image, 3, axis=-1)
+    return np.asarray(Image.fromarray(image).convert("L"))[..., None]
+
+
+def _resample(image: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarray:
+    """Lanczos with antialiasing to `size`; with crop only the centred box of the wanted aspect ratio is used."""
+    (height, width), (old_height, old_width) = size, image.shape[:2]
+    box_height, box_width = float(old_height), float(old_width)
+    if crop:
+        scale = min(old_height / height, old_width / width)
+        box_height, box_width = height * scale, width * scale
+    left, top = (old_width - box_width) / 2, (old_height - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    return resized[..., None] if image.shape[-1] == 1 else resized
+
+
+def _letterbox(image: np.ndarray, size: tuple[int, int], background: Color) -> np.ndarray:
+    """The whole image, scaled with its aspect kept to fit into `size`, in the middle of the background."""
+    (height, width), (old_height, old_width), channels = size, image.shape[:2], image.shape[-1]
+    scale = min(height / old_height, width / old_width)
+    tall, wide = (min(side, max(1, round(old * scale))) for side, old in ((height, old_height), (width, old_width)))
+    color = _match_channels(np.array([[background]], dtype=np.uint8), channels)
+    whole = np.tile(color, (height, width, 1))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    scaled = image if image.shape[:2] == (tall, wide) else _resample(image, (tall, wide), crop=False)
+    whole[top : top + tall, left : left + wide] = scaled
+    return whole
+
+
+def _round_up(side: int, multiple: int) -> int:
+    return -(-side // multiple) * multiple
+
+
+def size_name(size: Sequence[int] | np.ndarray) -> str:
+    """Height x width."""
+    return f"{size[0]}x{size[1]}"

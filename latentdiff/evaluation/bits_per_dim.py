@@ -1,0 +1,220 @@
+"""Bits per dimension of pixels through both stages: a bound, in three terms that stand apart.
+
+For an image x of 8-bit values, with z drawn from the encoder's posterior q(z | x),
+    log p(x) >= E_q [ log p(x | z) + log p(z) - log q(z | x) ].
+Exact: log p(x | z), a probability of integers by a stated observation model, so that nothing is dequantised; log q, a
+diagonal Gaussian; and the volume of the latent normaliser.  log p(z) is the density of the denoiser's probability-flow
+ODE: unbiased with Hutchinson's estimator and exact up to the solver's tolerance.  A bound is made once, by Jensen's
+inequality over q; one z per image estimates it without bias.  For a class-conditional model all of it is given the true
+class, log p(x | y).
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from latentdiff.data.shuffling import permutation
+from latentdiff.data.transforms import ImageDataset
+from latentdiff.denoiser import DenoiserLike
+from latentdiff.errors import UserError
+from latentdiff.likelihood import bits_per_dim, log_prob
+from latentdiff.models.codec import LatentCodec
+from latentdiff.utils.random import Generators, derive_seed, generators, randn_like
+
+LEVELS, BANDS = 256, 32
+_SCALES = torch.logspace(-1, math.log10(LEVELS / 2), 48, dtype=torch.float64)  # tried in a fit, in levels
+_SHRINK = 100  # pixels of the channel's average that each band is given, so that a band rarely met has a sane scale
+
+# (images, decoder's means), both [B, C, H, W] with levels 0 ... 255 at -1 ... 1 -> log p(x | z), nats, float64 [B]
+Observation = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class DiscretisedLogistic:
+    """p(x | z): each value is a logistic around the decoder's mean m, cut into the 256 levels (1701.05517 eq. 2).
+
+    P(v) = F((v + 1/2 - m) / s) - F((v - 1/2 - m) / s), in levels; what lies beyond 0 and 255 belongs to them, so that
+    the 256 probabilities sum to one.  scales: s in levels, float64 [C, 32]: one for each channel and each of 32 equal
+    bands of m, as a decoder is surer of a dark background than of cloth.
+    """
+
+    scales: Tensor
+
+    def __call__(self, images: Tensor, means: Tensor) -> Tensor:
+        values, centre = _levels(images).round(), _levels(means)
+        channel = torch.arange(images.shape[1], device=images.device).reshape(-1, 1, 1)
+        scale = self.scales.to(images.device)[channel, _bands(centre)]  # [B, C, H, W]
+        return _log_logistic(values, centre, scale).flatten(1).sum(dim=1)
+
+
+def fit_observation(codec: LatentCodec, batches: Iterable[tuple[Tensor, Generators]], crop=lambda x: x) -> DiscretisedLogistic:
+    """The observation model whose scales make training images likeliest, given z drawn as the bound draws it.
+
+    batches: (images [B, C, H', W'] in [-1, 1], generators for z).  crop: takes the padding off images.
+    """
+    table = counts = torch.zeros(())
+    for images, generator in batches:
+        means = codec.decode(codec.normalise(_draw(codec, images, generator)[0])).cpu()
+        values, centre = _levels(crop(images)).round(), _levels(crop(means))
+        channels = values.shape[1]
+        slot = (_bands(centre) + BANDS * torch.arange(channels).reshape(-1, 1, 1)).flatten()
+        rows = [torch.bincount(slot, _log_logistic(values, centre, scale).flatten(), channels * BANDS) for scale in _SCALES]
+        table = table + torch.stack(rows).reshape(-1, channels, BANDS)  # [G, C, 32] nats
+        counts = counts + torch.bincount(slot, minlength=channels * BANDS).reshape(channels, BANDS)
+    average = table.sum(dim=2, keepdim=True) / counts.sum(dim=1, keepdim=True)  # [G, C, 1] nats a pixel
+    return DiscretisedLogistic(_SCALES[(table + _SHRINK * average).argmax(dim=0)])
+
+
+def _levels(images: Tensor) -> Tensor:
+    return (images.double() + 1) * ((LEVELS - 1) / 2)
+
+
+def _bands(centre: Tensor) -> Tensor:
+    return (centre * (BANDS / LEVELS)).floor().clamp(0, BANDS - 1).long()
+
+
+def _log_logistic(values: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
+    """log P(v), elementwise: F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)) has no cancellation."""
+    above, below = (values + 0.5 - centre) / scale, (values - 0.5 - centre) / scale
+    inside = logsigmoid(above) + logsigmoid(-below) + torch.log(-torch.expm1(-1 / scale))
+    return torch.where(values <= 0, logsigmoid(above), torch.where(values >= LEVELS - 1, logsigmoid(-below), inside))
+
+
+class PixelTerms(NamedTuple):
+    """The three terms of log p(x) >= decoder + prior + encoder for one z each, nats, float64 [B]."""
+
+    decoder: Tensor  # log p(x | z)
+    prior: Tensor  # log p(z) of raw latents, the normaliser's volume included
+    encoder: Tensor  # -log q(z | x)
+    probe_stderr: Tensor  # of prior, over the probes; nan where one probe cannot tell
+    nfe: Tensor  # int64 [B]
+
+
+def pixel_terms(
+    codec: LatentCodec,
+    denoiser: DenoiserLike,
+    images: Tensor,
+    observation: Observation,
+    generator: Generators = None,
+    crop: Callable[[Tensor], Tensor] = lambda x: x,
+    probes: int = 1,
+    tolerance: float = 1e-2,
+    divergence: str = "hutchinson",
+) -> PixelTerms:
+    """The bound's terms for images [B, C, H', W'] in [-1, 1], z ~ q(z | x) once for each.
+
+    denoiser: over normalised latents, the class of each image built in (ClassifierFree at scale 1).  crop: takes the
+    padding off; the encoder sees it, but it is not data.  generator: for z and the probes, one, or one per image.
+    tolerance: rtol and atol of the ODE.  UserError for an autoencoder without a posterior.
+    """
+    z, encoder = _draw(codec, images, generator)
+    latents = codec.normalise(z)
+    found = log_prob(denoiser, latents, divergence, probes, tolerance, tolerance, generator)
+    volume = codec.scale.double().abs().log().expand(z.shape[1]).sum() * math.prod(z.shape[2:])  # log |d normalised / d z|
+    decoder = observation(crop(images).to(z.device), crop(codec.decode(latents)))
+    return PixelTerms(decoder, found.log_prob + volume.to(z.device), encoder, found.stderr, found.nfe)
+
+
+def _draw(codec: LatentCodec, images: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
+    """z ~ q(z | x), raw [B, c, h, w], and -log q(z | x), nats, float64 [B]."""
+    mean, std = codec.moments(images)
+    if not bool((std > 0).all()):
+        raise UserError(
+            f"likelihood: {type(codec.vae).__name__} has no posterior: it gives one latent for an image, with no density "
+            "q(z|x), so the bound's encoder term is infinite; a model on an AutoencoderKL is needed"
+        )
+    eps = randn_like(mean, generator)
+    nats = 0.5 * eps.double().square() + std.double().log() + 0.5 * math.log(2 * math.pi)
+    return mean + std * eps, nats.flatten(1).sum(dim=1)
+
+
+def pixel_bits(
+    codec: LatentCodec,
+    denoiser_for: Callable[[Tensor | None, int], DenoiserLike],
+    train: ImageDataset,
+    test: ImageDataset,
+    num_images: int = 200,
+    probes: int = 1,
+    seed: int = 0,
+    tolerance: float = 1e-2,
+    fit_images: int = 512,
+    batch_size: int = 50,
+    progress: Callable[[int], None] = lambda count: None,
+) -> dict[str, Any]:
+    """The bound on `num_images` images of test, drawn by seed, as JSON values: total, terms, protocol.
+
+    denoiser_for(labels [B] or None, B) -> the denoiser of images of these classes.  The observation model is fitted on
+    fit_images of train.  An image's numbers depend on (seed, image), not on its batch.  stderr: of the mean over
+    images, with all that one z and the probes of each add to it; stderr_probes: the probes' share, with two or more.
+    """
+    if not 1 <= num_images <= len(test):
+        raise UserError(f"--num-images {num_images}: must be from 1 to {len(test)}, the images of this split")
+    if batch_size < 1 or probes < 1:
+        raise UserError(f"--batch-size {batch_size} and --probes {probes}: must be at least 1")
+    crop = test.preprocess.crop_content
+    fit_rows = permutation(len(train), seed, "observation")[:fit_images]
+    batches = ((train.batch(rows)[0], _own(seed, "observation", rows)) for rows in fit_rows.split(batch_size))
+    observation = fit_observation(codec, batches, crop)
+    parts = []
+    for rows in permutation(len(test), seed, "likelihood")[:num_images].split(batch_size):
+        images, labels = test.batch(rows)
+        own = _own(seed, "likelihood", rows)
+        parts.append(pixel_terms(codec, denoiser_for(labels, len(rows)), images, observation, own, crop, probes, tolerance))
+        progress(len(rows))
+    terms = PixelTerms(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+    dims = math.prod(crop(images).shape[1:])
+    described = (
+        f"discretised logistic over {LEVELS} levels around the decoder's mean, one scale for each channel and each of "
+        f"{BANDS} bands of the mean, fitted on {len(fit_rows)} training images"
+    )
+    return {
+        **_summary(terms, dims),
+        "protocol": {
+            "data": test.source.name,
+            "images": num_images,
+            "dims": dims,
+            "seed": seed,
+            "levels": LEVELS,
+            "preprocessing": test.preprocess.describe(),
+            "observation": described,
+            "scales_in_levels": [round(float(s), 2) for s in (observation.scales.min(), observation.scales.max())],
+            "posterior_draws": 1,
+            "solver": "dopri5 (torchode), a step of its own for each image",
+            "rtol": tolerance,
+            "atol": tolerance,
+            "divergence": "hutchinson, rademacher",
+            "probes": probes,
+            "nfe": {"mean": float(terms.nfe.double().mean()), "max": int(terms.nfe.max())},
+        },
+    }
+
+
+def _own(seed: int, purpose: str, rows: Tensor) -> Sequence[torch.Generator]:
+    return generators(derive_seed(seed, purpose), rows.tolist())
+
+
+def _summary(terms: PixelTerms, dims: int) -> dict[str, Any]:
+    """Means over images in nats an image and bits a dimension, with standard errors; None for what one image cannot tell."""
+    count = len(terms.nfe)
+
+    def entry(nats: Tensor) -> dict[str, float | None]:
+        error = float(nats.std()) / math.sqrt(count) if count > 1 else None
+        return {
+            "nats": float(nats.mean()),
+            "bits_per_dim": float(bits_per_dim(nats.mean(), dims, LEVELS, (0, LEVELS))),
+            "stderr": None if error is None else error / (dims * math.log(2)),
+        }
+
+    probes = float(terms.probe_stderr.square().sum().sqrt()) / count / (dims * math.log(2))
+    shares = {
+        "decoder: log p(x|z)": entry(terms.decoder),
+        "prior: log p(z)": entry(terms.prior),
+        "encoder: -log q(z|x)": entry(terms.encoder),
+    }
+    total = entry(terms.decoder + terms.prior + terms.encoder)
+    return {**total, "stderr_probes": None if math.isnan(probes) else probes, "terms": shares}

@@ -1,0 +1,141 @@
+"""How well denoisers remove noise, level by level, and how far apart the answers of several are.
+
+At one log-SNR and one noise, x_t / alpha = x0 + exp(-log_snr / 2) eps whatever the process, and E[x0 | x_t] is a
+function of that ratio (2107.00630 section 5.1, 2206.00364 eq. 4 and 6).  So denoisers trained as different processes
+are after one and the same function, and here are asked the same questions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.errors import NotFiniteError, UserError
+
+LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
+
+
+def agreement(
+    models: Sequence[str | Path],
+    data: str,
+    num_images: int = 500,
+    log_snrs: Sequence[float] = LOG_SNRS,
+    seed: int = 0,
+    batch_size: int = 100,
+) -> dict[str, Any]:
+    """Mean squared errors of each model's x0 estimate of held-out latents, and its distance from the first model's.
+
+    models: one or more checkpoints over the same autoencoder.  Latents are draws from the posteriors of `num_images` test
+    images, as in training (means, where the models were trained on means), normalised to unit variance; classes are given;
+    draws and noise are the same for all.  Both numbers are means over
+    latent dimensions and images, [mean, standard error over images]; None where a log-SNR is beyond a process's interval.
+    Returns {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}, errors and distances one for each log-SNR.
+    UserError where the models' autoencoders, preprocessing or classes are not the same, for data of other classes, and
+    for numbers out of range.
+    """
+    from latentdiff.data.shuffling import permutation
+    from latentdiff.utils.random import derive_seed, generators, randn
+
+    if num_images < 2 or batch_size < 1 or not all(map(math.isfinite, log_snrs)):
+        raise UserError("agreement: --num-images must be at least 2, --batch-size at least 1, every one of --log-snrs finite")
+    loaded, codec, use_mean, test = _load(models, data)
+    if num_images > len(test):
+        raise UserError(f"--num-images {num_images}: --data {data} has {len(test)} test images")
+    errors: list[list[list[Tensor]]] = [[[] for _ in log_snrs] for _ in loaded]
+    distances: list[list[list[Tensor]]] = [[[] for _ in log_snrs] for _ in loaded]
+    for rows in permutation(len(test), seed, "agreement")[:num_images].split(batch_size):
+        images, labels = test.batch(rows)
+        x0 = codec.latents(images, generators(derive_seed(seed, "agreement", "posterior"), rows.tolist()), use_mean)
+        noise = randn(x0.shape, generators(derive_seed(seed, "agreement"), rows.tolist())).to(x0)
+        for j, log_snr in enumerate(log_snrs):
+            first: Tensor | None = None
+            for i, (pipeline, denoiser) in enumerate(loaded):
+                given = {"class_labels": labels.to(x0.device)} if pipeline.num_classes else {}
+                found = estimate(denoiser, x0, noise, log_snr, **given)
+                if found is None:
+                    continue
+                if not bool(found.isfinite().all()):
+                    raise NotFiniteError(f"{models[i]}: its U-Net's output is not finite at log-SNR {log_snr:g}")
+                first = found if i == 0 else first
+                errors[i][j].append((found - x0).square().flatten(1).mean(1))
+                if first is not None:
+                    distances[i][j].append((found - first).square().flatten(1).mean(1))
+    rows_of = [
+        {"model": str(name), "errors": [_mean(e) for e in errors[i]], "distances": [_mean(d) for d in distances[i]]}
+        for i, name in enumerate(models)
+    ]
+    latents = "posterior means" if use_mean else "posterior draws"
+    protocol = {"data": data, "images": num_images, "seed": seed, "latents": latents, "autoencoder": codec.fingerprint()}
+    return {"log_snrs": list(log_snrs), "models": rows_of, "protocol": protocol}
+
+
+@torch.no_grad()
+def estimate(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **conditioning: Any) -> Tensor | None:
+    """E[x0 | x_t] as the denoiser has it at this log-SNR, [B, ...]; None beyond its schedule's usable interval."""
+    from latentdiff.objective import add_noise
+
+    schedule = denoiser.schedule
+    ends = schedule.log_snr(torch.tensor([schedule.t_max, schedule.t_min], dtype=torch.float64))
+    if not ends[0] <= log_snr <= ends[1]:
+        return None
+    t = float(schedule.time_from_log_snr(log_snr))
+    return denoiser(add_noise(schedule, x0, noise, t), t, **conditioning).x0
+
+
+def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]], Any, bool, Any]:
+    """([(pipeline, denoiser)], their one codec, whether they were trained on posterior means, the test images)."""
+    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.denoiser import Denoiser
+    from latentdiff.evaluation.metrics import reference_sets
+    from latentdiff.evaluation.model_data import check_classes, data_rule, trained_on_means
+    from latentdiff.models.codec import LatentCodec
+
+    loaded: list[tuple[Any, Any]] = []
+    first: dict[str, Any] = {}
+    for name in models:
+        pipeline = load(resolve_model(name))
+        if pipeline.text_encoder is not None:
+            raise UserError(f"{name}: is told by text, and agreement compares models of classes or of nothing")
+        codec = LatentCodec(pipeline.vae)
+        told = {
+            "autoencoder": codec.fingerprint(),
+            "preprocessing and held-out share": data_rule(resolve_model(name), codec),
+            "number of classes": pipeline.num_classes,
+            "cache.use_mean": trained_on_means(resolve_model(name)),
+        }
+        first = told if not loaded else first
+        for what in told:
+            if told[what] != first[what]:
+                raise UserError(f"{name}: has another {what} than {models[0]}, so their answers cannot be compared")
+        loaded.append((pipeline, Denoiser.from_pipeline(pipeline)))
+    test = reference_sets(data, *first["preprocessing and held-out share"])[1]
+    for pipeline, _ in loaded:
+        check_classes(pipeline, test, data)
+    return loaded, codec, first["cache.use_mean"], test
+
+
+def _mean(parts: list[Tensor]) -> list[float] | None:
+    """[mean, standard error] over images."""
+    if not parts:
+        return None
+    values = torch.cat(parts).double()
+    return [float(values.mean()), float(values.std()) / math.sqrt(len(values))]
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """Both tables, with the protocol below."""
+    head = "| model | " + " | ".join(f"{value:g}" for value in result["log_snrs"]) + " |"
+    lines: list[str] = []
+    titles = {"errors": "Mean squared error of x0 by log-SNR", "distances": f"The same from {result['models'][0]['model']}"}
+    for key, title in titles.items():
+        lines += [f"{title}:", "", head, "|---" * (len(result["log_snrs"]) + 1) + "|"]
+        for row in result["models"]:
+            cells = ["–" if cell is None else f"{cell[0]:.4f} ± {cell[1]:.4f}" for cell in row[key]]
+            lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+        lines.append("")
+    return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in result["protocol"].items())]) + "\n"

@@ -1,0 +1,288 @@
+"""Class labels and text as the U-Net receives them, and per-sample dropout for classifier-free guidance (2207.12598)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from latentdiff.errors import UserError
+from latentdiff.models.loading import load_part, quiet, refuse_code
+from latentdiff.utils.random import rand
+
+OWN_LENGTH = 32  # tokens of a prompt, for an encoder of one's own
+LONGEST = 128  # tokens taken from a pretrained encoder whose tokenizer states no length of its own
+NULL_PROMPT = ""  # what a dropped prompt becomes
+# Classes that read alone, by the model_type of a config; AutoModel for others
+ENCODERS = {
+    "clip": "CLIPTextModel",
+    "clip_text_model": "CLIPTextModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
+
+
+def drop(
+    labels: torch.Tensor,
+    null_class: int,
+    p: float,
+    generator: torch.Generator | list[torch.Generator] | None = None,
+) -> torch.Tensor:
+    """Labels [B] with each one replaced by `null_class` with probability p, independently of its neighbours.
+
+    A list of B generators makes the fate of image i the same at any batch size. The input is left as it is.
+    """
+    dropped = rand((labels.shape[0],), generator, labels.device, torch.float32) < p  # [B]
+    return torch.where(dropped, torch.full_like(labels, null_class), labels)
+
+
+@dataclass(frozen=True)
+class ClassCondition:
+    """Which rows of the U-Net's class embedding mean what.
+
+    Args:
+        num_classes: real classes, rows 0 .. num_classes - 1.
+        dropout: probability with which training replaces a label by the null class.
+        joint: probability with which training drops class and text together. Where both are 0 there is no null class, and
+            a network trained so cannot be guided.
+    """
+
+    num_classes: int
+    dropout: float = 0.1
+    joint: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise UserError(f"num_classes {self.num_classes}: a class condition needs at least one class")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"class dropout {self.dropout}: must be at least 0 and below 1")
+        if not 0 <= self.joint < 1:
+            raise UserError(f"joint dropout {self.joint}: must be at least 0 and below 1")
+
+    @property
+    def null_class(self) -> int | None:
+        """The row that stands for "no class": num_classes, or None without dropout."""
+        return self.num_classes if self.dropout > 0 or self.joint > 0 else None
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding, the null class included: the U-Net's num_class_embeds."""
+        return self.num_classes + (self.null_class is not None)
+
+    def __call__(self, labels: torch.Tensor, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+        """Labels [B], integers in [0, num_embeddings), as the keywords of the U-Net's forward.
+
+        Raises:
+            UserError: a label is out of range. It is looked for on the device the labels come from, so hand them over
+                on the CPU: there it costs nothing, and on a GPU an embedding only aborts the process.
+        """
+        labels = labels.long()
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_embeddings:
+            raise UserError(
+                f"class labels from {int(labels.min())} to {int(labels.max())}: this model's rows are 0 to "
+                f"{self.num_embeddings - 1} ({self.num_classes} classes)"
+            )
+        return {"class_labels": labels.to(device)}
+
+    def drop(self, labels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
+        """Training's labels [B]: each dropped with the probability of this condition."""
+        if self.null_class is None:
+            return labels
+        return drop(labels, self.null_class, self.dropout, generator)
+
+    def unconditional(self, batch: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
+        """The keywords for `batch` images without a class."""
+        if self.null_class is None:
+            raise UserError("class dropout is 0, so the model has no null class and no unconditional prediction")
+        return {"class_labels": torch.full((batch,), self.null_class, dtype=torch.long, device=device)}
+
+
+class Prompts:
+    """A tokenizer with the text encoder that reads its tokens: prompts to states, as training and the pipeline do alike.
+
+    Every prompt is padded or cut to `length` tokens. The encoder is told which are padding where its config says
+    use_attention_mask, as diffusers' pipelines do; the U-Net attends to all `length` states, as theirs do.
+    """
+
+    def __init__(self, tokenizer: Any, encoder: Any):
+        self.tokenizer, self.encoder = tokenizer, encoder
+        self.length: int = tokenizer.model_max_length
+        self.width: int = encoder.config.hidden_size
+
+    def tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """input_ids [B, length], with attention_mask [B, length] where the encoder takes one."""
+        out = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
+        names = ["input_ids", "attention_mask"] if uses_mask(self.encoder) else ["input_ids"]
+        return {name: out[name] for name in names}
+
+    def lengths(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
+        return token_counts(self.tokenizer, prompts)
+
+    @torch.no_grad()
+    def states(self, prompts: Sequence[str]) -> torch.Tensor:
+        """The encoder's last states [B, length, width], float32."""
+        device = next(self.encoder.parameters()).device
+        return self.encoder(**{k: v.to(device) for k, v in self.tokens(prompts).items()})[0].float()
+
+
+def token_counts(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
+    """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
+    counts: list[int] = []
+    for start in range(0, len(prompts), 4096):
+        part = list(prompts[start : start + 4096])
+        counts += map(len, tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
+    return torch.tensor(counts, dtype=torch.int64)
+
+
+class PromptedUNet(torch.nn.Module):
+    """A U-Net with the text encoder that is trained with it: one network, so that DDP and EMA cover both."""
+
+    def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module):
+        super().__init__()
+        self.unet, self.text_encoder = unet, text_encoder
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **conditioning: Any,
+    ) -> Any:
+        """sample [B, c, h, w], input_ids [B, L]: the U-Net's output, cross-attending to the encoder's states."""
+        states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # [B, L, d]
+        return self.unet(sample, timestep, encoder_hidden_states=states, **conditioning)
+
+
+def uses_mask(encoder: torch.nn.Module) -> bool:
+    """Whether an encoder is told which tokens are padding: by diffusers' convention, its config's use_attention_mask."""
+    return bool(getattr(encoder.config, "use_attention_mask", False))
+
+
+def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int | None = None) -> Any:
+    """A CLIP tokenizer (lower-casing byte-pair encoding, 1508.07909) of at most `vocabulary` tokens, learnt on captions.
+
+    The numbers of its tokens differ from call to call (the trainer walks a hash table), so learn once, and keep it.
+    """
+    from transformers import CLIPTokenizer
+
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    blank = CLIPTokenizer(vocab={start: 0, end: 1}, merges=[], model_max_length=length or OWN_LENGTH)
+    return blank.train_new_from_iterator([sorted(set(captions))], vocab_size=vocabulary, show_progress=False)
+
+
+def build_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> torch.nn.Module:
+    """A fresh CLIPTextModel over a tokenizer's tokens: what a stock Stable Diffusion pipeline expects to find."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    if width % heads:
+        raise UserError(f"condition.text.width: {width} is not a multiple of condition.text.heads {heads}")
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        projection_dim=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
+
+
+def load_prompts(where: str, length: int | None = None) -> Prompts:
+    """A pretrained text encoder, frozen, with its tokenizer.
+
+    where: a folder with both, a pipeline's folder (its text_encoder/ and tokenizer/), or a Hub name. CLIP text models,
+    T5 encoders, BERT and its like. length: tokens of a prompt; None: the tokenizer's own. UserError where there is no
+    such encoder.
+    """
+    import transformers
+
+    config, places = _text_config(where)
+    name = ENCODERS.get(config.model_type, "AutoModel")
+    if name == "AutoModel" and getattr(config, "is_encoder_decoder", False):
+        raise UserError(f"condition.text.encoder {where}: {config.model_type} also decodes; of such only T5's kinds are read")
+    tokenizer = load_tokenizer(where, length)
+    try:
+        encoder = load_part(places[0], getattr(transformers, name))
+    except UserError as error:
+        raise UserError(f"condition.text.encoder {error}") from None
+    if not hasattr(encoder.config, "use_attention_mask"):
+        encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
+    prompts = Prompts(tokenizer, encoder.requires_grad_(False))
+    _try_out(prompts, where)
+    return prompts
+
+
+def load_tokenizer(where: str, length: int | None = None) -> Any:
+    """A pretrained text encoder's tokenizer, its model_max_length what `load_prompts` reads; UserError as there."""
+    import transformers
+
+    config, places = _text_config(where)
+    try:
+        with quiet():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(places[1], trust_remote_code=False)
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"condition.text.encoder {where}: no tokenizer of transformers ({_brief(error)})") from None
+    if not any(any(map(str.isalnum, token)) for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)):
+        # transformers makes a blank one where its files are missing, to which every prompt is the same
+        raise UserError(f"condition.text.encoder {where}: its tokenizer knows no words; put the tokenizer's files there")
+    longest = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    own = min(tokenizer.model_max_length, LONGEST, longest or LONGEST)
+    if length is not None and longest is not None and length > longest:
+        raise UserError(f"condition.text.max_length: {length}, but {where} reads at most {longest} tokens")
+    tokenizer.model_max_length = length or own
+    return tokenizer
+
+
+def _try_out(prompts: Prompts, where: str) -> None:
+    """UserError unless the encoder gives finite states of a prompt that fills the whole length, as text encoders do."""
+    try:
+        states = prompts.states(["a " * prompts.length])
+    except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
+        raise UserError(
+            f"condition.text.encoder {where}: cannot read a prompt of {prompts.length} tokens, condition.text.max_length "
+            f"({_brief(error)})"
+        ) from None
+    if states.shape[1:] != (prompts.length, prompts.width) or not bool(states.isfinite().all()):
+        raise UserError(f"condition.text.encoder {where}: gives no finite state of width {prompts.width} for each token")
+
+
+def states_width(where: str) -> int:
+    """The width of a pretrained encoder's states, from its config alone; UserError as `load_prompts`."""
+    config = _text_config(where)[0]
+    width = getattr(getattr(config, "text_config", config), "hidden_size", None)  # CLIP's has its pictures' beside it
+    if not isinstance(width, int):
+        raise UserError(f"condition.text.encoder {where}: {config.model_type} states no hidden_size; it is no text encoder")
+    return width
+
+
+def _text_config(where: str) -> tuple[Any, tuple[str, str]]:
+    """A pretrained encoder's config, and where the encoder and its tokenizer are."""
+    import transformers
+
+    folder = Path(where)
+    piped = (folder / "text_encoder" / "config.json").is_file()
+    places = (str(folder / "text_encoder"), str(folder / "tokenizer")) if piped else (where, where)
+    if not piped and not (folder / "config.json").is_file() and (folder.exists() or where.startswith((".", "/"))):
+        raise UserError(f"condition.text.encoder {where}: needs config.json there, or text_encoder/ and tokenizer/")
+    try:
+        refuse_code(transformers.PretrainedConfig.get_config_dict(places[0])[0], f"condition.text.encoder {where}: config.json")
+        return transformers.AutoConfig.from_pretrained(places[0], trust_remote_code=False), places
+    except UserError:
+        raise
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(f"condition.text.encoder {where}: no encoder of transformers ({_brief(error)})") from None
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:160]

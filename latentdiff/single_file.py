@@ -1,0 +1,112 @@
+"""Single files of the original latent diffusion and Stable Diffusion code, as checkpoints: read by diffusers' converter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION, publish
+from latentdiff.errors import UserError
+from latentdiff.models.loading import PICKLES, part_class, quiet, read_json, refuse_code, weight_names
+
+PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+AVERAGED = "model_ema."
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
+# StableDiffusionPipeline's own
+GUIDANCE, STEPS = 7.5, 50
+
+
+def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> Path:
+    """Make a checkpoint of a single .safetensors file in the original layout; returns its folder, `out`.
+
+    config: a folder in Stable Diffusion's layout, or a Hub name, whose config files say what the networks are; weights
+    there are not read. Its scheduler and tokenizer come along. Where the file holds averaged weights (model_ema.), those
+    of the U-Net are taken. The weights keep the file's precision.
+
+    Raises:
+        UserError: the file is missing, pickled, truncated, not in that layout or not of that config, or `out` is there.
+    """
+    file, out = Path(file), Path(out)
+    names = _check_file(file)
+    if not str(config):
+        raise UserError("--config '': give a folder in Stable Diffusion's layout, or a Hub name")
+    if out.exists():
+        raise UserError(f"--out {out}: is there already; name a new folder")
+    _check_config(str(config))
+    averaged = sum(name.startswith(AVERAGED) for name in names) > 100  # as the converter counts
+    pipeline = _convert(file, str(config), averaged)
+    with safe_open(file, framework="pt") as tensors:
+        kind = tensors.get_slice(next(name for name in names if name.startswith(PARTS["unet"]))).get_dtype()
+    return publish(
+        out,
+        unet=pipeline.unet,
+        vae=pipeline.vae,
+        scheduler=pipeline.scheduler,
+        text_encoder=pipeline.text_encoder,
+        tokenizer=pipeline.tokenizer,
+        null_prompt="",
+        dtype=DTYPES.get(kind, torch.float32),
+        default_guidance_scale=GUIDANCE,
+        default_num_inference_steps=STEPS,
+        meta={"imported": {"file": file.name, "config": str(config), "averaged": averaged}},
+    )
+
+
+def _check_file(file: Path) -> list[str]:
+    """The names of the file's weights, sorted."""
+    if file.suffix in PICKLES:
+        raise UserError(f"{file}: is pickled, which can run code when it is read; find or make a .safetensors of it")
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; give a single .safetensors file")
+    names = sorted(weight_names(file))
+    for part, prefix in PARTS.items():
+        if not any(name.startswith(prefix) for name in names):
+            raise UserError(f"{file}: has no {part} ({prefix}...), so it is not in the original Stable Diffusion layout")
+    return names
+
+
+def _check_config(config: str) -> None:
+    folder = Path(config)
+    if not folder.exists() and config.count("/") == 1 and not config.startswith((".", "/")):
+        return  # a Hub name
+    if not (folder / INDEX).is_file():
+        raise UserError(f"--config {config}: no {INDEX} there; give a folder in Stable Diffusion's layout, or a Hub name")
+    name = read_json(folder / INDEX).get("_class_name")
+    if name != STABLE_DIFFUSION:
+        raise UserError(f"--config {config}: its _class_name is {name}; expected {STABLE_DIFFUSION}")
+    for part in (*PARTS, "scheduler", "tokenizer"):
+        part_class(read_json(folder / INDEX).get(part), f"{folder / INDEX}: {part}")
+        if part in PARTS:
+            refuse_code(read_json(folder / part / "config.json"), folder / part / "config.json")
+
+
+def _convert(file: Path, config: str, averaged: bool) -> Any:
+    from diffusers import StableDiffusionPipeline
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    expected = (SingleFileComponentError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
+    try:
+        with quiet():
+            pipeline = StableDiffusionPipeline.from_single_file(
+                str(file),
+                config=config,
+                local_files_only=Path(config).exists(),
+                safety_checker=None,
+                feature_extractor=None,
+                torch_dtype=torch.float32,
+                extract_ema=averaged,
+            )
+    except expected as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{file}: does not fit the config of {config}: {reason}") from error
+    for part in PARTS:
+        absent = sorted(name for name, value in getattr(pipeline, part).state_dict().items() if value.is_meta)
+        if absent:  # left without a value, which diffusers does not say
+            raise UserError(
+                f"{file}: does not fit the config of {config}: {len(absent)} weights of the {part} missing, the first is "
+                f"{absent[0]}"
+            )
+    return pipeline

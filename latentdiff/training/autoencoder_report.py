@@ -1,0 +1,289 @@
+"""The stage-1 report: how well an autoencoder reconstructs, and what its latents will be like to diffuse.
+
+Nothing fails when a first stage is poor: stage 2 trains, and its pictures are merely bad. The report says beforehand.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from latentdiff.evaluation.image_quality import SSIM_MIN_SIDE, psnr, ssim
+from latentdiff.models.codebook import CodeUsage, code_indices
+from latentdiff.utils import atomic
+
+if TYPE_CHECKING:
+    from latentdiff.models.codec import LatentCodec
+
+# Where a line turns from pass to warn.
+PSNR_WARN = 25.0  # dB
+SSIM_WARN = 0.85
+NOISE_SHARE_WARN = 0.25  # of a latent's variance
+DEAD_SHARE = 0.01  # a channel with less signal than this share of its variance carries nothing
+OUTLIER_WARN = 10.0  # standard deviations
+CODES_WARN = 0.5  # share of codes used
+
+Box = tuple[int, int, int, int]
+
+
+class LatentStatistics:
+    """Per-channel mean and variance of latents over a stream, exact in float64 whatever the batch sizes.
+
+    Batches are merged by Chan's update (Chan, Golub & LeVeque 1983, eq. 2.1). For posteriors N(mean, std^2), the
+    statistics are those of latents drawn from them, by the law of total variance rather than by drawing:
+    Var z = Var(mean) + E[std^2].
+    """
+
+    def __init__(self, channels: int) -> None:
+        self._state = torch.zeros(4, channels, dtype=torch.float64)  # count, mean, squared deviations, sum of std^2
+
+    def update(self, mean: Tensor, std: Tensor | None = None) -> None:
+        """Add latents or posterior means [B, c, h, w], with the posteriors' std (same shape; None: zero)."""
+        values = mean.detach().double().cpu().movedim(1, 0).flatten(1)  # [c, n]
+        centre = values.mean(1)
+        spread = (values - centre[:, None]).square().sum(1)
+        noise = torch.zeros_like(centre) if std is None else std.detach().double().cpu().square().sum((0, 2, 3))
+        self._absorb(torch.stack([torch.full_like(centre, values.shape[1]), centre, spread, noise]))
+
+    def merge(self, other: LatentStatistics) -> None:
+        """Add what another has seen."""
+        self._absorb(other._state)
+
+    def state(self) -> Tensor:
+        """All there is to it, float64 [4, c]: what one process sends to another, which merges `from_state` of it."""
+        return self._state.clone()
+
+    @classmethod
+    def from_state(cls, state: Tensor) -> LatentStatistics:
+        statistics = cls(state.shape[1])
+        statistics._absorb(state.detach().double().cpu())
+        return statistics
+
+    def _absorb(self, new: Tensor) -> None:
+        if new.shape != self._state.shape:
+            raise ValueError(f"latents of {new.shape[1]} channels for statistics of {self._state.shape[1]}")
+        (n, mean, m2, noise), (k, new_mean, new_m2, new_noise) = self._state, new
+        total, delta = n + k, new_mean - mean
+        share = k / total.clamp_min(1)
+        self._state = torch.stack([total, mean + delta * share, m2 + new_m2 + delta.square() * n * share, noise + new_noise])
+
+    def _seen(self) -> Tensor:
+        if self.count == 0:
+            raise ValueError("no latents seen yet")
+        return self._state
+
+    @property
+    def count(self) -> int:
+        """Latent positions seen per channel (images times h times w)."""
+        return int(self._state[0, 0])
+
+    @property
+    def mean(self) -> Tensor:
+        """[c], float64."""
+        return self._seen()[1].clone()
+
+    @property
+    def signal_variance(self) -> Tensor:
+        """Variance of the posterior means, [c] (divided by the count, not count - 1)."""
+        state = self._seen()
+        return state[2] / state[0]
+
+    @property
+    def noise_variance(self) -> Tensor:
+        """Mean variance of the posteriors, [c]."""
+        state = self._seen()
+        return state[3] / state[0]
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation of drawn latents, [c], float64."""
+        return (self.signal_variance + self.noise_variance).sqrt()
+
+
+@torch.no_grad()
+def stage1_report(
+    codec: LatentCodec, batches: Iterable[Any], content: Box | None = None, examples: int = 16
+) -> tuple[dict[str, Any], Image.Image]:
+    """Measure a frozen first stage on held-out images: the report, JSON-ready, and a picture of `examples` images.
+
+    batches: images [B, C, H, W] in [-1, 1], or tuples that begin with them. content: (top, left, height, width) of
+    what is not padding; PSNR and SSIM see nothing else. Images are reconstructed from the posterior mean and clipped
+    to [-1, 1]. psnr_db is the mean over images, psnr_db_pooled that of the mean squared error of all; ssim is None
+    for content too small for its window. ValueError when there are no images.
+    """
+    statistics = LatentStatistics(codec.latent_channels)
+    quantize: Any = getattr(codec.vae, "quantize", None)
+    usage = None if quantize is None else CodeUsage(quantize.n_e)
+    psnrs: list[Tensor] = []
+    ssims: list[Tensor] = []
+    shown: list[tuple[Tensor, Tensor]] = []
+    largest = torch.zeros(())
+    for batch in batches:
+        images = (batch if isinstance(batch, Tensor) else batch[0]).to(codec.device)
+        mean, std = codec.moments(images)
+        statistics.update(mean, std)
+        normalised = codec.normalise(mean)
+        largest = torch.maximum(largest, normalised.abs().max().cpu())
+        if usage is not None:
+            usage.update(code_indices(codec.vae, mean))
+        real, fake = (_crop(x, content) for x in (images, codec.decode(normalised).clamp(-1, 1)))
+        psnrs.append(psnr(fake, real).cpu())
+        if min(real.shape[-2:]) >= SSIM_MIN_SIDE:
+            ssims.append(ssim(fake, real).cpu())
+        if sum(len(a) for a, _ in shown) < examples:
+            shown.append((real.cpu(), fake.cpu()))
+    if not psnrs:
+        raise ValueError("the stage-1 report needs at least one held-out image")
+
+    report = {**_quality(torch.cat(psnrs), torch.cat(ssims) if ssims else None), "content_box": content}
+    report["latents"] = _latents(codec, statistics, float(largest))
+    if usage is not None:
+        report["codes"] = {"codes": len(usage.counts), "used": usage.usage(), "perplexity": usage.perplexity()}
+        report["codes"]["dead"] = len(usage.dead())
+    report = _finite(report)
+    report["lines"] = verdict(report)
+    real, fake = (torch.cat(side)[:examples] for side in zip(*shown, strict=True))
+    return report, reconstruction_grid(real, fake)
+
+
+def _quality(psnrs: Tensor, ssims: Tensor | None) -> dict[str, Any]:
+    pooled = -10 * (10 ** (-psnrs.double() / 10)).mean().log10()
+    return {
+        "images": len(psnrs),
+        "psnr_db": float(psnrs.double().mean()),
+        "psnr_db_pooled": float(pooled),
+        "psnr_db_worst": float(psnrs.min()),
+        "ssim": None if ssims is None else float(ssims.double().mean()),
+    }
+
+
+def _latents(codec: LatentCodec, statistics: LatentStatistics, largest: float) -> dict[str, Any]:
+    mean, std = statistics.mean, statistics.std
+    at_mean, at_std = codec.normalise(mean.view(1, -1, 1, 1)), codec.normalise((mean + std).view(1, -1, 1, 1))
+    signal, total = statistics.signal_variance, statistics.std.square()
+    dead = (signal <= DEAD_SHARE * total) | (signal <= 1e-4 * signal.max())
+    noise = statistics.noise_variance
+    tiny = torch.finfo(torch.float64).tiny  # a channel that never varies has no noise share: 0, not 0 / 0
+    return {
+        "channels": len(mean),
+        "mean": mean.tolist(),
+        "std": std.tolist(),
+        "normalised_mean": at_mean.flatten().tolist(),
+        "normalised_std": (at_std - at_mean).flatten().tolist(),
+        "posterior_variance_share": (noise / total.clamp_min(tiny)).tolist(),
+        "posterior_variance_share_all": float(noise.sum() / total.sum().clamp_min(tiny)),
+        "dead_channels": dead.nonzero().flatten().tolist(),
+        "largest_normalised": largest,
+    }
+
+
+def verdict(report: dict[str, Any]) -> list[str]:
+    """Lines "pass: fact" or "warn: fact; what follows from it and what to do", one per question."""
+    latents, psnr_db = report["latents"], report["psnr_db"]
+    dead, share = latents["dead_channels"], latents["posterior_variance_share_all"]
+    largest, rms = latents["largest_normalised"], _normalised_rms(latents)
+    checks = [
+        (
+            psnr_db is not None and psnr_db >= PSNR_WARN,
+            f"PSNR {_number(psnr_db)} dB over {report['images']} held-out images",
+            f"under {PSNR_WARN:g} dB every sample of stage 2 inherits the blur: train longer or widen the latent",
+        ),
+        (
+            not dead,
+            f"latent channels that carry nothing: {', '.join(map(str, dead)) or 'none'}",
+            "stage 2 spends itself on noise: lower the KL weight or use fewer channels",
+        ),
+        (
+            share is not None and share <= NOISE_SHARE_WARN,
+            f"posterior noise is {_number(share, 3)} of the latents' variance",
+            "stage 2 cannot predict it, so it is a floor under its loss: lower the KL weight",
+        ),
+        (
+            rms is not None and 0.8 <= rms <= 1.25,
+            f"normalised latents have a root mean square of {_number(rms, 3)}",
+            "it should be 1: the normaliser in the autoencoder's config is missing or belongs to other data",
+        ),
+        (
+            largest is not None and largest <= OUTLIER_WARN,
+            f"the largest normalised latent is {_number(largest)}",
+            f"beyond {OUTLIER_WARN:g} outliers dominate the diffusion loss: raise the KL weight",
+        ),
+    ]
+    if report["ssim"] is not None:
+        checks.insert(
+            1, (report["ssim"] >= SSIM_WARN, f"SSIM {report['ssim']:.3f}", f"under {SSIM_WARN:g} fine detail is lost")
+        )
+    if "codes" in report:
+        codes = report["codes"]
+        fact = f"{codes['used']:.0%} of {codes['codes']} codes used, perplexity {codes['perplexity']:.1f}"
+        checks.append((codes["used"] >= CODES_WARN, fact, "the codebook is mostly idle: use fewer codes"))
+    return [f"pass: {fact}" if good else f"warn: {fact}; {hint}" for good, fact, hint in checks]
+
+
+def _normalised_rms(latents: dict[str, Any]) -> float | None:
+    """Over all channels: one scaling factor may serve them all (VQ), so a single channel may be off and all be well."""
+    means, stds = latents["normalised_mean"], latents["normalised_std"]
+    if None in means + stds:
+        return None
+    return math.sqrt(sum(m * m + s * s for m, s in zip(means, stds, strict=True)) / len(means))
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "not finite" if value is None else f"{value:.{digits}f}"
+
+
+def _finite(value: Any) -> Any:
+    """The same structure with None in place of numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _crop(images: Tensor, content: Box | None) -> Tensor:
+    if content is None:
+        return images
+    top, left, height, width = content
+    return images[..., top : top + height, left : left + width]
+
+
+def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8) -> Image.Image:
+    """Inputs above their reconstructions, row by row; [N, C, H, W] in [-1, 1], clipped. Small images are enlarged.
+
+    One channel is drawn grey, three are RGB, any other number as the grey mean over channels.
+    """
+    pixels = []
+    for x in (images, reconstruction):
+        x = x.detach().float().cpu()
+        x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
+        x = ((x.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        enlarge = max(1, 64 // max(x.shape[-2:]))
+        pixels.append(x.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3))
+    n, c, h, w = pixels[0].shape
+    columns, gap = min(columns, n), 2
+    rows = -(-n // columns)
+    canvas = torch.full((c, rows * (2 * h + 3 * gap), columns * (w + gap) + gap), 255, dtype=torch.uint8)
+    for i in range(n):
+        left = gap + (i % columns) * (w + gap)
+        for side, x in enumerate(pixels):
+            top = gap + (i // columns) * (2 * h + 3 * gap) + side * (h + gap // 2)
+            canvas[:, top : top + h, left : left + w] = x[i]
+    array = canvas.permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if c == 1 else array))
+
+
+def write_report(folder: str | Path, report: dict[str, Any], picture: Image.Image, name: str = "report") -> None:
+    """Write <name>.json and <name>.png into `folder`, made if missing; each appears whole or not at all."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"  # refused before anything is written
+    with atomic.new_file(Path(folder) / f"{name}.png") as temporary:
+        picture.save(temporary, format="PNG")
+    atomic.write_text(Path(folder) / f"{name}.json", text)

@@ -1,0 +1,55 @@
+"""The latent cache of a diffusion config, built ahead of training: `latentdiff encode`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from latentdiff.errors import UserError
+from latentdiff.utils import signals
+
+
+def encode_dataset(
+    config_path: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
+) -> Path:
+    """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder.
+
+    part: "K/N", K from 1 to N, builds every N-th shard alone; the job that finds none missing finishes the cache.
+    A signal ends it after a shard; the same call goes on. UserError where another job encodes there, or this part of it.
+    """
+    from latentdiff.checkpoints import resolve_config
+    from latentdiff.config import DiffusionConfig, load_config
+    from latentdiff.training import notices, run
+    from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
+    from latentdiff.training.unets import check_latents, check_unet
+
+    config = load_config(resolve_config(config_path), overrides)
+    if not isinstance(config, DiffusionConfig):
+        raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
+    job = None if part is None else _part(part)
+    check_unet(config)
+    accelerator = run.start_accelerator(config.train)
+    opened = open_inputs(config, accelerator.device)
+    check_latents(config, *opened)  # latents that the U-Net cannot take are not worth the time
+    lines = [*notices.warned(notices.first_stage_warnings(config.autoencoder)), cache_size(config, *opened)]
+    # A frozen encoder is never cast, whatever training's precision
+    announce = run.announcement(accelerator, config.train, "float32", "encode", lines)
+    if job is not None:
+        with signals.watched(signals.again), progress_bar("encoding", progress, announce) as report:
+            missing = encode_part(config, job[0] - 1, job[1], opened, report)
+        done = f"{missing} shards of other parts are missing" if missing else "the cache is finished"
+        print(f"part {part}: {done}", file=sys.stderr)
+        return cache_folder(config)
+    shown = progress and accelerator.is_main_process
+    with signals.watched(signals.again), progress_bar("encoding", shown, announce) as report:
+        latents = prepare_latents(config, accelerator, report, opened)
+    latents.images.say()
+    return cache_folder(config)
+
+
+def _part(text: str) -> tuple[int, int]:
+    """(K, N) of "K/N"."""
+    number, slash, count = text.partition("/")
+    if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {text}: write it as K/N with K from 1 to N, such as 1/4")
+    return int(number), int(count)

@@ -1,0 +1,148 @@
+"""The images of a run: a training part and a held-out part, preprocessed alike, read in a resumable order."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from latentdiff.config import DataConfig
+from latentdiff.data.accounts import Account
+from latentdiff.data.datasets import Columns, ImageSource
+from latentdiff.data.framing import framing_facts, framing_lines
+from latentdiff.data.shuffling import Batches
+from latentdiff.data.sources import held_out, open_source, splits
+from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.errors import printable
+from latentdiff.utils import processes
+
+SPLIT_SEED = 0  # the held-out share must not move with the training seed, or two runs would not compare
+
+
+class Images:
+    """train and held_out ImageDatasets of one data section.
+
+    The held-out part is the data set's own test split where it has one, else a fixed share of the images; where every class
+    has one image, nothing can be held out, and it is the training images (`nothing_held_out`). `multiple_of` is what both
+    sides of the tensors must be divisible by.
+    """
+
+    def __init__(self, config: DataConfig, multiple_of: int):
+        source = _open(config, "train")
+        multiple = math.lcm(multiple_of, config.multiple_of)
+        rule = Preprocess(config.size, config.channels, config.framing, multiple, background=config.background)
+        self.nothing_held_out = False
+        if "test" in splits(config.source, config.streaming):
+            self.train = ImageDataset(source, rule)
+            self.held_out = ImageDataset(_open(config, "test"), self.train.preprocess)
+            self.split = "its test part"
+        else:
+            kept, apart = held_out(source, config.held_out, SPLIT_SEED, config.held_out_rule)
+            self.nothing_held_out = not len(apart)
+            per_class = source.labels is not None and config.held_out_rule == "per_class"
+            self.split = "drawn per class" if per_class else "drawn at random"
+            split = "per_class" if per_class else None
+            self.train = ImageDataset(source, rule, kept, split)
+            self.held_out = ImageDataset(source, rule, kept if self.nothing_held_out else apart, split)
+        self.preprocess = self.train.preprocess
+        self.class_names = list(source.class_names)
+        self.bad = source.bad
+        self.workers = config.workers
+        self.flips = config.flips
+        self._has_said = False
+        self._shown: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def accounts(self) -> dict[str, Account]:
+        """What became of every file of the data set, by part: {"train": …}, and "test" where it has one."""
+        sources = {"train": self.train.source, "test": self.held_out.source}
+        return {
+            part: source.account.with_unreadable(source.bad)
+            for part, source in sources.items()
+            if part == "train" or source is not self.train.source
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """How many images are used for what, what was left out and why, and what framing does to them, as JSON values."""
+        return {
+            "images": len(self.train),
+            "held_out": 0 if self.nothing_held_out else len(self.held_out),
+            "split": self.split,
+            "framing": framing_facts(self.train.source, self.preprocess),
+            "files": {part: account.as_json() for part, account in self.accounts().items()},
+        }
+
+    def lines(self) -> list[str]:
+        """The same as short lines for a person."""
+        apart = f"{len(self.held_out)} held out ({self.split})"
+        if self.nothing_held_out:
+            apart = "none held out, because each class has one image; what is measured on held-out images is measured on these"
+        lines = [f"{len(self.train)} images to train on, {apart}"]
+        if self.split == "drawn per class" and not self.nothing_held_out:
+            alone = int((torch.bincount(self.train.source.labels) == 1).sum())
+            lines[0] += f"; {alone} classes have one image, which is trained on" if alone else ""
+        for part, account in self.accounts().items():
+            lines += [line if part == "train" else f"{part}/: {line}" for line in account.lines()]
+        return lines + framing_lines(framing_facts(self.train.source, self.preprocess))
+
+    def say(self) -> None:
+        """Print the lines on stderr, the first time that it is called, in one process of a launch."""
+        if processes.rank() == 0 and not self._has_said:
+            for line in self.lines():
+                tqdm.write(printable(f"data {self.train.source.name}: {line}"), file=sys.stderr)
+        self._has_said = True
+
+    def saying(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+        """A progress(done, total) function that also calls `say`: once work begins, and so nothing is refused any more."""
+
+        def report(done: int, total: int) -> None:
+            if progress:
+                progress(done, total)
+            self.say()
+
+        return report
+
+    def batches(self, seed: int, batch_size: int, start_step: int, accelerator) -> Batches:
+        """Endless training batches of this process, from the given step on; batch_size is global."""
+        return Batches(
+            self.train,
+            batch_size,
+            seed,
+            start_step * batch_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            self.workers,
+            self.flips,
+        )
+
+    def held_out_batch(self, count: int) -> tuple[Tensor, Tensor | None]:
+        """`count` held-out images, spread evenly over the part: always the same ones, read once."""
+        n = len(self.held_out)
+        if count not in self._shown:
+            self._shown[count] = self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
+        return self._shown[count]
+
+    def held_out_captions(self, count: int) -> list[str] | None:
+        """The first caption of each image of `held_out_batch`; None where the data have none."""
+        texts = self.held_out.captions()
+        n = len(self.held_out)
+        return None if texts is None else [texts[i][0] for i in torch.linspace(0, n - 1, min(count, n)).long().tolist()]
+
+
+def _open(config: DataConfig, part: str) -> ImageSource:
+    columns, background = columns_of(config), config.background
+    return open_source(config.source, part, config.channels, config.max_bad_share, columns, config.streaming, background)
+
+
+def columns_of(config: DataConfig) -> Columns:
+    return Columns(config.image_column, config.label_column, config.text_column)
+
+
+def sweep(dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
+    """All images of a dataset once, in order, as [B, C, H, W]; of several processes, each takes every world-th batch."""
+    for indices in torch.arange(len(dataset)).split(batch_size)[rank::world]:
+        yield dataset.batch(indices)[0]
