@@ -111,7 +111,7 @@ def check_learnable(prediction: str, schedule: NoiseSchedule, weighting: str, na
 
 
 def _fault(prediction: str, schedule: NoiseSchedule, unweighted: bool) -> str | None:
-    """Why no network learns this prediction well enough, None where one does. tests/test_training_pairs.py tries them all."""
+    """Why no network learns this prediction well enough, None where one does. tests/training/test_training_pairs.py tries."""
     t = torch.linspace(schedule.t_min, schedule.t_max, 1001, dtype=torch.float64)
     gain = error_gain(prediction, schedule, unweighted)
     if gain > LARGEST_GAIN:

@@ -16,7 +16,6 @@ from latentdiff.data.pairs import Pairs
 from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
-from latentdiff.evaluation.retrieval import Gallery
 from latentdiff.models.judge_net import JudgeNet, look
 from latentdiff.utils.random import derive_seed
 
@@ -24,6 +23,48 @@ MILD = 0.5  # strength of the augmentation of the ceiling's real pictures
 SEEN, HELD_OUT = "seen", "held-out"
 GENERATED, AUGMENTED, RECONSTRUCTED, SHUFFLED = "generated", "augmented real", "reconstructed real", "shuffled prompts"
 BATCH = 256
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """All real pictures as a judge sees them: what queries are ranked against."""
+
+    net: JudgeNet
+    pairs: Pairs
+    embeddings: Tensor  # [N, D]
+
+    def ranks(self, embeddings: Tensor, wanted: Tensor) -> Tensor:
+        """How many other identities are as near to each query [Q, D] as the wanted one [Q], or nearer; int64 [Q].
+
+        An identity is as near as the nearest of its pictures, whatever its style. A tie counts against the query, so
+        that a judge that cannot tell anything apart scores nothing.
+        """
+        index = self.pairs.identities.expand(len(embeddings), -1)  # [Q, N]
+        nearness = torch.full((len(embeddings), len(self.pairs.identity_names)), -torch.inf)
+        nearness = nearness.scatter_reduce(1, index, embeddings @ self.embeddings.T, "amax")  # [Q, identities]
+        return (nearness >= nearness.gather(1, wanted[:, None])).sum(dim=1) - 1
+
+
+def open_gallery(net: JudgeNet, pairs: Pairs, name: str = "") -> Gallery:
+    """The gallery of a data set. UserError where the judge, called `name`, was trained on other data.
+
+    Identities and styles alone do not show it: other pictures of the same things, or others of them held out, have the
+    same. A judge that keeps no record of its data is taken at its names.
+    """
+    flag = f"--judge {name}".rstrip()
+    if net.identities != pairs.identity_names or net.styles != pairs.style_names:
+        theirs, ours = (
+            f"{len(i)} identities in {', '.join(s)}"
+            for i, s in ((net.identities, net.styles), (pairs.identity_names, pairs.style_names))
+        )
+        raise UserError(f"{flag}: was trained on other pairs ({theirs}) than those of --data {pairs.name} ({ours})")
+    trained, given = net.info.get("data_fingerprint"), pairs.fingerprint()
+    if trained not in (None, given):
+        raise UserError(
+            f"{flag}: was trained on data with fingerprint {str(trained)[:12]}, and --data {pairs.name} has {given[:12]}: "
+            "other pictures, or other pairs held out; give the data it was trained on, or train a judge on these"
+        )
+    return Gallery(net, pairs, torch.cat([look(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)]))
 
 
 def chosen_rows(gallery: Gallery, num_seen: int) -> dict[str, Tensor]:
@@ -125,45 +166,3 @@ def _cycle(rows: Tensor, seed: int) -> Tensor:
     shuffled = torch.empty_like(rows)
     shuffled[order] = rows[order.roll(1)]
     return shuffled
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """All real pictures as a judge sees them: what queries are ranked against."""
-
-    net: JudgeNet
-    pairs: Pairs
-    embeddings: Tensor  # [N, D]
-
-    def ranks(self, embeddings: Tensor, wanted: Tensor) -> Tensor:
-        """How many other identities are as near to each query [Q, D] as the wanted one [Q], or nearer; int64 [Q].
-
-        An identity is as near as the nearest of its pictures, whatever its style. A tie counts against the query, so
-        that a judge that cannot tell anything apart scores nothing.
-        """
-        index = self.pairs.identities.expand(len(embeddings), -1)  # [Q, N]
-        nearness = torch.full((len(embeddings), len(self.pairs.identity_names)), -torch.inf)
-        nearness = nearness.scatter_reduce(1, index, embeddings @ self.embeddings.T, "amax")  # [Q, identities]
-        return (nearness >= nearness.gather(1, wanted[:, None])).sum(dim=1) - 1
-
-
-def open_gallery(net: JudgeNet, pairs: Pairs, name: str = "") -> Gallery:
-    """The gallery of a data set. UserError where the judge, called `name`, was trained on other data.
-
-    Identities and styles alone do not show it: other pictures of the same things, or others of them held out, have the
-    same. A judge that keeps no record of its data is taken at its names.
-    """
-    flag = f"--judge {name}".rstrip()
-    if net.identities != pairs.identity_names or net.styles != pairs.style_names:
-        theirs, ours = (
-            f"{len(i)} identities in {', '.join(s)}"
-            for i, s in ((net.identities, net.styles), (pairs.identity_names, pairs.style_names))
-        )
-        raise UserError(f"{flag}: was trained on other pairs ({theirs}) than those of --data {pairs.name} ({ours})")
-    trained, given = net.info.get("data_fingerprint"), pairs.fingerprint()
-    if trained not in (None, given):
-        raise UserError(
-            f"{flag}: was trained on data with fingerprint {str(trained)[:12]}, and --data {pairs.name} has {given[:12]}: "
-            "other pictures, or other pairs held out; give the data it was trained on, or train a judge on these"
-        )
-    return Gallery(net, pairs, torch.cat([look(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)]))

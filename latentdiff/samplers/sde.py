@@ -29,7 +29,7 @@ def euler_maruyama(
     """Euler-Maruyama for the reverse SDE, on the path: x_s = alpha_s x0 + sigma_s [(1 - c/2) eps + sqrt(c) z].
 
     c = log SNR_s - log SNR_t, at most 1.  As the grid is refined the step is x_t + [f x - g^2 score] dt + g sqrt(dt) z
-    (tests/test_sampler_proofs.py), and `ancestral` to first order in c; sigma before the bracket is that of the step's
+    (tests/samplers/test_sampler_proofs.py), and `ancestral` to first order in c; sigma before the bracket is that of the step's
     end, so that a step to sigma = 0 lands on x0 (score_sde's denoising step).  Weak order 1.  It wants 50 steps or more.
     x: the state [B, ...] at grid[0]; returns the state at grid[-1].
     """

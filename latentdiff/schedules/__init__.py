@@ -1,7 +1,7 @@
 """Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], 0 is data and 1 is noise.
 
 A schedule states alpha, sigma, their time derivatives and the inverse of its log-SNR.  The SDE follows for all of them
-(2011.13456, with the identity checked in tests/test_schedules.py):
+(2011.13456, with the identity checked in tests/schedules/test_schedules.py):
     dx = f(t) x dt + g(t) dw,    f = alpha'/alpha,    g^2 = 2 sigma sigma' - 2 f sigma^2.
 All methods take a float or a tensor of times and return float64 tensors of the same shape.
 """

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_judge import judge_tree, write_shapes
 from tiny_runs import autoencoder_tree, change, diffusion_tree, write_yaml
+from tiny_shapes import judge_tree, write_shapes
 
 from latentdiff.checkpoints import read_meta
 from latentdiff.cli.info import info
@@ -17,7 +17,7 @@ from latentdiff.training import precision, run, state, train, train_autoencoder
 from latentdiff.training.precision import OneProcess, choose_precision
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def test_what_a_condition_would_ignore_or_never_learn_is_refused_before_anything
 
 @pytest.mark.parametrize("kind", ["class", "text", "class+text", "none"])
 def test_the_configs_that_ship_and_what_run_json_writes_out_pass(kind):
-    root, count = Path(__file__).parents[1] / "configs", 0
+    root, count = Path(__file__).parents[2] / "configs", 0
     for path in root.rglob("*.yaml"):
         if isinstance(config := load_config(path), DiffusionConfig):
             check(config)

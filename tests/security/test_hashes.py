@@ -19,7 +19,7 @@ from latentdiff.pipelines import latent_diffusion
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.utils.hashes import FILE, check_hashes, checked, sha256_of, write_hashes
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PUBLISHED = {name: kind for name, kind in KINDS.items() if name not in ("cache", "autoencoder")}
 
 

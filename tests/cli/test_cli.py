@@ -427,7 +427,7 @@ def test_evaluate_refuses_what_it_cannot_measure(refused, model, samples, stripe
 
 
 def test_as_a_process_a_mistake_is_status_2_and_one_line(model, here):
-    path = os.pathsep.join([str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
     command = [sys.executable, "-m", "latentdiff", "generate", "Sneakr", "--model", str(model)]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and list(here.iterdir()) == []

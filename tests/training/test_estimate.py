@@ -296,7 +296,7 @@ def test_planning_leaves_threads_and_random_numbers_alone(plan, stripe_folder, t
 def test_a_config_that_ships_can_be_planned_before_anything_is_trained(monkeypatch):
     """Shapes and parameters; the steps themselves are too long for a test."""
     monkeypatch.setattr("latentdiff.training.estimate.stages.dry_run", lambda *arguments: {})
-    monkeypatch.chdir(Path(__file__).parent.parent / "configs" / "emoji")
+    monkeypatch.chdir(Path(__file__).parents[2] / "configs" / "emoji")
     facts = info("diffusion.yaml")
     assert facts["latent_shape"] == [8, 8, 8] and "autoencoder-kl.yaml" in facts["autoencoder"] and facts["warnings"] == []
     assert facts["parameters"]["unet"] == 25024872 and list(facts["unknown"]) == ["data"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-KILLS = Path(__file__).parent / "kills.py"
+KILLS = Path(__file__).parents[1] / "kills.py"
 
 
 def killed(folder: Path, *arguments: str) -> list[dict]:

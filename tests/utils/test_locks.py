@@ -8,6 +8,7 @@ import sys
 import threading
 
 import pytest
+from lock_holder import elsewhere
 
 from latentdiff.errors import ReportedElsewhere, UserError
 from latentdiff.utils import locks, processes
@@ -18,15 +19,6 @@ def refusal(folder, **how) -> str:
         pass
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def elsewhere(folder, ending="input()", **how):
-    """Another process that holds the folder."""
-    code = "from latentdiff.utils.locks import locked\n"
-    code += f"with locked({str(folder)!r}, **{how!r}):\n print('held', flush=True)\n {ending}"
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert child.stdout.readline() == b"held\n"
-    return child
 
 
 @pytest.mark.parametrize("beside", [False, True])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_planning import of_the_config
+from test_estimate import of_the_config
 from tiny_runs import autoencoder_config, autoencoder_tree, diffusion_config, diffusion_tree, tree, write_yaml
 from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 

@@ -17,7 +17,7 @@ from hostile import KINDS, packed, places, split_header, with_value, without_has
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_emoji import package, tarball
+from tiny_emoji import package, tarball
 from tiny_runs import diffusion_tree
 
 from latentdiff import checkpoints

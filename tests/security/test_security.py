@@ -17,7 +17,7 @@ import pytest
 import torch
 from hostile import write_checkpoint
 from PIL import Image
-from test_emoji import package, tarball
+from tiny_emoji import package, tarball
 from tiny_stable import change_json
 
 from latentdiff import checkpoints
@@ -29,7 +29,7 @@ from latentdiff.errors import UserError
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.recipes.emoji.prepare import prepare_emoji
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PICKLING = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 CALLS = {
     "torch.load",

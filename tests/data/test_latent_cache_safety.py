@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_cache import N, PlainCodec, build, make_dataset
+from test_latent_cache import N, PlainCodec, build, make_dataset
 
 from latentdiff.data.latent_cache import build_part, open_cache
 from latentdiff.data.tensor_shards import building, content_sha256, shard_path, write_shard

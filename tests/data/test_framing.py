@@ -114,7 +114,7 @@ def test_a_background_is_a_name_or_three_numbers(tmp_path):
 
 
 def test_no_shipped_config_has_the_old_key():
-    files = sorted((Path(__file__).parent.parent / "configs").rglob("*.yaml"))
+    files = sorted((Path(__file__).parents[2] / "configs").rglob("*.yaml"))
     trees = [yaml.safe_load(file.read_text()) for file in files]
     assert any("framing" in tree["data"] for tree in trees) and not any("fit" in tree["data"] for tree in trees)
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lock_holder import elsewhere
 from processes import carry_out, job
 from safetensors.torch import load_file, save_file
-from test_locks import elsewhere
 from tiny_runs import autoencoder_config, autoencoder_tree, diffusion_config, diffusion_tree, tree, write_stripes, write_yaml
 
 import latentdiff

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from PIL import Image, ImageDraw
+from PIL import Image
 from processes import carry_out, command
 from tiny_models import tiny_unet, tiny_vae
 from tiny_runs import autoencoder_config, diffusion_config, tree, write_yaml
+from tiny_shapes import SIDE, SMALL, STYLES, THINGS, judge_tree, shape, write_shapes
 
 from latentdiff.checkpoints import load, publish
 from latentdiff.config import load_config
@@ -34,39 +35,6 @@ from latentdiff.models.codec import LatentCodec
 from latentdiff.models.judge_net import JudgeNet, load_judge, look
 from latentdiff.training import train
 from latentdiff.training.train_judge import fit_judge
-
-SIDE = 32
-THINGS = ["red square", "red circle", "green square", "green circle", "blue square", "blue circle"]
-STYLES = ["line", "solid"]
-HELD_OUT = {("line", "red circle"), ("solid", "green square")}
-SMALL = {"widths": (8, 16, 16, 32), "dim": 16}
-
-
-def shape(thing: str, style: str) -> Image.Image:
-    colour, form = thing.split()
-    picture = Image.new("RGB", (SIDE, SIDE), "white")
-    pen = ImageDraw.Draw(picture)
-    paint = getattr(pen, {"square": "rectangle", "circle": "ellipse"}[form])
-    paint((5, 5, 26, 26), fill=colour if style == "solid" else None, outline=colour, width=3)
-    return picture
-
-
-def write_shapes(root: Path, things: list[str] = THINGS, **changes) -> Path:
-    """Six things in two styles, two of the pairs in test/. changes: of every row; None leaves a column out."""
-    for part in ("train", "test"):
-        lines = []
-        for style in STYLES:
-            for thing in things:
-                if ((style, thing) in HELD_OUT) != (part == "test"):
-                    continue
-                file = f"{style}/{thing.replace(' ', '-')}.png"
-                (root / part / style).mkdir(parents=True, exist_ok=True)
-                shape(thing, style).save(root / part / file)
-                text = [thing, f"a {thing}", f"{style} style, {thing}"]
-                row = {"file_name": file, "text": text, "style": style, "identity": f"id {thing}", "name": thing, **changes}
-                lines.append(json.dumps({key: value for key, value in row.items() if value is not None}))
-        (root / part / "metadata.jsonl").write_text("\n".join(lines) + "\n")
-    return root
 
 
 class FakePipeline:
@@ -95,12 +63,6 @@ def judge_folder(tmp_path_factory, shapes) -> Path:
     """What training writes by a config."""
     output = tmp_path_factory.mktemp("judge") / "run"
     return train(load_config(write_yaml(output.parent / "judge.yaml", judge_tree(shapes, output))))
-
-
-def judge_tree(data: Path, output: Path, **changes) -> dict:
-    train = {"steps": 150, "batch_size": 12, "precision": "float32", "threads": 1}
-    tree = {"stage": "judge", "output": str(output), "data": {"source": str(data)}, "train": train}
-    return tree | {"model": {"widths": list(SMALL["widths"]), "dim": SMALL["dim"]}, "strength": 0.5} | changes
 
 
 @pytest.fixture(scope="module")
@@ -387,7 +349,7 @@ def test_a_judge_of_other_pictures_of_the_same_names_is_refused(refused, gallery
 
 
 def test_the_judge_that_ships_says_what_it_was_trained_on():
-    net = load_judge(Path(__file__).parents[1] / "weights" / "emoji-judge")
+    net = load_judge(Path(__file__).parents[2] / "weights" / "emoji-judge")
     assert len(net.info["data_fingerprint"]) == 64 and net.info["training"]["pictures"] == 3822
 
 
