@@ -48,7 +48,7 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
 
 def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Path) -> None:
     torch.manual_seed(derive_seed(config.seed, "initialise"))
-    vae = _build(config)
+    vae = make_autoencoder(config)
     factor = LatentCodec(vae).factor
     images = Images(config.data, factor)
     to_train(config, vae)
@@ -56,7 +56,7 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Pa
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
-    parts = _parts(config, vae, factor, accelerator)
+    parts = make_parts(config, vae, factor, accelerator)
     if config.train.compile:
         _compile(config, images, parts, accelerator)
     work = _work(config, images, parts, accelerator, output)
@@ -79,7 +79,7 @@ def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int
     vae = copy.deepcopy(vae)
     factor = LatentCodec(vae).factor
     to_train(config, vae)
-    parts = _parts(config, vae, factor, alone)
+    parts = make_parts(config, vae, factor, alone)
     start, steps = config.loss.adversarial_start, config.train.steps
     number = start if config.loss.adversarial > 0 and 2 * start < steps else 0
 
@@ -91,7 +91,8 @@ def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int
     return step
 
 
-def _build(config: AutoencoderConfig) -> nn.Module:
+def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
+    """The autoencoder that training starts from: a new one, or the one of model.pretrained. UserError where neither fits."""
     if config.model.pretrained is not None:
         vae = load_autoencoder(config.model.pretrained)
         if type(vae).__name__ not in TRAINABLE or vae.config.in_channels != config.data.channels:
@@ -116,7 +117,8 @@ def to_train(config: AutoencoderConfig, vae: nn.Module) -> None:
                 getattr(vae, name).requires_grad_(False)
 
 
-def _parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) -> Parts:
+def make_parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) -> Parts:
+    """All that a step uses: networks, optimizers, loss and EMA. factor: image side / latent side. UserError for a bad loss."""
     if config.train.compile and config.loss.adversarial > 0 and config.loss.adaptive:
         raise UserError("train.compile: a compiled decoder cannot weigh the adversary; set it or loss.adaptive to false")
     if not (config.loss.l1 or config.loss.l2 or config.loss.perceptual):
@@ -327,7 +329,7 @@ def publish(
 def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
     """Publish the averaged weights of a state or snapshot as the run would have published them had it ended there."""
     accelerator = run.start_accelerator(config.train)
-    vae = _build(config)
+    vae = make_autoencoder(config)
     images = Images(config.data, LatentCodec(vae).factor)
     trainer.check_made_of(output, meta.get("made_of"), {"data": images.train.fingerprint()})
     state.load_into(vae, tensors["ema"], str(output))

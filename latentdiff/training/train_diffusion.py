@@ -78,7 +78,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     """
     output = Path(config.output)
     config = conditioning.as_begun(config, output) if resume else config
-    _check(config)
+    check_config(config)
     accelerator = run.start_accelerator(config.train, shards=True)
     with run.held(output, config, resume) as restores:
         _train(config, restores, accelerator, output)
@@ -102,7 +102,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
         latents = prepare_latents(config, accelerator, progress, (codec, images))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         told = conditioning.prepare_conditions(config, latents, accelerator, progress, reader)
-    parts = _parts(config, latents, told, accelerator)
+    parts = make_parts(config, latents, told, accelerator)
     if config.train.compile:
         _compile(config, parts, accelerator)
     work = _work(config, parts, accelerator, output)
@@ -132,7 +132,7 @@ def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any]
         latents = prepare_latents(config, accelerator, progress, open_inputs(config, accelerator.device))
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
         told = conditioning.prepare_conditions(config, latents, accelerator, progress, reader)
-    parts = _parts(config, latents, told, accelerator)
+    parts = make_parts(config, latents, told, accelerator)
     trainer.check_made_of(output, meta.get("made_of"), made_of(latents))
     state.load_into(parts.average, tensors["ema"], str(output))
     parts.ema.updates = meta["ema_updates"]
@@ -150,12 +150,12 @@ def trial_steps(
     """Steps of a U-Net as the run will have it, on random latents [c, h, w], labels and captions: before any is encoded."""
     told = random_conditions(config, images, class_count)
     cache: Any = RandomCache(shape, len(images.train) if images else STAND_IN)
-    parts = _parts(config, Latents(codec, images, cache), told, alone)  # type: ignore[arg-type]
+    parts = make_parts(config, Latents(codec, images, cache), told, alone)  # type: ignore[arg-type]
     parts.network.train()
 
     def step(precision: str, batch: int) -> None:
         alone.precision = precision
-        _step(named(config, precision, batch), parts, alone, 0, config.optimizer.lr)
+        train_step(named(config, precision, batch), parts, alone, 0, config.optimizer.lr)
 
     return step
 
@@ -167,7 +167,7 @@ def made_of(latents: Latents) -> dict[str, Any]:
     return {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
 
 
-def _check(config: DiffusionConfig) -> None:
+def check_config(config: DiffusionConfig) -> None:
     """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
     _noise(config)
     monitor.check(config)
@@ -191,7 +191,8 @@ def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
     return schedule, make_noise_levels(config.noise_levels.name, schedule, **config.noise_levels.params)
 
 
-def _parts(config: DiffusionConfig, latents: Latents, told: conditioning.Conditions, accelerator) -> Parts:
+def make_parts(config: DiffusionConfig, latents: Latents, told: conditioning.Conditions, accelerator) -> Parts:
+    """All that a step uses: networks, optimizer, EMA, schedule and noise levels."""
     schedule, levels = _noise(config)
     rows = told.classes.num_embeddings if told.classes else None
     unet = make_unet(config, latents.cache.latent_shape, rows, told.text.prompts.width if told.text else None)
@@ -295,7 +296,7 @@ def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path)
                 )
 
     return trainer.Work(
-        step=lambda step, lr: _step(config, parts, accelerator, step, lr),
+        step=lambda step, lr: train_step(config, parts, accelerator, step, lr),
         after=after,
         tensors=tensors,
         meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision, "validation": VALIDATION},
@@ -359,7 +360,7 @@ def _draw(config: DiffusionConfig, parts: Parts, accelerator: Any, step: int) ->
     }
 
 
-def _step(
+def train_step(
     config: DiffusionConfig, parts: Parts, accelerator: Any, step: int, lr: float
 ) -> tuple[dict[str, tuple[Tensor, int]], bool]:
     """One update, its batch taken through the network in pieces of train.micro_batch; none where it is not finite."""

@@ -104,7 +104,7 @@ def our_stage2(setting: Setting) -> Contender:
 
     config, latents, accelerator = setting.ours()
     told = conditioning.prepare_conditions(config, latents, accelerator)
-    parts = train_diffusion._parts(config, latents, told, accelerator)
+    parts = train_diffusion.make_parts(config, latents, told, accelerator)
     work = train_diffusion._work(config, parts, accelerator, setting.folder / "stage2")
     return Contender(lambda number: work.step(number, 1e-4), parts.bare)
 
@@ -148,10 +148,10 @@ def our_stage1(setting: Setting) -> Contender:
         "loss.perceptual=0",
     ]
     config = load_config(CONFIGS / "autoencoder-kl.yaml", settings)
-    vae = train_autoencoder._build(config)
+    vae = train_autoencoder.make_autoencoder(config)
     accelerator = run.start_accelerator(config.train)
     vae.train().requires_grad_(True)
-    parts = train_autoencoder._parts(config, vae, 4, accelerator)
+    parts = train_autoencoder.make_parts(config, vae, 4, accelerator)
     images = Images(config.data, 4)
     work = train_autoencoder._work(config, images, parts, accelerator, setting.folder / "stage1")
     return Contender(lambda number: work.step(number, 1e-4), parts.bare)

@@ -100,7 +100,7 @@ def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, A
     images: Any = None
     cache: Any = RandomCache(shape, STAND_IN)
     latents = Latents(codec, images, cache)
-    parts = train_diffusion._parts(config, latents, told, accelerator)
+    parts = train_diffusion.make_parts(config, latents, told, accelerator)
     parts.network.train()
     return config, parts, accelerator, shape
 
@@ -108,7 +108,7 @@ def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, A
 def our_step(config: Any, parts: Any, accelerator: Any) -> Step:
     from latentdiff.training import train_diffusion
 
-    return lambda number: train_diffusion._step(config, parts, accelerator, number, 1e-4)
+    return lambda number: train_diffusion.train_step(config, parts, accelerator, number, 1e-4)
 
 
 def plain_stage2(parts: Any, config: Any, accelerator: Any, shape: tuple[int, ...], batch: int) -> Step:
@@ -140,13 +140,13 @@ def stage1(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, A
     from latentdiff.training import run, train_autoencoder
 
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
-    vae = train_autoencoder._build(config)
+    vae = train_autoencoder.make_autoencoder(config)
     factor = LatentCodec(vae).factor
     train_autoencoder.to_train(config, vae)
     accelerator = run.start_accelerator(config.train)
     unit = math.lcm(factor, config.data.multiple_of)
     sides = [-(-side // unit) * unit for side in config.data.size]
-    return config, train_autoencoder._parts(config, vae, factor, accelerator), accelerator, (config.data.channels, *sides)
+    return config, train_autoencoder.make_parts(config, vae, factor, accelerator), accelerator, (config.data.channels, *sides)
 
 
 def plain_stage1(parts: Any, accelerator: Any, pictures: Tensor, batch: int) -> Step:

@@ -68,7 +68,7 @@ def test_other_precisions_have_no_factor():
 
 def test_a_step_that_overflows_is_taken_again_and_none_is_lost(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
     tries = []
-    real = train_diffusion._step
+    real = train_diffusion.train_step
 
     def counted(config, parts, accelerator, step, lr):
         if not tries:
@@ -76,7 +76,7 @@ def test_a_step_that_overflows_is_taken_again_and_none_is_lost(tmp_path, stripe_
         tries.append(step)
         return real(config, parts, accelerator, step, lr)
 
-    monkeypatch.setattr(train_diffusion, "_step", counted)
+    monkeypatch.setattr(train_diffusion, "train_step", counted)
     train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=3, train__precision="float16"))
     assert tries.count(0) > 50 and tries.count(1) == tries.count(2) == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -123,9 +123,9 @@ def test_the_adversary_is_weighed_alike_in_pieces_and_at_any_scale(tmp_path, str
     for name, (micro, factor) in {"whole": (None, 1.0), "scaled": (None, 1024.0), "pieces": (2, 1024.0)}.items():
         torch.manual_seed(0)
         changed = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
-        vae = train_autoencoder._build(config)
+        vae = train_autoencoder.make_autoencoder(config)
         train_autoencoder.to_train(config, vae)
-        parts = train_autoencoder._parts(changed, vae, 2, accelerator)
+        parts = train_autoencoder.make_parts(changed, vae, 2, accelerator)
         parts.scale.factor = lambda factor=factor: factor
         x = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
         values, good = autoencoder_step.update(changed, parts, accelerator, x, 3, 1e-3)

@@ -267,7 +267,7 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
     assert kinds == [(torch.float32, 2), (torch.bfloat16, 4)]
     kinds.clear()
     monkeypatch.setattr(
-        train_diffusion, "_step", lambda config, parts, alone, *rest: kinds.append((config.train, alone.precision))
+        train_diffusion, "train_step", lambda config, parts, alone, *rest: kinds.append((config.train, alone.precision))
     )
     config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run)
     codec = train_autoencoder.LatentCodec(train_autoencoder.load_autoencoder(str(autoencoder_run)))

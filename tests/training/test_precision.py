@@ -96,7 +96,7 @@ def test_what_cannot_be_measured_is_said():
 
 def test_steps_are_taken_in_the_precision_that_they_are_timed_in(stripe_folder, tmp_path):
     config = parse_config(autoencoder_tree(stripe_folder, tmp_path / "run"))
-    vae, kinds = train_autoencoder._build(config), []
+    vae, kinds = train_autoencoder.make_autoencoder(config), []
     for parameter in vae.parameters():
         parameter.requires_grad_(True)
     before = {key: value.clone() for key, value in vae.state_dict().items()}

@@ -185,12 +185,12 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
     with stage2.progress_bar("encoding", False, lambda: None) as progress:
         held = stage2.prepare_latents(config, accelerator, progress)
         told = stage2.conditions.prepare_conditions(config, held, accelerator, progress)
-    parts = stage2._parts(config, held, told, accelerator)
+    parts = stage2.make_parts(config, held, told, accelerator)
     shares = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
     for count, index in shares:
         one = SimpleNamespace(device=accelerator.device, num_processes=count, process_index=index)
         with pytest.raises(Stop):
-            stage2._step(config, parts, one, 5, 1e-3)
+            stage2.train_step(config, parts, one, 5, 1e-3)
     assert torch.equal(torch.cat(drawn[1:3]), drawn[0]) and torch.equal(torch.cat(drawn[3:]), drawn[0])
     place = ((drawn[0].sort().values - parts.schedule.t_min) / (parts.schedule.t_max - parts.schedule.t_min) * 8).long()
     assert place.tolist() == list(range(8))

@@ -58,7 +58,7 @@ def stage_2(stripe_folder, autoencoder_run, cache, tmp_path):
             latents = stage2.prepare_latents(config, accelerator, progress)
         torch.manual_seed(0)
         told = conditioning.prepare_conditions(config, latents, accelerator)
-        return config, stage2._parts(config, latents, told, accelerator), accelerator
+        return config, stage2.make_parts(config, latents, told, accelerator), accelerator
 
     return build
 
@@ -70,11 +70,11 @@ def stage_1(stripe_folder, tmp_path):
     def build(**changes):
         config = autoencoder_config(stripe_folder, tmp_path / "run", **changes)
         torch.manual_seed(0)
-        vae = stage1._build(config)
+        vae = stage1.make_autoencoder(config)
         factor = stage1.LatentCodec(vae).factor
         stage1.to_train(config, vae)
         accelerator = stage1.run.start_accelerator(config.train)
-        return config, Images(config.data, factor), stage1._parts(config, vae, factor, accelerator), accelerator
+        return config, Images(config.data, factor), stage1.make_parts(config, vae, factor, accelerator), accelerator
 
     return build
 
@@ -156,7 +156,7 @@ def test_the_validation_loss_is_the_one_minimised(stage_2):
     config, parts, accelerator = stage_2(**MIN_SNR, noise_levels="importance")
     # Whole timesteps, which are what the network is fed
     parts.levels.midpoints = lambda n: torch.linspace(100, 900, n, dtype=torch.float64).round() / 1000
-    stage2._step(config, parts, accelerator, 0, 1e-2)  # raw and averaged weights are no longer the same
+    stage2.train_step(config, parts, accelerator, 0, 1e-2)  # raw and averaged weights are no longer the same
     check_validation_loss(stage2._validate, config, parts, accelerator)
     for bug in (
         (" * weight.to(error)", ""),
@@ -220,9 +220,9 @@ def check_gamma(step, config, parts, accelerator):
 
 def test_min_snr_gamma_reaches_the_step(stage_2):
     made = stage_2(**MIN_SNR)
-    check_gamma(stage2._step, *made)
+    check_gamma(stage2.train_step, *made)
     with pytest.raises(AssertionError):
-        check_gamma(planted(stage2._step, ("config.weighting, config.min_snr_gamma,", "config.weighting,")), *made)
+        check_gamma(planted(stage2.train_step, ("config.weighting, config.min_snr_gamma,", "config.weighting,")), *made)
 
 
 def check_average(step, config, parts, accelerator):
@@ -235,11 +235,11 @@ def check_average(step, config, parts, accelerator):
 
 
 def test_the_average_is_of_the_weights_after_the_step(stage_2):
-    check_average(stage2._step, *stage_2())
+    check_average(stage2.train_step, *stage_2())
     right = "        parts.optimizer.step()\n        parts.ema.update(parts.bare)\n"
     wrong = "        parts.ema.update(parts.bare)\n        parts.optimizer.step()\n"
     with pytest.raises(AssertionError):
-        check_average(planted(stage2._step, (right, wrong)), *stage_2())
+        check_average(planted(stage2.train_step, (right, wrong)), *stage_2())
 
 
 # Stage 2: conditions

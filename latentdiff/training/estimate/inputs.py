@@ -18,7 +18,7 @@ from latentdiff.models.codec import LatentCodec
 from latentdiff.models.loading import read_json
 from latentdiff.training.estimate.progress import Progress
 from latentdiff.training.images import Images, columns_of
-from latentdiff.training.train_autoencoder import _build
+from latentdiff.training.train_autoencoder import make_autoencoder
 
 
 @dataclass
@@ -63,7 +63,7 @@ def first_stage(where: str, path: Path) -> tuple[LatentCodec | None, str]:
         if not isinstance(config, AutoencoderConfig) or (place != record and Path(config.output) != Path(where)):
             continue
         if config.model.pretrained is None or is_here(config.model.pretrained):
-            return LatentCodec(_build(config)), str(place)
+            return LatentCodec(make_autoencoder(config)), str(place)
     return None, f"{where}: there is none yet, and no config beside this one makes it; a Hub name is not fetched for this"
 
 

@@ -36,7 +36,7 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
         return data_facts(config, find_images(config.data, 1, notes), None, notes)
     accelerator = run.start_accelerator(config.train)
     notes.say("building the autoencoder")
-    vae = train_autoencoder._build(config)
+    vae = train_autoencoder.make_autoencoder(config)
     codec = LatentCodec(vae)
     images = find_images(config.data, codec.factor, notes)
     shape = image_shape(config.data, images, codec.factor, notes)
@@ -48,7 +48,7 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
         config = find_micro_batch(config, accelerator, trial)
         accelerator = run.start_accelerator(config.train)
     memory = Memory(accelerator.device)
-    parts = train_autoencoder._parts(config, vae, codec.factor, accelerator)
+    parts = train_autoencoder.make_parts(config, vae, codec.factor, accelerator)
     facts = data_facts(config, images, shape, notes)
     facts["precision"] = words
     facts["parameters"] = parameters(autoencoder=vae, discriminator=parts.critic, perceptual_frozen=parts.perceptual)
@@ -83,7 +83,7 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
         notes.say("counting the tokens of the captions")
         notes.warnings += _caption_warnings(config, images)
     if codec is None or shape is None:
-        train_diffusion._check(config)
+        train_diffusion.check_config(config)
         if codec is None:
             notes.unknown["autoencoder"] = origin
             notes.warnings.append(f"autoencoder: {origin}; train it first, or name another")
@@ -110,13 +110,13 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
     notes.say(f"timing training steps in {config.train.precision}")
     memory = Memory(accelerator.device)
     cache: Any = RandomCache(latents, len(images.train) if images else STAND_IN)
-    parts = train_diffusion._parts(config, Latents(codec, images, cache), told, accelerator)  # type: ignore[arg-type]
+    parts = train_diffusion.make_parts(config, Latents(codec, images, cache), told, accelerator)  # type: ignore[arg-type]
     parts.network.train()
     unet, text = getattr(parts.bare, "unet", parts.bare), getattr(parts.bare, "text_encoder", None)
     facts["parameters"] = parameters(unet=unet, text_encoder=text, autoencoder_frozen=codec.vae)
 
     def step(number: int, batch: int) -> None:
-        train_diffusion._step(_of_batch(config, batch), parts, accelerator, number, config.optimizer.lr)
+        train_diffusion.train_step(_of_batch(config, batch), parts, accelerator, number, config.optimizer.lr)
 
     measured = _measured(dry_run(step, [(0, config.train.steps)], config.train, memory), notes)
     if "hours" in measured and "hours" in cached:
@@ -167,7 +167,7 @@ def _shapes_agree(config: DiffusionConfig, latents: tuple[int, int, int], told: 
     """Whether the U-Net takes latents [c, h, w]; notes where not. UserError where it is not the shapes that are wrong."""
     fits = config.model.pretrained is None or find_start(config).config.get("in_channels") == latents[0]
     if fits:
-        train_diffusion._check(config)
+        train_diffusion.check_config(config)
     rows = told.classes.num_embeddings if told.classes else None
     width = told.text.prompts.width if told.text else None
     # A fresh one is looked at without memory for it; a trained one is read
