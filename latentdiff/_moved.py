@@ -65,7 +65,7 @@ MODULES = {
     "measures": "cli.measures",
     "mistakes": "utils.config_errors",
     "networks": "utils.weights",
-    "ode": "samplers.adaptive_ode",
+    "ode": "samplers.adaptive",
     "page": "evaluation.html_report",
     "pictures": "utils.images",
     "plain": "utils.safe_yaml",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentdiff.denoiser import DenoiserLike
 from latentdiff.errors import NotFiniteError, UserError
-from latentdiff.samplers import adaptive_ode
+from latentdiff.samplers import adaptive
 from latentdiff.utils.random import Generators, rand, randn, randn_like
 from latentdiff.utils.tensors import per_sample, widen
 
@@ -68,7 +68,7 @@ def log_prob(
     probes: how many such v, each with an integral of its own beside one shared trajectory: 1 forward and `probes`
         backward passes per evaluation, where as many solves would repeat the forward too.  noise: what v is drawn from,
         "rademacher" or "gaussian".  generator: one, or B of them (a sample's v is then the same at any batch size).
-    rtol, atol, max_steps: see `samplers.adaptive_ode.solve`; the state is kept in float64, the denoiser sees x0's dtype,
+    rtol, atol, max_steps: see `samplers.adaptive.solve`; the state is kept in float64, the denoiser sees x0's dtype,
         float32 at least.
     denoiser: a Denoiser or guidance, differentiable in x (conditioning: ClassifierFree at scale 1).  No graph outlives
         one evaluation.  UserError for an unknown divergence or noise, probes < 1 or probes of the exact divergence, an
@@ -119,7 +119,7 @@ def _integrated(
 
     count = 1 if vectors is None else len(vectors)
     state = torch.cat([x0.reshape(batch, dims).double() / first, x0.new_zeros((batch, count), dtype=torch.float64)], 1)
-    found = adaptive_ode.solve(dynamics, state, start, end, rtol, atol, max_steps, norm, variable="angle")
+    found = adaptive.solve(dynamics, state, start, end, rtol, atol, max_steps, norm, variable="angle")
     latent, integrals = last * found.y[:, :dims].reshape(x0.shape), found.y[:, dims:]
     stderr = integrals.std(dim=1) / math.sqrt(count) if count > 1 else torch.full((batch,), math.nan).to(integrals)
     density = schedule.prior_log_prob(latent) + dims * math.log(last / first) + integrals.mean(dim=1)

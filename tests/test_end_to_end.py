@@ -126,7 +126,7 @@ def test_three_captioned_images_go_through_four_commands_to_a_prompted_picture(t
     with pytest.raises(SystemExit) as stopped:
         main(["generate", "--all-classes", "--model", "run/diffusion/model"])
     said = capsys.readouterr().err
-    assert stopped.value.code == 2 and said.count("\n") == 1 and "not told classes, as prompts such as" in said
+    assert stopped.value.code == 2 and said.count("\n") == 1 and "has no classes, as prompts such as" in said
 
 
 def launch(config: Path, log: Path) -> subprocess.Popen:

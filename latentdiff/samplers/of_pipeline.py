@@ -1,4 +1,8 @@
-"""A diffusion pipeline's reverse process by one of the samplers here: pipelines/latent_diffusion.py looks it up by name."""
+"""A diffusion pipeline's reverse process by one of the samplers here.
+
+This module keeps its name for good, and `by_sampler` its arguments: every published checkpoint carries a pipeline.py
+(pipelines/latent_diffusion.py) that looks them up by name.
+"""
 
 from collections.abc import Callable
 from functools import partial

@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -133,18 +133,10 @@ class NoiseSchedule:
         included) give DiscreteVP; EDMEuler gives EDM; FlowMatchEulerDiscrete and schedulers that run on flow sigmas
         give RectifiedFlow (a time shift moves the sampling grid, not the path).  UserError for any other.
         """
-        # The children are imported here because they are built on this class.
-        from latentdiff.schedules.continuous import EDM, RectifiedFlow
-        from latentdiff.schedules.discrete import DiscreteVP
-
-        config = scheduler.config
-        if "sigma_data" in config:
-            return EDM(config["sigma_min"], config["sigma_max"], config["sigma_data"])
-        if config.get("use_flow_sigmas") or ("beta_start" not in config and "shift" in config):
-            return RectifiedFlow(config["num_train_timesteps"])
-        if "beta_start" not in config:
-            raise UserError(f"scheduler: {type(scheduler).__name__} is none of {', '.join(SCHEDULERS)}")
-        return DiscreteVP.from_config(config, scheduler.betas)
+        for read in _READERS:
+            if (schedule := read(scheduler)) is not None:
+                return schedule
+        raise UserError(f"scheduler: {type(scheduler).__name__} is none of {', '.join(SCHEDULERS)}")
 
 
 class VariancePreserving(NoiseSchedule):
@@ -196,7 +188,21 @@ class VariancePreserving(NoiseSchedule):
         return scheduler
 
 
+_Reader = Callable[[Any], NoiseSchedule | None]
+_READERS: list[_Reader] = []
+
+
+def reads_scheduler(read: _Reader) -> _Reader:
+    """A decorator: let `NoiseSchedule.from_scheduler` try `read`, which returns None for schedulers of another schedule.
+
+    So this module need not import the schedules that are built on it. At most one of the readers takes a scheduler.
+    """
+    _READERS.append(read)
+    return read
+
+
 def f64(t: Time) -> Tensor:
+    """t as a float64 tensor of the same shape, on its device."""
     return torch.as_tensor(t, dtype=torch.float64)
 
 

@@ -7,7 +7,15 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.schedules.base import SIGMA_OPTIONS, NoiseSchedule, Time, VariancePreserving, f64, make_scheduler
+from latentdiff.schedules.base import (
+    SIGMA_OPTIONS,
+    NoiseSchedule,
+    Time,
+    VariancePreserving,
+    f64,
+    make_scheduler,
+    reads_scheduler,
+)
 
 
 class VP(VariancePreserving):
@@ -230,6 +238,21 @@ _FLOW_SETTINGS: dict[str, dict[str, Any]] = {
         "final_sigmas_type": "zero",
     },
 }
+
+
+@reads_scheduler
+def _edm_of(scheduler: Any) -> EDM | None:
+    """EDM, where the scheduler's config has a sigma_data."""
+    config = scheduler.config
+    return EDM(config["sigma_min"], config["sigma_max"], config["sigma_data"]) if "sigma_data" in config else None
+
+
+@reads_scheduler
+def _flow_of(scheduler: Any) -> RectifiedFlow | None:
+    """RectifiedFlow, where the scheduler runs on flow sigmas."""
+    config = scheduler.config
+    is_flow = config.get("use_flow_sigmas") or ("beta_start" not in config and "shift" in config)
+    return RectifiedFlow(config["num_train_timesteps"]) if is_flow and "sigma_data" not in config else None
 
 
 def _check_sigmas(low: float, high: float) -> None:

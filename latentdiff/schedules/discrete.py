@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.schedules.base import Time, VariancePreserving, f64
+from latentdiff.schedules.base import Time, VariancePreserving, f64, reads_scheduler
 
 
 class DiscreteVP(VariancePreserving):
@@ -118,6 +118,14 @@ class DiscreteVP(VariancePreserving):
         inside = (place.clamp(max=self.num_steps - 1) + 1) / self.num_steps
         below = torch.sigmoid(-log_snr).sqrt() / self._sigma_min * self.t_min
         return torch.where(-log_snr < rising[0], below, inside)
+
+
+@reads_scheduler
+def _discrete_of(scheduler: Any) -> DiscreteVP | None:
+    """DiscreteVP, where the scheduler is made of betas and does not run on flow sigmas."""
+    config = scheduler.config
+    is_discrete = "beta_start" in config and "sigma_data" not in config and not config.get("use_flow_sigmas")
+    return DiscreteVP.from_config(config, scheduler.betas) if is_discrete else None
 
 
 def _without_signal(betas: Tensor) -> Tensor:

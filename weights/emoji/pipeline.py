@@ -192,7 +192,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         names, count, null = self.class_names, self.num_classes, self.config.null_class
         if label is None:
             needed = "this checkpoint has no null class, so every image needs a class"
-            require(null is not None, f"{needed}; {self._listed_classes()}")
+            require(null is not None, f"{needed}; {self.describe_classes()}")
             return null
         if isinstance(label, str) and label in names:
             return names.index(label)
@@ -204,10 +204,10 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 number = operator.index(label)
             except TypeError:
                 number = None
-        require(number is not None and 0 <= number < count, f"unknown class {label!r}; {self._listed_classes()}")
+        require(number is not None and 0 <= number < count, f"unknown class {label!r}; {self.describe_classes()}")
         return number
 
-    def _listed_classes(self) -> str:
+    def describe_classes(self) -> str:
         if (count := self.num_classes) == 0:
             kind = "is unconditional" if self.text_encoder is None else "is told by text (prompt=)"
             return f"this checkpoint {kind} and takes no class labels"
@@ -314,12 +314,12 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     def _asked(self, prompt, class_labels, negative_prompt, negative_class_labels, per_label: int) -> tuple[tuple, tuple]:
         """(texts [B], embedding rows [B]) of the images and of what to guide away from; None is no text, or no row taken."""
         require(per_label >= 1, f"num_images_per_label {per_label}: must be at least 1")
-        texts, rows = self._texts(prompt, "prompt"), self._rows(class_labels, "class_labels")
+        texts, rows = self.parse_prompts(prompt, "prompt"), self._rows(class_labels, "class_labels")
         few, many = sorted((len(texts), len(rows)))
         require(few in (1, many), f"{len(texts)} prompts and {len(rows)} class_labels: give as many, or one of either")
         needed = self.text_encoder is not None and self.config.null_prompt is None and None in texts
         require(not needed, "this checkpoint was trained without text dropout, so every image needs a prompt")
-        texts_away = self._texts(negative_prompt, "negative_prompt")
+        texts_away = self.parse_prompts(negative_prompt, "negative_prompt")
         nothing, count = [self.config.null_class if self.num_classes else None], many * per_label
         rows_away = nothing if negative_class_labels is None else self._rows(negative_class_labels, "negative_class_labels")
         for name, entries in (("negative_prompt", texts_away), ("negative_class_labels", rows_away)):
@@ -327,20 +327,20 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         pairs = (texts, rows), (texts_away, rows_away)
         return tuple([[one for one in each for _ in range(count // len(each))] for each in pair] for pair in pairs)
 
-    def _texts(self, prompt: Any, name: str) -> list[str | None]:
+    def parse_prompts(self, prompt: Any, name: str = "prompt") -> list[str | None]:
         texts = list(prompt) if isinstance(prompt, (list, tuple)) else [prompt]
         textual = texts and all(isinstance(text, (str, type(None))) for text in texts)
         require(textual, f"{name} {prompt!r}: must be a text, or a list of texts that is not empty")
         surrogates = any("\ud800" <= character <= "\udfff" for text in texts for character in text or "")
         require(not surrogates, f"{name} {prompt!r}: is not valid UTF-8")
         readable = self.text_encoder is not None or all(text is None for text in texts)
-        require(readable, f"{name}: this checkpoint has no text encoder; {self._listed_classes()}")
+        require(readable, f"{name}: this checkpoint has no text encoder; {self.describe_classes()}")
         return [text if text and text.strip() else None for text in texts]
 
     def _rows(self, class_labels: Any, name: str) -> list[int | None]:
         labels = class_labels.tolist() if hasattr(class_labels, "tolist") else class_labels  # of a tensor or an array
         labels = list(labels) if isinstance(labels, (list, tuple)) else [labels]
-        require(labels, f"{name} is empty; {self._listed_classes()}")
+        require(labels, f"{name} is empty; {self.describe_classes()}")
         return [None if label is None and self.num_classes == 0 else self.class_index(label) for label in labels]
 
     def _guidance(self, asked: float | None, wanted: tuple[list, list], away: tuple[list, list]) -> float:
