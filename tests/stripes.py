@@ -3,8 +3,9 @@
 import numpy as np
 import torch
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 
 CLASSES = ["across", "down", "blank"]
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from latentdiff.config import DataConfig
-from latentdiff.data.datasets import EncodedImages, ImageSource, in_threads
+from latentdiff.data.image_source import EncodedImages, ImageSource, in_threads
 from latentdiff.errors import UserError, printable
 from latentdiff.models.loading import read_json
 
@@ -156,7 +156,7 @@ def _data_info(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             "classes": dict(zip(source.class_names, counts, strict=True)) if counts else {},
             "captions": None if source.captions is None else _caption_facts(source.captions),
             "unreadable": {printable(file): reason for file, reason in source.bad.items()},
-            "files": source.account.with_unreadable(source.bad).as_json(),
+            "files": source.report.with_unreadable(source.bad).as_json(),
             "duplicates": _repeated_facts(repeated, sum(len(names) - 1 for names in repeated), compared),
         }
         if source.unlabelled:

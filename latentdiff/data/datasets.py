@@ -1,232 +1,100 @@
-"""What every source of images gives, whatever its storage; and the rules that all kinds of storage share.
-
-A source is read-only and knows nothing of sizes wanted, batches or epochs. Any image can be read by its number, and
-image i is the same on every machine: that is what lets N processes share an epoch and a run go on at the right sample.
-"""
+"""The images of a source, brought to one shape: what the trainers, the metrics and the latent cache read."""
 
 import hashlib
-import json
-import os
-import re
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import torch
 
-from latentdiff.data.accounts import Account
-from latentdiff.data.image_files import DECODING_ERRORS, GREY_MODES, WHITE, Color, File, Header, decode, hash_ends, one_line
+from latentdiff.data.image_source import ImageSource, UnreadableImage
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 
-TEXT_COLUMNS = ("text", "caption")  # where captions are looked for when no column is named
-SURROGATES = re.compile("[\ud800-\udfff]")  # halves of characters, which JSON can spell and no tokenizer reads
-T = TypeVar("T")
-R = TypeVar("R")
 
+class ImageDataset:
+    """A source seen through a preprocessing: what trainers and the latent cache read.
 
-@dataclass(frozen=True)
-class Columns:
-    """Where a table or an archive keeps images, labels and captions; None: the usual names (see open_source)."""
-
-    image: str | None = None
-    label: str | None = None
-    text: str | None = None
-
-
-class UnreadableImage(UserError):
-    """One image file that cannot be decoded; few of them are skipped, many are an error."""
-
-
-class ImageSource:
-    """N images with optional labels and captions.
-
-    Attributes: name (as the user wrote it), channels (1 or 3: what `read` returns), class_names (empty when
-    unlabelled), labels (int64 [N] or None), captions (N tuples of one caption or more, or None), sizes (int64 [N, 2],
-    height and width as `read` returns them), bad ({file name: reason} of what was skipped), account (the other files that
-    are not used, and remarks), unlabelled (why there are no labels where one may expect some), blocks (how many of the
-    images lie together, one after another, where reading one reads them all; else None).
+    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one. split: the rule that
+    chose the indices, where it is not the one of earlier versions; a latent cache keeps it.
     """
-
-    blocks: tuple[int, ...] | None = None
-    unlabelled: str | None = None
 
     def __init__(
         self,
-        name: str,
-        channels: int,
-        class_names: list[str],
-        labels: torch.Tensor | None,
-        captions: list[tuple[str, ...]] | None,
-        sizes: np.ndarray,
+        source: ImageSource,
+        preprocess: Preprocess,
+        indices: torch.Tensor | Sequence[int] | None = None,
+        split: str | None = None,
     ):
-        self.name, self.channels, self.class_names = name, channels, class_names
-        self.labels, self.captions, self.sizes = labels, captions, sizes
-        self.bad: dict[str, str] = {}
-        self.account = Account()
+        self.source, self.preprocess, self.split = source, preprocess.for_source(source), split
+        self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self.class_names = source.class_names
+        self.labels = None if source.labels is None else source.labels[self.indices]
+        self.blocks = None if source.blocks is None else self._blocks(source.blocks)
+
+    def _blocks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
+        """How many of this data set's images lie in each of the source's blocks; they keep the source's order."""
+        block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[self.indices]
+        if bool((block.diff() < 0).any()):
+            raise ValueError("indices of a streamed source must keep its order")
+        return tuple(torch.bincount(block, minlength=len(sizes)).tolist())
 
     def __len__(self) -> int:
-        return len(self.sizes)
+        return len(self.indices)
 
-    def read(self, i: int) -> np.ndarray:
-        """Image i as uint8 [H, W, C]. Raises UnreadableImage for a file that cannot be decoded."""
-        raise NotImplementedError
+    def batch(
+        self,
+        indices: torch.Tensor | Sequence[int],
+        *,
+        flips: torch.Tensor | bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
+
+        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by this data set's next readable
+        one, together with its label.
+        """
+        wanted = torch.as_tensor(indices, dtype=torch.int64)
+        mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
+        pairs = [self._read_or_next(i) for i in wanted.tolist()]
+        images = self.preprocess.batch([image for _, image in pairs], mirrored)
+        labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
+        return images, labels
+
+    def _read_or_next(self, i: int) -> tuple[int, np.ndarray]:
+        """(index in the source, image): image i of this data set, or the next one of it that can be read, with wrap-around.
+
+        Never one from outside, so that a held-out image cannot slip into training. The substitute depends on i alone, so
+        the order of a run stays a function of its seed. More bad files than the source allows are a UserError of its own.
+        """
+        for step in range(len(self)):
+            j = int(self.indices[(i + step) % len(self)])
+            try:
+                return j, self.source.read(j)
+            except UnreadableImage:
+                continue
+        raise UserError(f"data '{self.source.name}': none of the {len(self)} images in use can be read")
+
+    def captions(self, unreadable: Collection[str] = ()) -> list[tuple[str, ...]] | None:
+        """The captions of every image as `batch` reads it: of its substitute where its file is among the unreadable."""
+        texts = self.source.captions
+        if texts is None:
+            return None
+        rows = self.indices.tolist()
+        files = getattr(self.source, "files", [""] * len(self.source))
+        read = [files[j] not in unreadable for j in rows]
+        n, shown = len(rows), []
+        for i in range(n):
+            while not read[i % n]:
+                i += 1
+            shown.append(texts[rows[i % n]])
+        return shown
 
     def fingerprint(self) -> str:
-        """Hex sha256 of what a model would see: the same wherever the same data lie."""
-        raise NotImplementedError
+        """Hex sha256 of the source's content and of which of its images are used."""
+        return self._digest(self.source.fingerprint())
 
     def latents_fingerprint(self) -> str:
-        """The fingerprint that a latent cache keeps: without captions where they do not decide which data these are."""
-        return self.fingerprint()
+        """The same for a latent cache; see ImageSource.latents_fingerprint."""
+        return self._digest(self.source.latents_fingerprint())
 
-
-class ArraySource(ImageSource):
-    """Images held in memory: uint8 [N, H, W, C] with int64 labels [N] or None."""
-
-    def __init__(self, name: str, images: np.ndarray, labels: torch.Tensor | None, class_names: Sequence[str] = ()):
-        n, height, width, channels = images.shape
-        super().__init__(name, channels, list(class_names), labels, None, np.tile(np.array([height, width]), (n, 1)))
-        self.images = images
-
-    def read(self, i: int) -> np.ndarray:
-        return self.images[i]
-
-    def fingerprint(self) -> str:
-        digest = hashlib.sha256(json.dumps([list(self.images.shape), self.class_names]).encode())
-        digest.update(self.images.tobytes())
-        if self.labels is not None:
-            digest.update(self.labels.numpy().tobytes())
-        return digest.hexdigest()
-
-
-class EncodedImages(ImageSource):
-    """Images as encoded bytes somewhere, checked when the source opens and decoded when they are read.
-
-    Unreadable ones are dropped, and more of them than max_bad_share allows are a UserError: that share of the images, but
-    one image at least unless it is 0. A subclass says how to `open` an image. Attributes: files (a name for each image;
-    messages show it after `place`), rows (where each stood among all that were found).
-
-    headers: what `inspect` said of each found; labels and captions: of each found, or None; channels: None for 1 where
-    every image is grey, else 3. background: the colour under transparency, red, green and blue.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        place: str,
-        files: list[str],
-        headers: list[Header],
-        labels: list[int] | None,
-        class_names: list[str],
-        captions: list[tuple[str, ...]] | None,
-        channels: int | None,
-        max_bad_share: float,
-        background: Color = WHITE,
-    ):
-        good = [i for i, header in enumerate(headers) if not isinstance(header, str)]
-        modes = {headers[i][0] for i in good}
-        super().__init__(
-            name,
-            channels or (1 if modes <= GREY_MODES else 3),
-            class_names,
-            None if labels is None else torch.tensor([labels[i] for i in good], dtype=torch.int64),
-            None if captions is None else [captions[i] for i in good],
-            np.array([headers[i][1] for i in good], dtype=np.int64).reshape(-1, 2),
-        )
-        self.place, self.rows, self.files = place, good, [files[i] for i in good]
-        self._found, self._max_bad_share, self.background = len(files), max_bad_share, background
-        self.bad = {file: header for file, header in zip(files, headers, strict=True) if isinstance(header, str)}
-        self._check_bad()
-        if not good:
-            raise UserError(f"data '{name}': none of its {len(files)} images can be read")
-
-    def open(self, i: int) -> File:
-        """The encoded image i. What storage raises here is no unreadable image and goes through."""
-        raise NotImplementedError
-
-    def ends(self) -> list[str]:
-        """hash_ends of every image."""
-        return in_threads(lambda i: hash_ends(self.open(i)), range(len(self)))
-
-    def read(self, i: int) -> np.ndarray:
-        file = self.open(i)
-        try:
-            return decode(file, self.channels, self.background)
-        except DECODING_ERRORS as error:
-            name, reason = self.files[i], one_line(error)
-            self.bad[name] = reason
-            self._check_bad()
-            raise UnreadableImage(f"{self.place}{name}: cannot be read as an image ({reason})") from error
-
-    def _check_bad(self) -> None:
-        share = self._max_bad_share
-        if len(self.bad) > max(share * self._found, 1 if share else 0):
-            shown = ", ".join(f"{self.place}{name} ({why})" for name, why in list(self.bad.items())[:3])
-            raise UserError(
-                f"data '{self.name}': {len(self.bad)} of {self._found} images cannot be read, more than "
-                f"max_bad_share={share:g} allows: {shown}{', …' if len(self.bad) > 3 else ''}; "
-                "remove them, or raise data.max_bad_share to leave them out"
-            )
-
-    def fingerprint(self) -> str:
-        """Covers names, labels, captions, channels and each image's length with its first and last 32 KiB.
-
-        Up to 64 KiB an image that is the whole content; beyond it an edit that leaves the length and both ends alone goes
-        unseen, the price of not reading terabytes at every start. Times of modification are left out: a copy is the
-        same data.
-        """
-        return self._digest(self.captions)
-
-    def _digest(self, captions: list[tuple[str, ...]] | None) -> str:
-        labels = None if self.labels is None else self.labels.tolist()
-        facts = [self.channels, self.class_names, self.files, labels, captions, self.ends()]
-        facts += [] if self.background == WHITE else [self.background]  # white, the only one there was, is not written out
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-
-
-def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    """function of each item, in order, by as many threads as there are processors, 16 at most."""
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(function, items))
-
-
-def all_or_none(values: Sequence[T | None], column: str, where: Callable[[int], str]) -> list[T] | None:
-    """The values, or None where none is there; a UserError for a gap. where(i): how a message names row i."""
-    missing = [i for i, value in enumerate(values) if value is None]
-    if missing and len(missing) < len(values):
-        raise UserError(f"{where(missing[0])}: has no {column} although others do")
-    return None if missing else [value for value in values if value is not None]
-
-
-def captions_of(text: object, where: str) -> tuple[str, ...] | None:
-    """The captions of one row: a string, or a list of them; None for an empty one."""
-    if text is None or text == "" or text == []:
-        return None
-    captions = tuple(text) if isinstance(text, list) else (str(text),)
-    if isinstance(text, dict) or not all(isinstance(c, str) and c.strip() and not SURROGATES.search(c) for c in captions):
-        raise UserError(f"{where}: text must be a caption, or a list of captions that are not empty")
-    return captions
-
-
-def class_names_of(labels: Iterable[str] | None) -> list[str]:
-    """Sorted; as numbers when all are numbers, so that class 10 comes after class 9.
-
-    Of two spellings of one number, such as 1 and 01, the shorter comes first.
-    """
-    names = sorted(set(labels or ()))
-    if not all(name.isdecimal() and len(name) < 20 for name in names):
-        return names
-    return sorted(names, key=lambda name: (int(name), len(name)))
-
-
-def numbered(labels: list[str] | None, class_names: list[str], where: str) -> list[int] | None:
-    """The place of each label among the class names; a UserError for one that is not there."""
-    if labels is None:
-        return None
-    index = {class_name: k for k, class_name in enumerate(class_names)}
-    unknown = sorted(set(labels) - set(index))
-    if unknown:
-        raise UserError(f"{where}: class '{unknown[0]}' is not a class of train/; valid are {', '.join(class_names)}")
-    return [index[label] for label in labels]
+    def _digest(self, content: str) -> str:
+        return hashlib.sha256(content.encode() + self.indices.numpy().tobytes()).hexdigest()

@@ -2,7 +2,7 @@
 
 Three forms: metadata.jsonl or metadata.csv names the images; or each sub-folder is a class; or all images are in one
 folder. In the last two an image's caption may lie beside it, as a.png and a.txt. No file is passed over in silence: what
-is not used goes into the account.
+is not used goes into the report.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from latentdiff.data.accounts import Account, listed
-from latentdiff.data.datasets import TEXT_COLUMNS, Columns, captions_of, in_threads
+from latentdiff.data.file_report import FileReport, listed
 from latentdiff.data.image_files import image_suffixes, why_not_read
+from latentdiff.data.image_source import TEXT_COLUMNS, Columns, captions_of, in_threads
 from latentdiff.data.metadata import METADATA, Row, read_metadata, read_text
 from latentdiff.errors import UserError
 
@@ -51,7 +51,7 @@ class Listing:
     files: list[str]
     labels: list[str] | None
     captions: Captions | None
-    account: Account = field(default_factory=Account)
+    report: FileReport = field(default_factory=FileReport)
     unlabelled: str | None = None
     captions_ignored_before: bool = False
 
@@ -63,7 +63,7 @@ class _Below:
     images: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     folders: list[str] = field(default_factory=list)
-    account: Account = field(default_factory=Account)
+    report: FileReport = field(default_factory=FileReport)
 
 
 def list_folder(root: Path, columns: Columns, with_captions: bool = True) -> Listing:
@@ -86,14 +86,14 @@ def list_folder(root: Path, columns: Columns, with_captions: bool = True) -> Lis
     return _from_tree(root, below, with_captions)
 
 
-def account_beside(root: Path, parts: tuple[str, ...]) -> Account:
+def report_beside(root: Path, parts: tuple[str, ...]) -> FileReport:
     """What lies beside the folders of a data set's parts, which no part reads."""
-    account = Account()
+    report = FileReport()
     for entry in sorted(root.iterdir()):
         if entry.name not in parts:
             name = entry.name + ("/" if entry.is_dir() else "")
-            account.leave_out(HIDDEN if _is_hidden(entry.name) else f"lies beside {' and '.join(f'{p}/' for p in parts)}", name)
-    return account
+            report.leave_out(HIDDEN if _is_hidden(entry.name) else f"lies beside {' and '.join(f'{p}/' for p in parts)}", name)
+    return report
 
 
 def _walk(root: Path, named: frozenset[str] = frozenset()) -> _Below:
@@ -110,7 +110,7 @@ def _walk(root: Path, named: frozenset[str] = frozenset()) -> _Below:
         except OSError as error:
             if not inside:
                 raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
-            below.account.leave_out(f"folder that cannot be listed ({error.strerror})", inside)
+            below.report.leave_out(f"folder that cannot be listed ({error.strerror})", inside)
             return
         for entry in entries:
             _sort_in(entry, inside, below, named, visit)
@@ -127,21 +127,21 @@ def _sort_in(
     if name in named:
         below.images.append(name)
     elif _is_hidden(entry.name) or (directory and not inside and entry.name.startswith("__")):
-        below.account.leave_out(HIDDEN, name + ("/" if directory else ""))
+        below.report.leave_out(HIDDEN, name + ("/" if directory else ""))
     elif directory and entry.is_symlink() and inside:
-        below.account.leave_out("link to a folder, not followed", f"{name}/")
+        below.report.leave_out("link to a folder, not followed", f"{name}/")
     elif directory:
         if not inside:
             below.folders.append(entry.name)
         visit(Path(entry.path), f"{name}/")
     elif not entry.is_file():
-        below.account.leave_out("broken link, or not a file", name)
+        below.report.leave_out("broken link, or not a file", name)
     elif suffix in image_suffixes():
         below.images.append(name)
     elif suffix in CAPTION_SUFFIXES:
         below.texts.append(name)
     elif inside or entry.name not in METADATA:
-        below.account.leave_out(why_not_read(suffix), name)
+        below.report.leave_out(why_not_read(suffix), name)
 
 
 def _is_hidden(name: str) -> bool:
@@ -149,14 +149,14 @@ def _is_hidden(name: str) -> bool:
 
 
 def _no_images(root: Path, below: _Below) -> str:
-    why = "; ".join(f"{reason}: {listed(names.first)}" for reason, names in below.account.left_out.items())
+    why = "; ".join(f"{reason}: {listed(names.first)}" for reason, names in below.report.left_out.items())
     usual = ".png, .jpg, .webp and other suffixes that Pillow reads"
     return f"{root} has no images ({usual}), in it or in class sub-folders" + (f"; it has files with {why}" if why else "")
 
 
 def _from_tree(root: Path, below: _Below, with_captions: bool) -> Listing:
     """Classes by sub-folder, or none where images also lie beside the sub-folders; captions from files beside the images."""
-    account = below.account
+    report = below.report
     flat = [name for name in below.images if "/" not in name]
     nested = {folder: 0 for folder in below.folders}
     for name in below.images:
@@ -164,27 +164,27 @@ def _from_tree(root: Path, below: _Below, with_captions: bool) -> Listing:
             nested[name.partition("/")[0]] += 1
     for folder, count in nested.items():
         if not count:
-            account.leave_out(EMPTY, f"{folder}/")
+            report.leave_out(EMPTY, f"{folder}/")
     unlabelled = None
     if flat and len(flat) < len(below.images):
         where = f"{len(flat)} images lie beside its sub-folders ({listed(flat)})"
         unlabelled = f"{where}, so it has no classes; move each into a class folder"
         for name in flat:
-            account.remark("used without classes, because images lie beside the sub-folders", name)
+            report.remark("used without classes, because images lie beside the sub-folders", name)
     labelled = not flat
     files = sorted(below.images)
-    _note_parts(account, [folder for folder, count in nested.items() if count] if labelled else [])
+    _note_parts(report, [folder for folder, count in nested.items() if count] if labelled else [])
     captions = _captions_beside(root, files, below) if with_captions else None
     labels = [name.partition("/")[0] for name in files] if labelled else None
-    return Listing(files, labels, captions, account, unlabelled, captions_ignored_before=True)
+    return Listing(files, labels, captions, report, unlabelled, captions_ignored_before=True)
 
 
-def _note_parts(account: Account, classes: list[str]) -> None:
+def _note_parts(report: FileReport, classes: list[str]) -> None:
     """Sub-folders that look like the parts of a data set are classes unless they are train/ and test/."""
     parts = [name for name in classes if name.lower() in ("train", "training", "val", "valid", "validation", "test", "testing")]
     if parts and len(classes) <= 3:
         for name in parts:
-            account.remark("read as a class; for a part of the data, name the folders train/ and test/", f"{name}/")
+            report.remark("read as a class; for a part of the data, name the folders train/ and test/", f"{name}/")
 
 
 def _captions_beside(root: Path, files: list[str], below: _Below) -> Captions | None:
@@ -204,13 +204,13 @@ def _captions_beside(root: Path, files: list[str], below: _Below) -> Captions | 
             stem, suffix = _stem_and_suffix(name)
             other = suffix != CAPTION_SUFFIXES[0] and texts.get((stem, CAPTION_SUFFIXES[0])) in used
             reason = f"{CAPTION_SUFFIXES[0]} beside it is read instead" if other else "text beside no image"
-            below.account.leave_out(reason, name)
+            below.report.leave_out(reason, name)
     captions = in_threads(lambda name: None if name is None else _read_caption(root / name), beside)
     if not any(captions):
         return None
     for file, caption in zip(files, captions, strict=True):
         if caption is None:
-            below.account.remark("no caption, used with an empty one", file)
+            below.report.remark("no caption, used with an empty one", file)
     return [caption or NO_CAPTION for caption in captions]
 
 
@@ -227,26 +227,26 @@ def _read_caption(path: Path) -> tuple[str, ...] | None:
 
 
 def _from_metadata(root: Path, metadata: list[str], columns: Columns) -> Listing:
-    account = Account()
-    rows, text = read_metadata(root / metadata[0], columns, account)
+    report = FileReport()
+    rows, text = read_metadata(root / metadata[0], columns, report)
     below = _walk(root, frozenset(os.path.normpath(row.file) for row in rows))
-    below.account.remarks |= account.remarks
+    below.report.remarks |= report.remarks
     for name in metadata[1:]:
-        below.account.leave_out(f"{metadata[0]} is read instead", name)
+        below.report.leave_out(f"{metadata[0]} is read instead", name)
     _resolve(root, rows, below.images)
     rows.sort(key=lambda row: row.file)
     files = [row.file for row in rows]
     for file in sorted({file for file, other in zip(files, files[1:], strict=False) if file == other}):
-        below.account.remark(f"listed more than once in {metadata[0]}, and counted as often", file)
+        below.report.remark(f"listed more than once in {metadata[0]}, and counted as often", file)
     used = {os.path.normpath(file) for file in files}
     for file in below.images:
         if file not in used:
-            below.account.leave_out(f"not listed in {metadata[0]}", file)
+            below.report.leave_out(f"not listed in {metadata[0]}", file)
     for file in below.texts:
-        below.account.leave_out(f"{metadata[0]} is read instead", file)
+        below.report.leave_out(f"{metadata[0]} is read instead", file)
     labels = [row.label for row in rows if row.label is not None]
     captions = [row.captions for row in rows if row.captions is not None]
-    return Listing(files, labels or None, captions or None, below.account, captions_ignored_before=text != TEXT_COLUMNS[0])
+    return Listing(files, labels or None, captions or None, below.report, captions_ignored_before=text != TEXT_COLUMNS[0])
 
 
 def _resolve(root: Path, rows: list[Row], images: list[str]) -> None:

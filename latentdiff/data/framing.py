@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdiff.data.datasets import ImageSource
+from latentdiff.data.image_source import ImageSource
 from latentdiff.data.transforms import SCALED, Preprocess, size_name
 from latentdiff.errors import printable
 

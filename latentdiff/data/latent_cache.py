@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.tensor_shards import (
     Identity,
     building,
@@ -37,7 +38,6 @@ from latentdiff.data.tensor_shards import (
     write_manifest,
     write_shard,
 )
-from latentdiff.data.transforms import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.utils import processes, signals
 from latentdiff.utils.random import Generators, randn

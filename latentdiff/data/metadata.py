@@ -11,9 +11,9 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.accounts import Account, listed
-from latentdiff.data.datasets import TEXT_COLUMNS, Columns, captions_of
+from latentdiff.data.file_report import FileReport, listed
 from latentdiff.data.image_files import image_suffixes, leaves, one_line
+from latentdiff.data.image_source import TEXT_COLUMNS, Columns, captions_of
 from latentdiff.errors import UserError
 
 METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
@@ -32,8 +32,8 @@ class Row:
     line: int
 
 
-def read_metadata(path: Path, columns: Columns, account: Account) -> tuple[list[Row], str | None]:
-    """The rows of a metadata file, in its order, and the column of their captions. Other columns go into the account.
+def read_metadata(path: Path, columns: Columns, report: FileReport) -> tuple[list[Row], str | None]:
+    """The rows of a metadata file, in its order, and the column of their captions. Other columns go into the report.
 
     Columns that are not named: file_name, label, and the first of TEXT_COLUMNS that has a caption.
     UserError: not UTF-8, not a table, a column or a value is missing, or a file is not inside the folder; the message
@@ -49,7 +49,7 @@ def read_metadata(path: Path, columns: Columns, account: Account) -> tuple[list[
     image, label, text = _chosen(path, columns, names, table)
     for name in names:
         if name not in (image, label, text):
-            account.remark(f"column of {path.name} that is not used", name)
+            report.remark(f"column of {path.name} that is not used", name)
     rows = [_row(path, line, row, image, label, text) for line, row in table]
     for column, missing in (
         (label, [row.line for row in rows if row.label is None]),

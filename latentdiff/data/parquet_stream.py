@@ -1,11 +1,12 @@
-"""Tables that are read where they lie: parquet files by ranges of bytes, a row group at a time, never a whole set on disk.
+"""Parquet tables read where they lie, a row group at a time and by ranges of bytes: `data.streaming` in a config.
 
-The footers say how many rows each row group has, so every row can be asked for, splits stay exact and a run goes on at
-the right sample. Labels and captions are read when the table is opened; image bytes group by group, the last few kept.
-The order of training keeps to a few groups at a time (see `order.stream`), so that an epoch reads about as much as lies
-there; each process reads for itself. Each file is read through once at its first opening, as a shard is: what each image
-is goes into the user's cache folder. An `IterableDataset` is not used, as its shuffle buffer cannot be taken up again at
-a sample, alike on any number of processes.
+The footers say how many rows each row group has, so any row can be asked for by its number. Labels and captions are read
+when the table is opened. Images are read a row group at a time, and the last few groups are kept in memory. The order of
+training stays within a few groups (`latentdiff.data.shuffling.stream`), so an epoch reads each group about once. Each
+process reads for itself. At the first opening each file is read through once; what its images are is kept in the user's
+cache folder.
+
+`datasets.IterableDataset` is not used: its shuffle buffer cannot resume at a sample, alike on any number of processes.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.accounts import Account
-from latentdiff.data.datasets import Columns, EncodedImages
-from latentdiff.data.hub import HUB_NAME, describe
+from latentdiff.data.file_report import FileReport
 from latentdiff.data.image_files import WHITE, Color, hash_ends, inspect, one_line
+from latentdiff.data.image_source import Columns, EncodedImages
 from latentdiff.data.patterns import expand
 from latentdiff.data.shuffling import WINDOW
+from latentdiff.data.tables import HUB_NAME, describe
 from latentdiff.data.tar_index import Sample
 from latentdiff.data.webdataset import Shard, cached_index, find_shards
 from latentdiff.errors import UserError
@@ -198,10 +199,10 @@ def open_streamed(
     def train() -> Rows:
         return rows if split == "train" else Rows([Parquet(shard) for shard in parts["train"]], data)
 
-    account = Account()
-    image, labels, class_names, captions = describe(rows, train, data, columns, account)
+    report = FileReport()
+    image, labels, class_names, captions = describe(rows, train, data, columns, report)
     source = StreamedTable(data, rows.files, image, labels, class_names, captions, channels, max_bad_share, background)
-    source.account = account
+    source.report = report
     return source
 
 

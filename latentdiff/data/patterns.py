@@ -1,4 +1,4 @@
-"""Names of many files at once: shards-{000..127}.tar, {train,extra}-0.parquet."""
+"""FileNames of many files at once: shards-{000..127}.tar, {train,extra}-0.parquet."""
 
 import re
 

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from latentdiff.data import hub, parquet_stream, webdataset
-from latentdiff.data.datasets import ArraySource, Columns, EncodedImages, ImageSource, class_names_of, in_threads, numbered
-from latentdiff.data.folders import Listing, account_beside, list_folder
+from latentdiff.data import parquet_stream, tables, webdataset
+from latentdiff.data.folders import Listing, list_folder, report_beside
 from latentdiff.data.image_files import WHITE, Color, examine, read_idx
+from latentdiff.data.image_source import ArraySource, Columns, EncodedImages, ImageSource, class_names_of, in_threads, numbered
 from latentdiff.data.metadata import METADATA
-from latentdiff.data.shuffling import permutation
+from latentdiff.data.splits import HELD_OUT_RULES, held_out  # noqa: F401  # version 0.1 had them here
 from latentdiff.errors import UserError
 
 FASHION_MNIST_CLASSES = [
@@ -32,7 +32,6 @@ FASHION_MNIST_CLASSES = [
 ]
 FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 USUAL_COLUMNS = Columns()
-HELD_OUT_RULES = ("per_class", "random")
 
 
 class FolderSource(EncodedImages):
@@ -55,10 +54,10 @@ class FolderSource(EncodedImages):
             name, f"{root}/", listing.files, headers, labels, class_names, listing.captions, channels, max_bad_share, background
         )
         self._captions_ignored_before = listing.captions_ignored_before
-        self.root, self.account, self.unlabelled = root, listing.account, listing.unlabelled
+        self.root, self.report, self.unlabelled = root, listing.report, listing.unlabelled
         for file, (_, several) in zip(listing.files, found, strict=True):
             if several:
-                self.account.remark("has several frames or pages, of which the first is used", file)
+                self.report.remark("has several frames or pages, of which the first is used", file)
 
     def open(self, i: int) -> Path:
         return self.root / self.files[i]
@@ -89,8 +88,8 @@ def open_source(
     Images both beside and inside sub-folders have no classes; `unlabelled` says why.
     channels: 1, 3 or None (1 when every image is grey, else 3). EXIF rotation is applied.
     max_bad_share: the share of images that may be unreadable (one at least, unless it is 0); they are named in `.bad` and
-    skipped. What else is not used is in `.account`.
-    columns: of tables, shards and metadata; see latentdiff.data.hub, webshards and metadata for the usual ones.
+    skipped. What else is not used is in `.report`.
+    columns: of tables, shards and metadata; see latentdiff.data.tables, webshards and metadata for the usual ones.
     streaming: parquet is read where it lies and never stored; see latentdiff.data.parquet_stream.
     background: the colour that transparency is laid on, red, green and blue.
     """
@@ -106,7 +105,7 @@ def open_source(
     if kind == "fashion-mnist":
         return _fashion_mnist(split, channels or 1)
     if kind == "table":
-        return hub.open_table(data, split, channels, max_bad_share, columns, background)
+        return tables.open_table(data, split, channels, max_bad_share, columns, background)
     if kind == "shards":
         if split == "test":
             raise UserError(f"data '{data}': shards have no test split; hold a share of their images out")
@@ -120,10 +119,10 @@ def kind_of(data: str) -> str:
         return data
     folder = Path(data).expanduser()
     if folder.is_dir():
-        return "table" if hub.is_table_folder(folder) else "folder"
+        return "table" if tables.is_table_folder(folder) else "folder"
     if webdataset.is_shards(data):
         return "shards"
-    return "table" if hub.is_table_name(data) else "folder"
+    return "table" if tables.is_table_name(data) else "folder"
 
 
 def is_data_name(data: str) -> bool:
@@ -150,8 +149,8 @@ def _open_folder(
     root = _split_root(folder, split)
     listing = list_folder(root, columns)
     if len(parts) == 2 and split == "train":
-        for reason, names in account_beside(folder, parts).left_out.items():
-            listing.account.left_out.setdefault(reason, names)
+        for reason, names in report_beside(folder, parts).left_out.items():
+            listing.report.left_out.setdefault(reason, names)
     labels_of_train = listing.labels
     if split == "test":
         labels_of_train = list_folder(_split_root(folder, "train"), columns, with_captions=False).labels
@@ -166,49 +165,9 @@ def splits(data: str, streaming: bool = False) -> tuple[str, ...]:
         return parquet_stream.streamed_splits(data)
     kind, folder = kind_of(data), Path(data).expanduser()
     if kind == "table":
-        return hub.table_splits(data)
+        return tables.table_splits(data)
     two = kind == "fashion-mnist" or ((folder / "train").is_dir() and (folder / "test").is_dir())
     return ("train", "test") if two else ("train",)
-
-
-def held_out(source: ImageSource, share: float, seed: int, rule: str = "per_class") -> tuple[torch.Tensor, torch.Tensor]:
-    """(train_indices, held_out_indices), int64 and ascending: a fixed function of the labels, the share, the seed and the rule.
-
-    rule: "per_class" holds out about the share of each class and never a class's only image, so none where every class has
-    one image; "random", the rule of earlier versions, draws from all images alike. Without labels both are one: at least
-    one image is held out and at least one kept. share is in (0, 1).
-    """
-    n = len(source)
-    if rule not in HELD_OUT_RULES:
-        raise UserError(f"held_out_rule '{rule}': valid are {', '.join(HELD_OUT_RULES)}")
-    if not 0 < share < 1 or n < 2:
-        raise UserError(f"held-out share {share:g} of {n} images: needs a share between 0 and 1 and at least 2 images")
-    order = permutation(n, seed, "held-out")
-    count = min(n - 1, max(1, round(share * n)))
-    if rule == "random" or source.labels is None:
-        return order[count:].sort().values, order[:count].sort().values
-    labels = source.labels[order].numpy()
-    quotas = _per_class(np.bincount(labels), share, count, seed)
-    taken = np.zeros(n, dtype=bool)
-    for c, quota in enumerate(quotas):
-        taken[(labels == c).nonzero()[0][:quota]] = True
-    apart = torch.from_numpy(taken)
-    return order[~apart].sort().values, order[apart].sort().values
-
-
-def _per_class(sizes: np.ndarray, share: float, count: int, seed: int) -> np.ndarray:
-    """How many images of each class are held out, int64 [K]: about its share, `count` in all where that leaves every class one.
-
-    Each class gives the whole part of its share; what is left of `count` comes from the largest remainders.
-    """
-    spare = np.maximum(sizes - 1, 0)
-    quotas = np.minimum(np.floor(share * sizes).astype(np.int64), spare)
-    places = np.empty(len(sizes), dtype=np.int64)
-    places[permutation(len(sizes), seed, "held-out classes").numpy()] = np.arange(len(sizes))  # who comes first among equals
-    while quotas.sum() < count and (quotas < spare).any():
-        rest = np.where(quotas < spare, share * sizes - quotas, -np.inf)
-        quotas[np.lexsort((places, -rest))[0]] += 1
-    return quotas
 
 
 def _split_root(folder: Path, split: str) -> Path:

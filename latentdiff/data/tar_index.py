@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from io import BytesIO
 from typing import Any, BinaryIO
 
-from latentdiff.data.datasets import TEXT_COLUMNS, Columns, captions_of
 from latentdiff.data.image_files import ADVICE, Header, hash_ends, image_suffixes, inspect, one_line, why_not_read
+from latentdiff.data.image_source import TEXT_COLUMNS, Columns, captions_of
 from latentdiff.errors import UserError
 
 FORMAT = 2  # of the index as it is kept on disk; 1 knew fewer suffixes

@@ -1,7 +1,6 @@
 """From images of any size to the tensors an autoencoder takes, by stated rules: nothing happens silently."""
 
-import hashlib
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from latentdiff.data.datasets import ImageSource, UnreadableImage
 from latentdiff.data.image_files import WHITE, Color
+from latentdiff.data.image_source import ImageSource
 from latentdiff.errors import UserError
 
 FRAMINGS = ("exact", "resize", "crop", "pad", "letterbox")
@@ -166,95 +165,6 @@ class Preprocess:
                 f"an image of {size_name((height, width))} does not fit {size_name(expected)} with framing={self.framing}, "
                 f"which takes images of one size; for mixed sizes set data.framing to one of {ways}"
             )
-
-
-class ImageDataset:
-    """A source seen through a preprocessing: what trainers and the latent cache read.
-
-    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one. split: the rule that
-    chose the indices, where it is not the one of earlier versions; a latent cache keeps it.
-    """
-
-    def __init__(
-        self,
-        source: ImageSource,
-        preprocess: Preprocess,
-        indices: torch.Tensor | Sequence[int] | None = None,
-        split: str | None = None,
-    ):
-        self.source, self.preprocess, self.split = source, preprocess.for_source(source), split
-        self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
-        self.class_names = source.class_names
-        self.labels = None if source.labels is None else source.labels[self.indices]
-        self.blocks = None if source.blocks is None else self._blocks(source.blocks)
-
-    def _blocks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """How many of this data set's images lie in each of the source's blocks; they keep the source's order."""
-        block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[self.indices]
-        if bool((block.diff() < 0).any()):
-            raise ValueError("indices of a streamed source must keep its order")
-        return tuple(torch.bincount(block, minlength=len(sizes)).tolist())
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def batch(
-        self,
-        indices: torch.Tensor | Sequence[int],
-        *,
-        flips: torch.Tensor | bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
-
-        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by this data set's next readable
-        one, together with its label.
-        """
-        wanted = torch.as_tensor(indices, dtype=torch.int64)
-        mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
-        pairs = [self._read_or_next(i) for i in wanted.tolist()]
-        images = self.preprocess.batch([image for _, image in pairs], mirrored)
-        labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
-        return images, labels
-
-    def _read_or_next(self, i: int) -> tuple[int, np.ndarray]:
-        """(index in the source, image): image i of this data set, or the next one of it that can be read, with wrap-around.
-
-        Never one from outside, so that a held-out image cannot slip into training. The substitute depends on i alone, so
-        the order of a run stays a function of its seed. More bad files than the source allows are a UserError of its own.
-        """
-        for step in range(len(self)):
-            j = int(self.indices[(i + step) % len(self)])
-            try:
-                return j, self.source.read(j)
-            except UnreadableImage:
-                continue
-        raise UserError(f"data '{self.source.name}': none of the {len(self)} images in use can be read")
-
-    def captions(self, unreadable: Collection[str] = ()) -> list[tuple[str, ...]] | None:
-        """The captions of every image as `batch` reads it: of its substitute where its file is among the unreadable."""
-        texts = self.source.captions
-        if texts is None:
-            return None
-        rows = self.indices.tolist()
-        files = getattr(self.source, "files", [""] * len(self.source))
-        read = [files[j] not in unreadable for j in rows]
-        n, shown = len(rows), []
-        for i in range(n):
-            while not read[i % n]:
-                i += 1
-            shown.append(texts[rows[i % n]])
-        return shown
-
-    def fingerprint(self) -> str:
-        """Hex sha256 of the source's content and of which of its images are used."""
-        return self._digest(self.source.fingerprint())
-
-    def latents_fingerprint(self) -> str:
-        """The same for a latent cache; see ImageSource.latents_fingerprint."""
-        return self._digest(self.source.latents_fingerprint())
-
-    def _digest(self, content: str) -> str:
-        return hashlib.sha256(content.encode() + self.indices.numpy().tobytes()).hexdigest()
 
 
 def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:

@@ -20,8 +20,8 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentdiff.data.datasets import Columns, EncodedImages, all_or_none, class_names_of, numbered
 from latentdiff.data.image_files import WHITE, Color, one_line
+from latentdiff.data.image_source import Columns, EncodedImages, all_or_none, class_names_of, numbered
 from latentdiff.data.patterns import expand
 from latentdiff.data.tar_index import FORMAT, Sample, index_shard
 from latentdiff.errors import UserError

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
-from latentdiff.data.transforms import ImageDataset
 from latentdiff.denoiser import DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.likelihood import bits_per_dim, log_prob

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import NotFiniteError
 from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.models.feature_net import FeatureNet, FeatureSpace, extract

@@ -19,7 +19,7 @@ from latentdiff.evaluation.sample_sets import read_npz
 from latentdiff.utils import processes
 
 if TYPE_CHECKING:
-    from latentdiff.data.transforms import ImageDataset
+    from latentdiff.data.datasets import ImageDataset
     from latentdiff.generation import Subject
     from latentdiff.models.codec import LatentCodec
 

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.classification import Seen, content_hash, digests, look, read_batches
 from latentdiff.evaluation.frechet import Moments
 from latentdiff.models.feature_net import FeatureSpace, extract

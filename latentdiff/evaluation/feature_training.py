@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import Batches
-from latentdiff.data.transforms import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.evaluation.classification import label_accuracy
 from latentdiff.models.feature_net import FeatureNet

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.classification import Seen, look, read_batches
 from latentdiff.evaluation.frechet import frechet_distance
 from latentdiff.evaluation.precision_recall import NEIGHBOURS, support

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.metrics import shown
 from latentdiff.evaluation.sample_sets import sample_set, without_padding
 from latentdiff.utils.images import captioned_grid, labelled_grid, save_png, to_uint8

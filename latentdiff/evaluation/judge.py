@@ -138,8 +138,9 @@ def draw(
 def trained_on(folder: Path, data: str) -> bool:
     """Whether a checkpoint says that it was trained on the training part of `data`, and so on none of its held-out pairs."""
     from latentdiff.checkpoints import META, read_meta
+    from latentdiff.data.datasets import ImageDataset
     from latentdiff.data.sources import open_source
-    from latentdiff.data.transforms import ImageDataset, Preprocess
+    from latentdiff.data.transforms import Preprocess
 
     stated = read_meta(folder).get("data", {}) if (folder / META).is_file() else {}
     source = open_source(data, "train", 3)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.precision_recall import BLOCK, nearest
 
 PIXELS = 4096  # values of an image that are compared at most; larger ones are averaged over squares first

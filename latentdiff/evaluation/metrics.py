@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.datasets import Columns
-from latentdiff.data.sources import USUAL_COLUMNS, held_out, kind_of, open_source, splits, takes_columns
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.datasets import ImageDataset
+from latentdiff.data.image_source import Columns
+from latentdiff.data.sources import USUAL_COLUMNS, kind_of, open_source, splits, takes_columns
+from latentdiff.data.splits import held_out
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation import guidance_curve
 from latentdiff.evaluation.classification import ClassifierTrainer, Seen, cas, class_counts, look, read_batches

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
-    from latentdiff.data.datasets import Columns
+    from latentdiff.data.image_source import Columns
     from latentdiff.data.transforms import Preprocess
 
 
@@ -19,7 +19,7 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
     They are preprocessing, held-out share, columns, streaming, held-out rule and the share of unreadable images allowed.
     """
     from latentdiff.checkpoints import META, read_meta
-    from latentdiff.data.datasets import Columns
+    from latentdiff.data.image_source import Columns
 
     meta = read_meta(folder) if (folder / META).is_file() else {}
     if "config" not in meta:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
-from latentdiff.data.transforms import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.utils.random import derive_seed
 

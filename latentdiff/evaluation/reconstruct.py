@@ -59,9 +59,9 @@ def _prepare_image(
     """(float32 [1, C, H, W] in [-1, 1], (top, left, height, width) of the content, what was done) of one image file."""
     from dataclasses import replace
 
-    from latentdiff.data.datasets import ImageSource
     from latentdiff.data.framing import framing_facts
     from latentdiff.data.image_files import DECODING_ERRORS, WHITE, decode, reason_of
+    from latentdiff.data.image_source import ImageSource
     from latentdiff.data.transforms import SCALED, Preprocess
     from latentdiff.utils.images import to_uint8
 

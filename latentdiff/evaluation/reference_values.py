@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
-from latentdiff.data.transforms import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.evaluation import kid, memorization
 from latentdiff.evaluation.classification import Seen

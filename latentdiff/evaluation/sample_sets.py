@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
 from latentdiff.data.sources import ArraySource, open_source
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 
 # What numpy and zipfile raise on damaged archives; RuntimeError stands for encrypted ones and unknown methods
@@ -67,7 +68,7 @@ def read_folder(folder: str | Path, class_names: Sequence[str]) -> tuple[np.ndar
     """
     try:
         source = open_source(str(folder), max_bad_share=0.0)
-        for line in source.account.lines():
+        for line in source.report.lines():
             print(f"--samples {folder}: {line}", file=sys.stderr)
         sizes = np.unique(source.sizes, axis=0)
         if len(sizes) > 1:

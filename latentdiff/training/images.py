@@ -12,12 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.config import DataConfig
-from latentdiff.data.accounts import Account
-from latentdiff.data.datasets import Columns, ImageSource
+from latentdiff.data.datasets import ImageDataset
+from latentdiff.data.file_report import FileReport
 from latentdiff.data.framing import framing_facts, framing_lines
+from latentdiff.data.image_source import Columns, ImageSource
 from latentdiff.data.shuffling import Batches
-from latentdiff.data.sources import held_out, open_source, splits
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.sources import open_source, splits
+from latentdiff.data.splits import held_out
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import printable
 from latentdiff.utils import processes
 
@@ -57,11 +59,11 @@ class Images:
         self._has_said = False
         self._shown: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def accounts(self) -> dict[str, Account]:
+    def accounts(self) -> dict[str, FileReport]:
         """What became of every file of the data set, by part: {"train": …}, and "test" where it has one."""
         sources = {"train": self.train.source, "test": self.held_out.source}
         return {
-            part: source.account.with_unreadable(source.bad)
+            part: source.report.with_unreadable(source.bad)
             for part, source in sources.items()
             if part == "train" or source is not self.train.source
         }

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.config import DiffusionConfig
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.training import conditioning
 from latentdiff.training.latents import Latents

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from latentdiff.config import FeaturesConfig
-from latentdiff.data.transforms import ImageDataset
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.evaluation.feature_training import train_features
 from latentdiff.models.feature_net import FeatureNet

@@ -13,10 +13,11 @@ from tiny_runs import autoencoder_tree, diffusion_tree, write_stripes, write_yam
 
 from latentdiff.cli import main
 from latentdiff.config import load_config, parse_config
-from latentdiff.data.datasets import ImageSource
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.framing import framing_facts, framing_lines
+from latentdiff.data.image_source import ImageSource
 from latentdiff.data.sources import open_source
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation.metrics import reference_sets
 from latentdiff.evaluation.model_data import data_rule
@@ -209,12 +210,12 @@ def test_names_of_a_reason_are_bounded(tmp_path):
     for k in range(150):
         (tmp_path / f"{k:03}.dat").write_bytes(b"x")
     source = open_source(str(tmp_path))
-    entry = source.account.as_json()["left_out"]["suffix .dat is not read"]
+    entry = source.report.as_json()["left_out"]["suffix .dat is not read"]
     assert entry["count"] == 150 and len(entry["names"]) == 100
-    assert source.account.lines() == ["not used, suffix .dat is not read: 150 (000.dat, 001.dat, 002.dat, …)"]
+    assert source.report.lines() == ["not used, suffix .dat is not read: 150 (000.dat, 001.dat, 002.dat, …)"]
     for k in range(20):
         (tmp_path / f"b.{k}").write_bytes(b"x")
-    lines = open_source(str(tmp_path)).account.lines()
+    lines = open_source(str(tmp_path)).report.lines()
     assert len(lines) == 13 and ".dat" in lines[0] and lines[-1].startswith("not used, for 9 other reasons: 9 (")
 
 

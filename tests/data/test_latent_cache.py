@@ -13,9 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.latent_cache import build_cache, identity, open_cache
 from latentdiff.data.sources import ArraySource
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
 

@@ -12,9 +12,11 @@ from tiny_runs import autoencoder_config, diffusion_config, write_stripes
 
 from latentdiff.checkpoints import load
 from latentdiff.data import parquet_stream
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import WINDOW, Batches, stream
-from latentdiff.data.sources import held_out, open_source, splits
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.sources import open_source, splits
+from latentdiff.data.splits import held_out
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation.metrics import reference_sets
 from latentdiff.evaluation.model_data import data_rule
@@ -200,7 +202,7 @@ def test_a_server_without_ranges_is_refused(tmp_path, served):
     ],
 )
 def test_what_cannot_be_streamed_is_one_line(tmp_path, how, said):
-    from latentdiff.data.datasets import Columns
+    from latentdiff.data.image_source import Columns
 
     data, path, columns = write_files(tmp_path / "data"), tmp_path / "data" / "part-1.parquet", Columns()
     if how == "cut":

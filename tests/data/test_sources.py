@@ -11,8 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from latentdiff.data.sources import ArraySource, held_out, open_source, splits
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.datasets import ImageDataset
+from latentdiff.data.sources import ArraySource, open_source, splits
+from latentdiff.data.splits import held_out
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource, ImageSource
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.utils.images import to_uint8
 

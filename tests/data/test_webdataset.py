@@ -14,11 +14,12 @@ from PIL import Image
 from test_sources import one_line, write_image
 from tiny_runs import write_stripes
 
-from latentdiff.data.datasets import Columns
+from latentdiff.data.datasets import ImageDataset
+from latentdiff.data.image_source import Columns
 from latentdiff.data.patterns import expand
 from latentdiff.data.shuffling import Batches
 from latentdiff.data.sources import open_source, splits
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 
 

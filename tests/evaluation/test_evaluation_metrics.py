@@ -11,8 +11,9 @@ from sklearn.neighbors import NearestNeighbors
 from stripes import stripe_pixels, stripes
 from test_evaluation_scores import rows, rows_with
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.evaluation import kid, memorization
 from latentdiff.evaluation.extrapolation import extrapolate, fewest
 from latentdiff.evaluation.frechet import Moments, distance_from

@@ -14,8 +14,9 @@ from tiny_text import text_tree, write_captioned
 
 from latentdiff import checkpoints
 from latentdiff.config import parse_config
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import open_source
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation import evaluate
 from latentdiff.evaluation.metrics import reference_sets

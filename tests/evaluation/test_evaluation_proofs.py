@@ -10,8 +10,9 @@ import torch
 from sklearn.metrics.pairwise import polynomial_kernel
 from stripes import CLASSES, stripe_pixels, stripes
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation import kid, reference_values
 from latentdiff.evaluation.classification import frechet

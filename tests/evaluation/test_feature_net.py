@@ -7,8 +7,9 @@ import pytest
 import torch
 from stripes import stripes
 
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation.classification import label_accuracy
 from latentdiff.evaluation.feature_training import shift_images, train_features

@@ -17,8 +17,9 @@ from latentdiff import checkpoints
 from latentdiff.cli import main
 from latentdiff.config import parse_config
 from latentdiff.data.captions import Captions, build_states, encoder_fingerprint
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import open_source
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.generation import generate, generate_batches, image_generators
 from latentdiff.models.text_encoder import (

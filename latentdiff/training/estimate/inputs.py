@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentdiff.config import AutoencoderConfig, DataConfig, load_config, parse_config
-from latentdiff.data.hub import HUB_NAME
 from latentdiff.data.sources import open_source
+from latentdiff.data.tables import HUB_NAME
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder

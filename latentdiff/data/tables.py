@@ -16,8 +16,9 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from latentdiff.data.accounts import Account
-from latentdiff.data.datasets import (
+from latentdiff.data.file_report import FileReport
+from latentdiff.data.image_files import WHITE, Color, File, Header, image_suffixes, inspect, one_line
+from latentdiff.data.image_source import (
     TEXT_COLUMNS,
     Columns,
     EncodedImages,
@@ -27,7 +28,6 @@ from latentdiff.data.datasets import (
     in_threads,
     numbered,
 )
-from latentdiff.data.image_files import WHITE, Color, File, Header, image_suffixes, inspect, one_line
 from latentdiff.data.patterns import expand
 from latentdiff.errors import UserError
 
@@ -112,30 +112,30 @@ def open_table(
     if split not in table_splits(data):
         raise UserError(f"data '{data}' has no test split; hold a share of its images out")
     table = _load(data, split)
-    described, account = Loaded(table), Account()
+    described, report = Loaded(table), FileReport()
     image, labels, class_names, captions = describe(
-        described, lambda: described if split == "train" else Loaded(_load(data, "train")), data, columns, account
+        described, lambda: described if split == "train" else Loaded(_load(data, "train")), data, columns, report
     )
     source = TableSource(data, table, image, labels, class_names, captions, channels, max_bad_share, background)
-    source.account = account
+    source.report = report
     return source
 
 
 def describe(
-    table: Any, load_train: Callable[[], Any], data: str, columns: Columns, account: Account
+    table: Any, load_train: Callable[[], Any], data: str, columns: Columns, report: FileReport
 ) -> tuple[str, list[int] | None, list[str], list[tuple[str, ...]] | None]:
     """(the column of images, labels, class names, captions) of a table; classes are those of load_train()'s.
 
     table: has features (of `datasets`), column_names and values(column). Its other columns, and images in a folder of
-    parquet files, go into the account as not used.
+    parquet files, go into the report as not used.
     """
     image = _image_column(table, columns.image, data)
     label = _column(table, columns.label, ("label",), _is_label, "label_column", "classes, whole numbers or strings", data)
     text = _column(table, columns.text, TEXT_COLUMNS, _is_text, "text_column", "strings or lists of strings", data)
     for name in table.column_names:
         if name not in (image, label, text):
-            account.remark("column that is not used", name)
-    note_images_beside(Path(data).expanduser(), account)
+            report.remark("column that is not used", name)
+    note_images_beside(Path(data).expanduser(), report)
     names = None if label is None else _label_names(table, label, data)
     train = table if label is None else load_train()
     if label is None or names is None:
@@ -151,12 +151,12 @@ def describe(
     return image, numbered(names, class_names, data), class_names, captions
 
 
-def note_images_beside(folder: Path, account: Account) -> None:
+def note_images_beside(folder: Path, report: FileReport) -> None:
     """Name the image files of a folder that is read as a table."""
     if folder.is_dir():
         for path in sorted(folder.rglob("*")):
             if path.suffix.lower() in image_suffixes() and path.is_file():
-                account.leave_out("lies in a folder of tables, which are read instead", path.relative_to(folder).as_posix())
+                report.leave_out("lies in a folder of tables, which are read instead", path.relative_to(folder).as_posix())
 
 
 def table_splits(data: str) -> tuple[str, ...]:

@@ -14,19 +14,20 @@ import pytest
 from PIL import Image
 from test_sources import class_folder, one_line, write_image
 
-from latentdiff.data.datasets import Columns
+from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.image_files import decode, inspect
+from latentdiff.data.image_source import Columns
 from latentdiff.data.sources import open_source
-from latentdiff.data.transforms import ImageDataset, Preprocess
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 
 
 def left_out(source) -> dict[str, list[str]]:
-    return {reason: names.first for reason, names in source.account.left_out.items()}
+    return {reason: names.first for reason, names in source.report.left_out.items()}
 
 
 def remarks(source) -> dict[str, list[str]]:
-    return {what: names.first for what, names in source.account.remarks.items()}
+    return {what: names.first for what, names in source.report.remarks.items()}
 
 
 def write_csv(root: Path, text: str, name: str = "metadata.csv", encoding: str = "utf-8") -> None:
@@ -79,7 +80,7 @@ def test_heic_is_read_where_pillow_heif_is_and_named_where_it_is_not(tmp_path):
     program = (
         "import sys; sys.modules['pillow_heif'] = None\n"
         "from latentdiff.data.sources import open_source\n"
-        f"source = open_source({str(tmp_path)!r}); print(len(source), *source.account.lines())"
+        f"source = open_source({str(tmp_path)!r}); print(len(source), *source.report.lines())"
     )
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert out == "1 not used, suffix .heic is not read (install pillow-heif to read it): 1 (b.heic)\n"
@@ -103,7 +104,7 @@ def test_an_empty_file_is_named_as_such_and_one_bad_file_stops_nothing(tmp_path)
     (tmp_path / "a" / "zero.png").write_bytes(b"")
     source = open_source(str(tmp_path))
     assert source.bad == {"a/zero.png": "an empty file (0 bytes)"} and len(source) == 4
-    lines = source.account.with_unreadable(source.bad).lines()
+    lines = source.report.with_unreadable(source.bad).lines()
     assert lines == ["not used, cannot be read as an image: 1 (a/zero.png: an empty file (0 bytes))"]
 
 
@@ -317,7 +318,7 @@ def test_tables_name_other_columns_rows_without_image_and_images_beside_them(tmp
 
 
 def test_a_shards_sample_of_a_kind_that_is_not_read_is_named(tmp_path):
-    from test_webshards import png, write_tar
+    from test_webdataset import png, write_tar
 
     data = str(write_tar(tmp_path / "a.tar", {"0.png": png(0), "0.txt": b"zero", "1.svg": b"<svg/>", "1.txt": b"one"}))
     source = open_source(data)

@@ -14,7 +14,7 @@ REASONS = 12  # lines on stderr
 
 
 @dataclass
-class Names:
+class FileNames:
     """How many files one reason holds for, and the first of their names."""
 
     count: int = 0
@@ -35,31 +35,31 @@ class Names:
 
 
 @dataclass
-class Account:
+class FileReport:
     """The files of one data set that were not used, or were used otherwise than one may expect.
 
-    left_out: {reason: files that are not used}. remarks: {what to know: files that are used}. Names are relative to the
+    left_out: {reason: files that are not used}. remarks: {what to know: files that are used}. FileNames are relative to the
     data set's folder; a folder's name ends in a slash.
     """
 
-    left_out: dict[str, Names] = field(default_factory=dict)
-    remarks: dict[str, Names] = field(default_factory=dict)
+    left_out: dict[str, FileNames] = field(default_factory=dict)
+    remarks: dict[str, FileNames] = field(default_factory=dict)
 
     def leave_out(self, reason: str, name: str) -> None:
-        self.left_out.setdefault(reason, Names()).add(name)
+        self.left_out.setdefault(reason, FileNames()).add(name)
 
     def remark(self, what: str, name: str) -> None:
-        self.remarks.setdefault(what, Names()).add(name)
+        self.remarks.setdefault(what, FileNames()).add(name)
 
-    def with_unreadable(self, bad: dict[str, str]) -> Account:
+    def with_unreadable(self, bad: dict[str, str]) -> FileReport:
         """The same with the images that could not be read, as a source's `bad` has them: {file: reason}."""
         left_out = dict(self.left_out)
         if bad:
-            names = Names()
+            names = FileNames()
             for file, reason in bad.items():
                 names.add(f"{file}: {reason}")
             left_out["cannot be read as an image"] = names
-        return Account(left_out, self.remarks)
+        return FileReport(left_out, self.remarks)
 
     def lines(self) -> list[str]:
         """One short line for each reason; of more than REASONS, those with the most files and a count of the others."""
@@ -79,7 +79,7 @@ class Account:
         }
 
 
-def _most(groups: dict[str, Names], limit: int) -> dict[str, Names]:
+def _most(groups: dict[str, FileNames], limit: int) -> dict[str, FileNames]:
     """The groups, or the largest of them where there are more than the limit, in their order."""
     if len(groups) <= limit:
         return groups

@@ -15,7 +15,7 @@ from test_sources import class_folder, one_line, write_image
 from tiny_runs import autoencoder_config, write_stripes
 
 from latentdiff.config import DataConfig
-from latentdiff.data.datasets import Columns
+from latentdiff.data.image_source import Columns
 from latentdiff.data.sources import open_source, splits
 from latentdiff.errors import UserError
 from latentdiff.training import train

@@ -1,0 +1,50 @@
+"""Which images are held out of training: a fixed function of the data set and the seed."""
+
+import numpy as np
+import torch
+
+from latentdiff.data.image_source import ImageSource
+from latentdiff.data.shuffling import permutation
+from latentdiff.errors import UserError
+
+HELD_OUT_RULES = ("per_class", "random")
+
+
+def held_out(source: ImageSource, share: float, seed: int, rule: str = "per_class") -> tuple[torch.Tensor, torch.Tensor]:
+    """(train_indices, held_out_indices), int64 and ascending: a fixed function of the labels, the share, the seed and the rule.
+
+    rule: "per_class" holds out about the share of each class and never a class's only image, so none where every class has
+    one image; "random", the rule of earlier versions, draws from all images alike. Without labels both are one: at least
+    one image is held out and at least one kept. share is in (0, 1).
+    """
+    n = len(source)
+    if rule not in HELD_OUT_RULES:
+        raise UserError(f"held_out_rule '{rule}': valid are {', '.join(HELD_OUT_RULES)}")
+    if not 0 < share < 1 or n < 2:
+        raise UserError(f"held-out share {share:g} of {n} images: needs a share between 0 and 1 and at least 2 images")
+    order = permutation(n, seed, "held-out")
+    count = min(n - 1, max(1, round(share * n)))
+    if rule == "random" or source.labels is None:
+        return order[count:].sort().values, order[:count].sort().values
+    labels = source.labels[order].numpy()
+    quotas = _per_class(np.bincount(labels), share, count, seed)
+    taken = np.zeros(n, dtype=bool)
+    for c, quota in enumerate(quotas):
+        taken[(labels == c).nonzero()[0][:quota]] = True
+    apart = torch.from_numpy(taken)
+    return order[~apart].sort().values, order[apart].sort().values
+
+
+def _per_class(sizes: np.ndarray, share: float, count: int, seed: int) -> np.ndarray:
+    """How many images of each class are held out, int64 [K]: about its share, `count` in all where that leaves every class one.
+
+    Each class gives the whole part of its share; what is left of `count` comes from the largest remainders.
+    """
+    spare = np.maximum(sizes - 1, 0)
+    quotas = np.minimum(np.floor(share * sizes).astype(np.int64), spare)
+    places = np.empty(len(sizes), dtype=np.int64)
+    places[permutation(len(sizes), seed, "held-out classes").numpy()] = np.arange(len(sizes))  # who comes first among equals
+    while quotas.sum() < count and (quotas < spare).any():
+        rest = np.where(quotas < spare, share * sizes - quotas, -np.inf)
+        quotas[np.lexsort((places, -rest))[0]] += 1
+    return quotas
