@@ -15,9 +15,10 @@ def train(config: Config, resume: bool = False) -> Path:
     A signal ends the run (`latentdiff.utils.signals`): by Interrupted (a KeyboardInterrupt) after Ctrl-C, else by Stopped (a
     SystemExit), with the state saved. Torch's count of threads and its global random numbers are afterwards as before.
     """
-    from latentdiff.training import run
+    from latentdiff.training.accelerator import torch_settings_restored
+    from latentdiff.training.run_folder import how_to_continue
 
-    with run.settings_kept(), signals.watched(lambda: run.goes_on(config)):
+    with torch_settings_restored(), signals.watched(lambda: how_to_continue(config)):
         return _train(config, resume)
 
 

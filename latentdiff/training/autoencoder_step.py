@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from latentdiff.config import AutoencoderConfig
 from latentdiff.models.codebook import CodeUsage
-from latentdiff.training import run, trainer
+from latentdiff.training import trainer
 from latentdiff.training.autoencoder_loss import Stage1Weights, discriminator_terms, likeness_and_adversarial, stage1_terms
 from latentdiff.training.ema import Ema
 from latentdiff.training.loss_scale import LossScale
+from latentdiff.training.optimizer import clip_gradient, set_learning_rate
 from latentdiff.utils.random import derive_seed, randn
 
 
@@ -79,7 +80,7 @@ def update(
     config: AutoencoderConfig, parts: Parts, accelerator: Any, x: Tensor, step: int, lr: float
 ) -> tuple[dict[str, tuple[Tensor, int]], bool]:
     """One update of the autoencoder and, where it plays, of its adversary; none of either where a gradient is not finite."""
-    run.set_learning_rate(parts.optimizer, lr)
+    set_learning_rate(parts.optimizer, lr)
     noise, count = draw_noise(config, parts, accelerator, x, step), len(x)
     pieces = [(x[rows], None if noise is None else noise[rows]) for rows in trainer.shares(count, config.train.micro_batch)]
     factor = _adaptive_factor(parts, accelerator, pieces, step) if len(pieces) > 1 else None
@@ -94,7 +95,7 @@ def update(
         outs.append({name: out[name].detach() for name in ("codes", "latents") if name in out})
         _count_in(values, terms, len(images))
     parts.scale.unscale(parts.optimizer)
-    norm = run.gradient_norm(parts.bare, config.optimizer.clip)
+    norm = clip_gradient(parts.bare, config.optimizer.clip)
     values |= parts.scale.logged()
     values["gradient_norm"] = (torch.tensor(norm), 1)
     optimizers, good = [parts.optimizer], math.isfinite(norm)
@@ -173,7 +174,7 @@ def _critic_gradient(
             accelerator.backward(parts.scale.scaled(terms["total"] * (len(real) / count)))
         _count_in(values, {f"discriminator_{name}": value for name, value in terms.items()}, len(real))
     parts.scale.unscale(parts.critic_optimizer)
-    return run.gradient_norm(parts.critic, config.optimizer.clip)
+    return clip_gradient(parts.critic, config.optimizer.clip)
 
 
 def _count_in(values: dict[str, tuple[Tensor, int]], terms: dict[str, Tensor], count: int) -> None:

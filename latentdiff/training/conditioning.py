@@ -62,7 +62,7 @@ def as_begun(config: DiffusionConfig, output: Path) -> DiffusionConfig:
         began = json.loads((output / "run.json").read_text())["condition"].get("joint_dropout", 0.0)
         condition = ConditionConfig.model_validate({**config.condition.model_dump(), "joint_dropout": began})
     except (OSError, ValueError, LookupError, AttributeError, RecursionError):
-        return config  # run.check_output says what is wrong with it
+        return config  # run_folder.check_output says what is wrong with it
     return config.model_copy(update={"condition": condition})
 
 

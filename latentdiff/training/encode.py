@@ -19,7 +19,8 @@ def encode_dataset(
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
-    from latentdiff.training import notices, run
+    from latentdiff.training import notices
+    from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
     from latentdiff.training.unets import check_latents, check_unet
 
@@ -28,12 +29,12 @@ def encode_dataset(
         raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     job = None if part is None else _part(part)
     check_unet(config)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     opened = open_inputs(config, accelerator.device)
     check_latents(config, *opened)  # latents that the U-Net cannot take are not worth the time
     lines = [*notices.warned(notices.first_stage_warnings(config.autoencoder)), cache_size(config, *opened)]
     # A frozen encoder is never cast, whatever training's precision
-    announce = run.announcement(accelerator, config.train, "float32", "encode", lines)
+    announce = announcement(accelerator, config.train, "float32", "encode", lines)
     if job is not None:
         with signals.watched(signals.again), progress_bar("encoding", progress, announce) as report:
             missing = encode_part(config, job[0] - 1, job[1], opened, report)

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from latentdiff.config import Section
 from latentdiff.errors import UserError
-from latentdiff.training import run
+from latentdiff.training.accelerator import PRECISIONS
+from latentdiff.training.run_folder import first_difference
 
 AUTO = "auto"
 TIE = 1.05  # float32 is kept unless another precision is faster by more than this factor
@@ -144,7 +145,7 @@ def _recorded(config: Section, output: Path, resume: bool) -> str | None:
         before = record["train"].get("precision", "float32")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
-    if before not in run.PRECISIONS or not (resume or run.first_difference(record, config) is None):
+    if before not in PRECISIONS or not (resume or first_difference(record, config) is None):
         return None
     return before
 

@@ -9,7 +9,9 @@ from typing import Any
 
 from latentdiff.config import AutoencoderConfig, DiffusionConfig, Section
 from latentdiff.errors import UserError
-from latentdiff.training import run, state
+from latentdiff.training import state
+from latentdiff.training.accelerator import torch_settings_restored
+from latentdiff.training.run_folder import first_difference, recorded_config
 from latentdiff.utils import locks, processes, signals
 
 STAGES: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
@@ -42,7 +44,7 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
         _check_out(folder, config)
     advice = "wait for it, or give --out another folder"
     held = locks.locked(output, advice) if out is None else locks.locked(folder, advice, beside=True)
-    with run.settings_kept(), signals.watched(signals.again), held:
+    with torch_settings_restored(), signals.watched(signals.again), held:
         source = chosen(output, step, best)
         tensors, meta = state.load_folder(source)
         print(f"publishing step {meta['step']} of {output}", file=sys.stderr)
@@ -68,7 +70,7 @@ def _config(output: Path) -> AutoencoderConfig | DiffusionConfig:
         raise UserError(f"{output}: holds no training run, for it has no run.json; give a run's output folder") from None
     if stage not in STAGES:
         raise UserError(f"{record}: stage {stage!r} keeps no training states; valid: {', '.join(STAGES)}")
-    return run.recorded_config(output, STAGES[stage])  # type: ignore[return-value]
+    return recorded_config(output, STAGES[stage])  # type: ignore[return-value]
 
 
 def publishable(output: Path) -> dict[int, Path]:
@@ -116,7 +118,7 @@ def _check_out(folder: Path, config: Section) -> None:
         return
     try:
         record: Any = json.loads((folder / "latentdiff.json").read_text(encoding="utf-8"))["config"]
-        difference = run.first_difference(record, config)
+        difference = first_difference(record, config)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         difference = "latentdiff.json"
     if difference is not None:

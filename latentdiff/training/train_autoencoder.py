@@ -17,17 +17,20 @@ from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, freeze, 
 from latentdiff.models.codebook import CodeUsage, revive_dead_codes
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training import notices, run, state, trainer
+from latentdiff.training import notices, state, trainer
+from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.autoencoder_loss import Stage1Weights
 from latentdiff.training.autoencoder_report import LatentStatistics
 from latentdiff.training.autoencoder_step import Parts, Stage1, draw_noise, update
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images, sweep
-from latentdiff.training.journal import Journal
+from latentdiff.training.logging import RunLogger
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.micro_batch import find_micro_batch
+from latentdiff.training.optimizer import make_optimizer
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
+from latentdiff.training.run_folder import locked_run_folder, write_config
 from latentdiff.utils import atomic
 from latentdiff.utils.hashes import write_hashes
 from latentdiff.utils.random import derive_seed
@@ -39,8 +42,8 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, report.json and report.png.
     """
     output = Path(config.output)
-    accelerator = run.start_accelerator(config.train)
-    with run.held(output, config, resume) as restores:
+    accelerator = start_accelerator(config.train)
+    with locked_run_folder(output, config, resume) as restores:
         _train(config, restores, accelerator, output)
     accelerator.end_training()
     return output / "autoencoder"
@@ -55,23 +58,23 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Pa
     trial = partial(trial_steps, config, vae, (config.data.channels, *images.preprocess.padded_size))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
-    accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
+    accelerator = start_accelerator(config.train)  # again: now at the precision that was chosen
     parts = make_parts(config, vae, factor, accelerator)
     if config.train.compile:
         _compile(config, images, parts, accelerator)
     work = _work(config, images, parts, accelerator, output)
     progress = trainer.resume(output, work, accelerator, config.train.keep) if resume else trainer.Progress()
     warnings = [*notices.length_warnings(config), *notices.data_warnings(config, len(images.train))]
-    run.announcement(accelerator, config.train, precision, lines=notices.warned(warnings))()
+    announcement(accelerator, config.train, precision, lines=notices.warned(warnings))()
     images.say()
     if accelerator.is_main_process:
-        run.write_config(output, config, resume)
+        write_config(output, config, resume)
         notices.say([notices.places_at_start(config)])
-    with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
-        trainer.run_loop(config, work, accelerator, journal, output, progress)
+    with RunLogger(output, config.train.steps, progress.step, accelerator.is_main_process) as log:
+        trainer.run_loop(config, work, accelerator, log, output, progress)
     parts.ema.copy_to(parts.bare.vae)
     publish(config, images, parts.bare.vae, accelerator, output / "autoencoder", {"steps": progress.step, **work.meta()})
-    run.meet(accelerator)
+    wait_for_everyone(accelerator)
 
 
 def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int, int], alone: OneProcess) -> Step:
@@ -128,14 +131,14 @@ def make_parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerat
         vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
     if config.train.gradient_checkpointing:
         vae.enable_gradient_checkpointing()
-    optimizer = run.make_optimizer(bare.parameters(), config.optimizer)
+    optimizer = make_optimizer(bare.parameters(), config.optimizer)
     loss = config.loss
     critic = critic_optimizer = perceptual = None
     if loss.adversarial > 0:
         widths = [loss.discriminator_channels * 2**i for i in range(loss.discriminator_layers + 1)]
         critic = PatchDiscriminator(config.data.channels, widths)
         own = {"lr": loss.discriminator_lr, "betas": (0.5, 0.9), "weight_decay": 0.0}  # as in 2012.09841; eps is shared
-        critic_optimizer = run.make_optimizer(critic.parameters(), config.optimizer.model_copy(update=own))
+        critic_optimizer = make_optimizer(critic.parameters(), config.optimizer.model_copy(update=own))
     if loss.perceptual > 0:
         perceptual = _perceptual(loss.perceptual_network).to(accelerator.device)
     network, optimizer = accelerator.prepare(bare, optimizer)
@@ -328,7 +331,7 @@ def publish(
 
 def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
     """Publish the averaged weights of a state or snapshot as the run would have published them had it ended there."""
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     vae = make_autoencoder(config)
     images = Images(config.data, LatentCodec(vae).factor)
     trainer.check_made_of(output, meta.get("made_of"), {"data": images.train.fingerprint()})

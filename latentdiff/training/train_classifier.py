@@ -17,12 +17,13 @@ from latentdiff.guidance import LatentClassifier
 from latentdiff.models.codec import LatentCodec
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import run
+from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.images import Images
-from latentdiff.training.journal import Journal
 from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
-from latentdiff.training.meters import Averages
+from latentdiff.training.logging import Averages, RunLogger
+from latentdiff.training.optimizer import clip_gradient, learning_rate, make_optimizer, set_learning_rate
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
+from latentdiff.training.run_folder import write_config
 from latentdiff.utils.random import derive_seed, randn
 from latentdiff.utils.tensors import widen
 
@@ -42,7 +43,7 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
             raise UserError(f"model.{key}: unknown key; a classifier has only widths, two numbers")
     schedule = make_schedule(config.schedule.name, **config.schedule.params)
     levels = make_noise_levels(config.noise_levels.name, schedule, **config.noise_levels.params)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: classifier trains in one process; start it without accelerate launch")
     stated = {"name": config.schedule.name, **config.schedule.params}
@@ -55,8 +56,8 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
         why = images.train.source.unlabelled or "has no classes to tell apart; add class folders"
         raise UserError(f"data.source {config.data.source}: {why}")
     config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, codec, images))
-    accelerator = run.start_accelerator(config.train)  # again: now at the precision that was chosen
-    announce = run.announcement(accelerator, config.train, precision)
+    accelerator = start_accelerator(config.train)  # again: now at the precision that was chosen
+    announce = announcement(accelerator, config.train, precision)
     with progress_bar("encoding", True, announce) as progress:
         latents = prepare_latents(config, accelerator, progress, (codec, images))
     assert latents.cache.labels is not None  # the images have them
@@ -66,7 +67,7 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
         net = LatentClassifier(latents.cache.latent_shape[0], classes, stated, **config.model).to(accelerator.device)
     announce()
     latents.images.say()
-    run.write_config(output, config)
+    write_config(output, config)
     _fit(config, net, latents, latents.cache.labels, levels, accelerator, output)
     net.info = _info(config, net.eval(), latents, accelerator.device)
     net.save(output / "classifier")
@@ -101,12 +102,12 @@ def _fit(
 ) -> None:
     """The steps of optimisation, each with its images, noise and t drawn from (seed, step) alone.  classes: [N] int64."""
     steps = config.train.steps
-    optimizer, averages = run.make_optimizer(net.parameters(), config.optimizer), Averages()
+    optimizer, averages = make_optimizer(net.parameters(), config.optimizer), Averages()
     net.train()
-    with Journal(output, steps, 0, True) as journal:
+    with RunLogger(output, steps, 0, True) as log:
         for step in range(steps):
-            lr = run.learning_rate(config.optimizer, step, steps)
-            run.set_learning_rate(optimizer, lr)
+            lr = learning_rate(config.optimizer, step, steps)
+            set_learning_rate(optimizer, lr)
             x0, indices, generator = _batch(config, latents, step)
             noise, t = randn(x0.shape, generator), levels.sample(len(x0), generator)
             x = _noised(net.schedule, x0, noise, t)
@@ -114,13 +115,13 @@ def _fit(
             with accelerator.autocast():
                 loss = -net(x, t, labels).mean()  # the cross-entropy in nats
             loss.backward()
-            norm = run.gradient_norm(net, config.optimizer.clip)
+            norm = clip_gradient(net, config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             averages.add({"loss": loss, "gradient_norm": torch.tensor(norm)})
-            journal.advance()
+            log.advance()
             if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
-                journal.log(step + 1, {f"train/{k}": v for k, v in averages.take(accelerator).items()} | {"lr": lr})
+                log.log(step + 1, {f"train/{k}": v for k, v in averages.take(accelerator).items()} | {"lr": lr})
 
 
 def _batch(config: ClassifierConfig, latents: Latents, step: int) -> tuple[Tensor, Tensor, torch.Generator]:

@@ -24,19 +24,22 @@ from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, diffusion_loss, loss_weight
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditioning, distributed, monitor, notices, run, state, trainer
+from latentdiff.training import conditioning, distributed, monitor, notices, state, trainer
+from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.diffusion_checkpoint import picture, pipeline_parts, publish, published_scheduler
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
-from latentdiff.training.journal import Journal
 from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
+from latentdiff.training.logging import RunLogger
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.micro_batch import find_micro_batch
+from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_learning_rate
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
+from latentdiff.training.run_folder import locked_run_folder, write_config
 from latentdiff.training.unets import check_latents, check_unet, make_unet
 from latentdiff.utils.random import derive_seed, randn
 
@@ -79,8 +82,8 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     output = Path(config.output)
     config = conditioning.as_begun(config, output) if resume else config
     check_config(config)
-    accelerator = run.start_accelerator(config.train, shards=True)
-    with run.held(output, config, resume) as restores:
+    accelerator = start_accelerator(config.train, shards=True)
+    with locked_run_folder(output, config, resume) as restores:
         _train(config, restores, accelerator, output)
     accelerator.end_training()
     return output / "model"
@@ -93,11 +96,11 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
     trial = partial(trial_steps, config, codec, images, latent_shape(codec, images), len(images.class_names))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
-    accelerator = run.start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
+    accelerator = start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
     reader, cut = conditioning.open_text(config, images, accelerator, resume)
     warnings = [*notices.first_stage_warnings(config.autoencoder), *notices.length_warnings(config)]
     warnings += [*notices.data_warnings(config, len(images.train)), *cut]
-    announce = run.announcement(accelerator, config.train, precision, lines=notices.warned(warnings))
+    announce = announcement(accelerator, config.train, precision, lines=notices.warned(warnings))
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
         latents = prepare_latents(config, accelerator, progress, (codec, images))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
@@ -110,16 +113,16 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
     announce()
     latents.images.say()
     if accelerator.is_main_process:
-        run.write_config(output, config, resume)
+        write_config(output, config, resume)
         notices.say([notices.places_at_start(config)])
-    with Journal(output, config.train.steps, progress.step, accelerator.is_main_process) as journal:
-        trainer.run_loop(config, work, accelerator, journal, output, progress)
+    with RunLogger(output, config.train.steps, progress.step, accelerator.is_main_process) as log:
+        trainer.run_loop(config, work, accelerator, log, output, progress)
     accelerator.wait_for_everyone()
     parts.ema.copy_to(parts.average)
     if accelerator.is_main_process:
         publish(config, parts, output / "model", progress.step)
         notices.say(notices.end_of_stage2(config, told.shown([None])[0] if told.text else None))
-    run.meet(accelerator)
+    wait_for_everyone(accelerator)
 
 
 def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
@@ -127,7 +130,7 @@ def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any]
 
     The latent cache of the run is opened, or built again where it is not there any more.
     """
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as progress:
         latents = prepare_latents(config, accelerator, progress, open_inputs(config, accelerator.device))
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
@@ -238,7 +241,7 @@ def _shared_out(
     groups: list[dict[str, Any]] = [{"params": bare.parameters()}]
     if uncertainty is not None:
         groups.append({"params": uncertainty.parameters(), "weight_decay": 0.0})
-    optimizer: Any = run.make_optimizer(groups, config.optimizer)
+    optimizer: Any = make_optimizer(groups, config.optimizer)
     if not sharded and uncertainty is None:
         network, optimizer = accelerator.prepare(bare, optimizer)
     elif not sharded:
@@ -364,7 +367,7 @@ def train_step(
     config: DiffusionConfig, parts: Parts, accelerator: Any, step: int, lr: float
 ) -> tuple[dict[str, tuple[Tensor, int]], bool]:
     """One update, its batch taken through the network in pieces of train.micro_batch; none where it is not finite."""
-    run.set_learning_rate(parts.optimizer, lr)
+    set_learning_rate(parts.optimizer, lr)
     drawn, device = _draw(config, parts, accelerator, step), accelerator.device
     count, losses, totals = len(drawn["x0"]), [], []
     pieces = trainer.shares(count, config.train.micro_batch)
@@ -389,7 +392,7 @@ def train_step(
         losses.append(loss.detach())
         totals.append(total.detach())
     parts.scale.unscale(parts.optimizer)
-    norm = run.gradient_norm(parts.bare, config.optimizer.clip)
+    norm = clip_gradient(parts.bare, config.optimizer.clip)
     learnt = [p.grad for p in parts.uncertainty.parameters()] if parts.uncertainty is not None else []
     if good := math.isfinite(norm) and all(bool(g.isfinite().all()) for g in learnt if g is not None):
         parts.optimizer.step()

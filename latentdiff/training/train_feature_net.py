@@ -13,9 +13,10 @@ from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.evaluation.feature_training import train_features
 from latentdiff.models.feature_net import FeatureNet
-from latentdiff.training import run
+from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.images import Images
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
+from latentdiff.training.run_folder import write_config
 
 
 def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
@@ -27,11 +28,11 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
     if resume or (output / "features").exists():
         raise UserError(f"output {output}: a feature network trains in one go; leave --resume out and name a new folder")
     images = Images(config.data, multiple_of=1)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: features trains in one process; start it without accelerate launch")
     config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, images.train))
-    run.announcement(accelerator, config.train, precision)()
+    announcement(accelerator, config.train, precision)()
     images.say()
     net = train_features(
         images.train,
@@ -47,7 +48,7 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
         workers=images.workers,
         **config.model,
     )
-    run.write_config(output, config)
+    write_config(output, config)
     net.save(output / "features")
     accuracy, count = net.info["test_accuracy"], len(images.held_out)
     print(f"{config.name}: accuracy {accuracy:.4f} on {count} held-out images", file=sys.stderr)

@@ -19,8 +19,9 @@ from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
 from latentdiff.evaluation.retrieval import HELD_OUT, MILD, SEEN, augmented_scores, open_gallery
 from latentdiff.models.judge_net import WIDTHS, JudgeNet
-from latentdiff.training import run
+from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
+from latentdiff.training.run_folder import write_config
 from latentdiff.utils import atomic
 from latentdiff.utils.random import derive_seed
 
@@ -43,11 +44,11 @@ def train_judge(config: JudgeConfig, resume: bool = False) -> Path:
     if not _is_size(dim):
         raise UserError(f"model.dim: must be a number of at least 1, got {dim}")
     pairs = read_pairs(config.data.source)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: judge trains in one process; start it without accelerate launch")
     config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, pairs))
-    run.announcement(accelerator, config.train, precision)()
+    announcement(accelerator, config.train, precision)()
     net = fit_judge(
         pairs,
         steps=config.train.steps,
@@ -166,5 +167,5 @@ def _own_scores(net: JudgeNet, pairs: Pairs, seed: int) -> dict[str, Any]:
 
 def _write(net: JudgeNet, config: JudgeConfig, output: Path) -> None:
     with atomic.new_folder(output) as new:
-        run.write_config(new, config)
+        write_config(new, config)
         net.save(new)

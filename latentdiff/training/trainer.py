@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from latentdiff.config import AutoencoderConfig, DiffusionConfig
 from latentdiff.errors import UserError
-from latentdiff.training import distributed, run, state
-from latentdiff.training.journal import Journal, SaveClock
-from latentdiff.training.meters import Averages, Values
+from latentdiff.training import distributed, state
+from latentdiff.training.accelerator import wait_for_everyone
+from latentdiff.training.logging import Averages, RunLogger, SaveClock, Values
+from latentdiff.training.optimizer import learning_rate
 from latentdiff.utils import signals
 
 SLOWEST = 2.0**-6  # of the configured learning rate: what cannot go on at it stops
@@ -136,7 +137,7 @@ def run_loop(
     config: AutoencoderConfig | DiffusionConfig,
     work: Work,
     accelerator: Any,
-    journal: Journal,
+    log: RunLogger,
     output: Path,
     progress: Progress,
 ) -> None:
@@ -148,7 +149,7 @@ def run_loop(
     with signals.watched() as watch, watch.deferred():
         while progress.step < train.steps:
             step = progress.step
-            lr = progress.rate * run.learning_rate(config.optimizer, step, train.steps)
+            lr = progress.rate * learning_rate(config.optimizer, step, train.steps)
             values, finite = work.step(step, lr)
             while not finite and work.lowered():
                 values, finite = work.step(step, lr)
@@ -156,17 +157,17 @@ def run_loop(
             if finite:
                 progress.averages.add(values)
                 progress.in_a_row = 0
-            elif _skip(config, work, accelerator, journal, output, progress, step):
+            elif _skip(config, work, accelerator, log, output, progress, step):
                 continue
-            journal.advance()
+            log.advance()
             done, last = step + 1, step + 1 == train.steps
             if done % train.log_every == 0 or last:
                 means = {f"train/{name}": value for name, value in progress.averages.take(accelerator).items()}
                 skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
-                journal.log(done, {**means, **skipped, "lr": lr})
+                log.log(done, {**means, **skipped, "lr": lr})
             metrics = work.after(done)
             if metrics:
-                journal.log(done, metrics)
+                log.log(done, metrics)
             if train.snapshot_every and done % train.snapshot_every == 0:
                 snapshot(output, work, progress, accelerator)
             best = _improves(train.best, metrics, progress)
@@ -175,7 +176,7 @@ def run_loop(
             if due or stop or last or best:
                 save(output, work, progress, accelerator, train.keep, best)
             if stop:
-                run.meet(accelerator)
+                wait_for_everyone(accelerator)
                 watch.stop(stop)
 
 
@@ -187,7 +188,7 @@ def _improves(metric: str | None, metrics: dict[str, float], progress: Progress)
     return True
 
 
-def _skip(config, work: Work, accelerator, journal: Journal, output: Path, progress: Progress, step: int) -> bool:
+def _skip(config, work: Work, accelerator, log: RunLogger, output: Path, progress: Progress, step: int) -> bool:
     """Count and write down a step that was not finite; True where the run was rolled back, or UserError to stop it."""
     train = config.train
     progress.skipped += 1
@@ -195,7 +196,7 @@ def _skip(config, work: Work, accelerator, journal: Journal, output: Path, progr
     if accelerator.is_main_process:
         with (output / "skipped.jsonl").open("a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, "samples": work.samples(step).tolist()}) + "\n")
-    journal.say(f"warning: step {step} is skipped, its loss or gradient is not finite ({progress.in_a_row} in a row)")
+    log.say(f"warning: step {step} is skipped, its loss or gradient is not finite ({progress.in_a_row} in a row)")
     if progress.in_a_row <= train.bad_steps:
         return False
     said = f"{output / 'skipped.jsonl'}: {progress.in_a_row} steps in a row had no finite loss or gradient"
@@ -209,8 +210,8 @@ def _skip(config, work: Work, accelerator, journal: Journal, output: Path, progr
     before = resume(output, work, accelerator, train.keep)
     progress.step, progress.averages, progress.rate, progress.in_a_row = before.step, before.averages, rate, 0
     progress.best = before.best
-    journal.move_to(before.step)
-    journal.say(f"warning: {said}; back to step {before.step}, the learning rate times {rate:g}")
+    log.move_to(before.step)
+    log.say(f"warning: {said}; back to step {before.step}, the learning rate times {rate:g}")
     return True
 
 

@@ -49,7 +49,7 @@ class Setting:
     def ours(self) -> tuple[Any, Any, Any]:
         """(config, latents, accelerator) of latentdiff's stage 2."""
         from latentdiff.config import load_config
-        from latentdiff.training import run
+        from latentdiff.training.accelerator import start_accelerator
         from latentdiff.training.latents import prepare_latents
 
         settings = [
@@ -63,7 +63,7 @@ class Setting:
             "sample.guidance_interval=null",
         ]
         config = load_config(CONFIGS / "diffusion.yaml", settings)
-        accelerator = run.start_accelerator(config.train)
+        accelerator = start_accelerator(config.train)
         return config, prepare_latents(config, accelerator), accelerator
 
     def latents(self) -> tuple[Tensor, Tensor]:
@@ -137,7 +137,8 @@ def plain_stage2(setting: Setting, encode: bool = False) -> Contender:
 
 def our_stage1(setting: Setting) -> Contender:
     from latentdiff.config import load_config
-    from latentdiff.training import run, train_autoencoder
+    from latentdiff.training import train_autoencoder
+    from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.images import Images
 
     settings = [
@@ -149,7 +150,7 @@ def our_stage1(setting: Setting) -> Contender:
     ]
     config = load_config(CONFIGS / "autoencoder-kl.yaml", settings)
     vae = train_autoencoder.make_autoencoder(config)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     vae.train().requires_grad_(True)
     parts = train_autoencoder.make_parts(config, vae, 4, accelerator)
     images = Images(config.data, 4)

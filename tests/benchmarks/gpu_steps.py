@@ -88,13 +88,14 @@ def config_of(name: str, clock: Any, folder: Path, **overrides: Any) -> Any:
 
 def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """(config, parts, accelerator, latent shape) of the trainer on random latents and conditions."""
-    from latentdiff.training import run, train_diffusion
+    from latentdiff.training import train_diffusion
+    from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import Latents
     from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
     shape = SHAPES[next(key for key in SHAPES if key in name)]
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     told = random_conditions(config, None, 10)
     codec: Any = SimpleNamespace(normalise=lambda z: z)  # random latents are of unit variance already
     images: Any = None
@@ -137,13 +138,14 @@ def plain_stage2(parts: Any, config: Any, accelerator: Any, shape: tuple[int, ..
 def stage1(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
     """(config, parts, accelerator, picture shape) of the trainer."""
     from latentdiff.models.codec import LatentCodec
-    from latentdiff.training import run, train_autoencoder
+    from latentdiff.training import train_autoencoder
+    from latentdiff.training.accelerator import start_accelerator
 
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
     vae = train_autoencoder.make_autoencoder(config)
     factor = LatentCodec(vae).factor
     train_autoencoder.to_train(config, vae)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     unit = math.lcm(factor, config.data.multiple_of)
     sides = [-(-side // unit) * unit for side in config.data.size]
     return config, train_autoencoder.make_parts(config, vae, factor, accelerator), accelerator, (config.data.channels, *sides)

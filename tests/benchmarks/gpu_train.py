@@ -117,10 +117,11 @@ def seconds_of_a_step(config: Any) -> float:
     """Of the trainer's own step on the cached latents, without a picture or a state."""
     from gpu_steps import our_step, seconds_a_step
 
-    from latentdiff.training import conditioning, run, train_diffusion
+    from latentdiff.training import conditioning, train_diffusion
+    from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import prepare_latents
 
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     latents = prepare_latents(config, accelerator)
     reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=False)
     told = conditioning.prepare_conditions(config, latents, accelerator, None, reader)

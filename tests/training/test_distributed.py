@@ -16,7 +16,8 @@ from tiny_text import text_tree, write_bert, write_captioned
 from latentdiff import checkpoints
 from latentdiff.config import LoopConfig, parse_config
 from latentdiff.objective import Uncertainty
-from latentdiff.training import distributed, run, state, train
+from latentdiff.training import distributed, state, train
+from latentdiff.training.accelerator import start_accelerator
 
 pytestmark = pytest.mark.slow  # one fixture of many runs, most in several processes
 
@@ -201,7 +202,7 @@ def test_bfloat16_is_taken_and_weights_stay_float32(runs):
     assert norms[1] == pytest.approx(norms[0], rel=0.01)
     assert {value.dtype for value in at(two, 2)["model"].values()} == {torch.float32}
     for precision, dtype in (("bfloat16", torch.bfloat16), ("float32", torch.float32)):
-        accelerator = run.start_accelerator(LoopConfig(steps=1, precision=precision, threads=1))
+        accelerator = start_accelerator(LoopConfig(steps=1, precision=precision, threads=1))
         assert distributed.Cast(torch.nn.Linear(2, 2), accelerator)(torch.ones(1, 2)).dtype == dtype
 
 

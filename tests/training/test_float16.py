@@ -9,8 +9,8 @@ from tiny_runs import autoencoder_config, diffusion_config
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
 from latentdiff.training import autoencoder_step, micro_batch, state, train, train_diffusion, trainer
+from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.loss_scale import LEAST, LossScale
-from latentdiff.training.run import start_accelerator
 
 CPU = torch.device("cpu")
 CRITIC = {

@@ -15,7 +15,7 @@ from latentdiff.cli import main
 from latentdiff.cli.info import info
 from latentdiff.training import notices, train, train_autoencoder, train_diffusion
 from latentdiff.training.estimate.progress import Progress
-from latentdiff.training.journal import Journal
+from latentdiff.training.logging import RunLogger
 from latentdiff.training.precision import OneProcess, plain_steps
 
 
@@ -281,7 +281,7 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
 def test_names_from_files_do_not_drive_the_terminal(capsys, tmp_path):
     """An escape code in a class or file name is written out by each of the trainer's own lines."""
     notices.say(["a\x1b[2Jb"])
-    with Journal(tmp_path, 1, 0, True) as journal:
-        journal.say("c\x1b[2Jd\r")
+    with RunLogger(tmp_path, 1, 0, True) as log:
+        log.say("c\x1b[2Jd\r")
     err = capsys.readouterr().err
     assert "a\\u001b[2Jb" in err and "c\\u001b[2Jd\\r" in err and "\x1b[2J" not in err

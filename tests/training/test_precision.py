@@ -13,8 +13,9 @@ from latentdiff.checkpoints import read_meta
 from latentdiff.cli.info import info
 from latentdiff.config import LoopConfig, load_config, parse_config
 from latentdiff.errors import UserError
-from latentdiff.training import precision, run, state, train, train_autoencoder
+from latentdiff.training import precision, state, train, train_autoencoder
 from latentdiff.training.precision import OneProcess, choose_precision
+from latentdiff.training.run_folder import write_config
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
@@ -177,14 +178,14 @@ def test_a_run_that_starts_again_in_its_folder_keeps_its_precision(chooses, stri
     tree = autoencoder_tree(stripe_folder, tmp_path / "run", train__precision="auto", train__steps=2)
     (tmp_path / "run").mkdir()
     config = parse_config(tree)
-    run.write_config(tmp_path / "run", precision.named(config, "bfloat16"))  # of a run that saved no state
+    write_config(tmp_path / "run", precision.named(config, "bfloat16"))  # of a run that saved no state
     made = chooses("float32")
     train(config)
     assert "precision bfloat16 (auto: kept from" in capsys.readouterr().err and made == []
     # Another run's record says nothing
     other = parse_config({**tree, "seed": 1, "output": str(tmp_path / "other")})
     (tmp_path / "other").mkdir()
-    run.write_config(tmp_path / "other", precision.named(config, "bfloat16"))
+    write_config(tmp_path / "other", precision.named(config, "bfloat16"))
     train(other)
     assert "precision float32 (auto: measured" in capsys.readouterr().err and len(made) == 1
 

@@ -10,12 +10,13 @@ from tiny_runs import autoencoder_config, diffusion_config
 from torch import nn
 
 from latentdiff.errors import UserError
-from latentdiff.training import run, state, train, trainer
+from latentdiff.training import state, train, trainer
 from latentdiff.training import train_autoencoder as stage1
 from latentdiff.training import train_diffusion as stage2
+from latentdiff.training.accelerator import check_distribution
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.dropout import replace_dropout, set_keys, uniform
-from latentdiff.training.meters import Averages
+from latentdiff.training.logging import Averages
 
 
 def refusal(action) -> str:
@@ -212,9 +213,9 @@ def test_ways_to_run_that_neither_copy_nor_shard_the_weights_are_refused():
     from accelerate import DistributedType
 
     for kind in ("NO", "MULTI_CPU", "MULTI_GPU", "FSDP"):
-        run.check_kind(DistributedType(kind).value)
+        check_distribution(DistributedType(kind).value)
     for kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        said = refusal(lambda kind=kind: run.check_kind(kind.value))
+        said = refusal(lambda kind=kind: check_distribution(kind.value))
         assert f"{kind.value} is not supported; launch with --multi_gpu" in said and "--use_fsdp --fsdp_version 2" in said
 
 

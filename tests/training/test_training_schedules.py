@@ -15,6 +15,7 @@ from latentdiff.objective import loss_weight
 from latentdiff.schedules import make_schedule
 from latentdiff.training import state, train
 from latentdiff.training import train_diffusion as stage2
+from latentdiff.training.accelerator import start_accelerator
 
 NO_TWIN = {"sample__scheduler": None, "sample__sampler": "dpmpp_2m"}
 RUNS = {
@@ -181,7 +182,7 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
         raise Stop
 
     monkeypatch.setattr(stage2, "diffusion_loss", spy)
-    accelerator = stage2.run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     with stage2.progress_bar("encoding", False, lambda: None) as progress:
         held = stage2.prepare_latents(config, accelerator, progress)
         told = stage2.conditions.prepare_conditions(config, held, accelerator, progress)

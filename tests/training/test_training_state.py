@@ -9,8 +9,9 @@ from torch import nn
 
 from latentdiff.config import OptimizerConfig
 from latentdiff.errors import UserError
-from latentdiff.training import run, state
+from latentdiff.training import state
 from latentdiff.training.ema import Ema
+from latentdiff.training.optimizer import clip_gradient, learning_rate, make_optimizer
 
 
 def refusal(action) -> str:
@@ -151,7 +152,7 @@ def test_a_restored_optimizer_takes_the_same_next_step():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
     config = OptimizerConfig(lr=1e-2, weight_decay=0.1, betas=(0.8, 0.95))
-    optimizer = run.make_optimizer(net.parameters(), config)
+    optimizer = make_optimizer(net.parameters(), config)
     data = torch.randn(5, 8, 3)
 
     def step(module, opt, x):
@@ -163,12 +164,12 @@ def test_a_restored_optimizer_takes_the_same_next_step():
         step(net, optimizer, x)
     saved = {key: value.clone() for key, value in state.optimizer_tensors(optimizer).items()}
     other = copy.deepcopy(net)
-    fresh = run.make_optimizer(other.parameters(), config)
+    fresh = make_optimizer(other.parameters(), config)
     without = copy.deepcopy(net)
     state.restore_optimizer(fresh, saved)
     step(net, optimizer, data[4])
     step(other, fresh, data[4])
-    step(without, run.make_optimizer(without.parameters(), config), data[4])
+    step(without, make_optimizer(without.parameters(), config), data[4])
     assert all(torch.equal(a, b) for a, b in zip(net.parameters(), other.parameters(), strict=True))
     assert not torch.equal(net[0].weight, without[0].weight)
     assert all(torch.equal(v, state.optimizer_tensors(fresh)[k]) for k, v in state.optimizer_tensors(optimizer).items())
@@ -219,24 +220,24 @@ def test_a_restored_average_goes_on_the_same():
 
 def test_the_learning_rate_is_a_function_of_the_step():
     config = OptimizerConfig(lr=0.1, warmup_steps=4, schedule="cosine", final_share=0.2)
-    rates = [run.learning_rate(config, step, 104) for step in range(104)]
+    rates = [learning_rate(config, step, 104) for step in range(104)]
     assert rates[:5] == pytest.approx([0.025, 0.05, 0.075, 0.1, 0.1])
     assert rates[54] == pytest.approx(0.1 * (0.2 + 0.8 * 0.5)) and min(rates[4:]) > 0.02
     assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False))
     linear = OptimizerConfig(lr=0.1, schedule="linear")
-    assert [run.learning_rate(linear, s, 4) for s in range(4)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
-    assert run.learning_rate(OptimizerConfig(lr=0.1), 7, 8) == 0.1
+    assert [learning_rate(linear, s, 4) for s in range(4)] == pytest.approx([0.1, 0.075, 0.05, 0.025])
+    assert learning_rate(OptimizerConfig(lr=0.1), 7, 8) == 0.1
 
 
 def test_a_run_that_is_lengthened_before_its_decay_had_the_longer_runs_rates():
     config = OptimizerConfig(lr=0.1, warmup_steps=2, schedule="wsd", decay_share=0.25, final_share=0.5)
-    rates = [run.learning_rate(config, step, 16) for step in range(16)]
+    rates = [learning_rate(config, step, 16) for step in range(16)]
     assert rates == pytest.approx([0.05] + [0.1] * 12 + [0.0875, 0.075, 0.0625])
-    assert [run.learning_rate(config, step, 8) for step in range(6)] == rates[:6]
+    assert [learning_rate(config, step, 8) for step in range(6)] == rates[:6]
 
 
 def test_clipping_limits_the_step_and_reports_the_norm_before():
     net = nn.Linear(1, 1, bias=False)
     net.weight.grad = torch.tensor([[-3.0]])
-    assert run.gradient_norm(net, None) == 3.0 and float(net.weight.grad) == -3.0
-    assert run.gradient_norm(net, 1.0) == 3.0 and float(net.weight.grad) == pytest.approx(-1.0, rel=1e-4)
+    assert clip_gradient(net, None) == 3.0 and float(net.weight.grad) == -3.0
+    assert clip_gradient(net, 1.0) == 3.0 and float(net.weight.grad) == pytest.approx(-1.0, rel=1e-4)

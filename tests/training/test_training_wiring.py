@@ -22,6 +22,7 @@ from latentdiff.objective import add_noise
 from latentdiff.training import autoencoder_step, conditioning, state, train
 from latentdiff.training import train_autoencoder as stage1
 from latentdiff.training import train_diffusion as stage2
+from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.conditioning import Conditions, TextCondition, joint_dropout
 from latentdiff.training.images import Images
 
@@ -53,7 +54,7 @@ def stage_2(stripe_folder, autoencoder_run, cache, tmp_path):
 
     def build(**changes):
         config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, cache__folder=cache, **changes)
-        accelerator = stage2.run.start_accelerator(config.train)
+        accelerator = start_accelerator(config.train)
         with stage2.progress_bar("encoding", False, lambda: None) as progress:
             latents = stage2.prepare_latents(config, accelerator, progress)
         torch.manual_seed(0)
@@ -73,7 +74,7 @@ def stage_1(stripe_folder, tmp_path):
         vae = stage1.make_autoencoder(config)
         factor = stage1.LatentCodec(vae).factor
         stage1.to_train(config, vae)
-        accelerator = stage1.run.start_accelerator(config.train)
+        accelerator = start_accelerator(config.train)
         return config, Images(config.data, factor), stage1.make_parts(config, vae, factor, accelerator), accelerator
 
     return build

@@ -14,7 +14,8 @@ from latentdiff.data.captions import Captions
 from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.text_encoder import load_tokenizer, train_tokenizer
-from latentdiff.training import conditioning, notices, precision, run, train_autoencoder, train_diffusion
+from latentdiff.training import conditioning, notices, precision, train_autoencoder, train_diffusion
+from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.autoencoder_step import update
 from latentdiff.training.conditioning import Conditions
 from latentdiff.training.estimate.dry_run import dry_run
@@ -34,7 +35,7 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
         notes.unknown["model"] = f"{where}: no autoencoder there, nor in the Hub's cache; what it costs follows from it"
         notes.warnings.append(f"model.pretrained: {notes.unknown['model']}")
         return data_facts(config, find_images(config.data, 1, notes), None, notes)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     notes.say("building the autoencoder")
     vae = train_autoencoder.make_autoencoder(config)
     codec = LatentCodec(vae)
@@ -46,7 +47,7 @@ def plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]:
         trial = partial(train_autoencoder.trial_steps, config, vae, shape)
         config, words = _resolve(config, accelerator, trial, notes)
         config = find_micro_batch(config, accelerator, trial)
-        accelerator = run.start_accelerator(config.train)
+        accelerator = start_accelerator(config.train)
     memory = Memory(accelerator.device)
     parts = train_autoencoder.make_parts(config, vae, codec.factor, accelerator)
     facts = data_facts(config, images, shape, notes)
@@ -94,7 +95,7 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
     facts["autoencoder"] = origin if trained else f"as {origin} will make it; not there yet"
     latents = latent_shape(codec, shape)
     facts["latent_shape"] = list(latents)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     codec.vae.to(accelerator.device)
     classes = class_count(config, images, notes) if conditioning.takes(config.condition, "class") else 1
     notes.say("building the U-Net")
@@ -106,7 +107,7 @@ def plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[st
     trial = partial(train_diffusion.trial_steps, config, codec, images, latents, classes)
     config, facts["precision"] = _resolve(config, accelerator, trial, notes)
     config = find_micro_batch(config, accelerator, trial)
-    accelerator = run.start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     notes.say(f"timing training steps in {config.train.precision}")
     memory = Memory(accelerator.device)
     cache: Any = RandomCache(latents, len(images.train) if images else STAND_IN)
