@@ -192,7 +192,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 
 def test_a_killed_build_goes_on_and_processes_share_the_work(tmp_path):
     # Rank 0 of two makes shards 0 and 2; it is killed when shard 0 is there, and a new one does the rest
-    arguments = [str(Path(__file__).parents[1]), str(tmp_path / "killed")]
+    arguments = [str(Path(__file__).parent), str(tmp_path / "killed")]
     process = subprocess.Popen([sys.executable, "-c", SLOW_BUILD, *arguments])
     wait_for(tmp_path / "killed" / "shard-00000.safetensors", process)
     process.kill()

@@ -74,7 +74,7 @@ def test_a_reader_finds_what_stood_aside(tmp_path):
     fill(tmp_path / "model", "old")
     os.rename(tmp_path / "model", tmp_path / ".model.old-0123abcd")
     with locks.locked(tmp_path / "model", beside=True):
-        code = f"from latentdiff import atomic\nfrom pathlib import Path\natomic.put_back(Path({str(tmp_path / 'model')!r}))"
+        code = f"from latentdiff.utils import atomic\nfrom pathlib import Path\natomic.put_back(Path({str(tmp_path / 'model')!r}))"
         subprocess.run([sys.executable, "-c", code], check=True)
         assert not (tmp_path / "model").exists()  # somebody is at work on it
     assert resolve_model(tmp_path / "model") == tmp_path / "model" and names(tmp_path) == ["model"]
@@ -134,7 +134,7 @@ def test_leftovers_are_swept_and_nothing_else(tmp_path):
 def test_what_another_job_is_writing_is_not_swept(tmp_path):
     with atomic.new_folder(tmp_path / "model"), locks.locked(tmp_path / "latents"):
         (tmp_path / "latents" / ".shard.tmp").touch()
-        code = f"from latentdiff import atomic\nfrom pathlib import Path\natomic.sweep(Path({str(tmp_path)!r}))"
+        code = f"from latentdiff.utils import atomic\nfrom pathlib import Path\natomic.sweep(Path({str(tmp_path)!r}))"
         subprocess.run([sys.executable, "-c", code], check=True)
         assert (tmp_path / "latents" / ".shard.tmp").exists() and len(list(tmp_path.glob(".model.new-*"))) == 1
     assert names(tmp_path) == ["latents", "model"]

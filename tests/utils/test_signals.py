@@ -121,7 +121,7 @@ def test_the_command_that_goes_on_is_quoted_and_names_the_launcher(monkeypatch):
 COMMAND = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from latentdiff import cli, facts
+from latentdiff.cli import app, info as facts
 def slow(*_):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
@@ -158,8 +158,8 @@ def test_stderr_that_is_gone_stops_no_command(tmp_path, monkeypatch):
 
 
 def test_stdout_that_was_read_enough_of_is_no_mistake():
-    code = "from latentdiff import cli, facts\nfacts.info = lambda *_: {str(k): k for k in range(10**5)}\n"
-    code += "cli.main(['info', 'x'])"
+    code = "from latentdiff.cli import app, info as facts\nfacts.info = lambda *_: {str(k): k for k in range(10**5)}\n"
+    code += "app.main(['info', 'x'])"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "{\n"
     child.stdout.close()
