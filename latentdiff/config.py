@@ -192,6 +192,9 @@ class TextConfig(Section):
     heads: int = Field(4, gt=0)
 
 
+JOINT_DROPOUT = 0.1  # of class+text where the config sets none: as much as of each on its own
+
+
 class ConditionConfig(Section):
     """What the U-Net is told of an image. With class+text each is dropped on its own, and both at once besides."""
 
@@ -200,6 +203,23 @@ class ConditionConfig(Section):
     # class+text: share of samples that lose both, which guidance needs. None: 0.1 where each is dropped on its own, else 0
     joint_dropout: float | None = Field(None, ge=0, le=1)
     text: TextConfig = TextConfig()
+
+    def includes(self, kind: str) -> bool:
+        """Whether "class" or "text" is among what the model is conditioned on."""
+        return kind in self.type.split("+")
+
+    @property
+    def effective_joint_dropout(self) -> float:
+        """Share of samples, 0 to 1, that lose class and text together; 0 unless the model is conditioned on both.
+
+        Guidance compares the conditional prediction with the one without any condition. Dropped independently, at 0.1
+        each, both are missing from one sample in a hundred, which is too few to learn that prediction from.
+        """
+        if self.type != "class+text":
+            return 0.0
+        if self.joint_dropout is None:
+            return JOINT_DROPOUT if self.dropout > 0 and self.text.dropout > 0 else 0.0
+        return self.joint_dropout
 
 
 class SampleConfig(Section):

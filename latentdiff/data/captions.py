@@ -31,7 +31,7 @@ from latentdiff.data.tensor_shards import (
 )
 from latentdiff.errors import UserError
 from latentdiff.models.loading import UNUSED
-from latentdiff.models.text_encoder import NULL_PROMPT, OWN_LENGTH, Prompts, train_tokenizer, uses_mask
+from latentdiff.models.text_encoder import NULL_PROMPT, OWN_LENGTH, PromptEncoder, train_tokenizer, uses_mask
 from latentdiff.utils import signals
 
 FORMAT = 2  # 1 held infinities for what float16 cannot
@@ -127,7 +127,7 @@ class CaptionStates:
 
 
 def build_states(
-    prompts: Prompts,
+    prompts: PromptEncoder,
     captions: Captions,
     folder: str | Path,
     batch: int = 128,
@@ -173,7 +173,7 @@ def _missing(folder: Path, made_of: Identity) -> bool:
 
 
 def _make_shards(
-    prompts: Prompts,
+    prompts: PromptEncoder,
     captions: Captions,
     folder: Path,
     made_of: Identity,
@@ -208,7 +208,7 @@ def _compact(states: Tensor, texts: Sequence[str]) -> Tensor:
     return small if bool(small.isfinite().all()) else states
 
 
-def encoder_fingerprint(prompts: Prompts) -> str:
+def encoder_fingerprint(prompts: PromptEncoder) -> str:
     """sha256 over the encoder's weights, the tokenizer and whether padding is masked: what states depend on.
 
     Not over a pooler's: no state passes through it, and where it was not saved its weights are random.

@@ -39,6 +39,10 @@ class LatentCodec:
     def device(self) -> torch.device:
         return next(self.vae.parameters()).device
 
+    def latent_shape(self, height: int, width: int) -> tuple[int, int, int]:
+        """(c, h, w) of the latent of an image of height x width pixels, both divisible by `factor`."""
+        return self.latent_channels, height // self.factor, width // self.factor
+
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the posterior, raw (not normalised), each [B, c, h, w].
 

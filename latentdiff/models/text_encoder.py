@@ -102,7 +102,7 @@ class ClassCondition:
         return {"class_labels": torch.full((batch,), self.null_class, dtype=torch.long, device=device)}
 
 
-class Prompts:
+class PromptEncoder:
     """A tokenizer with the text encoder that reads its tokens: prompts to states, as training and the pipeline do alike.
 
     Every prompt is padded or cut to `length` tokens. The encoder is told which are padding where its config says
@@ -140,7 +140,7 @@ def token_counts(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
     return torch.tensor(counts, dtype=torch.int64)
 
 
-class PromptedUNet(torch.nn.Module):
+class UNetWithTextEncoder(torch.nn.Module):
     """A U-Net with the text encoder that is trained with it: one network, so that DDP and EMA cover both."""
 
     def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module):
@@ -198,7 +198,7 @@ def build_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> t
     return CLIPTextModel(config)
 
 
-def load_prompts(where: str, length: int | None = None) -> Prompts:
+def load_prompt_encoder(where: str, length: int | None = None) -> PromptEncoder:
     """A pretrained text encoder, frozen, with its tokenizer.
 
     where: a folder with both, a pipeline's folder (its text_encoder/ and tokenizer/), or a Hub name. CLIP text models,
@@ -218,13 +218,13 @@ def load_prompts(where: str, length: int | None = None) -> Prompts:
         raise UserError(f"condition.text.encoder {error}") from None
     if not hasattr(encoder.config, "use_attention_mask"):
         encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
-    prompts = Prompts(tokenizer, encoder.requires_grad_(False))
+    prompts = PromptEncoder(tokenizer, encoder.requires_grad_(False))
     _try_out(prompts, where)
     return prompts
 
 
 def load_tokenizer(where: str, length: int | None = None) -> Any:
-    """A pretrained text encoder's tokenizer, its model_max_length what `load_prompts` reads; UserError as there."""
+    """A pretrained text encoder's tokenizer, its model_max_length what `load_prompt_encoder` reads; UserError as there."""
     import transformers
 
     config, places = _text_config(where)
@@ -244,7 +244,7 @@ def load_tokenizer(where: str, length: int | None = None) -> Any:
     return tokenizer
 
 
-def _try_out(prompts: Prompts, where: str) -> None:
+def _try_out(prompts: PromptEncoder, where: str) -> None:
     """UserError unless the encoder gives finite states of a prompt that fills the whole length, as text encoders do."""
     try:
         states = prompts.states(["a " * prompts.length])
@@ -258,7 +258,7 @@ def _try_out(prompts: Prompts, where: str) -> None:
 
 
 def states_width(where: str) -> int:
-    """The width of a pretrained encoder's states, from its config alone; UserError as `load_prompts`."""
+    """The width of a pretrained encoder's states, from its config alone; UserError as `load_prompt_encoder`."""
     config = _text_config(where)[0]
     width = getattr(getattr(config, "text_config", config), "hidden_size", None)  # CLIP's has its pictures' beside it
     if not isinstance(width, int):

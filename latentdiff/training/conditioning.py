@@ -17,10 +17,10 @@ from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import (
     NULL_PROMPT,
     ClassCondition,
-    PromptedUNet,
-    Prompts,
+    PromptEncoder,
+    UNetWithTextEncoder,
     build_text_encoder,
-    load_prompts,
+    load_prompt_encoder,
     states_width,
     token_counts,
     train_tokenizer,
@@ -30,28 +30,8 @@ from latentdiff.training.latents import Latents
 from latentdiff.utils import atomic
 from latentdiff.utils.random import rand
 
-JOINT_DROPOUT = 0.1  # of class+text where the config names none: as much as of each on its own
 
-
-def takes(condition: ConditionConfig, kind: str) -> bool:
-    """Whether "class" or "text" is among what the config conditions on."""
-    return kind in condition.type.split("+")
-
-
-def joint_dropout(condition: ConditionConfig) -> float:
-    """The share of samples that lose class and text together; 0 where the config does not condition on both.
-
-    Guidance holds the conditional prediction against the one without any condition. Dropped independently, at 0.1 each, both
-    are missing from one sample in a hundred, which is too few to learn that prediction from.
-    """
-    if condition.type != "class+text":
-        return 0.0
-    if condition.joint_dropout is None:
-        return JOINT_DROPOUT if condition.dropout > 0 and condition.text.dropout > 0 else 0.0
-    return condition.joint_dropout
-
-
-def as_begun(config: DiffusionConfig, output: Path) -> DiffusionConfig:
+def with_recorded_dropout(config: DiffusionConfig, output: Path) -> DiffusionConfig:
     """The config of a run that is resumed, with the joint dropout it began with where the config leaves that open.
 
     A run.json without the key was written before there was one, when nothing was dropped together.
@@ -66,11 +46,12 @@ def as_begun(config: DiffusionConfig, output: Path) -> DiffusionConfig:
     return config.model_copy(update={"condition": condition})
 
 
-def guidance(config: DiffusionConfig) -> float:
+def guidance_scale(config: DiffusionConfig) -> float:
     """The scale that pictures and the published pipeline use; UserError where it asks for what training leaves out."""
     condition, asked = config.condition, config.sample.guidance
     kept = [("dropout", "class", condition.dropout), ("text.dropout", "text", condition.text.dropout)]
-    never = [key for key, kind, share in kept if takes(condition, kind) and share == 0 and joint_dropout(condition) == 0]
+    joint = condition.effective_joint_dropout
+    never = [key for key, kind, share in kept if condition.includes(kind) and share == 0 and joint == 0]
     if condition.type == "none" or never:
         if asked not in (None, 1.0):
             why = f"condition.{never[0]} is 0" if never else "condition.type is none"
@@ -97,10 +78,11 @@ def check(config: DiffusionConfig) -> None:
                 f"condition.{key}: 1 drops every {kind}, so nothing would be learnt of them; set it below 1, or take them "
                 "out of condition.type (none: no condition at all)"
             )
-    guidance(config)
-    if not takes(condition, "text"):
+    guidance_scale(config)
+    if not condition.includes("text"):
         return
-    if wanted.dropout == 0 and joint_dropout(condition) == 0 and not all(text.strip() for text in config.sample.prompts):
+    never_empty = wanted.dropout == 0 and condition.effective_joint_dropout == 0
+    if never_empty and not all(text.strip() for text in config.sample.prompts):
         raise UserError(
             "sample.prompts: an empty prompt stands for no text, which with condition.text.dropout 0 the model never learns; "
             "leave it out, or set condition.text.dropout to 0.1"
@@ -127,7 +109,7 @@ def _refuse_unused(config: DiffusionConfig) -> None:
             "leave it out, or set condition.type to class+text"
         )
     for kind, keys in (("text", told), ("class", dropped)):
-        if keys and not takes(condition, kind):
+        if keys and not condition.includes(kind):
             instead = "; captions are dropped by condition.text.dropout" if keys == dropped and condition.type == "text" else ""
             raise UserError(
                 f"{keys[0]}: condition.type is {condition.type}, so the model is told no {kind}; leave it out, or set "
@@ -140,17 +122,17 @@ def check_data(config: DiffusionConfig, images: Images) -> None:
     source = config.data.source
     for part in (images.train, images.held_out):
         apart = "" if part is images.train else " in its held-out part"
-        if takes(config.condition, "class") and part.labels is None:
+        if config.condition.includes("class") and part.labels is None:
             raise UserError(
                 f"data.source {source}: {part.source.unlabelled or f'has no classes{apart}'}; "
                 "or set condition.type=none (or text), or add class folders"
             )
-        if takes(config.condition, "text") and part.source.captions is None:
+        if config.condition.includes("text") and part.source.captions is None:
             raise UserError(
                 f"data.source {source}: has no captions{apart}; add a caption beside each image (a.png and a.txt), or a "
                 "metadata.jsonl with file_name and text, or set condition.type=class or none"
             )
-        if takes(config.condition, "text"):
+        if config.condition.includes("text"):
             without = sum(not any(texts) for texts in part.source.captions)
             if 2 * without > len(part.source):
                 raise UserError(
@@ -168,7 +150,7 @@ class TextCondition:
 
     captions: Captions
     dropout: float
-    prompts: Prompts
+    prompt_encoder: PromptEncoder
     table: dict[str, Tensor] | CaptionStates
 
     def rows(self, rows: Tensor) -> dict[str, Tensor]:
@@ -179,8 +161,8 @@ class TextCondition:
     def of(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """The same for any texts [B]."""
         if isinstance(self.table, dict):
-            return self.prompts.tokens(texts)
-        return {"encoder_hidden_states": self.prompts.states(texts).cpu()}
+            return self.prompt_encoder.tokens(texts)
+        return {"encoder_hidden_states": self.prompt_encoder.states(texts).cpu()}
 
 
 @dataclass
@@ -246,11 +228,11 @@ def open_text(config: DiffusionConfig, images: Images, accelerator, resume: bool
     A frozen encoder with its tokenizer; or the tokenizer of an encoder of one's own, learnt by the main process. None for a
     model that is told no text, where the run has its tokenizer, and on the other processes.
     """
-    if not takes(config.condition, "text"):
+    if not config.condition.includes("text"):
         return None, []
     wanted, captions, reader = config.condition.text, Captions(images.train.captions() or []), None
     if wanted.encoder is not None:
-        reader = load_prompts(wanted.encoder, wanted.max_length)
+        reader = load_prompt_encoder(wanted.encoder, wanted.max_length)
     if not accelerator.is_main_process:
         return reader, []
     if wanted.encoder is None and not resume:
@@ -280,19 +262,19 @@ def prepare_conditions(
     all processes, and by a resumed run.
     """
     condition, classes, text = config.condition, None, None
-    if takes(condition, "class"):
-        classes = ClassCondition(len(latents.images.class_names), condition.dropout, joint_dropout(condition))
-    if takes(condition, "text"):
+    if condition.includes("class"):
+        classes = ClassCondition(len(latents.images.class_names), condition.dropout, condition.effective_joint_dropout)
+    if condition.includes("text"):
         found = latents.images.train.captions(latents.cache.manifest["unreadable"])
         text = _text(config, Captions(found or []), accelerator, progress, reader)
-    return Conditions(classes, latents.cache.labels, text, joint_dropout(condition))
+    return Conditions(classes, latents.cache.labels, text, condition.effective_joint_dropout)
 
 
 def _text(config: DiffusionConfig, captions: Captions, accelerator, progress, reader: Any) -> TextCondition:
     wanted = config.condition.text
     if wanted.encoder is None:
         tokenizer = _own_tokenizer(config, reader, accelerator)
-        prompts = Prompts(tokenizer, build_text_encoder(tokenizer, wanted.width, wanted.layers, wanted.heads))
+        prompts = PromptEncoder(tokenizer, build_text_encoder(tokenizer, wanted.width, wanted.layers, wanted.heads))
         return TextCondition(captions, wanted.dropout, prompts, prompts.tokens(captions.distinct))
     reader.encoder.to(accelerator.device)
     folder = Path(wanted.folder or Path(config.output) / "captions")
@@ -325,16 +307,16 @@ def _own_tokenizer(config: DiffusionConfig, learnt: Any, accelerator) -> Any:
 def network_of(unet: nn.Module, conditions: Conditions) -> nn.Module:
     """What is trained: the U-Net, with the text encoder where that is trained too."""
     text = conditions.text
-    return PromptedUNet(unet, text.prompts.encoder) if text and isinstance(text.table, dict) else unet
+    return UNetWithTextEncoder(unet, text.prompt_encoder.encoder) if text and isinstance(text.table, dict) else unet
 
 
 def pipeline_pieces(network: nn.Module, conditions: Conditions, class_names: list[str]) -> dict[str, Any]:
     """U-Net, text encoder, tokenizer, class names and what stands for "nothing", as the pipeline takes them."""
-    together, text, classes = isinstance(network, PromptedUNet), conditions.text, conditions.classes
+    together, text, classes = isinstance(network, UNetWithTextEncoder), conditions.text, conditions.classes
     return {
         "unet": network.unet if together else network,
-        "text_encoder": network.text_encoder if together else text and text.prompts.encoder,
-        "tokenizer": text and text.prompts.tokenizer,
+        "text_encoder": network.text_encoder if together else text and text.prompt_encoder.encoder,
+        "tokenizer": text and text.prompt_encoder.tokenizer,
         "class_names": class_names if classes else None,
         "null_class": classes.null_class if classes else None,
         "null_prompt": NULL_PROMPT if text and (text.dropout > 0 or conditions.joint > 0) else None,

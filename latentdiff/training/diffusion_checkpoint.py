@@ -61,7 +61,9 @@ def picture(config: DiffusionConfig, parts: Parts, accelerator: Any, path: Path)
     from latentdiff.utils.images import save_rows
 
     # As a default the scale is off where neither class nor prompt says anything; given in the call it would be refused
-    pipeline = LatentDiffusionPipeline(**pipeline_parts(config, parts), default_guidance_scale=conditioning.guidance(config))
+    pipeline = LatentDiffusionPipeline(
+        **pipeline_parts(config, parts), default_guidance_scale=conditioning.guidance_scale(config)
+    )
     pipeline.set_progress_bar_config(disable=True)
     pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
     classes: list[int | None] = list(range(min(10, pipeline.num_classes))) or [None] * PROMPTS
@@ -110,7 +112,7 @@ def publish(config: DiffusionConfig, parts: Parts, folder: Path, step: int) -> N
         folder,
         **pieces,
         meta=meta,
-        default_guidance_scale=conditioning.guidance(config),
+        default_guidance_scale=conditioning.guidance_scale(config),
         default_guidance_interval=config.sample.guidance_interval,
         default_num_inference_steps=config.sample.steps,
     )

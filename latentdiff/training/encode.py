@@ -19,10 +19,10 @@ def encode_dataset(
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
-    from latentdiff.training import notices
+    from latentdiff.models.unet import check_latent_size, check_unet
+    from latentdiff.training import messages
     from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
-    from latentdiff.training.unets import check_latents, check_unet
 
     config = load_config(resolve_config(config_path), overrides)
     if not isinstance(config, DiffusionConfig):
@@ -31,8 +31,10 @@ def encode_dataset(
     check_unet(config)
     accelerator = start_accelerator(config.train)
     opened = open_inputs(config, accelerator.device)
-    check_latents(config, *opened)  # latents that the U-Net cannot take are not worth the time
-    lines = [*notices.warned(notices.first_stage_warnings(config.autoencoder)), cache_size(config, *opened)]
+    codec, images = opened
+    # Latents that the U-Net cannot take are not worth the time
+    check_latent_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
+    lines = [*messages.as_warnings(messages.autoencoder_warnings(config.autoencoder)), cache_size(config, *opened)]
     # A frozen encoder is never cast, whatever training's precision
     announce = announcement(accelerator, config.train, "float32", "encode", lines)
     if job is not None:

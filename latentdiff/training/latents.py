@@ -111,20 +111,15 @@ def open_inputs(config: DiffusionConfig | ClassifierConfig, device: torch.device
     return codec, Images(config.data, codec.factor)
 
 
-def latent_shape(codec: LatentCodec, images: Images) -> tuple[int, int, int]:
-    """(c, h, w) of the latents of these images."""
-    height, width = images.preprocess.padded_size
-    return codec.latent_channels, height // codec.factor, width // codec.factor
-
-
-def cache_bytes(config: DiffusionConfig | ClassifierConfig, images: Images, latent: tuple[int, int, int]) -> int:
-    """Size of the cache: a mean and a standard deviation, in float16, of each latent [c, h, w], and of its mirror image's."""
-    return len(images.train) * math.prod(latent) * 2 * 2 * (1 + config.data.flips)
+def cache_bytes(config: DiffusionConfig | ClassifierConfig, count: int, latent_shape: tuple[int, int, int]) -> int:
+    """Bytes of the latent cache of `count` images: mean and deviation in float16, of mirrored images too with data.flips."""
+    return count * math.prod(latent_shape) * 2 * 2 * (1 + config.data.flips)
 
 
 def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> str:
     """One line on what encoding will take of the disk, and what is left there."""
-    folder, size = cache_folder(config), cache_bytes(config, images, latent_shape(codec, images))
+    folder = cache_folder(config)
+    size = cache_bytes(config, len(images.train), codec.latent_shape(*images.preprocess.padded_size))
     place = folder.absolute()
     while not place.exists():
         place = place.parent

@@ -47,7 +47,7 @@ def load_net(config: DiffusionConfig, device: torch.device) -> FeatureNet | None
     return load_features(folder, device)
 
 
-class Watch:
+class Monitor:
     """Measures a run's pictures; every process makes and looks at its share, and all hold the same numbers.
 
     floor: the distance of as many held-out images (fewer where there are fewer) from the same reference.
@@ -80,7 +80,7 @@ class Watch:
         from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
         config, sample = self.config, self.config.sample
-        pipeline = LatentDiffusionPipeline(**pieces, default_guidance_scale=conditioning.guidance(config))
+        pipeline = LatentDiffusionPipeline(**pieces, default_guidance_scale=conditioning.guidance_scale(config))
         pipeline.set_progress_bar_config(disable=True)
         pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
         texts = self.images.held_out_captions(config.evaluate.images) if self.told.text else None

@@ -11,7 +11,7 @@ from torch import Tensor
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.captions import Captions
 from latentdiff.models.text_encoder import LONGEST, OWN_LENGTH, ClassCondition, _text_config, build_text_encoder, states_width
-from latentdiff.training.conditioning import Conditions, TextCondition, joint_dropout, takes
+from latentdiff.training.conditioning import Conditions, TextCondition
 from latentdiff.training.images import Images
 
 STAND_IN = 4096  # images, where it is not known how many there are
@@ -56,12 +56,12 @@ class Vocabulary:
 def random_conditions(config: DiffusionConfig, images: Images | None, class_count: int) -> Conditions:
     """As many labels and captions as there are images, drawn and dropped as training does."""
     count = len(images.train) if images else STAND_IN
-    joint = joint_dropout(config.condition)
+    joint = config.condition.effective_joint_dropout
     classes = labels = text = None
-    if takes(config.condition, "class"):
+    if config.condition.includes("class"):
         classes = ClassCondition(class_count, config.condition.dropout, joint)
         labels = torch.randint(classes.num_classes, (count,))
-    if takes(config.condition, "text"):
+    if config.condition.includes("text"):
         found = images.train.captions() if images else None
         text = _text(config, Captions(found or [("a caption",)] * count))
     return Conditions(classes, labels, text, joint)

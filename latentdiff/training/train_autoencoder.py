@@ -17,7 +17,7 @@ from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, freeze, 
 from latentdiff.models.codebook import CodeUsage, revive_dead_codes
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training import notices, state, trainer
+from latentdiff.training import messages, state, trainer
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.autoencoder_loss import Stage1Weights
 from latentdiff.training.autoencoder_report import LatentStatistics
@@ -64,12 +64,12 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Pa
         _compile(config, images, parts, accelerator)
     work = _work(config, images, parts, accelerator, output)
     progress = trainer.resume(output, work, accelerator, config.train.keep) if resume else trainer.Progress()
-    warnings = [*notices.length_warnings(config), *notices.data_warnings(config, len(images.train))]
-    announcement(accelerator, config.train, precision, lines=notices.warned(warnings))()
+    warnings = [*messages.length_warnings(config), *messages.data_warnings(config, len(images.train))]
+    announcement(accelerator, config.train, precision, lines=messages.as_warnings(warnings))()
     images.say()
     if accelerator.is_main_process:
         write_config(output, config, resume)
-        notices.say([notices.places_at_start(config)])
+        messages.print_lines([messages.where_results_appear(config)])
     with RunLogger(output, config.train.steps, progress.step, accelerator.is_main_process) as log:
         trainer.run_loop(config, work, accelerator, log, output, progress)
     parts.ema.copy_to(parts.bare.vae)
@@ -325,8 +325,8 @@ def publish(
     if images.nothing_held_out:
         report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
     write_report(folder.parent, report, pairs)
-    notices.keep_verdict(folder, report)
-    notices.say(notices.end_of_stage1(folder, report["lines"]))
+    messages.save_report_lines(folder, report)
+    messages.print_lines(messages.autoencoder_finished(folder, report["lines"]))
 
 
 def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:

@@ -19,7 +19,7 @@ from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.images import Images
-from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
+from latentdiff.training.latents import Latents, open_inputs, prepare_latents, progress_bar
 from latentdiff.training.logging import Averages, RunLogger
 from latentdiff.training.optimizer import clip_gradient, learning_rate, make_optimizer, set_learning_rate
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
@@ -79,7 +79,7 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
 
 def _trial_steps(config: ClassifierConfig, codec: LatentCodec, images: Images, alone: OneProcess) -> Step:
     """Steps of such a classifier on random latents."""
-    shape, classes = latent_shape(codec, images), len(images.class_names)
+    shape, classes = codec.latent_shape(*images.preprocess.padded_size), len(images.class_names)
     net = LatentClassifier(shape[0], classes, {"name": config.schedule.name, **config.schedule.params}, **config.model)
     low, high = net.schedule.t_min, net.schedule.t_max
 

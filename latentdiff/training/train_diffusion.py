@@ -20,11 +20,12 @@ from latentdiff.data.shuffling import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
+from latentdiff.models.unet import check_latent_size, check_unet, make_unet
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, diffusion_loss, loss_weight
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditioning, distributed, monitor, notices, state, trainer
+from latentdiff.training import conditioning, distributed, messages, monitor, state, trainer
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
@@ -32,7 +33,7 @@ from latentdiff.training.diffusion_checkpoint import picture, pipeline_parts, pu
 from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
-from latentdiff.training.latents import Latents, latent_shape, open_inputs, prepare_latents, progress_bar
+from latentdiff.training.latents import Latents, open_inputs, prepare_latents, progress_bar
 from latentdiff.training.logging import RunLogger
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.micro_batch import find_micro_batch
@@ -40,7 +41,6 @@ from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_lea
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.run_folder import locked_run_folder, write_config
-from latentdiff.training.unets import check_latents, check_unet, make_unet
 from latentdiff.utils.random import derive_seed, randn
 
 VALIDATION = 2  # which definition of the validation loss a state's best value is of; 1 had posterior means and no weights
@@ -80,7 +80,7 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     config puts it.
     """
     output = Path(config.output)
-    config = conditioning.as_begun(config, output) if resume else config
+    config = conditioning.with_recorded_dropout(config, output) if resume else config
     check_config(config)
     accelerator = start_accelerator(config.train, shards=True)
     with locked_run_folder(output, config, resume) as restores:
@@ -92,15 +92,16 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
 def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path) -> None:
     codec, images = open_inputs(config, accelerator.device)
     conditioning.check_data(config, images)
-    check_latents(config, codec, images)
-    trial = partial(trial_steps, config, codec, images, latent_shape(codec, images), len(images.class_names))
+    latent_shape = codec.latent_shape(*images.preprocess.padded_size)
+    check_latent_size(config, latent_shape, codec.factor)
+    trial = partial(trial_steps, config, codec, images, latent_shape, len(images.class_names))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
     reader, cut = conditioning.open_text(config, images, accelerator, resume)
-    warnings = [*notices.first_stage_warnings(config.autoencoder), *notices.length_warnings(config)]
-    warnings += [*notices.data_warnings(config, len(images.train)), *cut]
-    announce = announcement(accelerator, config.train, precision, lines=notices.warned(warnings))
+    warnings = [*messages.autoencoder_warnings(config.autoencoder), *messages.length_warnings(config)]
+    warnings += [*messages.data_warnings(config, len(images.train)), *cut]
+    announce = announcement(accelerator, config.train, precision, lines=messages.as_warnings(warnings))
     with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
         latents = prepare_latents(config, accelerator, progress, (codec, images))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
@@ -114,14 +115,14 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path
     latents.images.say()
     if accelerator.is_main_process:
         write_config(output, config, resume)
-        notices.say([notices.places_at_start(config)])
+        messages.print_lines([messages.where_results_appear(config)])
     with RunLogger(output, config.train.steps, progress.step, accelerator.is_main_process) as log:
         trainer.run_loop(config, work, accelerator, log, output, progress)
     accelerator.wait_for_everyone()
     parts.ema.copy_to(parts.average)
     if accelerator.is_main_process:
         publish(config, parts, output / "model", progress.step)
-        notices.say(notices.end_of_stage2(config, told.shown([None])[0] if told.text else None))
+        messages.print_lines(messages.model_finished(config, told.shown([None])[0] if told.text else None))
     wait_for_everyone(accelerator)
 
 
@@ -198,7 +199,7 @@ def make_parts(config: DiffusionConfig, latents: Latents, told: conditioning.Con
     """All that a step uses: networks, optimizer, EMA, schedule and noise levels."""
     schedule, levels = _noise(config)
     rows = told.classes.num_embeddings if told.classes else None
-    unet = make_unet(config, latents.cache.latent_shape, rows, told.text.prompts.width if told.text else None)
+    unet = make_unet(config, latents.cache.latent_shape, rows, told.text.prompt_encoder.width if told.text else None)
     bare = conditioning.network_of(unet, told)
     average = copy.deepcopy(bare).eval().requires_grad_(False)
     if not distributed.sharded(accelerator):
@@ -256,7 +257,7 @@ def _unchanged(loss: Tensor, t: Tensor) -> Tensor:
 def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path) -> trainer.Work:
     held = _validation_set(config, parts)
     net = monitor.load_net(config, accelerator.device)
-    watch = net and monitor.Watch(config, parts.latents, parts.conditions, net, accelerator)
+    watch = net and monitor.Monitor(config, parts.latents, parts.conditions, net, accelerator)
     parts.network.train()
 
     def after(done: int) -> dict[str, float]:

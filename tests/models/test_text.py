@@ -23,10 +23,10 @@ from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.generation import generate, generate_batches, image_generators
 from latentdiff.models.text_encoder import (
-    PromptedUNet,
-    Prompts,
+    PromptEncoder,
+    UNetWithTextEncoder,
     build_text_encoder,
-    load_prompts,
+    load_prompt_encoder,
     states_width,
     train_tokenizer,
 )
@@ -60,10 +60,10 @@ def told_both(runs):
     return train(parse_config(text_tree(data, root / "told-both", autoencoder, **changes)))
 
 
-def own_prompts(length: int = 12) -> Prompts:
+def own_prompts(length: int = 12) -> PromptEncoder:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TEXTS, 400, length)
-    return Prompts(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())
+    return PromptEncoder(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())
 
 
 def test_a_list_of_captions_is_read_and_an_empty_one_among_them_refused(tmp_path):
@@ -104,7 +104,7 @@ def test_the_tokenizer_lowers_case_keeps_its_length_and_reads_any_text():
 
 
 def test_states_of_a_prompt_do_not_depend_on_its_neighbours_nor_its_padding(tmp_path):
-    own, bert = own_prompts(), load_prompts(str(write_bert(tmp_path / "bert", WORDS)))
+    own, bert = own_prompts(), load_prompt_encoder(str(write_bert(tmp_path / "bert", WORDS)))
     for prompts, texts in ((own, TEXTS), (bert, ["horizontal stripes", "a picture of blank stripes", "blank"])):
         alone = torch.cat([prompts.states([text]) for text in texts])
         torch.testing.assert_close(prompts.states(texts), alone, atol=1e-5, rtol=0)
@@ -133,12 +133,12 @@ def test_cached_states_are_the_encoders_and_those_of_another_are_refused(tmp_pat
 
 
 def test_the_gradient_reaches_the_encoder_that_is_trained(runs):
-    from latentdiff.training.unets import build_unet
+    from latentdiff.models.unet import build_unet
 
     data, autoencoder, root = runs
     prompts = own_prompts()
     unet = build_unet(parse_config(text_tree(data, root / "x", autoencoder)), (2, 8, 8), None, 16)
-    network = PromptedUNet(unet, prompts.encoder.train())
+    network = UNetWithTextEncoder(unet, prompts.encoder.train())
     x = torch.randn((2, 2, 8, 8), generator=torch.Generator().manual_seed(0))
     out = network(x, torch.tensor([1.0, 500.0]), **prompts.tokens(TEXTS[:2]))
     out.sample.square().mean().backward()
@@ -249,7 +249,7 @@ def write_clip(folder: Path) -> Path:
 
 
 def test_prompts_are_as_long_as_the_encoder_reads_where_the_tokenizer_states_nothing(tmp_path):
-    assert load_prompts(str(write_clip(tmp_path / "clip"))).length == 20
+    assert load_prompt_encoder(str(write_clip(tmp_path / "clip"))).length == 20
 
 
 def test_an_encoder_without_a_tokenizer_of_its_own_or_that_decodes_is_refused(tmp_path):
@@ -259,10 +259,10 @@ def test_an_encoder_without_a_tokenizer_of_its_own_or_that_decodes_is_refused(tm
     for file in {*bert.iterdir()} - {bert / "config.json", bert / "model.safetensors"}:
         file.unlink()
     with pytest.raises(UserError, match="its tokenizer knows no words"):  # transformers makes a blank one
-        load_prompts(str(bert))
+        load_prompt_encoder(str(bert))
     BartModel(BartConfig(vocab_size=300, encoder_attention_heads=2, decoder_attention_heads=2, **sizes)).save_pretrained(bert)
     with pytest.raises(UserError, match="bart also decodes"):
-        load_prompts(str(bert))
+        load_prompt_encoder(str(bert))
 
 
 def test_an_encoder_that_cannot_pad_is_refused_in_one_line(tmp_path):
@@ -271,7 +271,7 @@ def test_an_encoder_that_cannot_pad_is_refused_in_one_line(tmp_path):
     tokenizer.pad_token = None
     tokenizer.save_pretrained(clip)
     with pytest.raises(UserError, match="cannot read a prompt of 20 tokens.*padding token"):
-        load_prompts(str(clip))
+        load_prompt_encoder(str(clip))
 
 
 def test_mt5_is_read_by_its_encoder_and_clip_by_its_text_half(tmp_path):
@@ -281,7 +281,7 @@ def test_mt5_is_read_by_its_encoder_and_clip_by_its_text_half(tmp_path):
     tokenizer.save_pretrained(tmp_path / "mt5")
     config = MT5Config(vocab_size=len(tokenizer), d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
     MT5EncoderModel(config).save_pretrained(tmp_path / "mt5")
-    assert load_prompts(str(tmp_path / "mt5")).states(["a"]).shape == (1, 12, 16)
+    assert load_prompt_encoder(str(tmp_path / "mt5")).states(["a"]).shape == (1, 12, 16)
     CLIPConfig(text_config={"hidden_size": 24}).save_pretrained(tmp_path / "clip")
     assert states_width(str(tmp_path / "clip")) == 24
     ResNetConfig().save_pretrained(tmp_path / "resnet")
@@ -296,7 +296,7 @@ def test_weights_that_were_not_saved_and_make_no_state_leave_the_fingerprint_alo
     prints = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        prints.append(encoder_fingerprint(load_prompts(str(bert))))
+        prints.append(encoder_fingerprint(load_prompt_encoder(str(bert))))
     assert prints[0] == prints[1]
 
 

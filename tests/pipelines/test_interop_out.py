@@ -25,7 +25,7 @@ from latentdiff import checkpoints
 from latentdiff.config import parse_config
 from latentdiff.data.captions import Captions, build_states
 from latentdiff.data.sources import open_source
-from latentdiff.models.text_encoder import load_prompts
+from latentdiff.models.text_encoder import load_prompt_encoder
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.training import train
 
@@ -156,7 +156,7 @@ def test_a_bert_is_told_of_padding_alike_in_training_here_and_in_stock(runs, tmp
     assert type(stock.text_encoder).__name__ == "BertModel" and stock.text_encoder.config.use_attention_mask is True
     # what the U-Net was told in training: the states on disk, kept in float16
     table = Captions(open_source(str(folder.parents[1] / "data")).captions)
-    states = build_states(load_prompts(str(bert)), table, folder.parent / "captions", progress=encoded_again)
+    states = build_states(load_prompt_encoder(str(bert)), table, folder.parent / "captions", progress=encoded_again)
     rows = torch.tensor([table.distinct.index(text) for text in PROMPTS])
     told = ours.conditioning(PROMPTS, [None])["encoder_hidden_states"]
     torch.testing.assert_close(told, states[rows], rtol=1e-2, atol=1e-2)

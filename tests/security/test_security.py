@@ -470,15 +470,15 @@ def test_training_measuring_and_importing_refuse_them_too(mapped, tmp_path):
     from tiny_stable import write_original
 
     from latentdiff.evaluation.feature_spaces import open_space
-    from latentdiff.models.text_encoder import load_prompts, states_width
+    from latentdiff.models.text_encoder import load_prompt_encoder, states_width
     from latentdiff.single_file import import_checkpoint
 
     folder, _ = mapped
     file = write_original(folder, tmp_path / "a.safetensors")
     config = folder / "text_encoder" / "config.json"
-    load_prompts(str(folder))
+    load_prompt_encoder(str(folder))
     change_json(config, attn_implementation="someone/kernel")
-    for read in (load_prompts, states_width):
+    for read in (load_prompt_encoder, states_width):
         assert "attn_implementation" in refusal(lambda read=read: read(str(folder)))
     assert "attn_implementation" in refusal(lambda: open_space(folder / "text_encoder"))
     assert "attn_implementation" in refusal(lambda: import_checkpoint(file, folder, tmp_path / "out"))

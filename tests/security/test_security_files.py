@@ -15,7 +15,7 @@ from latentdiff.data.captions import Captions, build_states
 from latentdiff.data.tensor_shards import stored_identity, write_shard
 from latentdiff.errors import UserError
 from latentdiff.models.loading import weight_files
-from latentdiff.models.text_encoder import Prompts
+from latentdiff.models.text_encoder import PromptEncoder
 
 # Deterministic, and few enough for a checkpoint of four configs
 TRIED = {"checkpoint": (1, 29), "autoencoder": (1, 11), "cache": (3, 3)}  # (depth, one in so many); (3, 1) for the rest
@@ -129,7 +129,7 @@ def prompts(tmp_path):
     from transformers import AutoTokenizer, BertModel
 
     where = write_bert(tmp_path / "bert", "a b c")
-    return Prompts(AutoTokenizer.from_pretrained(where), BertModel.from_pretrained(where).eval())
+    return PromptEncoder(AutoTokenizer.from_pretrained(where), BertModel.from_pretrained(where).eval())
 
 
 def test_caption_states_that_lie_are_named(tmp_path, prompts):

@@ -14,7 +14,7 @@ from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 from latentdiff.cli.info import info
 from latentdiff.config import LoopConfig
 from latentdiff.models.text_encoder import build_text_encoder
-from latentdiff.training.estimate.dry_run import dry_run
+from latentdiff.training.dry_run import dry_run
 from latentdiff.training.memory import Memory
 from latentdiff.training.random_data import Vocabulary
 
@@ -153,7 +153,7 @@ def test_a_first_stage_in_training_says_its_shapes_itself(plan, stripe_folder, a
 
 @pytest.mark.parametrize("source", ["someone/pictures", "https://host/pictures-{00..09}.tar"])
 def test_data_elsewhere_are_not_fetched(plan, tmp_path, monkeypatch, source):
-    monkeypatch.setattr("latentdiff.training.estimate.inputs.Images", None)  # whatever would open them
+    monkeypatch.setattr("latentdiff.training.estimate.Images", None)  # whatever would open them
     facts = plan(autoencoder_tree(source, tmp_path / "run"))
     assert "not fetched" in facts["unknown"]["data"] and facts["step"]["seconds"] > 0
 
@@ -236,7 +236,7 @@ def test_too_little_memory_is_said_and_other_errors_are_raised(plan, stripe_fold
     def full(*arguments):
         raise torch.OutOfMemoryError("no memory for that")
 
-    monkeypatch.setattr("latentdiff.training.estimate.stages.update", full)
+    monkeypatch.setattr("latentdiff.training.estimate.update", full)
     facts = plan(autoencoder_tree(stripe_folder, tmp_path / "run"))
     assert facts["warnings"] == ["train.batch_size 8: no memory for that"] and "memory" in facts["unknown"]["step"]
     assert facts["parameters"]["autoencoder"] > 1000 and "hours" not in facts
@@ -250,7 +250,7 @@ def test_too_little_memory_is_said_and_other_errors_are_raised(plan, stripe_fold
 
 def test_a_run_of_two_phases_takes_the_hours_of_both(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr("latentdiff.training.estimate.dry_run.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("latentdiff.training.dry_run.time.perf_counter", lambda: clock[0])
     batches = []
 
     def step(number: int, batch: int) -> None:
@@ -295,7 +295,7 @@ def test_planning_leaves_threads_and_random_numbers_alone(plan, stripe_folder, t
 
 def test_a_config_that_ships_can_be_planned_before_anything_is_trained(monkeypatch):
     """Shapes and parameters; the steps themselves are too long for a test."""
-    monkeypatch.setattr("latentdiff.training.estimate.stages.dry_run", lambda *arguments: {})
+    monkeypatch.setattr("latentdiff.training.estimate.dry_run", lambda *arguments: {})
     monkeypatch.chdir(Path(__file__).parents[2] / "configs" / "emoji")
     facts = info("diffusion.yaml")
     assert facts["latent_shape"] == [8, 8, 8] and "autoencoder-kl.yaml" in facts["autoencoder"] and facts["warnings"] == []

@@ -15,7 +15,7 @@ from latentdiff import checkpoints
 from latentdiff.config import DiffusionConfig, load_config, parse_config
 from latentdiff.data.captions import Captions, build_states
 from latentdiff.errors import UserError
-from latentdiff.models.text_encoder import ClassCondition, Prompts, build_text_encoder, train_tokenizer
+from latentdiff.models.text_encoder import ClassCondition, PromptEncoder, build_text_encoder, train_tokenizer
 from latentdiff.training import train
 from latentdiff.training.conditioning import Conditions, TextCondition, check
 
@@ -31,10 +31,10 @@ def runs(tmp_path_factory):
     return data, train(autoencoder_config(data, root / "autoencoder"))
 
 
-def own_prompts(length: int = 12) -> Prompts:
+def own_prompts(length: int = 12) -> PromptEncoder:
     torch.manual_seed(0)
     tokenizer = train_tokenizer(TEXTS, 400, length)
-    return Prompts(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())
+    return PromptEncoder(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())
 
 
 @pytest.mark.parametrize(

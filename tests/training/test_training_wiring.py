@@ -23,7 +23,7 @@ from latentdiff.training import autoencoder_step, conditioning, state, train
 from latentdiff.training import train_autoencoder as stage1
 from latentdiff.training import train_diffusion as stage2
 from latentdiff.training.accelerator import start_accelerator
-from latentdiff.training.conditioning import Conditions, TextCondition, joint_dropout
+from latentdiff.training.conditioning import Conditions, TextCondition
 from latentdiff.training.images import Images
 
 MIN_SNR = {"prediction": "v_prediction", "weighting": "min_snr", "min_snr_gamma": 0.5}
@@ -299,7 +299,8 @@ def test_how_often_each_condition_is_dropped():
 
 def test_the_joint_dropout_that_a_config_means():
     def share(kind, dropout=0.1, text=0.1, **given):
-        return joint_dropout(ConditionConfig(type=kind, dropout=dropout, text={"dropout": text}, **given))
+        condition = ConditionConfig(type=kind, dropout=dropout, text={"dropout": text}, **given)
+        return condition.effective_joint_dropout
 
     assert share("class+text") == 0.1 and share("class") == share("text") == 0
     assert share("class+text", dropout=0) == share("class+text", text=0) == 0  # no null class, or no null prompt

@@ -19,7 +19,7 @@ MANY_EPOCHS = 1000  # passes over the images after which a small model has learn
 REPORT = "report.json"
 
 
-def say(lines: Iterable[str]) -> None:
+def print_lines(lines: Iterable[str]) -> None:
     """Write lines on stderr, above any progress bar."""
     from tqdm import tqdm
 
@@ -27,7 +27,7 @@ def say(lines: Iterable[str]) -> None:
         tqdm.write(printable(line), file=sys.stderr)
 
 
-def warned(warnings: Iterable[str]) -> list[str]:
+def as_warnings(warnings: Iterable[str]) -> list[str]:
     return [f"warning: {text}" for text in warnings]
 
 
@@ -82,12 +82,12 @@ def data_warnings(config: AutoencoderConfig | DiffusionConfig, count: int) -> li
 # How the first stage came out
 
 
-def keep_verdict(folder: Path, report: dict[str, Any]) -> None:
+def save_report_lines(folder: Path, report: dict[str, Any]) -> None:
     """Put a report's lines beside an autoencoder's weights, so that they go wherever it goes."""
     atomic.write_json(folder / REPORT, {key: report[key] for key in ("images", "psnr_db", "ssim", "lines")})
 
 
-def verdict_of(where: str) -> list[str]:
+def report_lines(where: str) -> list[str]:
     """The lines of the report of an autoencoder, by the name a config gives it; none where it has none."""
     folder = autoencoder_folder(where)
     if folder is None:
@@ -102,16 +102,16 @@ def verdict_of(where: str) -> list[str]:
     return []
 
 
-def first_stage_warnings(where: str) -> list[str]:
+def autoencoder_warnings(where: str) -> list[str]:
     """What the report of stage 1 warns of, for those who build on it."""
-    bad = [line.removeprefix("warn: ") for line in verdict_of(where) if line.startswith("warn: ")]
+    bad = [line.removeprefix("warn: ") for line in report_lines(where) if line.startswith("warn: ")]
     return [f"autoencoder {where}: {line}" for line in bad]
 
 
 # Where everything is
 
 
-def places_at_start(config: AutoencoderConfig | DiffusionConfig) -> str:
+def where_results_appear(config: AutoencoderConfig | DiffusionConfig) -> str:
     """One line on where a run's pictures and curves appear."""
     output, every = Path(config.output), config.train.picture_every
     last = isinstance(config, DiffusionConfig)  # which draws at its last step whatever the period
@@ -121,7 +121,7 @@ def places_at_start(config: AutoencoderConfig | DiffusionConfig) -> str:
     return f"pictures: {pictures}; curves: {output / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(output / 'logs'))}"
 
 
-def end_of_stage1(folder: Path, lines: Sequence[str]) -> list[str]:
+def autoencoder_finished(folder: Path, lines: Sequence[str]) -> list[str]:
     """The verdict on the autoencoder in `folder`, and where everything is."""
     warned = sum(line.startswith("warn: ") for line in lines)
     head = f"{warned} of {len(lines)} points are weak" if warned else "all points pass"
@@ -133,7 +133,7 @@ def end_of_stage1(folder: Path, lines: Sequence[str]) -> list[str]:
     ]
 
 
-def end_of_stage2(config: DiffusionConfig, prompt: str | None) -> list[str]:
+def model_finished(config: DiffusionConfig, prompt: str | None) -> list[str]:
     """Where everything is, and the command that shows pictures. prompt: one of the data's, of a model that reads text."""
     output = Path(config.output)
     what = {"class": "--all-classes ", "none": ""}.get(config.condition.type, f"{shlex.quote(prompt or 'a prompt')} ")

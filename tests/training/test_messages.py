@@ -13,8 +13,8 @@ from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff.cli import main
 from latentdiff.cli.info import info
-from latentdiff.training import notices, train, train_autoencoder, train_diffusion
-from latentdiff.training.estimate.progress import Progress
+from latentdiff.training import messages, train, train_autoencoder, train_diffusion
+from latentdiff.training.estimate import Progress
 from latentdiff.training.logging import RunLogger
 from latentdiff.training.precision import OneProcess, plain_steps
 
@@ -51,7 +51,7 @@ def test_the_first_stages_verdict_is_printed_and_goes_with_its_weights(said, str
     moved = shutil.copytree(output / "autoencoder", tmp_path / "moved")
     for name in (output, output / "autoencoder", moved):
         expected = [f"autoencoder {name}: {line.removeprefix('warn: ')}" for line in weak]
-        assert notices.first_stage_warnings(str(name)) == expected
+        assert messages.autoencoder_warnings(str(name)) == expected
         config = diffusion_config(
             stripe_folder, tmp_path / f"second-{Path(name).name}", name, train__steps=1, normaliser="measured"
         )
@@ -70,12 +70,12 @@ def test_the_first_stages_verdict_is_printed_and_goes_with_its_weights(said, str
 def test_a_good_or_a_foreign_first_stage_is_not_warned_of(tmp_path, autoencoder_run):
     folder = shutil.copytree(autoencoder_run / "autoencoder", tmp_path / "good")
     (folder / "report.json").write_text(json.dumps({"lines": ["pass: PSNR 30 dB"]}))
-    assert notices.first_stage_warnings(str(folder)) == []
+    assert messages.autoencoder_warnings(str(folder)) == []
     for damaged in ("{", "[]", '{"lines": 3}'):
         (folder / "report.json").write_text(damaged)
-        assert notices.first_stage_warnings(str(folder)) == []
-    assert notices.first_stage_warnings("someone/autoencoder") == []
-    assert notices.end_of_stage1(folder, ["pass: PSNR 30 dB"])[0].endswith("all points pass")
+        assert messages.autoencoder_warnings(str(folder)) == []
+    assert messages.autoencoder_warnings("someone/autoencoder") == []
+    assert messages.autoencoder_finished(folder, ["pass: PSNR 30 dB"])[0].endswith("all points pass")
 
 
 # Where everything is
@@ -145,9 +145,9 @@ def test_what_suits_the_run_is_not_warned_of(stripe_folder, tmp_path):
 
 def test_too_many_passes_over_few_images_are_warned_of(stripe_folder, tmp_path):
     config = autoencoder_config(stripe_folder, tmp_path, train__steps=4501)
-    (warning,) = notices.data_warnings(config, 36)  # 4501 x 8 / 36 = 1000.2
+    (warning,) = messages.data_warnings(config, 36)  # 4501 x 8 / 36 = 1000.2
     assert "4501 steps see each of the 36 images 1000 times" in warning and "4500 steps see them 1000 times" in warning
-    assert notices.data_warnings(autoencoder_config(stripe_folder, tmp_path, train__steps=4500), 36) == []
+    assert messages.data_warnings(autoencoder_config(stripe_folder, tmp_path, train__steps=4500), 36) == []
 
 
 def test_days_of_a_cpu_are_warned_of(monkeypatch, stripe_folder, tmp_path, said):
@@ -155,7 +155,7 @@ def test_days_of_a_cpu_are_warned_of(monkeypatch, stripe_folder, tmp_path, said)
         step = {"device": "cpu", "threads": 1, "precision": "float32"}
         return {"step": step, "hours": {"training": 135.0}}
 
-    monkeypatch.setattr("latentdiff.training.estimate.stages.dry_run", slow)
+    monkeypatch.setattr("latentdiff.training.estimate.dry_run", slow)
     path = write_yaml(tmp_path / "a.yaml", autoencoder_tree(stripe_folder, tmp_path / "run", train__steps=900))
     found = []
     lines = said(lambda: found.append(info(str(path))))
@@ -176,7 +176,7 @@ def test_captions_that_are_cut_are_said_by_info_and_before_encoding(frozen, said
 
     lines = said(lambda: train(parse_config(config)))
     place = {"cut": lines.index(f"warning: {cut}"), "run": next(k for k, x in enumerate(lines) if x.startswith("latentdiff"))}
-    weak = notices.first_stage_warnings(str(autoencoder_run))
+    weak = messages.autoencoder_warnings(str(autoencoder_run))
     assert place["run"] < place["cut"] <= place["run"] + 1 + len(weak) + 2
 
 
@@ -240,7 +240,7 @@ def test_lines_held_back_are_printed_after_a_moment_and_dropped_with_an_error(ca
         progress("reading")
         raise ValueError("wrong")
     assert capsys.readouterr().err == ""
-    monkeypatch.setattr("latentdiff.training.estimate.progress.PATIENCE", 0.05)
+    monkeypatch.setattr("latentdiff.training.estimate.HOLD_BACK", 0.05)
     with pytest.raises(ValueError, match="wrong"), Progress() as progress:
         progress("reading")
         progress._timer.join(5)
@@ -280,7 +280,7 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
 
 def test_names_from_files_do_not_drive_the_terminal(capsys, tmp_path):
     """An escape code in a class or file name is written out by each of the trainer's own lines."""
-    notices.say(["a\x1b[2Jb"])
+    messages.print_lines(["a\x1b[2Jb"])
     with RunLogger(tmp_path, 1, 0, True) as log:
         log.say("c\x1b[2Jd\r")
     err = capsys.readouterr().err

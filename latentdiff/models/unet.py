@@ -1,0 +1,279 @@
+"""The U-Net of stage 2: a new one built from the config, or a trained one to continue from, checked against the config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from latentdiff import prediction as predictions
+from latentdiff.config import DiffusionConfig
+from latentdiff.errors import UserError
+from latentdiff.guidance import check_same_path
+from latentdiff.models.autoencoder import checked_arguments, diffusers_class
+from latentdiff.models.loading import load_part, part_class, quiet, read_json, weight_files
+from latentdiff.models.text_encoder import states_width
+from latentdiff.schedules import NoiseSchedule, make_schedule
+
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+# Constructor arguments that follow from the autoencoder and the data, so that a config must not set them
+DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
+DEFAULT_LEVELS = 4  # of diffusers' U-Nets, where block_out_channels is not set
+# diffusers' name of a beta schedule: ours
+BETAS = {"linear": "ddpm-linear", "scaled_linear": "ddpm-scaled-linear", "squaredcos_cap_v2": "ddpm-cosine"}
+
+
+@dataclass(frozen=True)
+class PretrainedUNet:
+    """A trained U-Net on disk, not loaded yet.
+
+    Attributes:
+        name: model.pretrained, as the config writes it.
+        folder: where its config.json and weights are.
+        kind: its diffusers class.
+        config: the content of its config.json.
+        pipeline: the folder of the pipeline that it is a part of; None for a U-Net alone.
+    """
+
+    name: str
+    folder: Path
+    kind: type
+    config: dict[str, Any]
+    pipeline: Path | None
+
+
+def check_unet(config: DiffusionConfig) -> None:
+    """UserError, before anything is encoded, for a U-Net that cannot be built or does not fit the rest of the config."""
+    if config.model.pretrained is None:
+        _unet_arguments(config)
+        return
+    start = find_pretrained(config)
+    _check_conditions(config, start)
+    _check_process(config, start)
+    # Where the autoencoder is no folder, its channels are checked once it is loaded
+    autoencoder = Path(config.autoencoder)
+    places = (autoencoder / part / "config.json" for part in ("autoencoder", "vae", ""))
+    file = next((place for place in places if place.is_file()), None)
+    if file is not None:
+        found = read_json(file)
+        _check_channels(config, start, int(found.get("vq_embed_dim") or found.get("latent_channels", 4)))
+    weight_files(start.folder)
+
+
+def check_latent_size(config: DiffusionConfig, latent_shape: tuple[int, int, int], factor: int) -> None:
+    """UserError, before anything is encoded, where the U-Net's levels do not divide the latents.
+
+    latent_shape: (c, h, w). factor: image side / latent side, for advice in pixels.
+    """
+    if config.model.pretrained is None:
+        key, levels = "model.config.block_out_channels", config.model.config.get("block_out_channels", (0,) * DEFAULT_LEVELS)
+    else:
+        key, levels = "model.pretrained", find_pretrained(config).config["block_out_channels"]
+    _check_sides(latent_shape, len(levels), key, factor)
+
+
+def make_unet(
+    config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None, text_width: int | None = None
+) -> nn.Module:
+    """The U-Net that training starts from: a new one, or the one of model.pretrained.
+
+    Args:
+        latent_shape: (c, h, w) of the latents.
+        num_class_embeds: rows of the class embedding, the null class included; None without classes.
+        text_width: width of the text encoder's states; None without text.
+
+    Raises:
+        UserError: the config, the latents and the U-Net contradict each other.
+    """
+    if config.model.pretrained is None:
+        return build_unet(config, latent_shape, num_class_embeds, text_width)
+    start = find_pretrained(config)
+    _check_channels(config, start, latent_shape[0])
+    rows = start.config.get("num_class_embeds")
+    if rows != num_class_embeds:
+        raise UserError(
+            f"model.pretrained {start.name}: its num_class_embeds is {rows}, and data.source {config.data.source} with "
+            f"condition.dropout {config.condition.dropout:g} needs {num_class_embeds} (one a class, and the null class)"
+        )
+    _check_sides(latent_shape, len(start.config["block_out_channels"]), "model.pretrained")
+    unet = load_part(start.folder, start.kind)
+    # Its convolutions take any size. The pipeline draws images of the size that is written here
+    unet.register_to_config(sample_size=sample_size(latent_shape))
+    return unet
+
+
+def build_unet(
+    config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None, text_width: int | None = None
+) -> nn.Module:
+    """A new diffusers U-Net over latents [B, c, h, w]. Arguments and errors as in `make_unet`."""
+    cls, arguments = _unet_arguments(config)
+    levels = len(arguments.get("block_out_channels", (0,) * DEFAULT_LEVELS))
+    _check_sides(latent_shape, levels, "model.config.block_out_channels")
+    channels = latent_shape[0]
+    arguments |= {"in_channels": channels, "out_channels": channels}
+    arguments |= {"sample_size": sample_size(latent_shape), "num_class_embeds": num_class_embeds}
+    if text_width is not None:
+        arguments["cross_attention_dim"] = text_width
+    try:
+        return cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in arguments.items()})
+    except (ValueError, TypeError, AssertionError) as error:
+        raise UserError(f"model.config: {cls.__name__} refuses it: {' '.join(str(error).split())}") from None
+
+
+def sample_size(latent_shape: tuple[int, int, int]) -> int | list[int]:
+    """A U-Net's sample_size for latents (c, h, w): a number where h = w, which stock pipelines expect, else [h, w]."""
+    _, h, w = latent_shape
+    return h if h == w else [h, w]
+
+
+def find_pretrained(config: DiffusionConfig) -> PretrainedUNet:
+    """The U-Net that model.pretrained names: a pipeline's folder (its unet/), or a U-Net's own folder.
+
+    Raises:
+        UserError: there is no U-Net, or it takes inputs that training here does not give it.
+    """
+    name = str(config.model.pretrained)
+    if config.model.type is not None or config.model.config:
+        raise UserError(f"model.type and model.config: leave them out, model.pretrained {name} says what the U-Net is")
+    root = Path(name)
+    folder = root / "unet" if (root / "unet" / "config.json").is_file() else root
+    file = folder / "config.json"
+    if not file.is_file():
+        raise UserError(f"model.pretrained {name}: no U-Net there; give a pipeline's folder (with unet/) or a U-Net's")
+    found = read_json(file)
+    kind = diffusers_class(str(found.get("_class_name")), UNETS, f"model.pretrained: {file}: _class_name")
+    for key, supported in (("class_embed_type", (None,)), ("addition_embed_type", (None, "text"))):
+        if found.get(key) not in supported:
+            raise UserError(f"model.pretrained {name}: its {key} is {found[key]}, which training here does not support")
+    pipeline = folder.parent if folder.name == "unet" and (folder.parent / "model_index.json").is_file() else None
+    return PretrainedUNet(name, folder, kind, found, pipeline)
+
+
+def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
+    """The class of a new U-Net and its constructor arguments from the config, checked."""
+    cls = diffusers_class(config.model.type or "", UNETS, "model.type")
+    text = config.condition.includes("text")
+    for key in (*DERIVED, *(["cross_attention_dim"] if text else [])):
+        if key in config.model.config:
+            raise UserError(f"model.config.{key}: leave it out, it follows from the autoencoder and the data")
+    arguments = dict(checked_arguments(cls, config.model.config, "model.config"))
+    if text and cls.__name__ != "UNet2DConditionModel":
+        raise UserError(f"model.type: {cls.__name__} cannot attend to text; set model.type=UNet2DConditionModel")
+    if cls.__name__ == "UNet2DConditionModel" and not text:  # classes are added to the time embedding
+        arguments.setdefault("mid_block_type", "UNetMidBlock2D")
+        blocks = [*arguments.get("down_block_types", ["CrossAttn"]), arguments["mid_block_type"] or ""]
+        blocks += arguments.get("up_block_types", ["CrossAttn"])
+        if any("CrossAttn" in block for block in blocks):
+            raise UserError("model.config: there is no text to cross-attend to; use DownBlock2D or AttnDownBlock2D")
+    return cls, arguments
+
+
+def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, factor: int | None = None) -> None:
+    """UserError unless h and w of (c, h, w) can be halved between all levels. factor: image side / latent side, if known."""
+    _, h, w = latent_shape
+    divisor = 2 ** (levels - 1)
+    if h % divisor == 0 and w % divisor == 0:
+        return
+    advice = "use fewer levels, or another data.size"
+    if factor is not None:
+        least = factor * divisor
+        sides = [-(-side // divisor) * least for side in (h, w)]
+        advice = (
+            f"use fewer levels, or set data.size={sides} with data.framing=crop, letterbox or resize, or, for images of one "
+            f"size, data.multiple_of={least} with data.framing=pad; latents made before are of another size: name another "
+            "cache.folder"
+        )
+    raise UserError(f"{key}: {levels} levels need latents divisible by {divisor}, they are {h}x{w}; {advice}")
+
+
+def _check_conditions(config: DiffusionConfig, start: PretrainedUNet) -> None:
+    """UserError where the U-Net takes other conditions than the config gives, or text states of another width."""
+    blocks = [*start.config.get("down_block_types", ()), *start.config.get("up_block_types", ())]
+    blocks.append(start.config.get("mid_block_type") or "")
+    takes_text = any("CrossAttn" in block for block in blocks)
+    takes_class = start.config.get("num_class_embeds") is not None
+    for kind, takes in (("text", takes_text), ("class", takes_class)):
+        if takes != config.condition.includes(kind):
+            does = "takes" if takes else "does not take"
+            raise UserError(
+                f"condition.type: {config.condition.type}, but the U-Net of model.pretrained {start.name} {does} {kind}"
+            )
+    if not takes_text:
+        return
+    text = config.condition.text
+    width = text.width if text.encoder is None else states_width(text.encoder)
+    expected = start.config.get("cross_attention_dim", 1280)
+    if any(dim != width for dim in (expected if isinstance(expected, list) else [expected])):
+        key = "condition.text.width" if text.encoder is None else f"condition.text.encoder {text.encoder}"
+        raise UserError(
+            f"{key}: gives states of width {width}, but the U-Net of model.pretrained {start.name} has "
+            f"cross_attention_dim {expected}"
+        )
+
+
+def _check_channels(config: DiffusionConfig, start: PretrainedUNet, channels: int) -> None:
+    for key in ("in_channels", "out_channels"):
+        if start.config.get(key) != channels:
+            raise UserError(
+                f"autoencoder {config.autoencoder}: gives latents of {channels} channels, but the U-Net of "
+                f"model.pretrained {start.name} has {key} {start.config.get(key)}"
+            )
+
+
+def _check_process(config: DiffusionConfig, start: PretrainedUNet) -> None:
+    """UserError where the U-Net's pipeline says that it was trained on other noise, or to predict something else."""
+    schedule = make_schedule(config.schedule.name, **config.schedule.params)
+    recorded = _recorded_process(start)
+    if recorded is None:
+        return
+    other, prediction, name = recorded
+    if prediction != config.prediction:
+        raise UserError(
+            f"prediction: {config.prediction}, but the U-Net of model.pretrained {start.name} predicts {prediction}"
+        )
+    try:
+        check_same_path(schedule, other, "")
+        same = schedule.num_steps == other.num_steps
+    except UserError:
+        same = False
+    if not same:
+        current = _with_parameters(config.schedule.name, config.schedule.params)
+        raise UserError(f"schedule: {current}, but the U-Net of model.pretrained {start.name} was trained on {name}")
+
+
+def _recorded_process(start: PretrainedUNet) -> tuple[NoiseSchedule, str, str] | None:
+    """(schedule, prediction, the schedule's name) that the U-Net's pipeline records; None for a U-Net alone."""
+    if start.pipeline is None:
+        return None
+    index = read_json(start.pipeline / "model_index.json")
+    if index.get("schedule") and index.get("prediction"):
+        parameters = dict(index["schedule"])
+        schedule = make_schedule(**parameters)
+        return schedule, index["prediction"], _with_parameters(parameters.pop("name"), parameters)
+    kind: Any = part_class(index.get("scheduler"), f"{start.pipeline / 'model_index.json'}: scheduler")
+    read_json(start.pipeline / "scheduler" / "scheduler_config.json")
+    with quiet():
+        scheduler = kind.from_pretrained(str(start.pipeline / "scheduler"))
+    return NoiseSchedule.from_scheduler(scheduler), predictions.from_scheduler(scheduler), _scheduler_name(scheduler)
+
+
+def _scheduler_name(scheduler: Any) -> str:
+    """The noise of a diffusers scheduler, named as a config would name it."""
+    options = scheduler.config
+    if options.get("trained_betas") or options.get("beta_schedule") not in BETAS:
+        return type(scheduler).__name__ + (" with its own trained_betas" if options.get("trained_betas") else "")
+    name = BETAS[options["beta_schedule"]]
+    parameters = {}
+    if name != "ddpm-cosine":
+        parameters = {"beta_start": options["beta_start"], "beta_end": options["beta_end"]}
+    if options["num_train_timesteps"] != 1000:
+        parameters["num_steps"] = options["num_train_timesteps"]
+    if options.get("rescale_betas_zero_snr"):
+        parameters["zero_terminal_snr"] = True
+    return _with_parameters(name, parameters)
+
+
+def _with_parameters(name: str, parameters: dict[str, Any]) -> str:
+    return f"{name} ({', '.join(f'{key} {value:g}' for key, value in parameters.items())})" if parameters else name
