@@ -74,7 +74,8 @@ def test_a_reader_finds_what_stood_aside(tmp_path):
     fill(tmp_path / "model", "old")
     os.rename(tmp_path / "model", tmp_path / ".model.old-0123abcd")
     with locks.locked(tmp_path / "model", beside=True):
-        code = f"from latentdiff.utils import atomic\nfrom pathlib import Path\natomic.put_back(Path({str(tmp_path / 'model')!r}))"
+        code = "from latentdiff.utils import atomic\nfrom pathlib import Path\n"
+        code += f"atomic.put_back(Path({str(tmp_path / 'model')!r}))"
         subprocess.run([sys.executable, "-c", code], check=True)
         assert not (tmp_path / "model").exists()  # somebody is at work on it
     assert resolve_model(tmp_path / "model") == tmp_path / "model" and names(tmp_path) == ["model"]
