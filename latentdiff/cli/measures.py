@@ -182,7 +182,7 @@ def evaluate_command(arguments) -> None:
 
 def compare_command(arguments) -> None:
     """Records of evaluate side by side; or a checkpoint's samplers: what they cost and how far their images are."""
-    from latentdiff.evaluation.compare_samplers import compare, markdown
+    from latentdiff.evaluation.compare_samplers import compare, comparison_markdown
     from latentdiff.evaluation.records import compare_records, is_record
 
     if any(is_record(what) for what in arguments.what):
@@ -195,7 +195,7 @@ def compare_command(arguments) -> None:
     if missing:
         raise UserError(f"compare: {arguments.what[0]} is no record, and a MODEL needs {' and '.join(missing)}")
     options = {k: v for k, v in vars(arguments).items() if k not in ("command", "run", "what")}
-    print(printable(markdown(compare(arguments.what[0], **options)), keep="\n"), end="")
+    print(printable(comparison_markdown(compare(arguments.what[0], **options)), keep="\n"), end="")
 
 
 def card_command(arguments) -> None:
@@ -206,17 +206,17 @@ def card_command(arguments) -> None:
 
 
 def tune_command(arguments) -> None:
-    from latentdiff.evaluation.tuning import markdown, tune
+    from latentdiff.evaluation.tuning import tune, tuning_markdown
 
     table = tune(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})
-    print(printable(markdown(table), keep="\n"), end="")
+    print(printable(tuning_markdown(table), keep="\n"), end="")
 
 
 def agreement_command(arguments) -> None:
-    from latentdiff.evaluation.compare_denoisers import agreement, markdown
+    from latentdiff.evaluation.compare_denoisers import agreement, agreement_markdown
 
     table = agreement(**{k: v for k, v in vars(arguments).items() if k not in ("command", "run")})
-    print(printable(markdown(table), keep="\n"), end="")
+    print(printable(agreement_markdown(table), keep="\n"), end="")
 
 
 def gallery_command(arguments) -> None:

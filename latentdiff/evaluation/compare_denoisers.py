@@ -56,7 +56,7 @@ def agreement(
             first: Tensor | None = None
             for i, (pipeline, denoiser) in enumerate(loaded):
                 given = {"class_labels": labels.to(x0.device)} if pipeline.num_classes else {}
-                found = estimate(denoiser, x0, noise, log_snr, **given)
+                found = estimate_x0(denoiser, x0, noise, log_snr, **given)
                 if found is None:
                     continue
                 if not bool(found.isfinite().all()):
@@ -75,7 +75,7 @@ def agreement(
 
 
 @torch.no_grad()
-def estimate(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **conditioning: Any) -> Tensor | None:
+def estimate_x0(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **conditioning: Any) -> Tensor | None:
     """E[x0 | x_t] as the denoiser has it at this log-SNR, [B, ...]; None beyond its schedule's usable interval."""
     from latentdiff.objective import add_noise
 
@@ -91,8 +91,7 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     """([(pipeline, denoiser)], their one codec, whether they were trained on posterior means, the test images)."""
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.denoiser import Denoiser
-    from latentdiff.evaluation.metrics import reference_sets
-    from latentdiff.evaluation.model_data import check_classes, data_rule, trained_on_means
+    from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets, trained_on_means
     from latentdiff.models.codec import LatentCodec
 
     loaded: list[tuple[Any, Any]] = []
@@ -127,7 +126,7 @@ def _mean(parts: list[Tensor]) -> list[float] | None:
     return [float(values.mean()), float(values.std()) / math.sqrt(len(values))]
 
 
-def markdown(result: dict[str, Any]) -> str:
+def agreement_markdown(result: dict[str, Any]) -> str:
     """Both tables, with the protocol below."""
     head = "| model | " + " | ".join(f"{value:g}" for value in result["log_snrs"]) + " |"
     lines: list[str] = []

@@ -18,7 +18,7 @@ TABLE = "comparison"
 SCHEDULER = "scheduler"  # stands for the checkpoint's own diffusers scheduler
 
 
-class RowCounter:
+class EvaluationCounter:
     """Counts the samples that pass through a network, so that guidance and second-order steps are paid for as they are."""
 
     def __init__(self, network: Any):
@@ -60,7 +60,7 @@ def compare(
         raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
     check_out_folder(out)
     check_interval(guidance_interval, "--guidance-interval")
-    bench = Bench(model, data, num_images, features, precision, batch_size)
+    bench = SamplerBenchmark(model, data, num_images, features, precision, batch_size)
     config = bench.pipeline.config
     interval = config.default_guidance_interval if guidance_interval is None else guidance_interval
     protocol = bench.protocol | {
@@ -76,9 +76,9 @@ def compare(
                 continue
             call = {"num_inference_steps": length, "guidance_scale": guidance, "guidance_interval": guidance_interval}
             table["cells"].append({"sampler": sampler, "steps": length} | bench.measure(sampler, seed, call))
-            write_table(Path(out), TABLE, table, markdown(table))
+            write_table(Path(out), TABLE, table, comparison_markdown(table))
             print(f"compare: {json.dumps(table['cells'][-1])}", file=sys.stderr)
-    write_table(Path(out), TABLE, table, markdown(table))
+    write_table(Path(out), TABLE, table, comparison_markdown(table))
     return table
 
 
@@ -91,7 +91,7 @@ def check_samplers(names: Sequence[str]) -> None:
             raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(rooms.names())}")
 
 
-class Bench:
+class SamplerBenchmark:
     """A checkpoint before a data set: class-balanced images of any call, what they cost and how far they are from the data.
 
     protocol: what every number shares.  yardstick: its floor is the Fréchet distance of as many real test images.
@@ -100,8 +100,7 @@ class Bench:
     def __init__(self, model: str | Path, data: str, num_images: int, features: str | Path, precision: str, batch_size: int):
         from latentdiff.checkpoints import load, resolve_model
         from latentdiff.evaluation.feature_spaces import open_features
-        from latentdiff.evaluation.metrics import reference_sets
-        from latentdiff.evaluation.model_data import check_classes, data_rule
+        from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
         from latentdiff.generation import every_class, set_precision
         from latentdiff.models.codec import LatentCodec
 
@@ -125,14 +124,14 @@ class Bench:
             "reference": train.fingerprint(),
         }
         self._sets = net, train, test
-        self.counter = RowCounter(self.pipeline.unet)
+        self.counter = EvaluationCounter(self.pipeline.unet)
 
     @cached_property
     def yardstick(self) -> Any:
         """Looks through the whole data set, so only once a table has been found to be of this protocol."""
-        from latentdiff.evaluation.metrics import Yardstick
+        from latentdiff.evaluation.feature_metrics import ReferenceStatistics
 
-        return Yardstick(*self._sets, self.labels, self.num_images)
+        return ReferenceStatistics(*self._sets, self.labels, self.num_images)
 
     def measure(self, sampler: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
         """evaluations and seconds an image, frechet, label_accuracy (None where it says nothing); call: of the pipeline."""
@@ -172,7 +171,7 @@ def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
     replace_text(out / f"{name}.md", text)
 
 
-def markdown(table: dict[str, Any]) -> str:
+def comparison_markdown(table: dict[str, Any]) -> str:
     """The comparison as a table, with its protocol below."""
     head = "| sampler | steps | evaluations | seconds per image | Fréchet distance | label accuracy |"
     lines = [head, "|---|---|---|---|---|---|"]

@@ -13,8 +13,8 @@ from latentdiff.errors import UserError
 from latentdiff.evaluation.feature_spaces import DEFAULT_FEATURES, open_features
 from latentdiff.evaluation.measure_likelihood import check_likelihood
 from latentdiff.evaluation.measure_likelihood import measure_likelihood as likelihood
-from latentdiff.evaluation.model_data import check_classes, data_rule
-from latentdiff.evaluation.records import stated
+from latentdiff.evaluation.records import sampling_protocol
+from latentdiff.evaluation.reference_data import check_classes, data_rule
 from latentdiff.evaluation.sample_sets import read_npz
 from latentdiff.utils import processes
 
@@ -89,10 +89,10 @@ def evaluate(
     (a text model's under the empty prompt); 0: none. prompts: test or train, whose captions are drawn; None: test.
     The report, also written to `out` as JSON and Markdown, holds the distance in the feature network's space, its floor, the
     reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
-    `latentdiff.evaluation.reference_values` measures, and the protocol. `out` gets the record and its page besides.
+    `latentdiff.evaluation.feature_metrics` measures, and the protocol. `out` gets the record and its page besides.
     """
     from latentdiff.evaluation import metrics
-    from latentdiff.evaluation.feature_cache import see_reference
+    from latentdiff.evaluation.feature_cache import reference_statistics
     from latentdiff.evaluation.feature_training import train_classifier
     from latentdiff.evaluation.sample_sets import without_padding
 
@@ -109,7 +109,7 @@ def evaluate(
     if drawn is None:
         return None
     generated, net = time.perf_counter(), net.to(drawn.made["device"])
-    reference = see_reference(net, without_padding(drawn.train), BATCH, reference_cache, metrics.say, model is not None)
+    reference = reference_statistics(net, without_padding(drawn.train), BATCH, reference_cache, metrics.say, model is not None)
     if reference is None:
         return None
     report = metrics.evaluate_samples(
@@ -141,7 +141,7 @@ def evaluate(
 def _there(samples: str | Path | None, data: str, channels: int, device: str) -> _Drawn:
     """Images that are in a file or a folder, beside the data set as it is."""
     from latentdiff.data.transforms import Preprocess
-    from latentdiff.evaluation.metrics import reference_sets
+    from latentdiff.evaluation.reference_data import reference_sets
     from latentdiff.evaluation.sample_sets import read_folder, sample_set, without_padding
 
     found = processes.pick_device(device)
@@ -156,7 +156,7 @@ def _there(samples: str | Path | None, data: str, channels: int, device: str) ->
 def _draw(model, data, counts, seed, scales, prompts, device, call) -> _Drawn:
     """What a model draws, its share on each process; the first one alone then has the images."""
     from latentdiff.checkpoints import load, resolve_model, weights_of
-    from latentdiff.evaluation.metrics import reference_sets
+    from latentdiff.evaluation.reference_data import reference_sets
     from latentdiff.generation import place, set_precision
     from latentdiff.models.codec import LatentCodec
 
@@ -184,7 +184,7 @@ def _draw(model, data, counts, seed, scales, prompts, device, call) -> _Drawn:
     processes.announce("evaluate", found, num_images, call.get("batch_size", 128))
     sets = [_make(pipeline, wanted, seed=seed + k, **call) for k in range(seeds)]
     guided = {s: _make(pipeline, few, f"guidance {s:g}", seed=seed, **call | {"guidance_scale": s}) for s in scales}
-    protocol = {**stated(pipeline, str(model), seed=seed, **call), "precision": precision}
+    protocol = {**sampling_protocol(pipeline, str(model), seed=seed, **call), "precision": precision}
     if wanted.prompts:
         protocol["prompts"] = wanted.prompts
     made = {**weights_of(folder), "device": str(found)}
@@ -220,7 +220,7 @@ def _curve_images(pipeline, asked: int | None, num_images: int) -> int:
 
 def _wanted(pipeline, count: int, flag: str, images: ImageDataset, part: str, data: str) -> _Wanted:
     """Class-balanced images, or captions of `images`, the part of the data of that name."""
-    from latentdiff.evaluation.prompts import draw_prompts
+    from latentdiff.evaluation.sample_sets import draw_prompts
     from latentdiff.generation import every_class
 
     if pipeline.text_encoder is not None:
@@ -252,7 +252,7 @@ def _make(pipeline, wanted: _Wanted, doing: str = "", seed: int = 0, batch_size:
 
 def _check(model, samples, counts, out, reference_cache) -> str | Path | None:
     """UserError for arguments of `evaluate` that mean nothing; returns where the reference is kept."""
-    from latentdiff.evaluation.feature_cache import cache_beside
+    from latentdiff.evaluation.feature_cache import default_cache_folder
     from latentdiff.utils.outputs import check_out_folder
 
     num_images, batch_size, seeds, cas_seeds = counts
@@ -265,7 +265,7 @@ def _check(model, samples, counts, out, reference_cache) -> str | Path | None:
     for folder, flag in ((out, "--out"), (reference_cache, "--reference-cache")):
         if folder is not None:
             check_out_folder(folder, flag)
-    return cache_beside(out) if reference_cache is None and out is not None else reference_cache
+    return default_cache_folder(out) if reference_cache is None and out is not None else reference_cache
 
 
 def _check_further(model, scales: Sequence[float], curve_images: int | None, bits_images: int, prompts: str | None) -> None:
@@ -284,7 +284,7 @@ def _check_further(model, scales: Sequence[float], curve_images: int | None, bit
 
 def _write(out: str | Path, report: dict[str, Any], drawn: _Drawn, seconds: dict[str, float]) -> None:
     from latentdiff.evaluation import html_report, records
-    from latentdiff.evaluation.metrics import write_report
+    from latentdiff.evaluation.markdown_report import write_report
 
     record = records.make_record(report, drawn.made, seconds)
     write_report(report, out)

@@ -14,7 +14,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from latentdiff.data.datasets import ImageDataset
-from latentdiff.evaluation.classification import Seen, content_hash, digests, look, read_batches
+from latentdiff.evaluation.feature_statistics import (
+    FeatureStatistics,
+    content_hash,
+    feature_statistics,
+    pixel_digests,
+    read_batches,
+)
 from latentdiff.evaluation.frechet import Moments
 from latentdiff.models.feature_net import FeatureSpace, extract
 from latentdiff.utils import atomic, locks, processes
@@ -23,7 +29,7 @@ from latentdiff.utils.images import to_uint8
 FORMAT, LOOKING = 2, "features of the reference"
 
 
-def cache_beside(out: str | Path) -> Path | None:
+def default_cache_folder(out: str | Path) -> Path | None:
     """The folder reference-cache beside an output folder, where that has a name of its own and its neighbourhood is ours."""
     path = Path(out)
     beside = path.absolute().parent / "reference-cache"
@@ -31,14 +37,14 @@ def cache_beside(out: str | Path) -> Path | None:
     return beside if path.name not in ("", "..") and (writable or not beside.parent.exists()) else None
 
 
-def see_reference(
+def reference_statistics(
     net: FeatureSpace,
     images: ImageDataset,
     batch: int,
     folder: str | Path | None,
     log: Callable[[str], None],
     shared: bool = False,
-) -> Seen | None:
+) -> FeatureStatistics | None:
     """What net sees in images, features kept: read from folder where it is there, else looked at and written there.
 
     folder: None keeps nothing on disk. The file's name is the hash of data, preprocessing and network, so that nothing
@@ -51,7 +57,9 @@ def see_reference(
         path, identity, found = _kept(net, images, folder, log)
     if processes.agree(found is not None) if shared else found is not None:
         return found
-    seen = _shared_look(net, images, batch) if shared else look(net, read_batches(images, batch, LOOKING), keep=True)
+    seen = (
+        _shared_look(net, images, batch) if shared else feature_statistics(net, read_batches(images, batch, LOOKING), keep=True)
+    )
     if seen is not None and path is not None:
         _write(path, seen, identity)
     return seen
@@ -59,7 +67,7 @@ def see_reference(
 
 def _kept(
     net: FeatureSpace, images: ImageDataset, folder: str | Path, log: Callable[[str], None]
-) -> tuple[Path, dict[str, Any], Seen | None]:
+) -> tuple[Path, dict[str, Any], FeatureStatistics | None]:
     """The file of these images' features, what it is of, and what it holds if it is there and whole."""
     identity = {
         "format": FORMAT,
@@ -78,13 +86,13 @@ def _kept(
     return path, identity, None
 
 
-def _shared_look(net: FeatureSpace, images: ImageDataset, batch: int) -> Seen | None:
+def _shared_look(net: FeatureSpace, images: ImageDataset, batch: int) -> FeatureStatistics | None:
     """`look` with its batches shared over processes; on the first process what one alone would see, on others None."""
     parts, shape = list[tuple[np.ndarray, np.ndarray]](), tuple[int, ...]()
     for x, _ in read_batches(images, batch, LOOKING, processes.share(len(images), batch)):
         pixels = to_uint8(x)
         shape = pixels.shape[1:]
-        parts.append((extract(net, x)[0].float().numpy(), digests(pixels)))
+        parts.append((extract(net, x)[0].float().numpy(), pixel_digests(pixels)))
     empty = [(np.empty((0, net.dim), np.float32), np.empty((0, 32), np.uint8))]
     columns = [np.concatenate(column) for column in zip(*(parts or empty), strict=True)]
     features, hashes = (processes.gather(column, len(images), batch) for column in columns)
@@ -95,14 +103,14 @@ def _shared_look(net: FeatureSpace, images: ImageDataset, batch: int) -> Seen | 
         moments.update(part)
     labels = b"" if images.labels is None else images.labels.numpy().tobytes()
     found = (hashlib.sha256(each).hexdigest() for each in (hashes.tobytes(), labels))
-    return Seen(moments, None, content_hash(shape, *found), kept)
+    return FeatureStatistics(moments, None, content_hash(shape, *found), kept)
 
 
 def _hash(identity: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
-def _write(path: Path, seen: Seen, identity: dict[str, Any]) -> None:
+def _write(path: Path, seen: FeatureStatistics, identity: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {"features": seen.kept.contiguous(), "mean": seen.moments.mean, "scatter": seen.moments.scatter}
     facts = {"identity": identity, "images_sha256": seen.sha256, "tensors_sha256": _content(tensors)}
@@ -114,7 +122,7 @@ def _write(path: Path, seen: Seen, identity: dict[str, Any]) -> None:
             save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)})
 
 
-def _read(path: Path, identity: dict[str, Any]) -> Seen | None:
+def _read(path: Path, identity: dict[str, Any]) -> FeatureStatistics | None:
     """What the file holds; None unless it is whole, of this identity, and hashes to what it says."""
     N, D = identity["images"], identity["dimensions"]
     shapes = {"features": (N, D), "mean": (D,), "scatter": (D, D)}
@@ -130,7 +138,7 @@ def _read(path: Path, identity: dict[str, Any]) -> Seen | None:
     except (SafetensorError, OSError, ValueError, LookupError, TypeError, RecursionError):
         return None
     moments = Moments.of(N, tensors["mean"], tensors["scatter"])
-    return Seen(moments, None, facts["images_sha256"], tensors["features"])
+    return FeatureStatistics(moments, None, facts["images_sha256"], tensors["features"])
 
 
 def _content(tensors: dict[str, torch.Tensor]) -> str:

@@ -1,9 +1,12 @@
 """Mean and covariance of features in one streaming pass, and the Fréchet distance between two of them."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from latentdiff.data.shuffling import permutation
 
 
 class Moments:
@@ -74,10 +77,10 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     the root is the sum of root eigenvalues of the symmetric C_a^{1/2} C_b C_a^{1/2}, which is right for singular
     covariances too (fewer rows than dimensions) and needs no offset on the diagonal.
     """
-    return distance_from(a)(b)
+    return frechet_distance_to(a)(b)
 
 
-def distance_from(a: Moments) -> Callable[[Moments], float]:
+def frechet_distance_to(a: Moments) -> Callable[[Moments], float]:
     """frechet_distance(a, b) as a function of b, where many are measured against one a: its root is taken once."""
     root = _symmetric_root(a.covariance)  # [D, D]
 
@@ -94,3 +97,65 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
     """The positive semi-definite square root of a symmetric PSD matrix; rounding below zero is cut."""
     values, vectors = torch.linalg.eigh(matrix)
     return (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+
+
+def frechet(features_a: Tensor, features_b: Tensor) -> float:
+    """Fréchet distance of two sets of features [N, D] and [M, D], symmetric in its arguments."""
+    moments = [Moments(f.shape[-1]).update(f) for f in (features_a, features_b)]
+    return frechet_distance(*moments)
+
+
+PARTS = (1, 2, 3, 4, 5)
+
+
+ROWS_A_DIMENSION = 2  # of the smallest part at least: with fewer, the covariance is far from the line's regime
+
+
+FOLDS = 10
+
+
+class Extrapolation(NamedTuple):
+    """The limit at 1/N = 0, its standard error over the samples, and the mean sizes of the parts that the line goes through."""
+
+    value: float
+    stderr: float
+    sizes: tuple[int, ...]
+
+
+def extrapolate_frechet(samples: Tensor, reference: Moments, seed: int = 0) -> Extrapolation | None:
+    """The Fréchet distance to reference that samples [N, D] would have if there were infinitely many.
+
+    For m in PARTS all samples are shared out, by seed, to m parts, whose mean distance stands at 1/N = m/N: evenly spaced,
+    each from all samples. The standard error is the jackknife's, of the whole fit without each of FOLDS groups of
+    samples; the least squares' own would take points of the same samples for independent. It is of the samples alone.
+    None where fewer than three m leave ROWS_A_DIMENSION D samples in a part.
+    """
+    N, D = samples.shape
+    parts = [m for m in PARTS if N // m >= ROWS_A_DIMENSION * D]
+    if len(parts) < 3:
+        return None
+    place = permutation(N, seed, "extrapolation").argsort()  # part: this modulo m, so that a group's absence moves nobody
+    group = permutation(N, seed, "extrapolation groups").argsort() % FOLDS
+    measure = frechet_distance_to(reference)
+    value = _limit(samples, place, parts, measure)
+    kept = [group != fold for fold in range(FOLDS)]
+    without = torch.tensor([_limit(samples[rows], place[rows], parts, measure) for rows in kept], dtype=torch.float64)
+    stderr = ((FOLDS - 1) / FOLDS * (without - without.mean()).square().sum()).sqrt().item()
+    return Extrapolation(value, stderr, tuple(N // m for m in parts))
+
+
+def smallest_sample(dim: int) -> int:
+    """The number of samples of D = dim features from which on `extrapolate_frechet` gives a value."""
+    return PARTS[2] * ROWS_A_DIMENSION * dim
+
+
+def _limit(samples: Tensor, place: Tensor, parts: list[int], measure: Callable[[Moments], float]) -> float:
+    """Where the line through the mean distances of m parts, for each m, meets 1/N = 0."""
+    across, up = [], []
+    for m in parts:
+        pieces = [samples[place % m == k] for k in range(m)]
+        across.append(sum(1 / len(piece) for piece in pieces) / m)
+        up.append(sum(measure(Moments(samples.shape[1]).update(piece)) for piece in pieces) / m)
+    x, y = (torch.tensor(values, dtype=torch.float64) for values in (across, up))
+    slope = ((x - x.mean()) * (y - y.mean())).sum() / (x - x.mean()).square().sum()
+    return (y.mean() - slope * x.mean()).item()

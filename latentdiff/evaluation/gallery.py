@@ -38,7 +38,7 @@ def gallery(
     """
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model
-    from latentdiff.evaluation.model_data import trained_on_means
+    from latentdiff.evaluation.reference_data import trained_on_means
     from latentdiff.utils.outputs import check_out_folder
 
     folder, out = resolve_model(model), check_out_folder(out)
@@ -49,7 +49,7 @@ def gallery(
         raise UserError(f"{folder}: the gallery shows classes and guidance; this model has none to show")
     if pipeline.text_encoder is not None:
         raise UserError(f"{folder}: is told by text too, and the gallery is of models of classes alone")
-    stage = Stage(pipeline, seed, steps, sampler)
+    stage = GallerySampler(pipeline, seed, steps, sampler)
     pairs = _pairs(folder, data, pipeline)  # data of other classes is refused before anything is written
     # Each is written before the next one is made: one that fails, or a signal, costs no picture that is done
     written = [
@@ -65,7 +65,7 @@ def gallery(
     return written
 
 
-class Stage:
+class GallerySampler:
     """What every picture shares: one noise and one label a class, the denoiser, the sampler, the decoder."""
 
     def __init__(self, pipeline: LatentDiffusionPipeline, seed: int, steps: int, sampler: str):
@@ -111,7 +111,7 @@ class Stage:
         return path
 
 
-def trajectory(stage: Stage) -> list[Tensor]:
+def trajectory(stage: GallerySampler) -> list[Tensor]:
     """Decoded x0 estimates at COLUMNS of the sampler's steps, evenly spread, the last among them: [K, C, H, W] each."""
     seen: list[Tensor] = []
     config = stage.pipeline.config
@@ -121,7 +121,7 @@ def trajectory(stage: Stage) -> list[Tensor]:
     return [stage.decode(seen[k]) for k in kept]
 
 
-def interpolation(stage: Stage, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
+def interpolation(stage: GallerySampler, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
     """The two images [K, C, H, W] of each class at the ends, and decodings from the arc between their encodings.
 
     What is encoded is a draw from each posterior, as the denoiser was trained on: the encodings of means are too small to be
@@ -139,7 +139,7 @@ def interpolation(stage: Stage, first: Tensor, second: Tensor, use_mean: bool = 
     return [stage.decode(ends[0]), *between, stage.decode(ends[1])]
 
 
-def classifier_columns(stage: Stage, classifier: Any) -> list[Tensor]:
+def classifier_columns(stage: GallerySampler, classifier: Any) -> list[Tensor]:
     """No class; the classifier on the unconditional model; the conditional model and its classifier-free guidance."""
     from latentdiff.guidance import Classifier
 
@@ -154,8 +154,7 @@ def classifier_columns(stage: Stage, classifier: Any) -> list[Tensor]:
 
 def _pairs(folder: Path, data: str, pipeline: LatentDiffusionPipeline) -> tuple[Tensor, Tensor]:
     """The first two test images of each class, preprocessed as in training: [K, C, H, W] each."""
-    from latentdiff.evaluation.metrics import reference_sets
-    from latentdiff.evaluation.model_data import data_rule
+    from latentdiff.evaluation.reference_data import data_rule, reference_sets
     from latentdiff.models.codec import LatentCodec
 
     _, test = reference_sets(data, *data_rule(folder, LatentCodec(pipeline.vae)))

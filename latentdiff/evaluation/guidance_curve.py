@@ -7,16 +7,16 @@ import numpy as np
 import torch
 
 from latentdiff.data.datasets import ImageDataset
-from latentdiff.evaluation.classification import Seen, look, read_batches
+from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_statistics, read_batches
 from latentdiff.evaluation.frechet import frechet_distance
-from latentdiff.evaluation.precision_recall import NEIGHBOURS, support
+from latentdiff.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.models.feature_net import FeatureSpace
 
 
 def guidance_curve(
     net: FeatureSpace,
-    reference: Seen,
+    reference: FeatureStatistics,
     train: ImageDataset,
     test: ImageDataset,
     sets: Mapping[float, np.ndarray],
@@ -39,8 +39,8 @@ def guidance_curve(
     told = net.info.get("class_names") == list(train.class_names)
 
     def point(images: ImageDataset) -> dict[str, Any]:
-        seen = look(net, read_batches(images, batch), keep=True)
-        near = support(real, seen.kept) if min(len(real), len(seen.kept)) > NEIGHBOURS else None
+        seen = feature_statistics(net, read_batches(images, batch), keep=True)
+        near = precision_recall(real, seen.kept) if min(len(real), len(seen.kept)) > NEIGHBOURS else None
         return {
             "frechet": frechet_distance(seen.moments, reference.moments),
             "label_accuracy": seen.accuracy if told else None,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from latentdiff.data.datasets import ImageDataset
-from latentdiff.evaluation.metrics import shown
+from latentdiff.evaluation.markdown_report import format_value
 from latentdiff.evaluation.sample_sets import sample_set, without_padding
 from latentdiff.utils.images import captioned_grid, labelled_grid, save_png, to_uint8
 from latentdiff.utils.outputs import replace_text
@@ -123,7 +123,9 @@ def page(record: Mapping[str, Any]) -> str:
 
 def _rows(values: Mapping[str, Any]) -> list[tuple[str, ...]]:
     sides = ("value", "floor", "reconstruction")
-    return [(name, *(shown(entry, side) for side in sides), str(entry.get("images", "–"))) for name, entry in values.items()]
+    return [
+        (name, *(format_value(entry, side) for side in sides), str(entry.get("images", "–"))) for name, entry in values.items()
+    ]
 
 
 def _table(head: Iterable[str], rows: Iterable[Sequence[str]]) -> str:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from latentdiff.data.pairs import Pairs
-    from latentdiff.evaluation.retrieval import Gallery
+    from latentdiff.evaluation.retrieval import PictureIndex
     from latentdiff.models.codec import LatentCodec
 
 GRID_COLUMNS, GRID_ROWS = 6, 2  # of each kind of prompt
@@ -66,8 +66,8 @@ def judge(
     """
     from latentdiff.checkpoints import load, resolve_model, weights_of
     from latentdiff.data.pairs import read_pairs
-    from latentdiff.evaluation.records import make_judge_record, stated, write_record
-    from latentdiff.evaluation.retrieval import MILD, chosen_rows, open_gallery
+    from latentdiff.evaluation.records import make_judge_record, sampling_protocol, write_record
+    from latentdiff.evaluation.retrieval import MILD, chosen_rows, index_pictures
     from latentdiff.generation import place, set_precision
     from latentdiff.guidance import check_interval
     from latentdiff.models.codec import LatentCodec
@@ -87,30 +87,30 @@ def judge(
     if pipeline.text_encoder is None:
         raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
     found = place(pipeline, device, sampler)
-    gallery = open_gallery(net.to(found), read_pairs(data), str(judge))
+    index = index_pictures(net.to(found), read_pairs(data), str(judge))
     codec = LatentCodec(pipeline.vae)
-    _check_pictures(pipeline, codec, gallery.pairs)
-    rows = chosen_rows(gallery, num_prompts)
+    _check_pictures(pipeline, codec, index.pairs)
+    rows = chosen_rows(index, num_prompts)
     pipeline.set_progress_bar_config(disable=True)
     set_precision(pipeline, precision)
     call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
     call["guidance_interval"] = guidance_interval
-    prompts = _prompts(gallery.pairs, rows, free=out is not None)
+    prompts = _prompts(index.pairs, rows, free=out is not None)
     processes.announce("judge", found, max(map(len, prompts.values())), batch_size)
     made = draw(pipeline, prompts, seed, batch_size, **call)
     if made is None:
         return None
     drawn = time.perf_counter()
-    protocol = stated(pipeline, str(model), seed=seed, **call)
+    protocol = sampling_protocol(pipeline, str(model), seed=seed, **call)
     protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
     protocol |= {"strength_of_augmentation": MILD, "trained_on_this_train_part": trained_on(resolve_model(model), str(data))}
-    whole = all(side % codec.factor == 0 for side in gallery.pairs.pictures.shape[1:3])  # else training padded them
-    table = {"protocol": protocol, **measure(gallery, made, rows, DRAW_SEED, codec.reconstruct if whole else None)}
+    whole = all(side % codec.factor == 0 for side in index.pairs.pictures.shape[1:3])  # else training padded them
+    table = {"protocol": protocol, **measure(index, made, rows, DRAW_SEED, codec.reconstruct if whole else None)}
     if out is not None:
-        _write(Path(out), table, made, _prompts(gallery.pairs, rows, free=True))
+        _write(Path(out), table, made, _prompts(index.pairs, rows, free=True))
         seconds = {"loading_and_drawing": drawn - started, "judging": time.perf_counter() - drawn}
         how = {**weights_of(resolve_model(model)), "device": str(found)}
-        write_record(make_judge_record(table, gallery.pairs.fingerprint(), net.fingerprint(), how, seconds), out)
+        write_record(make_judge_record(table, index.pairs.fingerprint(), net.fingerprint(), how, seconds), out)
     return table
 
 
@@ -148,13 +148,13 @@ def trained_on(folder: Path, data: str) -> bool:
 
 
 def measure(
-    gallery: Gallery, made: Mapping[str, np.ndarray], rows: Mapping[str, Tensor], seed: int = 0, reconstruct: Any = None
+    index: PictureIndex, made: Mapping[str, np.ndarray], rows: Mapping[str, Tensor], seed: int = 0, reconstruct: Any = None
 ) -> dict[str, Any]:
     """`judge_pictures` of pictures made for these rows, uint8 [Q, H, W, 3] each."""
     from latentdiff.data.pairs import to_images
     from latentdiff.evaluation.retrieval import judge_pictures
 
-    return judge_pictures(gallery, {kind: (to_images(made[kind]), rows[kind]) for kind in rows}, seed, reconstruct)
+    return judge_pictures(index, {kind: (to_images(made[kind]), rows[kind]) for kind in rows}, seed, reconstruct)
 
 
 def _check_sampler(name: str | None) -> None:
@@ -186,7 +186,7 @@ def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, 
 
 
 def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
-    from latentdiff.evaluation.retrieval import markdown
+    from latentdiff.evaluation.retrieval import judge_markdown
     from latentdiff.utils.images import captioned_grid, save_png
     from latentdiff.utils.outputs import replace_text
 
@@ -200,6 +200,6 @@ def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], pro
             captions.append([prompts[kind][k] for k in part])
             names.append(kind if start == 0 else "")
     save_png(captioned_grid(rows, captions, names), out / "grid.png")
-    texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": markdown(table)}
+    texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": judge_markdown(table)}
     for name, text in texts.items():
         replace_text(out / name, text)

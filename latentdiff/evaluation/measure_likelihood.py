@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation.model_data import check_classes, data_rule
+from latentdiff.evaluation.reference_data import check_classes, data_rule
 
 
 def measure_likelihood(
@@ -35,7 +35,7 @@ def measure_likelihood(
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.denoiser import Denoiser
     from latentdiff.evaluation.bits_per_dim import pixel_bits
-    from latentdiff.evaluation.metrics import reference_sets
+    from latentdiff.evaluation.reference_data import reference_sets
     from latentdiff.guidance import ClassifierFree
     from latentdiff.models.codec import LatentCodec
 

@@ -9,7 +9,7 @@ from torch.nn.functional import avg_pool2d
 from tqdm import tqdm
 
 from latentdiff.data.datasets import ImageDataset
-from latentdiff.evaluation.precision_recall import BLOCK, nearest
+from latentdiff.evaluation.precision_recall import BLOCK, nearest_rows
 
 PIXELS = 4096  # values of an image that are compared at most; larger ones are averaged over squares first
 PERCENTILES = (1, 5, 50)
@@ -21,18 +21,18 @@ FORMULA = (
 )
 
 
-class Nearness:
+class NearestImages:
     """Distances [N] to the nearest training image, and which one that is, int64 [N]."""
 
     def __init__(self, distances: Tensor, rows: Tensor):
         self.distances, self.rows = distances, rows
 
 
-def feature_nearness(features: Tensor, train: Tensor) -> Nearness:
+def nearest_by_features(features: Tensor, train: Tensor) -> NearestImages:
     """Euclidean, of features [N, D] to those of the training images [T, D], in float64."""
     centre = train.double().mean(dim=0)
-    rows = nearest(features.double() - centre, (part.double() - centre for part in train.split(BLOCK)))
-    return Nearness((features.double() - train[rows].double()).norm(dim=1), rows)
+    rows = nearest_rows(features.double() - centre, (part.double() - centre for part in train.split(BLOCK)))
+    return NearestImages((features.double() - train[rows].double()).norm(dim=1), rows)
 
 
 def cosine_distance(features: Tensor, train: Tensor) -> float:
@@ -41,14 +41,14 @@ def cosine_distance(features: Tensor, train: Tensor) -> float:
     The memorisation distance of 2106.03062 (section 3), where features are not negative: it takes the cosine's modulus.
     """
     unit = [torch.nn.functional.normalize(rows.double(), dim=1) for rows in (features, train)]
-    found = nearest(unit[0], unit[1].split(BLOCK))
+    found = nearest_rows(unit[0], unit[1].split(BLOCK))
     return ((unit[0] - unit[1][found]).square().sum(dim=1) / 2).mean().item()
 
 
-def pixel_nearness(images: ImageDataset, others: ImageDataset, train: ImageDataset) -> tuple[Nearness, Nearness]:
+def nearest_by_pixels(images: ImageDataset, others: ImageDataset, train: ImageDataset) -> tuple[NearestImages, NearestImages]:
     """Of two sets of images in one pass through train: root mean square over pixels whose range is 1, in float32."""
     queries = torch.cat([rows for dataset in (images, others) for rows in pixel_rows(dataset)])  # [N, P]
-    found = nearest(queries, pixel_rows(train, "nearest in pixels"))
+    found = nearest_rows(queries, pixel_rows(train, "nearest in pixels"))
     distances = torch.cat(
         [
             (part - _flat(train.batch(rows)[0])).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
@@ -56,7 +56,7 @@ def pixel_nearness(images: ImageDataset, others: ImageDataset, train: ImageDatas
         ]
     )
     count = len(images)
-    return Nearness(distances[:count], found[:count]), Nearness(distances[count:], found[count:])
+    return NearestImages(distances[:count], found[:count]), NearestImages(distances[count:], found[count:])
 
 
 def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
@@ -85,7 +85,7 @@ def _flat(images: Tensor) -> Tensor:
     return (images if side == 1 else avg_pool2d(images, side, ceil_mode=True)).flatten(1)
 
 
-def shares(samples: Tensor, held_out: Tensor) -> dict[str, Any]:
+def distance_summary(samples: Tensor, held_out: Tensor) -> dict[str, Any]:
     """How distances of samples [N] to training images stand against those of held-out images [n].
 
     share: of samples that are closer to a training image than so many per cent of the held-out images are.  A model that
@@ -109,7 +109,9 @@ def shares(samples: Tensor, held_out: Tensor) -> dict[str, Any]:
     }
 
 
-def worst(features: tuple[Nearness, float], pixels: tuple[Nearness, float], count: int = WORST) -> list[dict[str, Any]]:
+def closest_samples(
+    features: tuple[NearestImages, float], pixels: tuple[NearestImages, float], count: int = WORST
+) -> list[dict[str, Any]]:
     """The samples that are closest to a training image in either space, in units of the held-out images' median.
 
     features, pixels: nearness of the samples, and that median.
@@ -129,6 +131,6 @@ def worst(features: tuple[Nearness, float], pixels: tuple[Nearness, float], coun
     ]
 
 
-def penalised(distance: float, samples: float, held_out: float) -> float:
+def penalized_distance(distance: float, samples: float, held_out: float) -> float:
     """FORMULA: a Fréchet distance times what closeness to training images costs."""
     return distance * max(1.0, held_out / (samples + PENALTY * held_out)) if held_out > 0 else distance

@@ -11,7 +11,7 @@ from yaml import YAMLError
 from latentdiff.checkpoints import weights_of
 from latentdiff.errors import UserError
 from latentdiff.evaluation import guidance_curve
-from latentdiff.evaluation.metrics import shown
+from latentdiff.evaluation.markdown_report import format_value
 from latentdiff.evaluation.records import PROTOCOLS, read_record
 from latentdiff.utils.outputs import replace_text
 
@@ -45,11 +45,11 @@ def fill_card(model: str | Path, record: str | Path, metadata: bool = False) -> 
         raise UserError(f"{path}: needs {BEGIN} and after it {END}, each once, or neither")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     text = f"{before}{BEGIN}\n{section(found)}{END}{after}"
-    replace_text(path, with_results(text, found, path) if metadata else text)
+    replace_text(path, with_model_index(text, found, path) if metadata else text)
     return path
 
 
-def with_results(text: str, record: Mapping[str, Any], path: Path) -> str:
+def with_model_index(text: str, record: Mapping[str, Any], path: Path) -> str:
     """A card with the values of a record in its front matter's model-index, in the place of those that were put there before.
 
     Each has its number of images, its floor and which command made it as arguments of the metric. The rest of the front
@@ -86,7 +86,12 @@ def section(record: Mapping[str, Any]) -> str:
     made, protocol = record["made"], record["protocol"]
     lines = ["| | samples | real images | reconstructions | images |", "|---|---|---|---|---|"]
     for name, entry in record["values"].items():
-        cells = [shown(entry), shown(entry, "floor"), shown(entry, "reconstruction"), str(entry.get("images", "–"))]
+        cells = [
+            format_value(entry),
+            format_value(entry, "floor"),
+            format_value(entry, "reconstruction"),
+            str(entry.get("images", "–")),
+        ]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if record.get("guidance_curve"):
         lines += ["", *guidance_curve.table(record["guidance_curve"])]

@@ -13,7 +13,7 @@ NEIGHBOURS = 5
 BLOCK = 2048  # rows a side of a block
 
 
-class Support(NamedTuple):
+class PrecisionRecall(NamedTuple):
     """How two sets of features cover each other, each by balls to the k-th neighbour within a set; shares but for density.
 
     precision, recall: samples in a ball of a real image, real images in a ball of a sample (1904.06991 eq. 1-2).
@@ -27,14 +27,14 @@ class Support(NamedTuple):
     coverage: float
 
 
-def support(real: Tensor, samples: Tensor, k: int = NEIGHBOURS, block: int = BLOCK) -> Support:
+def precision_recall(real: Tensor, samples: Tensor, k: int = NEIGHBOURS, block: int = BLOCK) -> PrecisionRecall:
     """Precision, recall, density and coverage of samples [M, D] against real images [N, D], in float64.
 
     ValueError where a set has no k neighbours.
     """
     centre = real.double().mean(dim=0)
     real, samples = real.double() - centre, samples.double() - centre  # far from zero, squares would cancel
-    real_radius, sample_radius = (radii(rows, k, block) for rows in (real, samples))  # squared; [N], [M]
+    real_radius, sample_radius = (neighbour_radii(rows, k, block) for rows in (real, samples))  # squared; [N], [M]
     balls = torch.zeros(len(samples), dtype=torch.int64)  # of real images that each sample lies in
     found = torch.zeros(len(real), dtype=torch.bool)
     covered = torch.zeros(len(real), dtype=torch.bool)
@@ -46,7 +46,7 @@ def support(real: Tensor, samples: Tensor, k: int = NEIGHBOURS, block: int = BLO
             covered[i] |= inside.any(dim=1)
             found[i] |= (distance <= sample_radius[None, j]).any(dim=1)
     counts = balls.double()
-    return Support(
+    return PrecisionRecall(
         (counts > 0).double().mean().item(),
         found.double().mean().item(),
         counts.mean().item() / k,
@@ -54,7 +54,7 @@ def support(real: Tensor, samples: Tensor, k: int = NEIGHBOURS, block: int = BLO
     )
 
 
-def radii(rows: Tensor, k: int, block: int = BLOCK) -> Tensor:
+def neighbour_radii(rows: Tensor, k: int, block: int = BLOCK) -> Tensor:
     """Squared distance of each of the rows [N, D] to its k-th nearest other row, float64 [N]."""
     if not 0 < k < len(rows):
         raise ValueError(f"{len(rows)} rows have no {k} neighbours each")
@@ -74,7 +74,7 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
 
 
-def nearest(queries: Tensor, references: Iterable[Tensor], block: int = BLOCK) -> Tensor:
+def nearest_rows(queries: Tensor, references: Iterable[Tensor], block: int = BLOCK) -> Tensor:
     """Which row of the references, given in parts [b, D] one after the other, is nearest to each query [Q, D]; int64 [Q].
 
     In the queries' type. Distances are left to the caller, who can take them from the pair found: as a difference, which

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation.model_data import preprocessing
+from latentdiff.evaluation.reference_data import preprocessing
 
 if TYPE_CHECKING:
     from latentdiff.data.transforms import Preprocess

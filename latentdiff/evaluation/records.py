@@ -10,12 +10,12 @@ from typing import Any
 
 from latentdiff.checkpoints import library_versions
 from latentdiff.errors import UserError
-from latentdiff.evaluation.metrics import shown
+from latentdiff.evaluation.markdown_report import format_value
 from latentdiff.utils.outputs import replace_text
 
 FILE, FORMAT = "metrics.json", 1
 # What a value means: records that differ in one of these are not comparable. The rest is what is being compared.
-PROTOCOL = (
+EVALUATE_PROTOCOL = (
     "images",
     "seeds",
     "image_size",
@@ -35,8 +35,8 @@ PROTOCOL = (
     "prompts",
 )
 # The same of a record of `judge`
-JUDGED = ("seen_pairs", "held_out_pairs", "pairs_sha256", "judge_sha256", "prompts", "strength_of_augmentation")
-PROTOCOLS = {"evaluate": PROTOCOL, "judge": JUDGED}
+JUDGE_PROTOCOL = ("seen_pairs", "held_out_pairs", "pairs_sha256", "judge_sha256", "prompts", "strength_of_augmentation")
+PROTOCOLS = {"evaluate": EVALUATE_PROTOCOL, "judge": JUDGE_PROTOCOL}
 # A record without these measurements stands beside one that has them
 UNMEASURED: dict[str, Any] = {"cas_seeds": 0, "likelihood": {}}
 
@@ -61,13 +61,13 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         "likelihood": _bound(report.get("likelihood")),
         "prompts": stated.get("prompts") or {},
     }
-    samples = {key: value for key, value in stated.items() if key not in PROTOCOL}
+    samples = {key: value for key, value in stated.items() if key not in EVALUATE_PROTOCOL}
     if "reconstruction" in report:
         samples["autoencoder_sha256"] = report["reconstruction"]["autoencoder_sha256"]
     return {
         "format": FORMAT,
         "kind": "evaluate",
-        "protocol": {field: known[field] for field in PROTOCOL},
+        "protocol": {field: known[field] for field in EVALUATE_PROTOCOL},
         "made": {**samples, **made, "data": reference["data"], "versions": library_versions()},
         "values": _values(report),
         "per_class": report.get("per_class"),
@@ -106,11 +106,11 @@ def make_judge_record(
         "judge_sha256": judge_sha256,
         **{key: stated[key] for key in ("prompts", "strength_of_augmentation")},
     }
-    samples = {key: value for key, value in stated.items() if key not in (*JUDGED, "judge")}
+    samples = {key: value for key, value in stated.items() if key not in (*JUDGE_PROTOCOL, "judge")}
     return {
         "format": FORMAT,
         "kind": "judge",
-        "protocol": {field: known[field] for field in JUDGED},
+        "protocol": {field: known[field] for field in JUDGE_PROTOCOL},
         "made": {**samples, **made, "versions": library_versions()},
         "values": values,
         "seconds": {key: round(value, 1) for key, value in seconds.items()},
@@ -218,11 +218,11 @@ def compare_records(paths: Sequence[str | Path]) -> str:
         raise UserError(f"compare: {paths[0]} is one record; give two or more to stand side by side")
     records = [read_record(path) for path in paths]
     for path, record in zip(paths[1:], records[1:], strict=True):
-        check_alike(str(paths[0]), records[0], str(path), record)
+        check_comparable(str(paths[0]), records[0], str(path), record)
     return _side_by_side([str(path) for path in paths], records)
 
 
-def check_alike(name: str, record: Mapping[str, Any], other_name: str, other: Mapping[str, Any]) -> None:
+def check_comparable(name: str, record: Mapping[str, Any], other_name: str, other: Mapping[str, Any]) -> None:
     """UserError naming the first field of the protocol in which two records differ."""
     if record["kind"] != other["kind"]:
         raise UserError(f"compare: {name} is of latentdiff {record['kind']}, {other_name} of latentdiff {other['kind']}")
@@ -256,8 +256,10 @@ def _side_by_side(names: list[str], records: list[dict[str, Any]]) -> str:
     lines.append(f"| seconds | {' | '.join(_said(each) if each else '–' for each in seconds)} | – |")
     for name in dict.fromkeys(name for record in records for name in record["values"]):
         entries = [record["values"].get(name) for record in records]
-        floors = dict.fromkeys(shown(entry, "floor") for entry in entries if entry is not None)  # a judge's are of its seed
-        values = ["–" if entry is None else shown(entry) for entry in entries]
+        floors = dict.fromkeys(
+            format_value(entry, "floor") for entry in entries if entry is not None
+        )  # a judge's are of its seed
+        values = ["–" if entry is None else format_value(entry) for entry in entries]
         lines.append(f"| {name} | {' | '.join(values)} | {', '.join(floors)} |")
     fields = {field: records[0]["protocol"][field] for field in PROTOCOLS[records[0]["kind"]]}
     stated = "; ".join(f"{field.replace('_', ' ')} {_short(value)}" for field, value in fields.items())
@@ -271,7 +273,7 @@ def _said(value: Any) -> str:
     return text if len(text) < 64 else f"{text[:12]}…"
 
 
-def stated(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
+def sampling_protocol(pipeline, model: str, seed: int = 0, batch_size: int = 128, **call) -> dict[str, Any]:
     """The protocol line of generated samples, the checkpoint's defaults filled in."""
     from latentdiff.samplers import default_steps
 

@@ -16,7 +16,7 @@ from latentdiff.data.pairs import Pairs
 from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
-from latentdiff.models.judge_net import JudgeNet, look
+from latentdiff.models.judge_net import JudgeNet, embed
 from latentdiff.utils.random import derive_seed
 
 MILD = 0.5  # strength of the augmentation of the ceiling's real pictures
@@ -26,7 +26,7 @@ BATCH = 256
 
 
 @dataclass(frozen=True)
-class Gallery:
+class PictureIndex:
     """All real pictures as a judge sees them: what queries are ranked against."""
 
     net: JudgeNet
@@ -45,8 +45,8 @@ class Gallery:
         return (nearness >= nearness.gather(1, wanted[:, None])).sum(dim=1) - 1
 
 
-def open_gallery(net: JudgeNet, pairs: Pairs, name: str = "") -> Gallery:
-    """The gallery of a data set. UserError where the judge, called `name`, was trained on other data.
+def index_pictures(net: JudgeNet, pairs: Pairs, name: str = "") -> PictureIndex:
+    """The index of a data set. UserError where the judge, called `name`, was trained on other data.
 
     Identities and styles alone do not show it: other pictures of the same things, or others of them held out, have the
     same. A judge that keeps no record of its data is taken at its names.
@@ -64,18 +64,20 @@ def open_gallery(net: JudgeNet, pairs: Pairs, name: str = "") -> Gallery:
             f"{flag}: was trained on data with fingerprint {str(trained)[:12]}, and --data {pairs.name} has {given[:12]}: "
             "other pictures, or other pairs held out; give the data it was trained on, or train a judge on these"
         )
-    return Gallery(net, pairs, torch.cat([look(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)]))
+    return PictureIndex(
+        net, pairs, torch.cat([embed(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)])
+    )
 
 
-def chosen_rows(gallery: Gallery, num_seen: int) -> dict[str, Tensor]:
+def chosen_rows(index: PictureIndex, num_seen: int) -> dict[str, Tensor]:
     """Rows of the pairs to be drawn: num_seen of the seen ones (or all), evenly spread, and every held-out one."""
-    seen, held_out = ((gallery.pairs.held_out == part).nonzero().flatten() for part in (False, True))
+    seen, held_out = ((index.pairs.held_out == part).nonzero().flatten() for part in (False, True))
     spread = torch.linspace(0, len(seen) - 1, min(num_seen, len(seen))).round().long()
     return {SEEN: seen[spread], HELD_OUT: held_out}
 
 
 def judge_pictures(
-    gallery: Gallery,
+    index: PictureIndex,
     drawn: Mapping[str, tuple[Tensor, Tensor]],
     seed: int = 0,
     reconstruct: Callable[[Tensor], Tensor] | None = None,
@@ -91,48 +93,48 @@ def judge_pictures(
     for group, (images, rows) in drawn.items():
         shuffled = _cycle(rows, seed)
         table["scores"][group] = {
-            GENERATED: scores(gallery, images, rows),
-            AUGMENTED: augmented_scores(gallery, rows, seed),
-            SHUFFLED: scores(gallery, images, shuffled),
+            GENERATED: retrieval_scores(index, images, rows),
+            AUGMENTED: augmented_scores(index, rows, seed),
+            SHUFFLED: retrieval_scores(index, images, shuffled),
         }
         if reconstruct is not None:
-            real = torch.cat([reconstruct(gallery.pairs.images(part)).clamp(-1, 1) for part in rows.split(BATCH)])
-            table["scores"][group][RECONSTRUCTED] = scores(gallery, real, rows)
-        table["nearest_training_picture"][f"{GENERATED}, {group}"] = nearest(gallery, images)
-    real = gallery.pairs.images(gallery.pairs.held_out.nonzero().flatten())
-    table["nearest_training_picture"][f"real, {HELD_OUT}"] = nearest(gallery, real)
+            real = torch.cat([reconstruct(index.pairs.images(part)).clamp(-1, 1) for part in rows.split(BATCH)])
+            table["scores"][group][RECONSTRUCTED] = retrieval_scores(index, real, rows)
+        table["nearest_training_picture"][f"{GENERATED}, {group}"] = nearest_training_distances(index, images)
+    real = index.pairs.images(index.pairs.held_out.nonzero().flatten())
+    table["nearest_training_picture"][f"real, {HELD_OUT}"] = nearest_training_distances(index, real)
     return table
 
 
-def scores(gallery: Gallery, images: Tensor, rows: Tensor) -> dict[str, Any]:
+def retrieval_scores(index: PictureIndex, images: Tensor, rows: Tensor) -> dict[str, Any]:
     """Shares of images [Q, 3, H, W] in [-1, 1] that show the pairs in `rows` [Q] of the data set.
 
     top1, top5: the wanted identity, in any style, is the nearest, or among the five nearest. style: the style head says
     the wanted one. top5_in_style: both at once.
     """
-    embeddings, told = look(gallery.net, images)
-    ranks = gallery.ranks(embeddings, gallery.pairs.identities[rows])
-    styled = told == gallery.pairs.styles[rows]
+    embeddings, told = embed(index.net, images)
+    ranks = index.ranks(embeddings, index.pairs.identities[rows])
+    styled = told == index.pairs.styles[rows]
     hits = {"top1": ranks < 1, "top5": ranks < 5, "style": styled, "top5_in_style": (ranks < 5) & styled}
     return {"pictures": len(ranks)} | {name: hit.double().mean().item() for name, hit in hits.items()}
 
 
-def augmented_scores(gallery: Gallery, rows: Tensor, seed: int, strength: float = MILD) -> dict[str, Any]:
+def augmented_scores(index: PictureIndex, rows: Tensor, seed: int, strength: float = MILD) -> dict[str, Any]:
     """`scores` of the real pictures of these rows, augmented: what a perfect model with small faults would get."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "ceiling"))
-    images = torch.cat([augment(gallery.pairs.images(part), generator, strength) for part in rows.split(BATCH)])
-    return scores(gallery, images, rows)
+    images = torch.cat([augment(index.pairs.images(part), generator, strength) for part in rows.split(BATCH)])
+    return retrieval_scores(index, images, rows)
 
 
-def nearest(gallery: Gallery, images: Tensor) -> dict[str, Any]:
+def nearest_training_distances(index: PictureIndex, images: Tensor) -> dict[str, Any]:
     """Medians over images [Q, 3, H, W] in [-1, 1] of the distance to the nearest picture of train/.
 
     pixels: root mean square over pixels whose range is 1. embedding: between the judge's unit vectors, 0 to 2.
     """
-    train = (~gallery.pairs.held_out).nonzero().flatten()
-    embeddings, _ = look(gallery.net, images)
-    cosine = (embeddings @ gallery.embeddings[train].T).amax(dim=1)
-    flat, real = images.flatten(1), gallery.pairs.images(train).flatten(1)  # [Q, d], [T, d]
+    train = (~index.pairs.held_out).nonzero().flatten()
+    embeddings, _ = embed(index.net, images)
+    cosine = (embeddings @ index.embeddings[train].T).amax(dim=1)
+    flat, real = images.flatten(1), index.pairs.images(train).flatten(1)  # [Q, d], [T, d]
     found = (real.square().sum(dim=1) - 2 * flat @ real.T).argmin(dim=1)  # [Q]; all of |q - r|^2 that depends on r
     pixels = (flat - real[found]).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
     return {
@@ -142,7 +144,7 @@ def nearest(gallery: Gallery, images: Tensor) -> dict[str, Any]:
     }
 
 
-def markdown(table: Mapping[str, Any]) -> str:
+def judge_markdown(table: Mapping[str, Any]) -> str:
     """The scores and distances of `judge_pictures` as tables, with table["protocol"] below."""
     lines = ["| pictures | pairs | number | identity, top 1 | identity, top 5 | style | top 5 in the right style |"]
     lines.append("|---|---|---|---|---|---|---|")

@@ -1,11 +1,14 @@
 """Images that are compared: samples as a data set, real images without padding, and some drawn with the samples' classes."""
 
+import hashlib
+import json
 import struct
 import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 from zipfile import BadZipFile
 
 import numpy as np
@@ -17,6 +20,7 @@ from latentdiff.data.shuffling import permutation
 from latentdiff.data.sources import ArraySource, open_source
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
+from latentdiff.utils.random import derive_seed
 
 # What numpy and zipfile raise on damaged archives; RuntimeError stands for encrypted ones and unknown methods
 UNPACKING_ERRORS = (
@@ -137,3 +141,39 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
     if images.dtype != np.uint8 or images.ndim != 4:
         raise UserError(f"--samples {path}: arr_0 must be uint8 [N, H, W, C], it is {images.dtype} {list(images.shape)}")
     return images, None if labels is None or (labels < 0).all() else labels
+
+
+PARTS = {"test": "held-out", "train": "training"}
+
+
+class Prompts(NamedTuple):
+    """Prompts [N], the class of each one's image, int64 [N], where images have such, and what a protocol says of them."""
+
+    texts: list[str]
+    labels: Tensor | None
+    facts: dict[str, Any]
+
+
+def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: int = 0) -> Prompts:
+    """`count` captions of a data set's images, of each image one of its captions, drawn as training draws them.
+
+    Above the number of images, each comes as often as any other, or once more, its caption drawn anew.
+    part: which images these are, a key of PARTS.  UserError where they have no captions; data: what the user called them.
+    """
+    captions = images.captions()
+    if captions is None or not any(any(texts) for texts in captions):
+        has = f"its {PARTS[part]} images have no captions, and this model is told by text what to draw"
+        raise UserError(f"--data {data}: {has}; add a metadata.jsonl with file_name and text, or name the text column")
+    captioned = [i for i, texts in enumerate(captions) if any(texts)]  # where some have none, theirs is the empty prompt
+    order = permutation(len(captioned), seed, "prompts")
+    rounds, rest = divmod(count, len(captioned))
+    places = [(i, n) for n in range(rounds) for i in captioned]
+    places += [(captioned[i], rounds) for i in order[:rest].sort().values.tolist()]
+    texts = [captions[i][derive_seed(seed, "prompts", i, n) % len(captions[i])] for i, n in places]
+    facts = {
+        "captions_of": f"{PARTS[part]} images",
+        "captioned_images": min(count, len(captioned)),
+        "different": len(set(texts)),
+        "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
+    }
+    return Prompts(texts, None if images.labels is None else images.labels[[i for i, _ in places]], facts)

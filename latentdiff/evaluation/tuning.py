@@ -24,7 +24,7 @@ SAMPLERS = ("scheduler", "dpmpp_2m", "dpmpp_3m", "heun", "euler", "euler_maruyam
 STEPS = (3, 32)
 GUIDANCE = (1.0, 3.0)
 FINALISTS = 3
-KEYS = ("sampler", "steps", "guidance", "guidance_interval")
+SETTING_KEYS = ("sampler", "steps", "guidance", "guidance_interval")
 
 # measure(setting, seed) -> (U-Net evaluations an image, Fréchet distance, label accuracy or None)
 Setting = dict[str, Any]
@@ -57,7 +57,7 @@ def tune(
 
     UserError for an unknown sampler, model or data set, or where `out` holds a search with another protocol.
     """
-    from latentdiff.evaluation.compare_samplers import SCHEDULER, Bench, check_samplers, open_table, write_table
+    from latentdiff.evaluation.compare_samplers import SCHEDULER, SamplerBenchmark, check_samplers, open_table, write_table
     from latentdiff.utils.outputs import check_out_folder
 
     check_samplers(samplers or ())
@@ -65,15 +65,15 @@ def tune(
         raise UserError("tune: --num-images and --confirm-seeds must be at least 2, --batch-size at least 1, --budget above 0")
     _require_optuna()
     check_out_folder(out)
-    bench, folder = Bench(model, data, num_images, features, precision, batch_size), Path(out)
+    bench, folder = SamplerBenchmark(model, data, num_images, features, precision, batch_size), Path(out)
     if write and not (bench.folder / INDEX).is_file():
         raise UserError(f"--write: {bench.folder} has no {INDEX} to write the choice to")
-    default, scheduled = present(bench.pipeline), bench.pipeline.scheduler is not None
+    default, scheduled = current_default(bench.pipeline), bench.pipeline.scheduler is not None
     if samplers is None:
         samplers = SAMPLERS if scheduled else SAMPLERS[1:]
     if SCHEDULER in samplers and not scheduled:
         raise UserError(f"--samplers {SCHEDULER}: {model} has none; it runs latentdiff's {default['sampler']}")
-    space = Space(tuple(dict.fromkeys(samplers)), bench.pipeline.config.null_class is not None and bench.rows != [None])
+    space = SearchSpace(tuple(dict.fromkeys(samplers)), bench.pipeline.config.null_class is not None and bench.rows != [None])
     table = open_table(folder, TABLE, bench.protocol | {"seed": seed, "default": default, "samplers": list(space.samplers)})
     table["floor"] = bench.yardstick.floor
 
@@ -85,17 +85,17 @@ def tune(
         return cell["evaluations"], cell["frechet"], cell["label_accuracy"]
 
     def save() -> None:
-        write_table(folder, TABLE, table, markdown(table))
+        write_table(folder, TABLE, table, tuning_markdown(table))
 
     search(measure, space, default, budget, seed, table["cells"], save)
     most = table["cells"][0]["evaluations"] if max_evaluations is None else max_evaluations
     kept = [cell for cell in table["cells"] if (cell["sampler"] == SCHEDULER) == scheduled]
     table["confirmed"] = confirm(measure, kept, [seed + 1 + k for k in range(confirm_seeds)], most)
-    table["chosen"] = {key: choose(table["confirmed"])[key] for key in KEYS}
+    table["chosen"] = {key: choose(table["confirmed"])[key] for key in SETTING_KEYS}
     save()
-    draw_front(table, folder / f"{TABLE}.png")
+    plot_front(table, folder / f"{TABLE}.png")
     if write:
-        store(bench.folder, table["chosen"])
+        write_default(bench.folder, table["chosen"])
     return table
 
 
@@ -106,7 +106,7 @@ def _require_optuna() -> None:
         raise UserError("tune: needs optuna; install it by pip install 'latentdiff[tune]'") from None
 
 
-def present(pipeline: Any) -> Setting:
+def current_default(pipeline: Any) -> Setting:
     """What a loaded checkpoint does where a call says nothing."""
     config = pipeline.config
     interval = config.default_guidance_interval
@@ -119,7 +119,7 @@ def present(pipeline: Any) -> Setting:
 
 
 @dataclass
-class Space:
+class SearchSpace:
     """What is searched. guided: whether the model has an unconditional prediction to guide away from."""
 
     samplers: Sequence[str]
@@ -163,7 +163,13 @@ class Space:
 
 
 def search(
-    measure: Measure, space: Space, default: Setting, budget: float, seed: int, cells: list[Setting], save: Callable[[], None]
+    measure: Measure,
+    space: SearchSpace,
+    default: Setting,
+    budget: float,
+    seed: int,
+    cells: list[Setting],
+    save: Callable[[], None],
 ) -> None:
     """Trials until `budget` evaluations an image are spent, the default first; each is appended to cells, then save().
 
@@ -183,7 +189,7 @@ def search(
             setting = space.suggest(trial)
         evaluations, distance, accuracy = measure(setting, seed)
         values = {"evaluations": evaluations, "frechet": distance, "label_accuracy": accuracy}
-        cells.append({key: setting[key] for key in KEYS} | values)
+        cells.append({key: setting[key] for key in SETTING_KEYS} | values)
         if trial is None:
             _tell(study, space, cells[-1])
         else:
@@ -193,7 +199,7 @@ def search(
         print(printable(state), file=sys.stderr)
 
 
-def _tell(study: Any, space: Space, cell: dict[str, Any]) -> None:
+def _tell(study: Any, space: SearchSpace, cell: dict[str, Any]) -> None:
     import optuna
 
     parameters = space.parameters(cell)
@@ -203,7 +209,7 @@ def _tell(study: Any, space: Space, cell: dict[str, Any]) -> None:
         study.add_trial(told)
 
 
-def front(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def pareto_front(cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The cells that no other one matches or beats in both evaluations and distance, cheapest first."""
     kept: list[dict[str, Any]] = []
     best = math.inf
@@ -219,13 +225,13 @@ def confirm(measure: Measure, cells: Sequence[dict[str, Any]], seeds: Sequence[i
 
     spread: of single seeds, the standard deviation (n - 1). Best mean first, but the default stands first of all.
     """
-    affordable = [cell for cell in front(cells) if cell["evaluations"] <= most and cell is not cells[0]]
+    affordable = [cell for cell in pareto_front(cells) if cell["evaluations"] <= most and cell is not cells[0]]
     measured = []
     for cell in [cells[0], *sorted(affordable, key=lambda c: c["frechet"])[:FINALISTS]]:
         values = [measure(cell, seed)[1] for seed in seeds]
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        entry = {key: cell[key] for key in (*KEYS, "evaluations")} | {"frechet": values, "mean": mean, "spread": spread}
+        entry = {key: cell[key] for key in (*SETTING_KEYS, "evaluations")} | {"frechet": values, "mean": mean, "spread": spread}
         measured.append(entry)
         print(f"tune: confirming {json.dumps(entry)}", file=sys.stderr)
     return [measured[0], *sorted(measured[1:], key=lambda m: m["mean"])]
@@ -248,7 +254,7 @@ def choose(confirmed: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return default
 
 
-def store(folder: Path, setting: Setting) -> None:
+def write_default(folder: Path, setting: Setting) -> None:
     """Make a setting, of a sampler that it can hold, the default of the checkpoint in `folder`.
 
     The file is the old or the new one, never half of it.
@@ -268,17 +274,17 @@ def store(folder: Path, setting: Setting) -> None:
     replace_text(path, json.dumps(dict(sorted(index.items())), indent=2) + "\n")
 
 
-def markdown(table: dict[str, Any]) -> str:
+def tuning_markdown(table: dict[str, Any]) -> str:
     """The front, the confirmation and the choice as tables, with the protocol below."""
     head = "| sampler | steps | guidance | at t | evaluations | {} |"
     rule = "|---|---|---|---|---|---|"
     lines = [head.format("Fréchet distance"), rule]
-    lines += [f"| {_said(cell)} | {cell['frechet']:.4f} |" for cell in front(table["cells"])]
+    lines += [f"| {_said(cell)} | {cell['frechet']:.4f} |" for cell in pareto_front(table["cells"])]
     lines += ["", f"The front of {len(table['cells'])} trials; real test images score {table['floor']:.4f}."]
     if table.get("confirmed"):
         lines += ["", head.format("on other seeds"), rule]
         lines += [f"| {_said(cell)} | {cell['mean']:.4f} ± {cell['spread']:.4f} |" for cell in table["confirmed"]]
-        same = table["chosen"] == {key: table["confirmed"][0][key] for key in KEYS}
+        same = table["chosen"] == {key: table["confirmed"][0][key] for key in SETTING_KEYS}
         lines += ["", "The default (first row) stays." if same else f"Chosen: {json.dumps(table['chosen'])}."]
     return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in table["protocol"].items())]) + "\n"
 
@@ -289,12 +295,12 @@ def _said(cell: dict[str, Any]) -> str:
     return f"{cell['sampler']} | {cell['steps']} | {cell['guidance']:g} | {where} | {cell['evaluations']:.0f}"
 
 
-def draw_front(table: dict[str, Any], path: Path) -> None:
+def plot_front(table: dict[str, Any], path: Path) -> None:
     """Distance over evaluations, both on logarithmic axes: trials grey, the front blue, the default red, the floor a line."""
     from PIL import Image, ImageDraw
 
     width, height, edge = 720, 480, 60
-    cells, best = table["cells"], front(table["cells"])
+    cells, best = table["cells"], pareto_front(table["cells"])
     across = [math.log(cell["evaluations"]) for cell in cells]
     values = [cell["frechet"] for cell in cells] + [table["floor"]]
     up = [math.log(max(value, 1e-6)) for value in values]

@@ -61,7 +61,7 @@ class JudgeNet(nn.Module):
                 module.fold()
         return self.eval()
 
-    def look(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(embeddings of unit length [B, D], style logits [B, styles])."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE:
             raise ValueError(f"the judge takes [B, 3, H, W] with H, W >= {MIN_SIDE}, got {list(x.shape)}")
@@ -75,7 +75,7 @@ class JudgeNet(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(identity logits [B, identities], style logits [B, styles]), for training."""
-        embedding, style = self.look(x)
+        embedding, style = self.embed(x)
         return COSINE_SCALE * embedding @ F.normalize(self.prototypes, dim=1).T, style
 
     def fingerprint(self) -> str:
@@ -112,8 +112,8 @@ def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> JudgeN
 
 
 @torch.no_grad()
-def look(net: JudgeNet, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
+def embed(net: JudgeNet, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
     """(embeddings [N, D], predicted styles [N] int64), on the CPU, of images [N, 3, H, W] in [-1, 1]."""
     device = net.prototypes.device
-    seen = [net.look(part.to(device)) for part in images.split(batch)]
+    seen = [net.embed(part.to(device)) for part in images.split(batch)]
     return torch.cat([e.cpu() for e, _ in seen]), torch.cat([s.argmax(dim=1).cpu() for _, s in seen])

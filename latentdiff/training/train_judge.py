@@ -17,7 +17,7 @@ from latentdiff.data.pairs import Pairs, read_pairs
 from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
-from latentdiff.evaluation.retrieval import HELD_OUT, MILD, SEEN, augmented_scores, open_gallery
+from latentdiff.evaluation.retrieval import HELD_OUT, MILD, SEEN, augmented_scores, index_pictures
 from latentdiff.models.judge_net import WIDTHS, JudgeNet
 from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
@@ -160,9 +160,9 @@ def _batches(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 def _own_scores(net: JudgeNet, pairs: Pairs, seed: int) -> dict[str, Any]:
     """What the judge makes of every real picture once, mildly augmented: seen and held-out pairs apart."""
-    gallery = open_gallery(net, pairs)
+    index = index_pictures(net, pairs)
     parts = {SEEN: ~pairs.held_out, HELD_OUT: pairs.held_out}
-    return {name: augmented_scores(gallery, part.nonzero().flatten(), seed) for name, part in parts.items()}
+    return {name: augmented_scores(index, part.nonzero().flatten(), seed) for name, part in parts.items()}
 
 
 def _write(net: JudgeNet, config: JudgeConfig, output: Path) -> None:

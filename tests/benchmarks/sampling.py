@@ -115,9 +115,9 @@ def add_rates(table: reporting.Table, draws: dict[str, Draw], batch: int, rounds
 
 def distances(draws: dict[str, Draw], count: int) -> dict[str, float]:
     """Fréchet distance of `count` class-balanced images of each, and of as many real test images."""
-    from latentdiff.evaluation.compare_samplers import Bench
+    from latentdiff.evaluation.compare_samplers import SamplerBenchmark
 
-    bench = Bench(MODEL, "fashion-mnist", count, FEATURES, "float32", 100)
+    bench = SamplerBenchmark(MODEL, "fashion-mnist", count, FEATURES, "float32", 100)
     found = {REAL: bench.yardstick.floor}
     for name, draw in draws.items():
         parts = [bench.labels[start : start + 100] for start in range(0, count, 100)]

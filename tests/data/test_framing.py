@@ -19,8 +19,7 @@ from latentdiff.data.image_source import ImageSource
 from latentdiff.data.sources import open_source
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation.metrics import reference_sets
-from latentdiff.evaluation.model_data import data_rule
+from latentdiff.evaluation.reference_data import data_rule, reference_sets
 from latentdiff.training.images import Images
 from latentdiff.utils.images import to_uint8
 

@@ -205,7 +205,7 @@ def test_states_of_captions_are_hashed_too(tmp_path):
 
 def test_a_killed_evaluation_leaves_nothing_beside_the_reference(tmp_path):
     from latentdiff.evaluation import feature_cache
-    from latentdiff.evaluation.classification import Seen
+    from latentdiff.evaluation.feature_statistics import FeatureStatistics
     from latentdiff.evaluation.frechet import Moments
 
     moments = Moments(2)
@@ -213,5 +213,5 @@ def test_a_killed_evaluation_leaves_nothing_beside_the_reference(tmp_path):
     path = tmp_path / "reference-0.safetensors"
     for leftover in (".reference-0.0123.tmp", ".reference-0.safetensors.01234567.tmp"):
         (tmp_path / leftover).write_bytes(b"half")
-    feature_cache._write(path, Seen(moments, None, "0", torch.zeros(4, 2)), {})
+    feature_cache._write(path, FeatureStatistics(moments, None, "0", torch.zeros(4, 2)), {})
     assert [each.name for each in tmp_path.iterdir()] == [path.name]

@@ -18,8 +18,7 @@ from latentdiff.data.sources import open_source, splits
 from latentdiff.data.splits import held_out
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation.metrics import reference_sets
-from latentdiff.evaluation.model_data import data_rule
+from latentdiff.evaluation.reference_data import data_rule, reference_sets
 from latentdiff.models.codec import LatentCodec
 from latentdiff.training import state, train
 

@@ -8,7 +8,7 @@ import torch
 from exact import Mixture, exact, mixture
 
 from latentdiff.checkpoints import META, load
-from latentdiff.evaluation.compare_denoisers import agreement, estimate, markdown
+from latentdiff.evaluation.compare_denoisers import agreement, agreement_markdown, estimate_x0
 from latentdiff.models.codec import LatentCodec
 from latentdiff.schedules import make_schedule
 
@@ -20,9 +20,9 @@ def test_exact_denoisers_of_every_process_agree_at_a_log_snr():
     x0, _ = truth.draw(50, generator)
     noise = torch.randn(x0.shape, generator=generator, dtype=torch.float64)
     for log_snr in (-5.0, 0.0, 5.0):
-        answers = [estimate(exact(make_schedule(name), truth), x0, noise, log_snr) for name in PROCESSES]
+        answers = [estimate_x0(exact(make_schedule(name), truth), x0, noise, log_snr) for name in PROCESSES]
         assert all(float((answer - answers[0]).abs().max()) < 1e-6 for answer in answers[1:])
-        off = estimate(exact(make_schedule("vp"), truth), x0, noise, log_snr + 0.1)
+        off = estimate_x0(exact(make_schedule("vp"), truth), x0, noise, log_snr + 0.1)
         assert float((off - answers[0]).abs().max()) > 1e-2  # so a level that is a little off would be seen
 
 
@@ -31,10 +31,10 @@ def test_its_error_is_the_least_possible_one():
     x0 = torch.randn((4000, 16), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for log_snr in (-2.0, 1.0):
-        found = estimate(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, log_snr)
+        found = estimate_x0(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, log_snr)
         least = 1 / (1 + torch.tensor(log_snr).exp())  # var(x0 | x_t) of N(0, 1)
         assert float((found - x0).square().mean()) == pytest.approx(float(least), rel=0.02)
-    assert estimate(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, 40.0) is None
+    assert estimate_x0(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, 40.0) is None
 
 
 def test_the_command_measures_models_on_one_autoencoder(run, refused, model, here, stripe_folder):
@@ -53,7 +53,7 @@ def test_the_command_measures_models_on_one_autoencoder(run, refused, model, her
     assert distances[0][:2] == ["0.0000 ± 0.0000"] * 2 and float(distances[1][0].split()[0]) > 0.01
     first = agreement([model], str(stripe_folder), 8, [0.0], batch_size=3)
     assert first["models"][0]["errors"][0][0] == pytest.approx(errors[0][0][0], abs=1e-4)  # whatever the batch
-    assert json.loads(json.dumps(first)) == first and "images 8" in markdown(first)
+    assert json.loads(json.dumps(first)) == first and "images 8" in agreement_markdown(first)
     pipeline.vae.decoder.conv_out.weight.data.mul_(0.5)
     pipeline.vae.save_pretrained(other / "vae")
     assert "has another autoencoder than" in refused(*ask)

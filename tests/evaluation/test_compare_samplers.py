@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from latentdiff.evaluation.compare_samplers import markdown
+from latentdiff.evaluation.compare_samplers import comparison_markdown
 
 BASE = ("--num-images", 15, "--guidance", 2, "--out", "table")
 
@@ -31,7 +31,7 @@ def test_a_cell_is_what_evaluate_measures_and_counts_every_evaluation(
     assert cell["frechet"] == pytest.approx(report["frechet[stripes-net]"]["value"], rel=1e-6)
     assert cell["label_accuracy"] is None and "label_accuracy[stripes-net]" not in report  # that network has other classes
     assert table["floor"] == pytest.approx(report["frechet[stripes-net]"]["floor"], rel=1e-6)
-    assert (here / "table" / "comparison.md").read_text() == markdown(table)
+    assert (here / "table" / "comparison.md").read_text() == comparison_markdown(table)
 
 
 def test_an_interrupted_comparison_goes_on_and_another_protocol_is_refused(

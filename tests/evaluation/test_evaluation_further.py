@@ -11,11 +11,11 @@ from stripes import stripe_pixels, stripes
 from tiny_runs import write_stripes
 
 from latentdiff.checkpoints import weights_of
-from latentdiff.evaluation.classification import look, read_batches
+from latentdiff.evaluation.feature_statistics import feature_statistics, read_batches
 from latentdiff.evaluation.frechet import frechet_distance
 from latentdiff.evaluation.guidance_curve import guidance_curve
 from latentdiff.evaluation.html_report import guidance_plots
-from latentdiff.evaluation.precision_recall import support
+from latentdiff.evaluation.precision_recall import precision_recall
 from latentdiff.evaluation.records import read_record
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set
 from latentdiff.models.feature_net import load_features
@@ -23,18 +23,18 @@ from latentdiff.models.feature_net import load_features
 
 def test_a_point_of_the_curve_is_what_its_samples_score_alone(feature_folder):
     net, train, test = load_features(feature_folder), stripes(90, 1), stripes(60, 2)
-    reference = look(net, read_batches(train), keep=True)
+    reference = feature_statistics(net, read_batches(train), keep=True)
     (good, labels), (other, _) = stripe_pixels(60, seed=3), stripe_pixels(60, seed=4)
     damaged = np.where(np.random.default_rng(0).random(other.shape) < 0.5, 255 - other, other)
     found = guidance_curve(net, reference, train, test, {4.0: damaged, 1.5: good}, labels.numpy())
     assert found["images"] == found["floor_images"] == 60 and [p["guidance"] for p in found["points"]] == [1.5, 4.0]
     first, second = found["points"]
-    seen = look(net, read_batches(sample_set(good, labels.numpy(), train)), keep=True)
+    seen = feature_statistics(net, read_batches(sample_set(good, labels.numpy(), train)), keep=True)
     assert first["frechet"] == pytest.approx(frechet_distance(seen.moments, reference.moments), rel=1e-9)
     assert first["label_accuracy"] == seen.accuracy and second["frechet"] > 3 * first["frechet"]
     assert second["precision"] < first["precision"] and first["recall"] > 0.5
     same = guidance_curve(net, reference, train, test, {1.0: good}, None)["points"][0]
-    assert same["precision"] == support(reference.kept[matching_rows(train, None, 60, 0)], seen.kept).precision
+    assert same["precision"] == precision_recall(reference.kept[matching_rows(train, None, 60, 0)], seen.kept).precision
     drawn = guidance_plots(found)
     assert drawn.count("<circle") == 2 * 4 and "4: " in drawn and guidance_plots(None) == ""
 

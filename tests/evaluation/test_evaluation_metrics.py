@@ -15,9 +15,8 @@ from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
 from latentdiff.data.transforms import Preprocess
 from latentdiff.evaluation import kid, memorization
-from latentdiff.evaluation.extrapolation import extrapolate, fewest
-from latentdiff.evaluation.frechet import Moments, distance_from
-from latentdiff.evaluation.precision_recall import nearest, support
+from latentdiff.evaluation.frechet import Moments, extrapolate_frechet, frechet_distance_to, smallest_sample
+from latentdiff.evaluation.precision_recall import nearest_rows, precision_recall
 
 
 def moments(x: torch.Tensor) -> Moments:
@@ -30,7 +29,7 @@ def normal(*shape: int, seed: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("count", [400, 12])  # 12 rows of 20 features: singular covariances
 def test_distance_from_one_reference_is_scipys(count):
-    reference, measure = rows(500, 20, 1), distance_from(moments(rows(500, 20, 1)))
+    reference, measure = rows(500, 20, 1), frechet_distance_to(moments(rows(500, 20, 1)))
     for seed in (2, 3):
         x = rows(count, 20, seed)
         cx, cy = x.T.cov().numpy(), reference.T.cov().numpy()
@@ -77,10 +76,10 @@ def scikit_support(real: np.ndarray, fake: np.ndarray, k: int) -> list[float]:
 def test_support_is_scikit_learns_at_any_block_size(k, block):
     real, fake = rows(90, 6, 1) + 1e4, rows(70, 6, 1)[:70] * 0.8 + 1e4 + rows(70, 6, 2) * 0.2
     expected = scikit_support(real.numpy(), fake.numpy(), k)
-    assert support(real, fake, k, block) == pytest.approx(expected, abs=1e-9)
+    assert precision_recall(real, fake, k, block) == pytest.approx(expected, abs=1e-9)
     assert 0.05 < min(expected[:2])  # so that the comparison says something
     with pytest.raises(ValueError, match="70 rows have no 70 neighbours"):
-        support(real, fake, 70)
+        precision_recall(real, fake, 70)
 
 
 def test_mode_collapse_keeps_precision_and_loses_recall_and_wide_samples_the_reverse():
@@ -88,7 +87,7 @@ def test_mode_collapse_keeps_precision_and_loses_recall_and_wide_samples_the_rev
     real, same = (centres[torch.arange(400) % 8] + normal(400, 5, seed=s) for s in (1, 2))
     collapsed = centres[torch.arange(400) % 2] + normal(400, 5, seed=3)
     wide = 12 * normal(400, 5, seed=4)
-    whole, few, spread = (support(real, each) for each in (same, collapsed, wide))
+    whole, few, spread = (precision_recall(real, each) for each in (same, collapsed, wide))
     assert min(whole.precision, whole.recall, whole.coverage) > 0.9 and whole.density == pytest.approx(1, abs=0.15)
     assert few.precision > 0.9 and few.recall < 0.35 and few.coverage < 0.35 and few.density > 0.9
     assert spread.precision < 0.2 and spread.recall > 0.9 and spread.density < 0.1
@@ -103,28 +102,28 @@ def test_extrapolation_takes_the_bias_away_and_knows_its_error():
     at_n, limits, scores = [], [], []
     for seed in range(80):
         x = normal(120, 4, seed=seed) * scales + mean
-        found = extrapolate(x, reference, seed)
-        at_n.append(distance_from(reference)(moments(x)) - truth)
+        found = extrapolate_frechet(x, reference, seed)
+        at_n.append(frechet_distance_to(reference)(moments(x)) - truth)
         limits.append(found.value - truth)
         scores.append((found.value - truth) / found.stderr)
     error = np.std(limits) / math.sqrt(80)
     assert found.sizes == (120, 60, 40, 30, 24)
     assert np.mean(at_n) > 3 * np.std(at_n) / math.sqrt(80) and abs(np.mean(limits)) < 2.5 * error
     assert 0.6 < np.std(scores) < 1.5
-    assert extrapolate(x, reference, 1) == extrapolate(x, reference, 1) != extrapolate(x, reference, 2)
+    assert extrapolate_frechet(x, reference, 1) == extrapolate_frechet(x, reference, 1) != extrapolate_frechet(x, reference, 2)
 
 
 def test_extrapolation_needs_three_points():
     reference = moments(rows(200, 4))
-    assert extrapolate(rows(fewest(4) - 1, 4), reference) is None
-    assert len(extrapolate(rows(fewest(4), 4), reference).sizes) == 3
+    assert extrapolate_frechet(rows(smallest_sample(4) - 1, 4), reference) is None
+    assert len(extrapolate_frechet(rows(smallest_sample(4), 4), reference).sizes) == 3
 
 
 @pytest.mark.parametrize("block", [1, 13, 1000])
 def test_nearest_is_scipys_at_any_block_size_and_cut_of_the_references(block):
     queries, references = rows(40, 5, 1), rows(90, 5, 1)[torch.randperm(90, generator=torch.Generator().manual_seed(0))]
     expected = cdist(queries.numpy(), references.numpy()).argmin(axis=1)
-    assert nearest(queries, references.split(block), block).tolist() == expected.tolist()
+    assert nearest_rows(queries, references.split(block), block).tolist() == expected.tolist()
 
 
 def test_cosine_distance_is_torchmetrics():
@@ -136,15 +135,15 @@ def test_cosine_distance_is_torchmetrics():
 
 
 def test_the_penalty_leaves_what_is_far_and_multiplies_what_is_near():
-    assert memorization.penalised(2.0, 0.3, 0.3) == memorization.penalised(2.0, 0.9, 0.3) == 2.0
-    assert memorization.penalised(2.0, 0.1, 0.3) == pytest.approx(2 * 3 / 1.003)
-    assert memorization.penalised(2.0, 0.0, 0.3) == pytest.approx(2000)
-    assert memorization.penalised(2.0, 0.0, 0.0) == 2.0
+    assert memorization.penalized_distance(2.0, 0.3, 0.3) == memorization.penalized_distance(2.0, 0.9, 0.3) == 2.0
+    assert memorization.penalized_distance(2.0, 0.1, 0.3) == pytest.approx(2 * 3 / 1.003)
+    assert memorization.penalized_distance(2.0, 0.0, 0.3) == pytest.approx(2000)
+    assert memorization.penalized_distance(2.0, 0.0, 0.0) == 2.0
 
 
 def test_pixel_distances_are_root_mean_squares_over_a_range_of_one():
     train, images = stripes(40, 1), stripes(9, 2)
-    near, _ = memorization.pixel_nearness(images, stripes(5, 3), train)
+    near, _ = memorization.nearest_by_pixels(images, stripes(5, 3), train)
     flat = [data.source.images.reshape(len(data), -1) / 255 for data in (images, train)]
     distances = cdist(*flat) / math.sqrt(18 * 18)
     assert near.rows.tolist() == distances.argmin(axis=1).tolist()
@@ -167,7 +166,7 @@ def test_large_images_are_compared_by_means_of_squares():
 def test_shares_count_the_samples_closer_than_held_out_images():
     held_out = torch.arange(1, 102, dtype=torch.float64)  # percentile p is p + 1
     samples = torch.tensor([0.5, 1.5, 5.5, 30.0, 60.0, 90.0, 95.0, 99.0, 100.0, 200.0], dtype=torch.float64)
-    found = memorization.shares(samples, held_out)
+    found = memorization.distance_summary(samples, held_out)
     assert [each["share"] for each in found["closer_than_held_out"]] == [0.2, 0.3, 0.4]
     assert [each["distance"] for each in found["closer_than_held_out"]] == pytest.approx([2, 6, 51])
     assert found["median"] == 60.0 and found["held_out_median"] == 51.0
@@ -179,11 +178,11 @@ def test_planted_copies_are_the_worst_and_are_named():
     pixels[[4, 7]] = train.source.images[[50, 11]]
     samples = ImageDataset(ArraySource("samples", pixels, None), Preprocess())
     flat = [torch.from_numpy(d.source.images.reshape(60, -1)).double() for d in (samples, held_out, train)]
-    by_features = [memorization.feature_nearness(x, flat[2]) for x in flat[:2]]
-    by_pixels = memorization.pixel_nearness(samples, held_out, train)
+    by_features = [memorization.nearest_by_features(x, flat[2]) for x in flat[:2]]
+    by_pixels = memorization.nearest_by_pixels(samples, held_out, train)
     ours = [(pair[0], pair[1].distances.median().item()) for pair in (by_features, by_pixels)]
-    first, second, third = memorization.worst(*ours, count=3)
+    first, second, third = memorization.closest_samples(*ours, count=3)
     assert {(e["sample"], e["feature_neighbour"], e["pixel_neighbour"]) for e in (first, second)} == {(4, 50, 50), (7, 11, 11)}
     assert first["feature_distance"] == first["pixel_distance"] == second["pixel_distance"] == 0 < third["pixel_distance"]
-    share = memorization.shares(by_pixels[0].distances, by_pixels[1].distances)["closer_than_held_out"][0]
+    share = memorization.distance_summary(by_pixels[0].distances, by_pixels[1].distances)["closer_than_held_out"][0]
     assert share["percentile"] == 1 and share["share"] >= 2 / 60 > share["held_out"]

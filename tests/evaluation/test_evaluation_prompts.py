@@ -19,9 +19,9 @@ from latentdiff.data.sources import open_source
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation import evaluate
-from latentdiff.evaluation.metrics import reference_sets
-from latentdiff.evaluation.prompts import draw_prompts
 from latentdiff.evaluation.records import read_record
+from latentdiff.evaluation.reference_data import reference_sets
+from latentdiff.evaluation.sample_sets import draw_prompts
 from latentdiff.generation import Numbered, image_generators
 from latentdiff.training import train
 

@@ -14,11 +14,11 @@ from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
-from latentdiff.evaluation import kid, reference_values
-from latentdiff.evaluation.classification import frechet
+from latentdiff.evaluation import feature_metrics, kid
+from latentdiff.evaluation.frechet import frechet
 from latentdiff.evaluation.metrics import evaluate_samples
-from latentdiff.evaluation.precision_recall import support
-from latentdiff.evaluation.records import PROTOCOL, check_alike, compare_records, make_record, write_record
+from latentdiff.evaluation.precision_recall import precision_recall
+from latentdiff.evaluation.records import EVALUATE_PROTOCOL, check_comparable, compare_records, make_record, write_record
 from latentdiff.models.feature_net import FeatureNet, load_features
 
 NET = "[stripes-net]"
@@ -98,7 +98,7 @@ def mixture(modes: int, count: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("modes", [1, 2, 4])
 def test_collapse_to_some_modes_costs_recall_alone_and_as_far_as_is_known(modes):
     real, samples = mixture(MODES, 1600, 1), mixture(modes, 800, 2)
-    found = support(real, samples)
+    found = precision_recall(real, samples)
     assert found.precision > 0.95 and found.density > 0.9
     assert found.recall == pytest.approx(modes / MODES, abs=0.05) and found.coverage <= found.recall + 0.05
     # Of the mixtures' moments: along an axis with both ends variance 1 + 12^2 / 4 about 6, with one end 1 about 0
@@ -186,29 +186,29 @@ def test_evaluations_that_differ_are_refused_by_the_field(net, base, field):
     other = make_record(DIFFERENCES[field](net), {}, {})
     against = base if field != "draw_seed" else make_record(measure(net, test=stripes(30, 2)), {}, {})
     with pytest.raises(UserError, match=f"compare: {field} is .* in a and .* in b: values of unlike protocols"):
-        check_alike("a", against, "b", other)
+        check_comparable("a", against, "b", other)
 
 
 @pytest.mark.parametrize(("field", "change"), [("features", renamed), ("features_sha256", retrained)])
 def test_another_feature_network_is_refused(net, base, feature_folder, field, change):
     other = make_record(measure(change(net, feature_folder)), {}, {})
     with pytest.raises(UserError, match=f"compare: {field} is .* in a and .* in b"):
-        check_alike("a", base, "b", other)
+        check_comparable("a", base, "b", other)
 
 
 def test_other_constants_of_the_measures_are_refused_by_their_name(net, base, monkeypatch):
     monkeypatch.setattr(kid, "SUBSETS", 7)
-    monkeypatch.setattr(reference_values, "SUPPORT_IMAGES", 20)
+    monkeypatch.setattr(feature_metrics, "SUPPORT_IMAGES", 20)
     other = make_record(measure(net), {}, {})
     with pytest.raises(UserError, match=r"compare: settings\.kernel_subsets is 100 in a and 7 in b"):
-        check_alike("a", base, "b", other)
+        check_comparable("a", base, "b", other)
 
 
 def test_what_is_being_compared_is_no_part_of_the_protocol(net, base):
     stated = {"model": "other", "sampler": "heun", "steps": 3, "guidance": 2.0, "seed": 5}
     other = make_record(measure(net, stripe_pixels(30, seed=8)[0], stripe_pixels(30)[1], protocol=stated), {"weights": "x"}, {})
-    check_alike("a", base, "b", other)
-    assert base["values"] != other["values"] and not set(stated) & set(PROTOCOL)
+    check_comparable("a", base, "b", other)
+    assert base["values"] != other["values"] and not set(stated) & set(EVALUATE_PROTOCOL)
 
 
 def test_floors_that_differ_are_all_shown(base, tmp_path):

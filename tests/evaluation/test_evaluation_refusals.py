@@ -7,7 +7,8 @@ from tiny_runs import write_stripes
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.evaluation import evaluate
-from latentdiff.evaluation.metrics import markdown, reference_sets
+from latentdiff.evaluation.markdown_report import report_markdown
+from latentdiff.evaluation.reference_data import reference_sets
 from latentdiff.evaluation.sample_sets import subset
 
 
@@ -17,7 +18,7 @@ def test_a_class_without_held_out_images_is_refused_before_generating(feature_fo
     sets = reference_sets(str(data), Preprocess((16, 16), 1), 0.25)
     train, test = sets
     test = subset(test, (test.labels != 1).nonzero().flatten())
-    monkeypatch.setattr("latentdiff.evaluation.metrics.reference_sets", lambda *arguments: (train, test))
+    monkeypatch.setattr("latentdiff.evaluation.reference_data.reference_sets", lambda *arguments: (train, test))
     monkeypatch.setattr(evaluate, "_make", None)  # whatever would generate
     with pytest.raises(UserError) as error:
         evaluate.evaluate(model, str(data), 12, features=feature_folder)
@@ -30,7 +31,7 @@ def test_a_floor_of_fewer_images_says_how_many():
     report = {"metrics": {"frechet[x]": entry, "kid[x]": entry | {"floor_images": 12}}, "distribution": {}}
     near = {"median": 0.0, "held_out_median": 0.0, "closer_than_held_out": []}
     report |= {"memorisation": {"features": near, "pixels": near}, "left_out": {}}
-    text = markdown(report | {"protocol": {}, "reference": {}, "settings": {}})
+    text = report_markdown(report | {"protocol": {}, "reference": {}, "settings": {}})
     assert "| frechet[x] | 1.0000 | 2.0000 (3 images) |" in text and "| kid[x] | 1.0000 | 2.0000 |" in text
 
 

@@ -11,7 +11,9 @@ from stripes import CLASSES, stripe_pixels, stripes
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
 from latentdiff.evaluation.feature_training import train_features
-from latentdiff.evaluation.metrics import evaluate_samples, reference_sets, write_report
+from latentdiff.evaluation.markdown_report import write_report
+from latentdiff.evaluation.metrics import evaluate_samples
+from latentdiff.evaluation.reference_data import reference_sets
 from latentdiff.models.feature_net import FeatureNet, load_features
 from latentdiff.training.train_feature_net import train_feature_network
 

@@ -6,9 +6,10 @@ import torch
 from scipy.linalg import sqrtm
 from stripes import stripes
 
-from latentdiff.evaluation.classification import cas, frechet, label_accuracy, look, read_batches
+from latentdiff.evaluation.classification import cas, label_accuracy
+from latentdiff.evaluation.feature_statistics import feature_statistics, read_batches
 from latentdiff.evaluation.feature_training import train_features
-from latentdiff.evaluation.frechet import Moments, frechet_distance
+from latentdiff.evaluation.frechet import Moments, frechet, frechet_distance
 from latentdiff.models.feature_net import FeatureNet
 
 WIDTHS = (8, 8, 16)
@@ -93,18 +94,18 @@ def test_the_image_path_gives_what_torchmetrics_gives_with_the_same_network():
     peer = FrechetInceptionDistance(feature=Features(net))
     peer.update(real.batch(range(60))[0], real=True)
     peer.update(fake.batch(range(50))[0], real=False)
-    ours = [look(net, read_batches(data, 16)).moments for data in (real, fake)]
+    ours = [feature_statistics(net, read_batches(data, 16)).moments for data in (real, fake)]
     assert frechet_distance(*ours) == pytest.approx(peer.compute().item(), rel=1e-3, abs=1e-6)
 
 
 def test_the_hash_follows_pixels_and_labels_and_not_the_batch_size():
     torch.manual_seed(0)
     net = FeatureNet(1, 3, WIDTHS).eval()
-    one, two = look(net, read_batches(stripes(40), 40)), look(net, read_batches(stripes(40), 7))
-    assert one.sha256 == two.sha256 != look(net, read_batches(stripes(40, seed=1), 40)).sha256
+    one, two = feature_statistics(net, read_batches(stripes(40), 40)), feature_statistics(net, read_batches(stripes(40), 7))
+    assert one.sha256 == two.sha256 != feature_statistics(net, read_batches(stripes(40, seed=1), 40)).sha256
     relabelled = stripes(40)
     relabelled.source.labels[3] = (relabelled.source.labels[3] + 1) % 3
-    assert look(net, read_batches(relabelled, 40)).sha256 != one.sha256
+    assert feature_statistics(net, read_batches(relabelled, 40)).sha256 != one.sha256
 
 
 def quick_trainer(dataset, seed):

@@ -16,7 +16,7 @@ from tiny_runs import write_stripes
 
 from latentdiff.errors import UserError
 from latentdiff.evaluation import feature_spaces
-from latentdiff.evaluation.feature_cache import see_reference
+from latentdiff.evaluation.feature_cache import reference_statistics
 from latentdiff.evaluation.feature_spaces import open_inception, open_space
 from latentdiff.evaluation.metrics import evaluate_samples
 from latentdiff.evaluation.records import make_record, read_record
@@ -91,7 +91,7 @@ def test_a_report_in_such_a_space_says_which_and_tells_no_classes(dino, tmp_path
     assert 0 <= entry["value"] < 3 * entry["floor"] and not any("accuracy" in name for name in report["metrics"])
     protocol = make_record(report, {}, {})["protocol"]
     assert protocol["features"] == "dino" and protocol["features_sha256"] == space.fingerprint()
-    kept = [see_reference(space, without_padding(quiet["train"]), 250, tmp_path, quiet["log"]) for _ in range(2)]
+    kept = [reference_statistics(space, without_padding(quiet["train"]), 250, tmp_path, quiet["log"]) for _ in range(2)]
     again = evaluate_samples(pixels, labels.numpy(), net=space, reference=kept[1], **quiet)
     assert again["metrics"] == report["metrics"]  # by way of the cached reference
     with torch.no_grad():

@@ -11,7 +11,7 @@ from latentdiff.evaluation.gallery import (
     COLUMNS,
     SCALES,
     STRENGTHS,
-    Stage,
+    GallerySampler,
     _pairs,
     classifier_columns,
     interpolation,
@@ -23,8 +23,8 @@ from latentdiff.utils.random import derive_seed, generators
 
 
 @pytest.fixture
-def stage(model) -> Stage:
-    return Stage(checkpoints.load(model), seed=0, steps=6, sampler="dpmpp_2m")
+def stage(model) -> GallerySampler:
+    return GallerySampler(checkpoints.load(model), seed=0, steps=6, sampler="dpmpp_2m")
 
 
 def test_the_command_writes_labelled_pictures(run, here, model, stripe_folder):

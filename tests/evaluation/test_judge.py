@@ -23,16 +23,16 @@ from latentdiff.evaluation.augmentation import augment
 from latentdiff.evaluation.judge import FREE_PROMPTS, _check_pictures, draw, measure
 from latentdiff.evaluation.records import read_record
 from latentdiff.evaluation.retrieval import (
-    Gallery,
+    PictureIndex,
     augmented_scores,
     chosen_rows,
+    index_pictures,
+    judge_markdown,
     judge_pictures,
-    markdown,
-    nearest,
-    open_gallery,
+    nearest_training_distances,
 )
 from latentdiff.models.codec import LatentCodec
-from latentdiff.models.judge_net import JudgeNet, load_judge, look
+from latentdiff.models.judge_net import JudgeNet, embed, load_judge
 from latentdiff.training import train
 from latentdiff.training.train_judge import fit_judge
 
@@ -66,8 +66,8 @@ def judge_folder(tmp_path_factory, shapes) -> Path:
 
 
 @pytest.fixture(scope="module")
-def gallery(judge_folder, shapes) -> Gallery:
-    return open_gallery(load_judge(judge_folder), read_pairs(shapes))
+def gallery(judge_folder, shapes) -> PictureIndex:
+    return index_pictures(load_judge(judge_folder), read_pairs(shapes))
 
 
 def rows_of(gallery) -> torch.Tensor:
@@ -129,25 +129,29 @@ def test_ranks_count_the_identities_that_are_nearer(gallery):
     real, queries = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (12, 40))
     wanted = torch.arange(40) % 6
     owners = gallery.pairs.identities.tolist()
-    ranks = Gallery(gallery.net, gallery.pairs, real).ranks(queries, wanted)
+    ranks = PictureIndex(gallery.net, gallery.pairs, real).ranks(queries, wanted)
     for query, want, rank in zip(queries, wanted, ranks, strict=True):
         best = {i: min(float((query - real[n]).norm()) for n in range(12) if owners[n] == i) for i in range(6)}
         assert int(rank) == sorted(best, key=best.get).index(int(want))
 
 
 def test_a_judge_that_tells_nothing_apart_scores_nothing(gallery):
-    blind = Gallery(gallery.net, gallery.pairs, torch.ones(12, 16) / 4)
+    blind = PictureIndex(gallery.net, gallery.pairs, torch.ones(12, 16) / 4)
     assert blind.ranks(torch.ones(3, 16) / 4, torch.tensor([0, 1, 5])).tolist() == [5, 5, 5]
 
 
 def test_memorised_pictures_are_near_and_others_as_far_as_they_are(gallery):
     pairs = gallery.pairs
-    assert nearest(gallery, pairs.images([0, 3, 5])) == {"pictures": 3, "pixels": 0.0, "embedding": pytest.approx(0, abs=1e-3)}
+    assert nearest_training_distances(gallery, pairs.images([0, 3, 5])) == {
+        "pictures": 3,
+        "pixels": 0.0,
+        "embedding": pytest.approx(0, abs=1e-3),
+    }
     noise = torch.rand(5, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)) * 2 - 1
     train = pairs.images(torch.arange(10))
     far = [min(float(((image - other) / 2).square().mean().sqrt()) for other in train) for image in noise]
-    assert nearest(gallery, noise)["pixels"] == pytest.approx(np.median(far), rel=1e-4)
-    held_out = nearest(gallery, pairs.images([10, 11]))
+    assert nearest_training_distances(gallery, noise)["pixels"] == pytest.approx(np.median(far), rel=1e-4)
+    held_out = nearest_training_distances(gallery, pairs.images([10, 11]))
     assert held_out["pixels"] > 0.1 and held_out["embedding"] > 0.01
 
 
@@ -156,7 +160,7 @@ def test_the_table_has_every_row_and_its_protocol(gallery):
     drawn = {kind: (gallery.pairs.images(part), part) for kind, part in rows.items()}
     table = judge_pictures(gallery, drawn, reconstruct=lambda images: torch.ones_like(images))
     assert table["scores"]["seen"]["reconstructed real"]["top1"] < 1
-    lines = markdown({"protocol": {"model": "m", "guidance_interval": None}, **table}).splitlines()
+    lines = judge_markdown({"protocol": {"model": "m", "guidance_interval": None}, **table}).splitlines()
     assert "| generated | held-out | 2 | 100.0 % | 100.0 % | 100.0 % | 100.0 % |" in lines
     assert sum(line.startswith("| shuffled prompts |") for line in lines) == 2
     assert any(line.startswith("| real, held-out | 0.") for line in lines)
@@ -168,7 +172,7 @@ def test_save_and_load_give_the_same_judge(gallery, judge_folder, tmp_path):
     net.save(tmp_path / "again")
     again = load_judge(tmp_path / "again")
     images = gallery.pairs.images(rows_of(gallery))
-    assert all(torch.equal(a, b) for a, b in zip(look(net, images), look(again, images), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(embed(net, images), embed(again, images), strict=True))
     assert again.fingerprint() == net.fingerprint() and again.info == net.info
     assert net.info["augmented"]["held-out"]["pictures"] == 2 and net.info["training"]["pictures"] == 12
     assert json.loads((judge_folder / "run.json").read_text())["stage"] == "judge"
@@ -342,10 +346,10 @@ def test_a_judge_of_other_pictures_of_the_same_names_is_refused(refused, gallery
     assert f"--judge {judge_folder}: was trained on data with fingerprint {theirs}, and --data {data} has {ours}" in said
     swapped = replace(gallery.pairs, held_out=gallery.pairs.held_out.flip(0))
     with pytest.raises(UserError, match="other pairs held out"):
-        open_gallery(gallery.net, swapped)
+        index_pictures(gallery.net, swapped)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gallery.net, "info", {})  # one that keeps no record
-        assert len(open_gallery(gallery.net, swapped).embeddings) == 12
+        assert len(index_pictures(gallery.net, swapped).embeddings) == 12
 
 
 def test_the_judge_that_ships_says_what_it_was_trained_on():

@@ -10,10 +10,10 @@ import yaml
 from tiny_runs import write_stripes
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation.classification import read_batches
+from latentdiff.evaluation.feature_statistics import read_batches
 from latentdiff.evaluation.html_report import guidance_plots, recall_curve
-from latentdiff.evaluation.model_card import with_results
-from latentdiff.evaluation.records import JUDGED, PROTOCOL, make_judge_record, write_record
+from latentdiff.evaluation.model_card import with_model_index
+from latentdiff.evaluation.records import EVALUATE_PROTOCOL, JUDGE_PROTOCOL, make_judge_record, write_record
 from latentdiff.utils import processes
 
 SHARES = {"pictures": 4, "top1": 0.5, "style": 0.75}
@@ -38,7 +38,7 @@ def judged() -> dict:
     return make_judge_record(copy.deepcopy(TABLE), "pairs", "net", {"weights_sha256": "w"}, {"judging": 1.0})
 
 
-@pytest.mark.parametrize("field", JUDGED)
+@pytest.mark.parametrize("field", JUDGE_PROTOCOL)
 def test_another_protocol_of_a_judge_is_refused_and_the_field_named(run, refused, tmp_path, field):
     one, other = judged(), judged()
     a, b = write_record(one, tmp_path / "a").parent, write_record(other, tmp_path / "b").parent
@@ -49,13 +49,15 @@ def test_another_protocol_of_a_judge_is_refused_and_the_field_named(run, refused
 
 
 def test_a_judges_record_is_not_compared_with_another_kind(refused, tmp_path):
-    other = judged() | {"kind": "evaluate", "protocol": dict.fromkeys(PROTOCOL, 1)}
+    other = judged() | {"kind": "evaluate", "protocol": dict.fromkeys(EVALUATE_PROTOCOL, 1)}
     a, b = write_record(judged(), tmp_path / "a").parent, write_record(other, tmp_path / "b").parent
     assert f"compare: {a} is of latentdiff judge, {b} of latentdiff evaluate" in refused("compare", a, b)
 
 
 def test_records_from_before_prompts_are_of_models_that_read_none(run, refused, tmp_path):
-    new, old = (judged() | {"kind": "evaluate", "protocol": dict.fromkeys(PROTOCOL, 1) | {"prompts": {}}} for _ in range(2))
+    new, old = (
+        judged() | {"kind": "evaluate", "protocol": dict.fromkeys(EVALUATE_PROTOCOL, 1) | {"prompts": {}}} for _ in range(2)
+    )
     del old["protocol"]["prompts"]
     a, b = write_record(new, tmp_path / "a").parent, write_record(old, tmp_path / "b").parent
     assert "top1[seen]" in run("compare", a, b)
@@ -77,7 +79,7 @@ def test_the_front_matter_holds_the_values_once_and_keeps_what_is_others():
     text = f"---\n{yaml.safe_dump(before)}---\n# Card\n\n---\nrule above\n"
     record = judged()
     record["made"]["data"] = "some/where/emoji"
-    once = with_results(text, record, Path("m/README.md"))
+    once = with_model_index(text, record, Path("m/README.md"))
     assert once.endswith("---\n# Card\n\n---\nrule above\n")
     found = front(once)
     assert found["license"] == "mit" and found["tags"] == ["a"] and found["model-index"][0]["name"] == "mine"
@@ -88,15 +90,15 @@ def test_the_front_matter_holds_the_values_once_and_keeps_what_is_others():
     assert entry["type"] == "top1" and entry["value"] == 0.5
     assert entry["args"] == {"images": 4, "floor": 0.9, "by": "latentdiff judge"}
     record["values"]["top1[seen]"]["value"] = 0.625
-    again = with_results(once, record, Path("m/README.md"))
+    again = with_model_index(once, record, Path("m/README.md"))
     assert again.count("top1[seen]") == 1 and "0.625" in again and front(again)["model-index"][0]["results"][0] == theirs
-    assert with_results(again, record, Path("m/README.md")) == again
+    assert with_model_index(again, record, Path("m/README.md")) == again
 
 
 @pytest.mark.parametrize("matter", ["a: [", "- 1\n- 2", "model-index: 7"])
 def test_front_matter_that_cannot_be_read_is_refused(matter):
     with pytest.raises(UserError, match="^m/README.md: its front matter cannot be read"):
-        with_results(f"---\n{matter}\n---\n# Card\n", judged(), Path("m/README.md"))
+        with_model_index(f"---\n{matter}\n---\n# Card\n", judged(), Path("m/README.md"))
 
 
 def test_the_command_writes_front_matter_when_asked(run, here, capsys, model, feature_folder, tmp_path):

@@ -16,8 +16,9 @@ from tiny_runs import write_stripes
 from latentdiff.errors import UserError
 from latentdiff.evaluation import feature_cache, sample_sets
 from latentdiff.evaluation.html_report import page, write_page
-from latentdiff.evaluation.metrics import evaluate_samples, markdown
-from latentdiff.evaluation.records import PROTOCOL, compare_records, make_record, read_record, write_record
+from latentdiff.evaluation.markdown_report import report_markdown
+from latentdiff.evaluation.metrics import evaluate_samples
+from latentdiff.evaluation.records import EVALUATE_PROTOCOL, compare_records, make_record, read_record, write_record
 from latentdiff.models.feature_net import FeatureNet, load_features
 from latentdiff.utils import processes
 
@@ -56,7 +57,7 @@ def test_every_measure_has_its_number_of_images_and_its_floor(report):
     assert entries["frechet_of_infinite" + NET].keys() >= {"stderr", "floor_stderr", "sizes"}
     for name in ("precision", "recall", "coverage"):  # the samples are real images
         assert entries[name + NET]["value"] == pytest.approx(entries[name + NET]["floor"], abs=0.2)
-    text = markdown(report)
+    text = report_markdown(report)
     assert all(name + NET in text for name in MEASURES) and "±" in text and "closer than held-out" in text
 
 
@@ -107,7 +108,7 @@ def test_classes_are_measured_alone_where_they_are_many_enough(net, report):
 def test_too_few_images_are_said_and_not_measured(net):
     said = evaluate(*stripe_pixels(5, seed=3), net)
     assert said["left_out"].keys() == {"precision", "recall", "density", "coverage", "frechet_of_infinite"}
-    assert "needs more than 5" in said["left_out"]["recall"] and "Left out: recall" in markdown(said)
+    assert "needs more than 5" in said["left_out"]["recall"] and "Left out: recall" in report_markdown(said)
     assert said["distribution"].keys() == {"kid" + NET, "penalised_frechet" + NET}
 
 
@@ -132,7 +133,7 @@ def test_several_seeds_are_a_mean_and_a_spread(net, report):
 def test_a_record_holds_every_value_with_its_protocol(record, report, tmp_path):
     path = write_record(record, tmp_path / "out")
     assert read_record(path) == read_record(path.parent) == json.loads(path.read_text()) == record
-    assert list(record["protocol"]) == list(PROTOCOL) and None not in record["protocol"].values()
+    assert list(record["protocol"]) == list(EVALUATE_PROTOCOL) and None not in record["protocol"].values()
     assert record["protocol"]["preparation"] == {"size": [18, 18], "channels": 1, "fit": "as they are", "resample": None}
     assert record["made"]["model"] == "a <model>" and record["made"]["versions"].keys() >= {"torch", "diffusers", "latentdiff"}
     assert record["values"]["recall" + NET] == report["distribution"]["recall" + NET]
@@ -243,7 +244,7 @@ def test_records_of_one_protocol_stand_side_by_side(run, record, tmp_path):
     assert "One protocol: images 120;" in text
 
 
-@pytest.mark.parametrize("field", PROTOCOL)
+@pytest.mark.parametrize("field", EVALUATE_PROTOCOL)
 def test_another_protocol_is_refused_and_the_field_named(refused, record, tmp_path, field):
     def change(other):
         value = other["protocol"][field]
@@ -323,24 +324,28 @@ def test_folders_that_are_no_samples_are_refused(tmp_path):
 
 
 def test_the_reference_is_looked_at_once(net, tmp_path, monkeypatch):
-    looks, look = [], feature_cache.look
-    monkeypatch.setattr(feature_cache, "look", lambda *args, **options: looks.append(1) or look(*args, **options))
+    calls, original = [], feature_cache.feature_statistics
+    monkeypatch.setattr(
+        feature_cache, "feature_statistics", lambda *args, **options: calls.append(1) or original(*args, **options)
+    )
 
     def see(net=net, **data):
-        return feature_cache.see_reference(net, stripes(60, **{"seed": 1, **data}), 25, tmp_path / "kept", lambda line: None)
+        return feature_cache.reference_statistics(
+            net, stripes(60, **{"seed": 1, **data}), 25, tmp_path / "kept", lambda line: None
+        )
 
     first, again = see(), see()
-    assert len(looks) == 1 and again.sha256 == first.sha256 and torch.equal(again.kept, first.kept)
+    assert len(calls) == 1 and again.sha256 == first.sha256 and torch.equal(again.kept, first.kept)
     assert torch.equal(again.moments.covariance, first.moments.covariance) and again.moments.count == 60
     see(seed=2), see(net=FeatureNet(1, 3, (8, 8, 16)).eval()), see(channels=3)
-    assert len(looks) == 4 and len(list((tmp_path / "kept").iterdir())) == 4
+    assert len(calls) == 4 and len(list((tmp_path / "kept").iterdir())) == 4
     assert all(re.fullmatch(r"reference-[0-9a-f]{24}\.safetensors", path.name) for path in (tmp_path / "kept").iterdir())
 
 
 @pytest.mark.parametrize("world", [2, 3, 5])
 def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, monkeypatch, world):
     images, sent = stripes(60, 1), {}
-    alone = feature_cache.see_reference(net, images, 25, None, print)
+    alone = feature_cache.reference_statistics(net, images, 25, None, print)
 
     def gather(mine, total, batch):  # the others have sent theirs when the first one gathers
         sent.setdefault(place[0], []).append(mine)
@@ -355,18 +360,20 @@ def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, mon
     monkeypatch.setattr(processes, "agree", lambda value: value)
     monkeypatch.setattr(processes, "gather", gather)
     for place[0] in reversed(range(world)):
-        found = feature_cache.see_reference(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
+        found = feature_cache.reference_statistics(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
         assert (found is None) == (place[0] > 0)
     assert sum(len(each[0]) for each in sent.values()) == 60 and len(sent[0][0]) == 25 * (2 if world == 2 else 1)
     assert found.sha256 == alone.sha256 and torch.equal(found.kept, alone.kept)
     assert torch.equal(found.moments.covariance, alone.moments.covariance) and found.moments.count == 60
-    assert feature_cache.see_reference(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256  # as it was kept
+    assert (
+        feature_cache.reference_statistics(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256
+    )  # as it was kept
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "renamed", "nonsense"])
 def test_a_damaged_reference_is_made_again(net, tmp_path, damage):
     def see(seed):
-        return feature_cache.see_reference(net, stripes(60, seed), 25, tmp_path, said.append)
+        return feature_cache.reference_statistics(net, stripes(60, seed), 25, tmp_path, said.append)
 
     said: list[str] = []
     first = see(1)

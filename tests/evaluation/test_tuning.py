@@ -10,7 +10,7 @@ from PIL import Image
 from latentdiff.evaluation import tuning
 
 DEFAULT = {"sampler": "scheduler", "steps": 20, "guidance": 1.5, "guidance_interval": None}
-SPACE = tuning.Space(("scheduler", "heun"), guided=True)
+SPACE = tuning.SearchSpace(("scheduler", "heun"), guided=True)
 
 
 def cell(evaluations: float, frechet: float, **setting) -> dict:
@@ -33,12 +33,12 @@ def found(budget: float, cells: list | None = None, seed: int = 0) -> list[dict]
 
 def test_the_front_is_what_nothing_beats():
     cells = [cell(20, 0.5), cell(10, 0.7), cell(10, 0.6), cell(30, 0.5), cell(40, 0.4), cell(5, 0.9), cell(50, 0.45)]
-    assert [(c["evaluations"], c["frechet"]) for c in tuning.front(cells)] == [(5, 0.9), (10, 0.6), (20, 0.5), (40, 0.4)]
+    assert [(c["evaluations"], c["frechet"]) for c in tuning.pareto_front(cells)] == [(5, 0.9), (10, 0.6), (20, 0.5), (40, 0.4)]
 
 
 def test_the_search_starts_at_the_default_keeps_to_its_budget_and_finds_the_better_region():
     cells = found(600)
-    assert {key: cells[0][key] for key in tuning.KEYS} == DEFAULT
+    assert {key: cells[0][key] for key in tuning.SETTING_KEYS} == DEFAULT
     spent = [c["evaluations"] for c in cells]
     assert sum(spent) >= 600 > sum(spent[:-1])
     best = min(cells, key=lambda c: c["frechet"])
@@ -58,7 +58,7 @@ def test_an_interrupted_search_counts_what_is_there():
 
 
 def test_without_guidance_none_is_searched():
-    space, seen = tuning.Space(("heun",), guided=False), []
+    space, seen = tuning.SearchSpace(("heun",), guided=False), []
 
     def measure(setting, seed):
         seen.append(setting)
@@ -119,12 +119,14 @@ def test_the_command_writes_table_picture_and_default(run, refused, here, model,
     before = load(model)
     text = run(*ask, "--budget", 60, "--max-evaluations", 60, "--write")
     table = json.loads((here / "tuning" / "tuning.json").read_text())
-    assert (here / "tuning" / "tuning.md").read_text() == tuning.markdown(table) and tuning.markdown(table) in text
+    assert (here / "tuning" / "tuning.md").read_text() == tuning.tuning_markdown(table) and tuning.tuning_markdown(
+        table
+    ) in text
     assert np.asarray(Image.open(here / "tuning" / "tuning.png")).std() > 5
     assert table["cells"][0]["steps"] == before.config.default_num_inference_steps
     after, chosen = load(model), table["chosen"]
     assert chosen["sampler"] == "scheduler"  # which the checkpoint has, so it keeps it
-    assert tuning.present(after) == chosen
+    assert tuning.current_default(after) == chosen
     assert after.config.class_names == before.config.class_names
     said = {
         "num_inference_steps": chosen["steps"],

@@ -13,7 +13,7 @@ from tiny_stable import stable_parts
 from latentdiff import checkpoints, samplers
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import NotFiniteError, UserError
-from latentdiff.evaluation.classification import look
+from latentdiff.evaluation.feature_statistics import feature_statistics
 from latentdiff.likelihood import log_prob, variational_bound
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.feature_net import FeatureNet
@@ -205,7 +205,7 @@ def test_features_codecs_densities_and_encodings_are_refused():
     net = FeatureNet(1, 3, (8, 8, 8)).fold()
     spoil(net, next(name for name, _ in net.named_parameters()))
     with pytest.raises(NotFiniteError, match="feature network .*: its features are not finite"):
-        look(net, [(torch.zeros(2, 1, 16, 16), None)])
+        feature_statistics(net, [(torch.zeros(2, 1, 16, 16), None)])
     vae = tiny_vae()
     spoil(vae, "encoder.conv_in.bias")
     with pytest.raises(NotFiniteError, match="encoder .AutoencoderKL, float32.: its output is not finite"):

@@ -97,7 +97,7 @@ def test_evaluate_moves_the_pipeline_and_the_feature_network(model, stripe_folde
         raise Enough
 
     monkeypatch.setattr(evaluate, "_make", make)
-    monkeypatch.setattr(feature_cache, "see_reference", see)
+    monkeypatch.setattr(feature_cache, "reference_statistics", see)
     monkeypatch.setattr(metrics, "evaluate_samples", measure)
     with pytest.raises(Enough):
         evaluate.evaluate(model, str(stripe_folder), 6, features=feature_folder)
@@ -109,14 +109,14 @@ def test_judge_moves_the_pipeline_and_the_judge(monkeypatch, on_meta, model):
     pipeline.register_modules(text_encoder=copy.deepcopy(pipeline.vae))  # it need not read
     net = JudgeNet(["a thing"], ["a style"], (8, 8), 4)
 
-    def open_gallery(net, pairs, name):
+    def index_pictures(net, pairs, name):
         assert places(net) == places(pipeline.unet) == places(pipeline.vae) == places(pipeline.text_encoder) == {"meta"}
         raise Enough
 
     monkeypatch.setattr("latentdiff.checkpoints.load", lambda folder: pipeline)
     monkeypatch.setattr("latentdiff.checkpoints.resolve_model", lambda name, *rest: name)
     monkeypatch.setattr("latentdiff.models.judge_net.load_judge", lambda folder: net)
-    monkeypatch.setattr("latentdiff.evaluation.retrieval.open_gallery", open_gallery)
+    monkeypatch.setattr("latentdiff.evaluation.retrieval.index_pictures", index_pictures)
     monkeypatch.setattr("latentdiff.data.pairs.read_pairs", lambda data: None)
     with pytest.raises(Enough):
         judge.judge(model, "data", "judge")

@@ -9,7 +9,7 @@ from tiny_runs import diffusion_config, diffusion_tree, write_yaml
 
 from latentdiff.checkpoints import load
 from latentdiff.errors import UserError
-from latentdiff.evaluation.classification import frechet
+from latentdiff.evaluation.frechet import frechet
 from latentdiff.models.feature_net import extract, load_features
 from latentdiff.training import state, train
 from latentdiff.training.images import Images

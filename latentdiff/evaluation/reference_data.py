@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from latentdiff.data.datasets import ImageDataset
+from latentdiff.data.image_source import Columns
+from latentdiff.data.sources import USUAL_COLUMNS, kind_of, open_source, splits, takes_columns
+from latentdiff.data.splits import held_out
+from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
-
-if TYPE_CHECKING:
-    from latentdiff.data.image_source import Columns
-    from latentdiff.data.transforms import Preprocess
 
 
 def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, bool, str, float]:
@@ -19,7 +20,6 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
     They are preprocessing, held-out share, columns, streaming, held-out rule and the share of unreadable images allowed.
     """
     from latentdiff.checkpoints import META, read_meta
-    from latentdiff.data.image_source import Columns
 
     meta = read_meta(folder) if (folder / META).is_file() else {}
     if "config" not in meta:
@@ -34,7 +34,6 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
 def preprocessing(data: dict[str, Any], codec: Any) -> Preprocess:
     """The preprocessing of a recorded data section, not resolved."""
     from latentdiff.data.image_files import WHITE
-    from latentdiff.data.transforms import Preprocess
 
     size = data["size"] and tuple(data["size"])
     framing = data["framing"] if "framing" in data else data["fit"]  # its name in earlier versions
@@ -56,3 +55,36 @@ def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> No
     if count and (images.labels is None or len(theirs) != count or (names and names != theirs)):
         said = ", ".join(theirs) if images.labels is not None else images.source.unlabelled or "its images have none"
         raise UserError(f"--data {data}: its classes ({said}) are not the model's ({', '.join(names) or count}){advice}")
+
+
+def reference_sets(
+    data: str,
+    preprocess: Preprocess | None = None,
+    held_out_share: float = 0.05,
+    columns: Columns = USUAL_COLUMNS,
+    streaming: bool = False,
+    held_out_rule: str = "per_class",
+    max_bad_share: float = 0.01,
+    split_seed: int = 0,
+) -> tuple[ImageDataset, ImageDataset]:
+    """(train, test) images of a data set, as the autoencoder sees them (preprocess) or as they are (None).
+
+    test is the data set's own test split where it has one, else the share of its images that training held out.
+    columns: of data that has columns (see takes_columns). streaming: of a table (see open_source).
+    UserError where training could hold nothing out, because every class has one image.
+    """
+    preprocess = preprocess or Preprocess()
+    channels, background = preprocess.channels, preprocess.background
+    columns, streaming = columns if takes_columns(data) else USUAL_COLUMNS, streaming and kind_of(data) == "table"
+    source = open_source(data, "train", channels, max_bad_share, columns, streaming, background)
+    if "test" in splits(data, streaming):
+        train = ImageDataset(source, preprocess)
+        test = open_source(data, "test", channels, max_bad_share, columns, streaming, background)
+        return train, ImageDataset(test, train.preprocess)
+    kept, apart = held_out(source, held_out_share, split_seed, held_out_rule)
+    if not len(apart):
+        raise UserError(
+            f"data '{data}': each class has one image, so none was held out of training to compare with; "
+            "give a folder with train/ and test/"
+        )
+    return ImageDataset(source, preprocess, kept), ImageDataset(source, preprocess, apart)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,11 +11,11 @@ from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 from latentdiff.evaluation import kid, memorization
-from latentdiff.evaluation.classification import Seen
-from latentdiff.evaluation.extrapolation import extrapolate, fewest
-from latentdiff.evaluation.frechet import Moments, frechet_distance
-from latentdiff.evaluation.precision_recall import NEIGHBOURS, support
-from latentdiff.evaluation.sample_sets import matching_rows
+from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_statistics, read_batches
+from latentdiff.evaluation.frechet import Moments, extrapolate_frechet, frechet_distance, smallest_sample
+from latentdiff.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
+from latentdiff.models.feature_net import FeatureSpace
 
 SUPPORT_IMAGES = 10_000  # a side of precision and recall, whose cost grows with the square
 CLASS_ROWS = 2  # images of a class for each dimension of the features, or its covariance says nothing
@@ -36,7 +37,7 @@ def settings(channels: int, size: Sequence[int]) -> dict[str, Any]:
     }
 
 
-class Surroundings:
+class FeatureMetrics:
     """What samples are held against: the training images, and held-out ones with the samples' class counts (the floor).
 
     reference, floor: seen with their features kept. train, held_out: the images that they were seen on. What could not be
@@ -46,8 +47,8 @@ class Surroundings:
     def __init__(
         self,
         name: str,
-        reference: Seen,
-        floor: Seen,
+        reference: FeatureStatistics,
+        floor: FeatureStatistics,
         train: ImageDataset,
         held_out: ImageDataset,
         seed: int = 0,
@@ -62,7 +63,7 @@ class Surroundings:
         log(f"evaluate: floors of {len(held_out)} held-out images")
         self._floor = self._measure(floor, chosen)
 
-    def distribution(self, seen: Seen, samples: ImageDataset) -> Entries:
+    def distribution(self, seen: FeatureStatistics, samples: ImageDataset) -> Entries:
         """Kernel distance, precision, recall, density, coverage, the distance of infinitely many, and the penalised one."""
         self.log(f"evaluate: kernel distance, neighbours and extrapolation of {len(samples)} samples")
         values = self._measure(seen, self._rows(samples))
@@ -84,14 +85,14 @@ class Surroundings:
         except UserError:
             return matching_rows(images, None, self._count, self.seed)
 
-    def _measure(self, seen: Seen, rows: Tensor) -> Entries:
+    def _measure(self, seen: FeatureStatistics, rows: Tensor) -> Entries:
         """{name: entry} of a set of images; rows: which of them stand for it where sets must be of one size."""
         images, entries = seen.moments.count, dict[str, dict[str, Any]]()
         value, spread = kid.kernel_distance(seen.kept, self.reference.kept, self.seed)
         size = min(kid.SUBSET, images, self.reference.moments.count)
         entries["kid"] = {"value": value, "spread": spread, "images": images, "subsets": kid.SUBSETS, "subset_size": size}
         if min(len(rows), len(self._real)) > NEIGHBOURS:
-            found = support(self._real, seen.kept[rows])._asdict()
+            found = precision_recall(self._real, seen.kept[rows])._asdict()
             entries |= {
                 name: {"value": share, "images": len(rows), "real_images": len(self._real), "neighbours": NEIGHBOURS}
                 for name, share in found.items()
@@ -99,9 +100,9 @@ class Surroundings:
         else:
             reason = f"{min(len(rows), len(self._real))} images of a kind; needs more than {NEIGHBOURS}"
             self.left_out |= {name: reason for name in ("precision", "recall", "density", "coverage")}
-        limit = extrapolate(seen.kept, self.reference.moments, self.seed)
+        limit = extrapolate_frechet(seen.kept, self.reference.moments, self.seed)
         if limit is None:
-            least = fewest(seen.kept.shape[1])
+            least = smallest_sample(seen.kept.shape[1])
             self.left_out["frechet_of_infinite"] = f"{images} images; needs {least} for {seen.kept.shape[1]} features"
         else:
             entries["frechet_of_infinite"] = {
@@ -113,25 +114,25 @@ class Surroundings:
         entries["penalised_frechet"] = self._penalised(seen, images)
         return entries
 
-    def _penalised(self, seen: Seen, images: int) -> dict[str, Any]:
+    def _penalised(self, seen: FeatureStatistics, images: int) -> dict[str, Any]:
         near = memorization.cosine_distance(seen.kept, self.reference.kept)
         real = near if seen is self.floor else self._floor["penalised_frechet"]["cosine_distance"]
         distance = frechet_distance(seen.moments, self.reference.moments)
-        value = memorization.penalised(distance, near, real)
+        value = memorization.penalized_distance(distance, near, real)
         return {"value": value, "images": images, "cosine_distance": near, "formula": memorization.FORMULA}
 
-    def memorisation(self, seen: Seen, samples: ImageDataset) -> dict[str, Any]:
+    def memorisation(self, seen: FeatureStatistics, samples: ImageDataset) -> dict[str, Any]:
         """How near samples come to training images in feature and in pixel space, beside the held-out images."""
         self.log(f"evaluate: nearest of {len(self.train)} training images in pixels and features")
         train = self.reference.kept
-        in_features = [memorization.feature_nearness(each.kept, train) for each in (seen, self.floor)]
-        in_pixels = memorization.pixel_nearness(samples, self.held_out, self.train)
+        in_features = [memorization.nearest_by_features(each.kept, train) for each in (seen, self.floor)]
+        in_pixels = memorization.nearest_by_pixels(samples, self.held_out, self.train)
         spaces = {"features": in_features, "pixels": in_pixels}
-        found = {name: memorization.shares(*(near.distances for near in pair)) for name, pair in spaces.items()}
+        found = {name: memorization.distance_summary(*(near.distances for near in pair)) for name, pair in spaces.items()}
         ours = {name: (pair[0], found[name]["held_out_median"]) for name, pair in spaces.items()}
-        return {**found, "closest": memorization.worst(ours["features"], ours["pixels"])}
+        return {**found, "closest": memorization.closest_samples(ours["features"], ours["pixels"])}
 
-    def per_class(self, seen: Seen, samples: ImageDataset, told: bool = False) -> dict[str, Any] | None:
+    def per_class(self, seen: FeatureStatistics, samples: ImageDataset, told: bool = False) -> dict[str, Any] | None:
         """The Fréchet distance of each class's samples to its training images, and the share classified right.
 
         The distance only of classes with CLASS_ROWS images a dimension; the others are in left_out, with their number of
@@ -175,7 +176,7 @@ class Surroundings:
         return found
 
 
-def over_seeds(found: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
+def mean_over_seeds(found: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
     """Entries of several sets of samples as one: value is the mean over seeds; by_seed and seed_spread say how they differ.
 
     seed_spread: standard deviation. What is not a value is the first set's.
@@ -192,3 +193,36 @@ def over_seeds(found: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
             "seed_spread": values.std(correction=1).item(),
         }
     return merged
+
+
+class ReferenceStatistics:
+    """A data set seen once by a feature network, to measure many sets of samples against.
+
+    floor: the distance of `count` real test images, with the class counts of labels (None: of any class).
+    """
+
+    def __init__(
+        self,
+        net: FeatureSpace,
+        train: ImageDataset,
+        test: ImageDataset,
+        labels: np.ndarray | None,
+        count: int,
+        batch: int = 250,
+    ):
+        self.net, self.batch, self.train = net, batch, without_padding(train)
+        rows = matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
+        self.reference = feature_statistics(net, read_batches(self.train, batch))
+        self.floor = self._distance(subset(without_padding(test), rows))[0]
+
+    def measure(self, samples: np.ndarray, labels: np.ndarray | None) -> tuple[float, float | None]:
+        """(Fréchet distance to the whole of train, label accuracy) of uint8 samples [N, H, W, C].
+
+        The accuracy is None without labels, and where the network was trained on other classes.
+        """
+        distance, accuracy = self._distance(sample_set(samples, labels, self.train))
+        return distance, accuracy if self.net.info.get("class_names") == list(self.train.class_names) else None
+
+    def _distance(self, images: ImageDataset) -> tuple[float, float | None]:
+        seen = feature_statistics(self.net, read_batches(images, self.batch))
+        return frechet_distance(seen.moments, self.reference.moments), seen.accuracy
