@@ -24,44 +24,63 @@ class _Interrupted(Exception):
         self.x = x
 
 
-def by_sampler(pipe: Any, name: str, unsaid: bool, options: dict[str, Any], guide: Any) -> Callable[..., Tensor]:
-    """run(noise, told, scale, interval, steps, generator, callback), which a `LatentDiffusionPipeline` calls as its own loop.
+def by_sampler(
+    pipe: Any,
+    name: str,
+    use_default_steps: bool,
+    options: dict[str, Any],
+    guide: Callable[[Any], Any] | None,
+) -> Callable[..., Tensor]:
+    """A function that a `LatentDiffusionPipeline` calls in the place of its own denoising loop.
 
-    unsaid: the call named no steps, so that a sampler that needs more than the checkpoint's takes them, unless it is the
-    checkpoint's own.  options: the sampler's keywords.  guide: denoiser -> denoiser, or None.
+    It is called as run(noise, conditions, scale, interval, steps, generator, callback), as `_run` is without its first
+    arguments, and returns normalised latents [B, c, h, w].
+
+    Args:
+        pipe: the pipeline, with a U-Net.
+        name: one of `latentdiff.samplers.names()`.
+        use_default_steps: the call gave no number of steps. Then a sampler that needs more than the checkpoint's default takes
+            more, unless it is the checkpoint's own sampler.
+        options: keyword arguments of the sampler.
+        guide: a function denoiser -> denoiser put around the classifier-free-guided one, or None.
     """
-    return partial(_run, pipe, name, unsaid and name != pipe.config.default_sampler, options, guide)
+    return partial(_run, pipe, name, use_default_steps and name != pipe.config.default_sampler, options, guide)
 
 
 def _run(
     pipe: Any,
     name: str,
-    unsaid: bool,
+    use_default_steps: bool,
     options: dict[str, Any],
     guide: Callable[[Any], Any] | None,
     noise: Tensor,
-    told: tuple[dict[str, Tensor], dict[str, Tensor]],
+    conditions: tuple[dict[str, Tensor], dict[str, Tensor]],
     scale: float,
     interval: tuple[float, float] | None,
     steps: int,
     generator: Generators,
     callback: Callable[..., dict[str, Any] | None] | None,
 ) -> Tensor:
-    """Normalised latents [B, c, h, w] of unit-variance noise; told: the U-Net's keywords for and against."""
-    steps = samplers.default_steps(name, steps) if unsaid else steps
-    denoiser: Any = ClassifierFree(Denoiser.from_pipeline(pipe), *told, scale, interval=interval)
+    """Normalised latents [B, c, h, w] from unit-variance noise of that shape.
+
+    conditions: the U-Net's keyword arguments to guide to, and those to guide away from.
+    """
+    steps = samplers.default_steps(name, steps) if use_default_steps else steps
+    denoiser: Any = ClassifierFree(Denoiser.from_pipeline(pipe), *conditions, scale, interval=interval)
     denoiser = denoiser if guide is None else guide(denoiser)
     pipe._num_timesteps = steps
     with pipe.progress_bar(total=steps) as bar:
 
-        def report(step: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
+        def after_step(step: int, t: float, x: Tensor, x0: Tensor) -> Tensor | None:
             bar.update()
             changed = (callback(pipe, step, t, {"latents": x}) or {}).get("latents") if callback else None
-            if getattr(pipe, "interrupt", False):  # the pipeline.py of an older checkpoint has none
+            if getattr(pipe, "interrupt", False):  # the pipeline.py of an older checkpoint has no such property
                 raise _Interrupted(x if changed is None else changed)
             return changed
 
         try:
-            return samplers.sample(denoiser, noise, sampler=name, steps=steps, generator=generator, callback=report, **options)
+            return samplers.sample(
+                denoiser, noise, sampler=name, steps=steps, generator=generator, callback=after_step, **options
+            )
         except _Interrupted as stop:
             return stop.x

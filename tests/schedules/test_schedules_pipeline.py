@@ -119,6 +119,6 @@ def test_a_network_that_hears_cut_timesteps_misses_by_more(monkeypatch):
     noise = torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(0))
     call = dict(class_labels=[0, 1, 0], latents=noise, num_inference_steps=12, output_type="latent")
     exact = pipe_of(s, "flow", s.to_scheduler(FLOW_DPM))(**call).images
-    monkeypatch.setattr(file, "fed_times", lambda scheduler: scheduler.timesteps)
+    monkeypatch.setattr(file, "network_times", lambda scheduler: scheduler.timesteps)
     cut = pipe_of(s, "flow", s.to_scheduler(FLOW_DPM))(**call).images
     assert 1e-4 < float((exact - cut).abs().max()) < 2e-2

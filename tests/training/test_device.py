@@ -139,11 +139,11 @@ def test_noise_is_drawn_on_the_cpu_for_every_device(model, monkeypatch):
         draws.append(randn(*args, **kwargs))
         return draws[-1]
 
-    expected = pipeline._noise(3, image_generators(0, 1, 0, 3), None)
+    expected = pipeline.prepare_latents(3, image_generators(0, 1, 0, 3), None)
     steps = randn_like(expected, image_generators(0, 2, 0, 3))
     pipeline.to(META)
     monkeypatch.setattr(torch, "randn", record)
-    assert pipeline._noise(3, image_generators(0, 1, 0, 3), None).device == META
+    assert pipeline.prepare_latents(3, image_generators(0, 1, 0, 3), None).device == META
     assert torch.equal(torch.cat(draws), expected)
     draws.clear()
     assert randn_like(expected.to(META), image_generators(0, 2, 0, 3)).device == META
