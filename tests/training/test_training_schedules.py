@@ -185,7 +185,7 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
     accelerator = start_accelerator(config.train)
     with stage2.progress_bar("encoding", False, lambda: None) as progress:
         held = stage2.prepare_latents(config, accelerator, progress)
-        told = stage2.conditions.prepare_conditions(config, held, accelerator, progress)
+        told = stage2.conditioning.prepare_conditions(config, held, accelerator, progress)
     parts = stage2.make_parts(config, held, told, accelerator)
     shares = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
     for count, index in shares:
