@@ -1,25 +1,33 @@
-"""Which images a folder has, with their classes and captions, and what else lies in it.
+"""Folders of image files: which images a folder has, with their classes and captions, and what else lies in it.
 
 Three forms: metadata.jsonl or metadata.csv names the images; or each sub-folder is a class; or all images are in one
-folder. In the last two an image's caption may lie beside it, as a.png and a.txt. No file is passed over in silence: what
-is not used goes into the report.
+folder. In the last two an image's caption may lie beside it, as a.png and a.txt. Every file is accounted for: what is not
+used goes into the report.
 """
 
 from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentdiff.data.file_report import FileReport, listed
-from latentdiff.data.image_files import image_suffixes, why_not_read
-from latentdiff.data.image_source import TEXT_COLUMNS, Columns, captions_of, in_threads
+from latentdiff.data.image_files import examine, image_suffixes, why_not_read
+from latentdiff.data.image_source import (
+    TEXT_COLUMNS,
+    Annotations,
+    Columns,
+    EncodedImages,
+    Reading,
+    captions_of,
+    class_names_of,
+    in_threads,
+    numbered,
+)
 from latentdiff.data.metadata import METADATA, Row, read_metadata, read_text
 from latentdiff.errors import UserError
 
-Captions = list[tuple[str, ...]]
 CAPTION_SUFFIXES = (".txt", ".caption")  # the first that lies beside an image is read
 LONGEST_CAPTION = 1 << 16  # bytes of a caption's file
 NO_CAPTION = ("",)  # of an image without one, where others have some: the empty prompt
@@ -36,7 +44,7 @@ SYSTEM_NAMES = {
     "icon\r",
 }
 HIDDEN = "hidden, or left by a system or an editor"
-EMPTY = "folder without images"
+PART_NAMES = ("train", "training", "val", "valid", "validation", "test", "testing")
 
 
 @dataclass
@@ -50,20 +58,62 @@ class Listing:
 
     files: list[str]
     labels: list[str] | None
-    captions: Captions | None
+    captions: list[tuple[str, ...]] | None
     report: FileReport = field(default_factory=FileReport)
     unlabelled: str | None = None
     captions_ignored_before: bool = False
 
 
-@dataclass
-class _Below:
-    """What lies below a folder: images and texts by their names relative to it, and its own sub-folders."""
+class FolderSource(EncodedImages):
+    """Image files below one folder, `root`."""
 
-    images: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    report: FileReport = field(default_factory=FileReport)
+    def __init__(self, name: str, root: Path, listing: Listing, annotations: Annotations, reading: Reading):
+        examined = in_threads(lambda file: examine(root / file), listing.files)
+        super().__init__(name, f"{root}/", listing.files, [header for header, _ in examined], annotations, reading)
+        self._captions_ignored_before = listing.captions_ignored_before
+        self.root, self.report, self.unlabelled = root, listing.report, listing.unlabelled
+        for file, (_, several) in zip(listing.files, examined, strict=True):
+            if several:
+                self.report.remark("has several frames or pages, of which the first is used", file)
+
+    def open(self, i: int) -> Path:
+        return self.root / self.files[i]
+
+    def latents_fingerprint(self) -> str:
+        """Without captions of a kind that earlier versions did not read: their caches of the same images stay valid."""
+        return self._digest(None if self._captions_ignored_before else self.captions)
+
+
+def open_folder(data: str, split: str, columns: Columns, reading: Reading) -> FolderSource:
+    """The images of a folder; with train/ and test/ inside it, those of one split, and the classes are those of train/.
+
+    UserError: there is no such folder or split, it has no images, or its metadata cannot be read.
+    """
+    folder = Path(data).expanduser()
+    if not folder.is_dir():
+        others = "fashion-mnist, .parquet files, a Hub name owner/name, or .tar shards"
+        raise UserError(f"data '{data}': no such folder, and none of {others}")
+    parts = folder_splits(folder)
+    if split not in parts:
+        raise UserError(f"data '{data}' has no test/ folder: add one, or hold a share of its images out")
+    root = folder / split if len(parts) == 2 else folder
+    listing = list_folder(root, columns)
+    if len(parts) == 2 and split == "train":
+        for entry in sorted(folder.iterdir()):
+            if entry.name not in parts:
+                reason = HIDDEN if _is_hidden(entry.name) else "lies beside train/ and test/"
+                listing.report.leave_out(reason, entry.name + ("/" if entry.is_dir() else ""))
+    labels_of_train = listing.labels
+    if split == "test":
+        labels_of_train = list_folder(folder / "train", columns, with_captions=False).labels
+    class_names = class_names_of(labels_of_train)
+    annotations = Annotations(numbered(listing.labels, class_names, str(root)), class_names, listing.captions)
+    return FolderSource(data, root, listing, annotations, reading)
+
+
+def folder_splits(folder: Path) -> tuple[str, ...]:
+    """("train", "test") where a folder has sub-folders of both names, else ("train",)."""
+    return ("train", "test") if (folder / "train").is_dir() and (folder / "test").is_dir() else ("train",)
 
 
 def list_folder(root: Path, columns: Columns, with_captions: bool = True) -> Listing:
@@ -74,143 +124,125 @@ def list_folder(root: Path, columns: Columns, with_captions: bool = True) -> Lis
     """
     metadata = [name for name in METADATA if (root / name).is_file()]
     if metadata:
-        return _from_metadata(root, metadata, columns)
+        return _list_by_metadata(root, metadata, columns)
     if columns != Columns():
         raise UserError(
             f"{root}: image_column, label_column and text_column name columns, and this folder has neither metadata.jsonl nor "
             "metadata.csv; leave them out"
         )
-    below = _walk(root)
-    if not below.images:
-        raise UserError(_no_images(root, below))
-    return _from_tree(root, below, with_captions)
+    contents = _Contents(root)
+    if not contents.images:
+        left_out = contents.report.left_out
+        why = "; ".join(f"{reason}: {listed(names.first)}" for reason, names in left_out.items())
+        usual = ".png, .jpg, .webp and other suffixes that Pillow reads"
+        more = f"; it has files with {why}" if why else ""
+        raise UserError(f"{root} has no images ({usual}), in it or in class sub-folders{more}")
+    return _list_by_folders(root, contents, with_captions)
 
 
-def report_beside(root: Path, parts: tuple[str, ...]) -> FileReport:
-    """What lies beside the folders of a data set's parts, which no part reads."""
-    report = FileReport()
-    for entry in sorted(root.iterdir()):
-        if entry.name not in parts:
-            name = entry.name + ("/" if entry.is_dir() else "")
-            report.leave_out(HIDDEN if _is_hidden(entry.name) else f"lies beside {' and '.join(f'{p}/' for p in parts)}", name)
-    return report
+class _Contents:
+    """What lies below a folder, sorted by name, at any depth.
 
+    Attributes: images and texts (names relative to the folder), folders (the sub-folders directly in it), report (what is
+    neither). named: files that metadata names, which are images whatever their suffix.
 
-def _walk(root: Path, named: frozenset[str] = frozenset()) -> _Below:
-    """Every file below root, sorted by name. Links to folders are followed directly in root, where classes are, and no deeper.
-
-    named: files that metadata names, which are images whatever their suffix.
+    Links to folders are followed directly in the folder, where classes are, and no deeper.
     """
-    below = _Below()
 
-    def visit(folder: Path, inside: str) -> None:
+    def __init__(self, root: Path, named: frozenset[str] = frozenset()):
+        self.images: list[str] = []
+        self.texts: list[str] = []
+        self.folders: list[str] = []
+        self.report = FileReport()
+        self._root, self._named = root, named
+        self._add_folder("")
+
+    def _add_folder(self, inside: str) -> None:
+        """inside: the folder's name relative to the root, with a slash at its end; empty for the root itself."""
         try:
-            with os.scandir(folder) as found:  # tells folders from files without a look at each
+            with os.scandir(self._root / inside) as found:  # tells folders from files without a look at each
                 entries = sorted(found, key=lambda entry: entry.name)
         except OSError as error:
             if not inside:
-                raise UserError(f"{root}: cannot be listed ({error.strerror})") from error
-            below.report.leave_out(f"folder that cannot be listed ({error.strerror})", inside)
+                raise UserError(f"{self._root}: cannot be listed ({error.strerror})") from error
+            self.report.leave_out(f"folder that cannot be listed ({error.strerror})", inside)
             return
         for entry in entries:
-            _sort_in(entry, inside, below, named, visit)
+            self._add(entry, inside)
 
-    visit(root, "")
-    return below
-
-
-def _sort_in(
-    entry: os.DirEntry[str], inside: str, below: _Below, named: frozenset[str], visit: Callable[[Path, str], None]
-) -> None:
-    name, suffix = inside + entry.name, os.path.splitext(entry.name)[1].lower()
-    directory = entry.is_dir()
-    if name in named:
-        below.images.append(name)
-    elif _is_hidden(entry.name) or (directory and not inside and entry.name.startswith("__")):
-        below.report.leave_out(HIDDEN, name + ("/" if directory else ""))
-    elif directory and entry.is_symlink() and inside:
-        below.report.leave_out("link to a folder, not followed", f"{name}/")
-    elif directory:
-        if not inside:
-            below.folders.append(entry.name)
-        visit(Path(entry.path), f"{name}/")
-    elif not entry.is_file():
-        below.report.leave_out("broken link, or not a file", name)
-    elif suffix in image_suffixes():
-        below.images.append(name)
-    elif suffix in CAPTION_SUFFIXES:
-        below.texts.append(name)
-    elif inside or entry.name not in METADATA:
-        below.report.leave_out(why_not_read(suffix), name)
+    def _add(self, entry: os.DirEntry[str], inside: str) -> None:
+        name, suffix = inside + entry.name, os.path.splitext(entry.name)[1].lower()
+        directory = entry.is_dir()
+        if name in self._named:
+            self.images.append(name)
+        elif _is_hidden(entry.name) or (directory and not inside and entry.name.startswith("__")):
+            self.report.leave_out(HIDDEN, name + ("/" if directory else ""))
+        elif directory and entry.is_symlink() and inside:
+            self.report.leave_out("link to a folder, not followed", f"{name}/")
+        elif directory:
+            if not inside:
+                self.folders.append(entry.name)
+            self._add_folder(f"{name}/")
+        elif not entry.is_file():
+            self.report.leave_out("broken link, or not a file", name)
+        elif suffix in image_suffixes():
+            self.images.append(name)
+        elif suffix in CAPTION_SUFFIXES:
+            self.texts.append(name)
+        elif inside or entry.name not in METADATA:
+            self.report.leave_out(why_not_read(suffix), name)
 
 
 def _is_hidden(name: str) -> bool:
     return name.startswith((".", "~$")) or name.lower() in SYSTEM_NAMES
 
 
-def _no_images(root: Path, below: _Below) -> str:
-    why = "; ".join(f"{reason}: {listed(names.first)}" for reason, names in below.report.left_out.items())
-    usual = ".png, .jpg, .webp and other suffixes that Pillow reads"
-    return f"{root} has no images ({usual}), in it or in class sub-folders" + (f"; it has files with {why}" if why else "")
-
-
-def _from_tree(root: Path, below: _Below, with_captions: bool) -> Listing:
+def _list_by_folders(root: Path, contents: _Contents, with_captions: bool) -> Listing:
     """Classes by sub-folder, or none where images also lie beside the sub-folders; captions from files beside the images."""
-    report = below.report
-    flat = [name for name in below.images if "/" not in name]
-    nested = {folder: 0 for folder in below.folders}
-    for name in below.images:
-        if "/" in name:
-            nested[name.partition("/")[0]] += 1
-    for folder, count in nested.items():
-        if not count:
-            report.leave_out(EMPTY, f"{folder}/")
-    unlabelled = None
-    if flat and len(flat) < len(below.images):
+    report, files = contents.report, sorted(contents.images)
+    flat = [name for name in contents.images if "/" not in name]
+    classes = {name.partition("/")[0] for name in files if "/" in name}
+    for folder in contents.folders:
+        if folder not in classes:
+            report.leave_out("folder without images", f"{folder}/")
+    labels, unlabelled = None, None
+    if not flat:
+        labels = [name.partition("/")[0] for name in files]
+        # Sub-folders that look like the parts of a data set are classes, unless they are train/ and test/
+        for folder in contents.folders if len(classes) <= 3 else ():
+            if folder in classes and folder.lower() in PART_NAMES:
+                report.remark("read as a class; for a part of the data, name the folders train/ and test/", f"{folder}/")
+    elif len(flat) < len(files):
         where = f"{len(flat)} images lie beside its sub-folders ({listed(flat)})"
         unlabelled = f"{where}, so it has no classes; move each into a class folder"
         for name in flat:
             report.remark("used without classes, because images lie beside the sub-folders", name)
-    labelled = not flat
-    files = sorted(below.images)
-    _note_parts(report, [folder for folder, count in nested.items() if count] if labelled else [])
-    captions = _captions_beside(root, files, below) if with_captions else None
-    labels = [name.partition("/")[0] for name in files] if labelled else None
+    captions = _captions_beside(root, files, contents) if with_captions else None
     return Listing(files, labels, captions, report, unlabelled, captions_ignored_before=True)
 
 
-def _note_parts(report: FileReport, classes: list[str]) -> None:
-    """Sub-folders that look like the parts of a data set are classes unless they are train/ and test/."""
-    parts = [name for name in classes if name.lower() in ("train", "training", "val", "valid", "validation", "test", "testing")]
-    if parts and len(classes) <= 3:
-        for name in parts:
-            report.remark("read as a class; for a part of the data, name the folders train/ and test/", f"{name}/")
-
-
-def _captions_beside(root: Path, files: list[str], below: _Below) -> Captions | None:
+def _captions_beside(root: Path, files: list[str], contents: _Contents) -> list[tuple[str, ...]] | None:
     """The captions of the files, NO_CAPTION for those without, or None where none has one."""
-    if not below.texts:
-        return None
     texts: dict[tuple[str, str], str] = {}
-    for name in below.texts:
+    for name in contents.texts:
         texts.setdefault(_stem_and_suffix(name), name)
     beside: list[str | None] = []
     for file in files:
         stem, _ = _stem_and_suffix(file)
         beside.append(next((texts[stem, suffix] for suffix in CAPTION_SUFFIXES if (stem, suffix) in texts), None))
     used = set(beside)
-    for name in below.texts:
+    for name in contents.texts:
         if name not in used:
             stem, suffix = _stem_and_suffix(name)
             other = suffix != CAPTION_SUFFIXES[0] and texts.get((stem, CAPTION_SUFFIXES[0])) in used
             reason = f"{CAPTION_SUFFIXES[0]} beside it is read instead" if other else "text beside no image"
-            below.report.leave_out(reason, name)
+            contents.report.leave_out(reason, name)
     captions = in_threads(lambda name: None if name is None else _read_caption(root / name), beside)
     if not any(captions):
         return None
     for file, caption in zip(files, captions, strict=True):
         if caption is None:
-            below.report.remark("no caption, used with an empty one", file)
+            contents.report.remark("no caption, used with an empty one", file)
     return [caption or NO_CAPTION for caption in captions]
 
 
@@ -226,27 +258,29 @@ def _read_caption(path: Path) -> tuple[str, ...] | None:
     return captions_of(" ".join(read_text(path).split()), str(path))
 
 
-def _from_metadata(root: Path, metadata: list[str], columns: Columns) -> Listing:
+def _list_by_metadata(root: Path, metadata: list[str], columns: Columns) -> Listing:
+    """The images that the first of the metadata files names. metadata: those that the folder has."""
     report = FileReport()
     rows, text = read_metadata(root / metadata[0], columns, report)
-    below = _walk(root, frozenset(os.path.normpath(row.file) for row in rows))
-    below.report.remarks |= report.remarks
+    contents = _Contents(root, frozenset(os.path.normpath(row.file) for row in rows))
+    contents.report.remarks |= report.remarks
     for name in metadata[1:]:
-        below.report.leave_out(f"{metadata[0]} is read instead", name)
-    _resolve(root, rows, below.images)
+        contents.report.leave_out(f"{metadata[0]} is read instead", name)
+    _resolve(root, rows, contents.images)
     rows.sort(key=lambda row: row.file)
     files = [row.file for row in rows]
     for file in sorted({file for file, other in zip(files, files[1:], strict=False) if file == other}):
-        below.report.remark(f"listed more than once in {metadata[0]}, and counted as often", file)
+        contents.report.remark(f"listed more than once in {metadata[0]}, and counted as often", file)
     used = {os.path.normpath(file) for file in files}
-    for file in below.images:
+    for file in contents.images:
         if file not in used:
-            below.report.leave_out(f"not listed in {metadata[0]}", file)
-    for file in below.texts:
-        below.report.leave_out(f"{metadata[0]} is read instead", file)
+            contents.report.leave_out(f"not listed in {metadata[0]}", file)
+    for file in contents.texts:
+        contents.report.leave_out(f"{metadata[0]} is read instead", file)
     labels = [row.label for row in rows if row.label is not None]
     captions = [row.captions for row in rows if row.captions is not None]
-    return Listing(files, labels or None, captions or None, below.report, captions_ignored_before=text != TEXT_COLUMNS[0])
+    ignored = text != TEXT_COLUMNS[0]
+    return Listing(files, labels or None, captions or None, contents.report, captions_ignored_before=ignored)
 
 
 def _resolve(root: Path, rows: list[Row], images: list[str]) -> None:

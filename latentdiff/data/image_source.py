@@ -1,7 +1,8 @@
-"""What every source of images gives, whatever its storage; and the rules that all kinds of storage share.
+"""What every source of images offers, however they are stored, and the rules that all kinds of storage share.
 
-A source is read-only and knows nothing of sizes wanted, batches or epochs. Any image can be read by its number, and
-image i is the same on every machine: that is what lets N processes share an epoch and a run go on at the right sample.
+A source is read-only. It knows nothing of the size that a model needs, of batches or of epochs. Any image can be read by
+its number, and image i is the same on every machine. So N processes can share an epoch, and a run can resume at the right
+sample.
 """
 
 import hashlib
@@ -35,8 +36,34 @@ class Columns:
     text: str | None = None
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How images are read.
+
+    channels: 1, 3, or None for 1 where every image is grey, else 3. max_bad_share: the share of images that may be
+    unreadable; one may, unless it is 0. background: the colour under transparency: red, green and blue, 0 to 255.
+    """
+
+    channels: int | None = None
+    max_bad_share: float = 0.01
+    background: Color = WHITE
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """What is known of images besides their pixels.
+
+    labels: the index of each image's class in class_names, or None without classes. captions: one or more of each image,
+    or None.
+    """
+
+    labels: list[int] | None
+    class_names: list[str]
+    captions: list[tuple[str, ...]] | None
+
+
 class UnreadableImage(UserError):
-    """One image file that cannot be decoded; few of them are skipped, many are an error."""
+    """One image file that cannot be decoded. A few of them are skipped; many are an error."""
 
 
 class ImageSource:
@@ -44,9 +71,9 @@ class ImageSource:
 
     Attributes: name (as the user wrote it), channels (1 or 3: what `read` returns), class_names (empty when
     unlabelled), labels (int64 [N] or None), captions (N tuples of one caption or more, or None), sizes (int64 [N, 2],
-    height and width as `read` returns them), bad ({file name: reason} of what was skipped), report (the other files that
-    are not used, and remarks), unlabelled (why there are no labels where one may expect some), blocks (how many of the
-    images lie together, one after another, where reading one reads them all; else None).
+    height and width as `read` returns them), bad ({file name: reason} of the images that were skipped), report (the other
+    files that are not used, and remarks), unlabelled (why there are no labels where one may expect some), blocks (how many
+    of the images lie together, one after another, where reading one of them reads them all; else None).
     """
 
     blocks: tuple[int, ...] | None = None
@@ -102,48 +129,38 @@ class ArraySource(ImageSource):
 
 
 class EncodedImages(ImageSource):
-    """Images as encoded bytes somewhere, checked when the source opens and decoded when they are read.
+    """Images as encoded bytes (PNG, JPEG, …), checked when the source opens and decoded when they are read.
 
-    Unreadable ones are dropped, and more of them than max_bad_share allows are a UserError: that share of the images, but
-    one image at least unless it is 0. A subclass says how to `open` an image. Attributes: files (a name for each image;
-    messages show it after `place`), rows (where each stood among all that were found).
+    A subclass says how to `open` an image. Unreadable images are dropped. More of them than reading.max_bad_share allows
+    are a UserError, and so is a source without a readable image. Attributes: files (a name for each image; messages show
+    it after `place`), rows (the place of each among all images, the unreadable ones included), background.
 
-    headers: what `inspect` said of each found; labels and captions: of each found, or None; channels: None for 1 where
-    every image is grey, else 3. background: the colour under transparency, red, green and blue.
+    files, headers, annotations: of all images; a header is what `inspect` returned.
     """
 
     def __init__(
-        self,
-        name: str,
-        place: str,
-        files: list[str],
-        headers: list[Header],
-        labels: list[int] | None,
-        class_names: list[str],
-        captions: list[tuple[str, ...]] | None,
-        channels: int | None,
-        max_bad_share: float,
-        background: Color = WHITE,
+        self, name: str, place: str, files: list[str], headers: list[Header], annotations: Annotations, reading: Reading
     ):
         good = [i for i, header in enumerate(headers) if not isinstance(header, str)]
         modes = {headers[i][0] for i in good}
+        labels, captions = annotations.labels, annotations.captions
         super().__init__(
             name,
-            channels or (1 if modes <= GREY_MODES else 3),
-            class_names,
+            reading.channels or (1 if modes <= GREY_MODES else 3),
+            annotations.class_names,
             None if labels is None else torch.tensor([labels[i] for i in good], dtype=torch.int64),
             None if captions is None else [captions[i] for i in good],
             np.array([headers[i][1] for i in good], dtype=np.int64).reshape(-1, 2),
         )
         self.place, self.rows, self.files = place, good, [files[i] for i in good]
-        self._found, self._max_bad_share, self.background = len(files), max_bad_share, background
+        self._all, self._max_bad_share, self.background = len(files), reading.max_bad_share, reading.background
         self.bad = {file: header for file, header in zip(files, headers, strict=True) if isinstance(header, str)}
         self._check_bad()
         if not good:
             raise UserError(f"data '{name}': none of its {len(files)} images can be read")
 
     def open(self, i: int) -> File:
-        """The encoded image i. What storage raises here is no unreadable image and goes through."""
+        """The encoded image i. An error of the storage is raised as it is: it does not make the image unreadable."""
         raise NotImplementedError
 
     def ends(self) -> list[str]:
@@ -162,27 +179,27 @@ class EncodedImages(ImageSource):
 
     def _check_bad(self) -> None:
         share = self._max_bad_share
-        if len(self.bad) > max(share * self._found, 1 if share else 0):
+        if len(self.bad) > max(share * self._all, 1 if share else 0):
             shown = ", ".join(f"{self.place}{name} ({why})" for name, why in list(self.bad.items())[:3])
             raise UserError(
-                f"data '{self.name}': {len(self.bad)} of {self._found} images cannot be read, more than "
+                f"data '{self.name}': {len(self.bad)} of {self._all} images cannot be read, more than "
                 f"max_bad_share={share:g} allows: {shown}{', …' if len(self.bad) > 3 else ''}; "
                 "remove them, or raise data.max_bad_share to leave them out"
             )
 
     def fingerprint(self) -> str:
-        """Covers names, labels, captions, channels and each image's length with its first and last 32 KiB.
+        """Covers names, labels, captions, channels, and of each image the length and the first and last 32 KiB.
 
-        Up to 64 KiB an image that is the whole content; beyond it an edit that leaves the length and both ends alone goes
-        unseen, the price of not reading terabytes at every start. Times of modification are left out: a copy is the
-        same data.
+        For an image of up to 64 KiB that is its whole content. In a larger one, an edit that leaves the length and both
+        ends alone is not noticed: terabytes are not read at every start. Times of modification do not count, so a copy has
+        the same fingerprint.
         """
         return self._digest(self.captions)
 
     def _digest(self, captions: list[tuple[str, ...]] | None) -> str:
         labels = None if self.labels is None else self.labels.tolist()
         facts = [self.channels, self.class_names, self.files, labels, captions, self.ends()]
-        facts += [] if self.background == WHITE else [self.background]  # white, the only one there was, is not written out
+        facts += [] if self.background == WHITE else [self.background]  # earlier versions knew white alone and wrote nothing
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
@@ -193,7 +210,7 @@ def in_threads(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
 
 
 def all_or_none(values: Sequence[T | None], column: str, where: Callable[[int], str]) -> list[T] | None:
-    """The values, or None where none is there; a UserError for a gap. where(i): how a message names row i."""
+    """The values, or None where all are None; a UserError where only some are. where(i): how a message names row i."""
     missing = [i for i, value in enumerate(values) if value is None]
     if missing and len(missing) < len(values):
         raise UserError(f"{where(missing[0])}: has no {column} although others do")
@@ -211,7 +228,7 @@ def captions_of(text: object, where: str) -> tuple[str, ...] | None:
 
 
 def class_names_of(labels: Iterable[str] | None) -> list[str]:
-    """Sorted; as numbers when all are numbers, so that class 10 comes after class 9.
+    """The distinct labels, sorted: as numbers when all are numbers, so that class 10 comes after class 9.
 
     Of two spellings of one number, such as 1 and 01, the shorter comes first.
     """
@@ -222,7 +239,7 @@ def class_names_of(labels: Iterable[str] | None) -> list[str]:
 
 
 def numbered(labels: list[str] | None, class_names: list[str], where: str) -> list[int] | None:
-    """The place of each label among the class names; a UserError for one that is not there."""
+    """The index of each label in the class names; a UserError for a label that is not among them."""
     if labels is None:
         return None
     index = {class_name: k for k, class_name in enumerate(class_names)}

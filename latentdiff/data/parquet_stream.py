@@ -11,115 +11,86 @@ cache folder.
 
 from __future__ import annotations
 
-import io
-import os
+import contextlib
+import functools
 import threading
-from collections import OrderedDict
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from latentdiff.data.file_report import FileReport
-from latentdiff.data.image_files import WHITE, Color, hash_ends, inspect, one_line
-from latentdiff.data.image_source import Columns, EncodedImages
-from latentdiff.data.patterns import expand
+from latentdiff.data.image_files import hash_ends, inspect, one_line
+from latentdiff.data.image_source import Annotations, Columns, EncodedImages, Reading
+from latentdiff.data.range_files import ImageRecord, RangeFile, expand, find_files, indexes
 from latentdiff.data.shuffling import WINDOW
-from latentdiff.data.tables import HUB_NAME, describe
-from latentdiff.data.tar_index import Sample
-from latentdiff.data.webdataset import Shard, cached_index, find_shards
+from latentdiff.data.tables import HUB_NAME, describe, import_datasets
 from latentdiff.errors import UserError
 
+if TYPE_CHECKING:
+    import pyarrow.parquet as pq
+
 FORMAT = 1  # of the index as it is kept on disk
-KEPT = 2 * WINDOW  # row groups in memory: those of the window that is read, and of the one read ahead
+GROUPS_KEPT = 2 * WINDOW  # in memory: the row groups of the window that is read, and of the one that is read ahead
 
 
-class _Ranges(io.RawIOBase):
-    """A file of a storage as pyarrow reads it; each read is one range, tried again where the net fails."""
+class ParquetFile:
+    """One parquet file. Attributes: file, schema (pyarrow's), groups (how many rows each row group has)."""
 
-    def __init__(self, shard: Shard):
-        self._shard, self._place, self._size = shard, 0, int(shard.info["size"])
+    def __init__(self, file: RangeFile):
+        file.require_ranges("; leave data.streaming out")
+        self.file, self._metadata = file, None
+        with self._reader() as reader:
+            self._metadata = reader.metadata
+            self.schema = self._metadata.schema.to_arrow_schema()
+        self.groups = [self._metadata.row_group(g).num_rows for g in range(self._metadata.num_row_groups)]
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._place
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._place = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._place, io.SEEK_END: self._size}[whence]
-        return self._place
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self._size - self._place)
-        size = left if size is None or size < 0 else min(size, left)
-        found = self._shard.read(self._place, size) if size else b""
-        self._place += size
-        return found
-
-
-class Parquet:
-    """One parquet file. groups: rows of each row group."""
-
-    def __init__(self, shard: Shard):
+    @contextlib.contextmanager
+    def _reader(self) -> Iterator[pq.ParquetFile]:
+        """A reader of its own for each use, because threads read at once. What goes wrong is a UserError naming the file."""
         import pyarrow.parquet as pq
 
-        self.shard, self._pq = shard, pq
-        if shard.info.get("partial") is False:
-            raise UserError(f"{shard.file}: its server does not serve ranges of bytes; leave data.streaming out")
-        self.metadata = self._say(lambda: pq.read_metadata(_Ranges(shard)))
-        self.schema = self._say(self.metadata.schema.to_arrow_schema)
-        self.groups = [self.metadata.row_group(g).num_rows for g in range(self.metadata.num_row_groups)]
-
-    def _say(self, read: Callable[[], Any]) -> Any:
         try:
-            return read()
+            yield pq.ParquetFile(self.file.random_access(), metadata=self._metadata, pre_buffer=self._metadata is not None)
         except UserError:
             raise
         except Exception as error:  # pyarrow has exceptions of its own
-            raise UserError(f"{self.shard.file}: cannot be read as parquet ({one_line(error)})") from error
-
-    def _reader(self) -> Any:
-        # A reader each time: threads read at once, and a reader has one place in its file
-        return self._pq.ParquetFile(_Ranges(self.shard), metadata=self.metadata, pre_buffer=True)
+            raise UserError(f"{self.file.name}: cannot be read as parquet ({one_line(error)})") from error
 
     def values(self, column: str) -> list[Any]:
-        return self._say(lambda: self._reader().read(columns=[column]).column(0).to_pylist())
+        """The values of a column, one for each row."""
+        with self._reader() as reader:
+            return reader.read(columns=[column]).column(0).to_pylist()
 
     def images(self, group: int, column: str) -> list[bytes]:
-        """The encoded images of a row group; empty where the table has a path alone."""
-        rows = self._say(lambda: self._reader().read_row_group(group, columns=[column]).column(0).to_pylist())
+        """The encoded images of a row group; empty where the table has no bytes of an image."""
+        with self._reader() as reader:
+            rows = reader.read_row_group(group, columns=[column]).column(0).to_pylist()
         return [(row.get("bytes") if isinstance(row, dict) else row) or b"" for row in rows]
 
-    def index(self, column: str) -> list[Sample]:
-        """A record of each row: its group (offset), the image's length, header and hash of its ends."""
-        return cached_index(self.shard, ["rows", FORMAT, column], lambda: self._look(column))
-
-    def _look(self, column: str) -> list[Sample]:
-        found = []
+    def records(self, column: str) -> list[ImageRecord]:
+        """A record of each row's image; its offset is its row group."""
+        records: list[ImageRecord] = []
         for group in range(len(self.groups)):
             for data in self.images(group, column):
                 header = inspect(BytesIO(data)) if data else "the table has no bytes of it"
-                found.append(Sample(str(len(found)), "", group, len(data), header, hash_ends(BytesIO(data)), None, None))
-        return found
+                ends = hash_ends(BytesIO(data))
+                records.append(ImageRecord(str(len(records)), "", group, len(data), header, ends, None, None))
+        return records
 
 
-class Rows:
-    """What `tables.describe` asks of a table, its values read when they are asked for."""
+class ParquetTable:
+    """Files of one schema as `latentdiff.data.tables.describe` needs a table: values are read when they are asked for."""
 
-    def __init__(self, files: list[Parquet], data: str):
-        import datasets
-
-        for file in files:
-            if not file.schema.equals(files[0].schema):
-                raise UserError(f"data '{data}': {file.shard.file} has other columns than {files[0].shard.file}")
-        self.files = files
-        self.features = datasets.Features.from_arrow_schema(files[0].schema)
-        self.column_names = list(self.features)
+    def __init__(self, files: list[RangeFile], data: str):
+        self.files = [ParquetFile(file) for file in files]
+        schema = self.files[0].schema
+        for file in self.files:
+            if not file.schema.equals(schema):
+                raise UserError(f"data '{data}': {file.file.name} has other columns than {files[0].name}")
+        self.features = import_datasets(data).Features.from_arrow_schema(schema)
 
     def values(self, column: str) -> list[Any]:
         return [value for file in self.files for value in file.values(column)]
@@ -128,96 +99,65 @@ class Rows:
 class StreamedTable(EncodedImages):
     """The rows of parquet files. blocks: how many of its images each row group has, in order."""
 
-    def __init__(
-        self,
-        name: str,
-        files: list[Parquet],
-        column: str,
-        labels: list[int] | None,
-        class_names: list[str],
-        captions: list[tuple[str, ...]] | None,
-        channels: int | None,
-        max_bad_share: float,
-        background: Color = WHITE,
-    ):
-        with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-            indexes = list(pool.map(lambda file: file.index(column), files))
-        self._files, self._column = files, column
-        self._samples = [sample for index in indexes for sample in index]
-        self._starts: dict[tuple[int, int], int] = {}  # the first row of each (file, group)
-        self._places: list[tuple[int, int]] = []
-        for k, file in enumerate(files):
-            for group, rows in enumerate(file.groups):
-                self._starts[k, group] = len(self._places)
-                self._places += [(k, group)] * rows
-        self._kept: OrderedDict[tuple[int, int], list[bytes]] = OrderedDict()
+    def __init__(self, name: str, files: list[ParquetFile], column: str, annotations: Annotations, reading: Reading):
+        made = {file.file: file for file in files}
+        found = indexes(list(made), ["rows", FORMAT, column], lambda file: made[file].records(column))
+        self._records = [record for records in found for record in records]
+        self._column = column
+        self._groups = [(file, group) for file in files for group in range(len(file.groups))]
+        rows = [count for file in files for count in file.groups]
+        self._first_row = np.cumsum([0, *rows])  # of each group
+        self._group_of = np.repeat(np.arange(len(rows)), rows)  # of each row
+        self._group_images = functools.lru_cache(GROUPS_KEPT)(self._read_group)
         self._lock = threading.Lock()
-        names = [f"row {row}" for row in range(len(self._samples))]
-        headers = [sample.header for sample in self._samples]
-        super().__init__(name, f"{name} ", names, headers, labels, class_names, captions, channels, max_bad_share, background)
-        counts = dict.fromkeys(self._starts, 0)
-        for row in self.rows:
-            counts[self._places[row]] += 1
-        self.blocks = tuple(counts.values())
+        names, headers = [f"row {row}" for row in range(len(self._records))], [record.header for record in self._records]
+        super().__init__(name, f"{name} ", names, headers, annotations, reading)
+        self.blocks = tuple(np.bincount(self._group_of[self.rows], minlength=len(rows)).tolist())
+
+    def _read_group(self, group: int) -> list[bytes]:
+        file, number = self._groups[group]
+        return file.images(number, self._column)
 
     def open(self, i: int) -> BytesIO:
         row = self.rows[i]
-        place = self._places[row]
-        with self._lock:  # one thread reads a group, the others wait for it instead of reading it too
-            group = self._kept.get(place)
-            if group is None:
-                group = self._files[place[0]].images(place[1], self._column)
-                self._kept[place] = group
-                while len(self._kept) > KEPT:
-                    self._kept.popitem(last=False)
-            self._kept.move_to_end(place)
-        return BytesIO(group[row - self._starts[place]])
+        group = int(self._group_of[row])
+        with self._lock:  # one thread reads a group; the others wait for it instead of reading it too
+            images = self._group_images(group)
+        return BytesIO(images[row - self._first_row[group]])
 
     def ends(self) -> list[str]:
-        return [self._samples[row].ends for row in self.rows]
+        return [self._records[row].ends for row in self.rows]
 
 
-def open_streamed(
-    data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color = WHITE
-) -> StreamedTable:
+def open_streamed(data: str, split: str, columns: Columns, reading: Reading) -> StreamedTable:
     """The table that `data` names, read where it lies; columns, classes and captions as `tables.open_table` finds them.
 
     data: parquet files (paths, or addresses that fsspec knows; braces and, where files can be listed, * and ?), a folder
     of them, or a Hub name. UserError: nothing is there, a file is damaged or has other columns than the first.
     """
-    try:
-        import datasets  # noqa: F401
-    except ImportError:
-        raise UserError(f"data '{data}': tables need the datasets library; pip install latentdiff[data]") from None
-    parts = _parts(_listed(data))
+    import_datasets(data)
+    parts = _parts(data)
     if split not in parts:
         raise UserError(f"data '{data}' has no test split; hold a share of its images out")
-    rows = Rows([Parquet(shard) for shard in parts[split]], data)
-    if not sum(sum(file.groups) for file in rows.files):
+    table = ParquetTable(parts[split], data)
+    if not sum(sum(file.groups) for file in table.files):
         raise UserError(f"data '{data}': the table has no rows")
-
-    def train() -> Rows:
-        return rows if split == "train" else Rows([Parquet(shard) for shard in parts["train"]], data)
-
     report = FileReport()
-    image, labels, class_names, captions = describe(rows, train, data, columns, report)
-    source = StreamedTable(data, rows.files, image, labels, class_names, captions, channels, max_bad_share, background)
+    image, annotations = describe(
+        table, lambda: table if split == "train" else ParquetTable(parts["train"], data), data, columns, report
+    )
+    source = StreamedTable(data, table.files, image, annotations, reading)
     source.report = report
     return source
 
 
 def streamed_splits(data: str) -> tuple[str, ...]:
     """("train", "test") where files of both begin with these words, as the Hub names them, else ("train",)."""
-    return tuple(_parts(_listed(data)))
+    return tuple(_parts(data))
 
 
-def _parts(shards: list[Shard]) -> dict[str, list[Shard]]:
-    named = {word: [s for s in shards if s.file.rsplit("/", 1)[-1].startswith(word)] for word in ("train", "test")}
-    return named if all(named.values()) else {"train": shards}
-
-
-def _listed(data: str) -> list[Shard]:
-    """The parquet files that a string names, in the order of their names."""
+def _parts(data: str) -> dict[str, list[RangeFile]]:
+    """The parquet files of each split, in the order of their names."""
     folder = Path(data).expanduser()
     if folder.is_dir():
         names = [str(path) for path in sorted(folder.glob("*.parquet")) or sorted((folder / "data").glob("*.parquet"))]
@@ -233,7 +173,8 @@ def _listed(data: str) -> list[Shard]:
             f"data '{data}': nothing to stream; data.streaming reads parquet files, folders of them and Hub names with them "
             "(shards are read by ranges as they are)"
         )
-    found = [shard for name in names for shard in find_shards(name, data)]
-    if not found:
+    files = [file for name in names for file in find_files(name, data)]
+    if not files:
         raise UserError(f"data '{data}': no such parquet file")
-    return found
+    parts = {word: [file for file in files if file.name.rsplit("/", 1)[-1].startswith(word)] for word in ("train", "test")}
+    return parts if all(parts.values()) else {"train": files}

@@ -1,7 +1,6 @@
-"""Image sources: one string names a data set, and every kind answers the same few questions.
+"""Opening a data set: one string names it, and every kind of storage gives an `ImageSource`.
 
-A source is read-only and knows nothing of sizes wanted, batches or epochs. Image i is the same on every machine:
-files are sorted by name, never listed in the order of the file system.
+Image i is the same on every machine: files are sorted by name, and never used in the order of the file system.
 """
 
 import os
@@ -11,9 +10,9 @@ import numpy as np
 import torch
 
 from latentdiff.data import parquet_stream, tables, webdataset
-from latentdiff.data.folders import Listing, list_folder, report_beside
-from latentdiff.data.image_files import WHITE, Color, examine, read_idx
-from latentdiff.data.image_source import ArraySource, Columns, EncodedImages, ImageSource, class_names_of, in_threads, numbered
+from latentdiff.data.folders import folder_splits, open_folder
+from latentdiff.data.image_files import WHITE, Color, read_idx
+from latentdiff.data.image_source import ArraySource, Columns, ImageSource, Reading
 from latentdiff.data.metadata import METADATA
 from latentdiff.data.splits import HELD_OUT_RULES, held_out  # noqa: F401  # version 0.1 had them here
 from latentdiff.errors import UserError
@@ -34,39 +33,6 @@ FASHION_MNIST_FOLDER = "/usr/share/datasets/fashion-mnist"
 USUAL_COLUMNS = Columns()
 
 
-class FolderSource(EncodedImages):
-    """Image files below one folder. labels: of each file of the listing, indices into class_names, or None."""
-
-    def __init__(
-        self,
-        name: str,
-        root: Path,
-        listing: Listing,
-        labels: list[int] | None,
-        class_names: list[str],
-        channels: int | None,
-        max_bad_share: float,
-        background: Color = WHITE,
-    ):
-        found = in_threads(lambda file: examine(root / file), listing.files)
-        headers = [header for header, _ in found]
-        super().__init__(
-            name, f"{root}/", listing.files, headers, labels, class_names, listing.captions, channels, max_bad_share, background
-        )
-        self._captions_ignored_before = listing.captions_ignored_before
-        self.root, self.report, self.unlabelled = root, listing.report, listing.unlabelled
-        for file, (_, several) in zip(listing.files, found, strict=True):
-            if several:
-                self.report.remark("has several frames or pages, of which the first is used", file)
-
-    def open(self, i: int) -> Path:
-        return self.root / self.files[i]
-
-    def latents_fingerprint(self) -> str:
-        """Without captions of a kind that earlier versions did not read: their caches of the same images stay valid."""
-        return self._digest(None if self._captions_ignored_before else self.captions)
-
-
 def open_source(
     data: str,
     split: str = "train",
@@ -78,39 +44,46 @@ def open_source(
 ) -> ImageSource:
     """Opens the data set that one string names.
 
-    data: "fashion-mnist"; or a folder of image files; or a table: parquet files ("data/*.parquet"), a folder of them or
-    one that `datasets` saved, a Hub name ("owner/name" or "owner/name:config"); or WebDataset shards
-    ("shards-{000..099}.tar", here or at http(s)://, s3://, gs://, hf://).
-    A folder's classes are its sub-folders; or it has metadata.jsonl/.csv with the
-    columns file_name and label or text (or both; in .jsonl text may be a list of captions of one image); or it holds
-    images only, which are then unlabelled. Without metadata an image's caption may lie beside it (a.png and a.txt).
-    With train/ and test/ inside it has two splits, each in one of these forms, and the classes are those of train/.
-    Images both beside and inside sub-folders have no classes; `unlabelled` says why.
-    channels: 1, 3 or None (1 when every image is grey, else 3). EXIF rotation is applied.
-    max_bad_share: the share of images that may be unreadable (one at least, unless it is 0); they are named in `.bad` and
-    skipped. What else is not used is in `.report`.
-    columns: of tables, shards and metadata; see latentdiff.data.tables, webshards and metadata for the usual ones.
-    streaming: parquet is read where it lies and never stored; see latentdiff.data.parquet_stream.
-    background: the colour that transparency is laid on, red, green and blue.
+    data: one of
+        "fashion-mnist";
+        a folder of image files;
+        a table: parquet files ("data/*.parquet"), a folder of them or one that `datasets` saved, or a Hub name
+        ("owner/name" or "owner/name:config");
+        WebDataset shards ("shards-{000..099}.tar", on this machine or at http(s)://, s3://, gs://, hf://).
+    split: "train" or "test". A folder with train/ and test/ inside it has both, each in one of the forms below; the classes
+        are those of train/.
+    channels: 1, 3, or None for 1 where every image is grey, else 3.
+    max_bad_share: the share of images that may be unreadable. One may, unless it is 0. They are skipped, and named in `.bad`.
+    columns: where a table, shards or metadata have images, labels and captions. Without it: the usual names, which
+        `latentdiff.data.tables`, `webdataset` and `metadata` state.
+    streaming: parquet files are read where they lie and never stored; see `latentdiff.data.parquet_stream`.
+    background: the colour that transparency is laid on: red, green and blue, 0 to 255.
+
+    A folder's classes are its sub-folders. Or it has metadata.jsonl or metadata.csv, with the columns file_name and label or
+    text, or both; in .jsonl, text may be a list of captions of one image. Or it holds images alone, which then have no
+    classes. Without metadata an image's caption may lie beside it (a.png and a.txt). If images lie both beside and inside
+    sub-folders, there are no classes, and `.unlabelled` says why. Files that are not used are in `.report`.
+
+    UserError: there is no such data set or split, or it cannot be read; the message names the file, the field or the row.
     """
     if channels not in (None, 1, 3):
         raise UserError(f"channels={channels}: valid are 1, 3 or none (taken from the data)")
     if split not in ("train", "test"):
         raise UserError(f"split '{split}': valid are train and test")
-    kind = kind_of(data)
+    kind, reading = kind_of(data), Reading(channels, max_bad_share, background)
     if kind == "fashion-mnist" and columns != USUAL_COLUMNS:
         raise UserError(f"data '{data}': has no columns; leave image_column, label_column and text_column out")
     if streaming:
-        return parquet_stream.open_streamed(data, split, channels, max_bad_share, columns, background)
+        return parquet_stream.open_streamed(data, split, columns, reading)
     if kind == "fashion-mnist":
         return _fashion_mnist(split, channels or 1)
     if kind == "table":
-        return tables.open_table(data, split, channels, max_bad_share, columns, background)
+        return tables.open_table(data, split, columns, reading)
     if kind == "shards":
         if split == "test":
             raise UserError(f"data '{data}': shards have no test split; hold a share of their images out")
-        return webdataset.open_shards(data, channels, max_bad_share, columns, background)
-    return _open_folder(data, split, channels, max_bad_share, columns, background)
+        return webdataset.open_shards(data, columns, reading)
+    return open_folder(data, split, columns, reading)
 
 
 def kind_of(data: str) -> str:
@@ -136,46 +109,18 @@ def takes_columns(data: str) -> bool:
     return kind in ("table", "shards") or any((folder / part / name).is_file() for part in ("", "train") for name in METADATA)
 
 
-def _open_folder(
-    data: str, split: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color
-) -> FolderSource:
-    folder = Path(data).expanduser()
-    if not folder.is_dir():
-        others = "fashion-mnist, .parquet files, a Hub name owner/name, or .tar shards"
-        raise UserError(f"data '{data}': no such folder, and none of {others}")
-    parts = splits(data)
-    if split not in parts:
-        raise UserError(f"data '{data}' has no test/ folder: add one, or hold a share of its images out")
-    root = _split_root(folder, split)
-    listing = list_folder(root, columns)
-    if len(parts) == 2 and split == "train":
-        for reason, names in report_beside(folder, parts).left_out.items():
-            listing.report.left_out.setdefault(reason, names)
-    labels_of_train = listing.labels
-    if split == "test":
-        labels_of_train = list_folder(_split_root(folder, "train"), columns, with_captions=False).labels
-    class_names = class_names_of(labels_of_train)
-    labels = numbered(listing.labels, class_names, str(root))
-    return FolderSource(data, root, listing, labels, class_names, channels, max_bad_share, background)
-
-
 def splits(data: str, streaming: bool = False) -> tuple[str, ...]:
     """("train", "test") where the data set comes with a test split of its own, else ("train",)."""
     if streaming:
         return parquet_stream.streamed_splits(data)
-    kind, folder = kind_of(data), Path(data).expanduser()
+    kind = kind_of(data)
     if kind == "table":
         return tables.table_splits(data)
-    two = kind == "fashion-mnist" or ((folder / "train").is_dir() and (folder / "test").is_dir())
-    return ("train", "test") if two else ("train",)
-
-
-def _split_root(folder: Path, split: str) -> Path:
-    return folder / split if len(splits(str(folder))) == 2 else folder
+    return ("train", "test") if kind == "fashion-mnist" else folder_splits(Path(data).expanduser())
 
 
 def _fashion_mnist(split: str, channels: int) -> ArraySource:
-    """Fashion-MNIST (1708.07747): 60,000 + 10,000 grey images of 28 x 28 in ten classes, from idx(.gz) files."""
+    """Fashion-MNIST (arXiv 1708.07747): 60,000 + 10,000 grey images of 28 x 28 in ten classes, from idx(.gz) files."""
     prefix = "train" if split == "train" else "t10k"
     images = read_idx(_find_idx(f"{prefix}-images-idx3-ubyte"), dims=3)
     labels = read_idx(_find_idx(f"{prefix}-labels-idx1-ubyte"), dims=1)

@@ -1,142 +1,63 @@
-"""WebDataset shards: plain tar files, here or behind http(s)://, s3://, gs:// and hf://, read by ranges of bytes.
+"""WebDataset shards: plain tar archives whose images are read where they lie (see `latentdiff.data.range_files`).
 
-Each shard is read through once, when it is first opened: where each image lies, its size, its label and captions are
-kept as an index in the user's cache folder. From then on an image is one read at its place in the archive, so the data
-may be larger than the disk, any image can be asked for, and nothing is ever unpacked. Addresses need the fsspec library
-(pip install latentdiff[data]); s3:// and gs:// also s3fs and gcsfs.
+The webdataset library itself reads a shard from its start to its end, or copies it to the disk first. It is not used:
+here any image can be asked for by its number, and nothing is copied or unpacked.
 """
 
 from __future__ import annotations
 
-import glob
-import hashlib
 import json
 import os
 import re
-import secrets
-import time
-from collections.abc import Callable
+import tarfile
+from dataclasses import dataclass, field
 from io import BytesIO
-from pathlib import Path
 from typing import Any, BinaryIO
 
-from latentdiff.data.image_files import WHITE, Color, one_line
-from latentdiff.data.image_source import Columns, EncodedImages, all_or_none, class_names_of, numbered
-from latentdiff.data.patterns import expand
-from latentdiff.data.tar_index import FORMAT, Sample, index_shard
+from latentdiff.data.image_files import ADVICE, Header, hash_ends, image_suffixes, inspect, one_line, why_not_read
+from latentdiff.data.image_source import (
+    TEXT_COLUMNS,
+    Annotations,
+    Columns,
+    EncodedImages,
+    Reading,
+    all_or_none,
+    captions_of,
+    class_names_of,
+    numbered,
+)
+from latentdiff.data.range_files import ImageRecord, RangeFile, expand, find_files, indexes
 from latentdiff.errors import UserError
 
 ARCHIVE = re.compile(r"\.(tar|tgz)(?![A-Za-z0-9])")
-STAMPS = (  # what tells versions of one file apart, as far as its storage says it
-    "size",
-    "mtime",
-    "ETag",
-    "etag",
-    "LastModified",
-    "last_modified",
-    "Last-Modified",
-    "Content-MD5",
-    "Digest",
-    "md5Hash",
-    "crc32c",
-)
-TRIES = 4
+FORMAT = 2  # of the index as it is kept on disk; 1 knew fewer suffixes
+COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+MEMBER = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]+)")  # the key is all up to the first dot of the last part
+TEXTS = ("cls", "txt", "json")  # extensions of members that describe an image
 
 
-class Shard:
-    """One archive: `file` is a path or an address, `info` what its storage says of it (size, and what marks a version)."""
-
-    def __init__(self, file: str, storage: Any = None):
-        self.file, self._storage = file, storage
-        try:
-            self.info = storage.info(file) if storage else _local_info(file)
-        except Exception as error:  # each storage has exceptions of its own
-            raise UserError(f"{file}: no such shard, or not reachable ({one_line(error)})") from error
-        if not self.info.get("size"):
-            raise UserError(f"{file}: its storage does not say how long it is, or it is empty")
-
-    def stream(self) -> BinaryIO:
-        return self._storage.open(self.file, "rb") if self._storage else open(self.file, "rb")
-
-    def read(self, offset: int, size: int) -> bytes:
-        """`size` bytes from `offset` on. What fails on the net is tried again; then it is a UserError, not a bad image."""
-        for attempt in range(TRIES):
-            try:
-                if self._storage:
-                    found = self._storage.cat_file(self.file, start=offset, end=offset + size)
-                else:
-                    with open(self.file, "rb") as stream:
-                        stream.seek(offset)
-                        found = stream.read(size)
-                if len(found) != size:
-                    raise OSError(f"asked for {size} bytes at {offset}, got {len(found)}: changed, or ranges are not served")
-                return found
-            except Exception as error:  # each storage has exceptions of its own
-                if not self._storage or attempt + 1 == TRIES:
-                    raise UserError(f"{self.file}: cannot be read ({one_line(error)})") from error
-                time.sleep(0.25 * 4**attempt)
-        raise AssertionError("unreachable")
-
-    def index(self, columns: Columns) -> list[Sample]:
-        """Its samples, from the cache folder where this version was indexed before."""
-        return cached_index(self, [FORMAT, columns.image, columns.label, columns.text], lambda: self._look(columns))
-
-    def _look(self, columns: Columns) -> list[Sample]:
-        if self.info.get("partial") is False:
-            raise UserError(f"{self.file}: its server does not serve ranges of bytes, so no image can be read alone")
-        try:
-            with self.stream() as stream:
-                return index_shard(stream, self.info["size"], self.file, columns)
-        except UserError:
-            raise
-        except Exception as error:
-            raise UserError(f"{self.file}: cannot be read ({one_line(error)})") from error
-
-    def identity(self) -> list[Any]:
-        """Which file it is, and which version of it as far as its storage tells."""
-        stamps = {key: str(self.info[key]) for key in STAMPS if self.info.get(key) is not None}
-        return [self.file if self._storage else os.path.abspath(self.file), stamps]
-
-
-def cached_index(shard: Shard, what: list[Any], look: Callable[[], list[Sample]]) -> list[Sample]:
-    """An index from the cache folder where this version of a file was indexed so before, else what look() finds, kept there."""
-    identity = [*what, *shard.identity()]
-    path = _cache_folder() / (hashlib.sha256(json.dumps(identity).encode()).hexdigest() + ".json")
-    kept = _kept(path, identity)
-    if kept is None:
-        kept = look()
-        _keep(path, identity, kept)
-    return kept
-
-
-class WebShardSource(EncodedImages):
-    """The samples of all shards, in the order of the shards and of their members."""
+class WebDatasetSource(EncodedImages):
+    """The images of all shards, in the order of the shards and of their members."""
 
     def __init__(
         self,
         name: str,
-        shards: list[Shard],
-        samples: list[tuple[int, Sample]],
-        labels: list[int] | None,
-        class_names: list[str],
-        captions: list[tuple[str, ...]] | None,
-        channels: int | None,
-        max_bad_share: float,
-        background: Color = WHITE,
+        images: list[tuple[RangeFile, ImageRecord]],
+        annotations: Annotations,
+        reading: Reading,
     ):
-        self._shards, self._samples = shards, samples
-        place = os.path.commonprefix([shard.file for shard in shards])
+        self._images = images
+        place = os.path.commonprefix([shard.name for shard, _ in images])
         place = place[: place.rfind("/") + 1]
-        files = [f"{shards[k].file[len(place) :]}/{sample.member}" for k, sample in samples]
-        headers = [sample.header for _, sample in samples]
-        super().__init__(name, place, files, headers, labels, class_names, captions, channels, max_bad_share, background)
+        files = [f"{shard.name[len(place) :]}/{record.member}" for shard, record in images]
+        super().__init__(name, place, files, [record.header for _, record in images], annotations, reading)
 
     def open(self, i: int) -> BinaryIO:
-        k, sample = self._samples[self.rows[i]]
-        return BytesIO(self._shards[k].read(sample.offset, sample.size))
+        shard, record = self._images[self.rows[i]]
+        return BytesIO(shard.read(record.offset, record.size))
 
     def ends(self) -> list[str]:
-        return [self._samples[row][1].ends for row in self.rows]
+        return [self._images[row][1].ends for row in self.rows]
 
 
 def is_shards(data: str) -> bool:
@@ -144,9 +65,7 @@ def is_shards(data: str) -> bool:
     return bool(ARCHIVE.search(data))
 
 
-def open_shards(
-    data: str, channels: int | None, max_bad_share: float, columns: Columns, background: Color = WHITE
-) -> WebShardSource:
+def open_shards(data: str, columns: Columns, reading: Reading) -> WebDatasetSource:
     """The shards that a pattern names: braces ({000..127}, {a,b}) anywhere, * and ? except at http(s)://.
 
     A sample is what shares a member's name up to its first dot. The image is its png, jpg, jpeg, webp, …; the label its
@@ -156,87 +75,154 @@ def open_shards(
     UserError: a shard is missing, compressed, cut short or damaged; a sample has no image; or some have no label or
     caption although others do. The message names the shard and the sample.
     """
-    shards = [shard for name in expand(data) for shard in find_shards(name, data)]
+    shards = [shard for name in expand(data) for shard in find_files(name, data)]
     if not shards:
         raise UserError(f"data '{data}': no such shard")
-    samples = [(k, sample) for k, found in enumerate(_indexes(shards, columns)) for sample in found]
-    if not samples:
+    found = indexes(shards, [FORMAT, columns.image, columns.label, columns.text], lambda shard: _look(shard, columns))
+    images = [(shard, record) for shard, records in zip(shards, found, strict=True) for record in records]
+    if not images:
         raise UserError(f"data '{data}': the shards have no samples")
 
     def where(i: int) -> str:
-        k, sample = samples[i]
-        return f"{shards[k].file}: sample {sample.key}"
+        return f"{images[i][0].name}: sample {images[i][1].key}"
 
-    labels: list[str | None] = [sample.label for _, sample in samples]
-    texts: list[tuple[str, ...] | None] = [sample.captions for _, sample in samples]
-    names = all_or_none(labels, columns.label or "label", where)
-    captions = all_or_none(texts, columns.text or "caption", where)
-    for column, found in ((columns.label, names), (columns.text, captions)):
-        if column and found is None:
+    names = all_or_none([record.label for _, record in images], columns.label or "label", where)
+    captions = all_or_none([record.captions for _, record in images], columns.text or "caption", where)
+    for column, values in ((columns.label, names), (columns.text, captions)):
+        if column and values is None:
             raise UserError(f"data '{data}': no sample has {column} in its json")
     class_names = class_names_of(names)
-    return WebShardSource(
-        data, shards, samples, numbered(names, class_names, data), class_names, captions, channels, max_bad_share, background
-    )
+    return WebDatasetSource(data, images, Annotations(numbered(names, class_names, data), class_names, captions), reading)
 
 
-def find_shards(name: str, data: str) -> list[Shard]:
-    """The shards of one name without braces, which may have * and ?."""
-    if "://" not in name:
-        path = str(Path(name).expanduser())
-        found = sorted(glob.glob(path, recursive=True)) if glob.has_magic(path) and not Path(path).is_file() else [path]
-        return [Shard(file) for file in found]
+def _look(shard: RangeFile, columns: Columns) -> list[ImageRecord]:
+    shard.require_ranges(", so no image can be read alone")
     try:
-        from fsspec.core import url_to_fs
-    except ImportError:
-        raise UserError(f"data '{data}': addresses need the fsspec library; pip install latentdiff[data]") from None
-    try:
-        storage, path = url_to_fs(name)
-        web = name.startswith(("http://", "https://"))  # there ? begins a query, and nothing lists the files
-        if web and "*" in name:
-            raise UserError(f"data '{data}': * finds nothing at an http address; write the shards as {{000..127}}")
-        found = sorted(storage.glob(path)) if not web and glob.has_magic(path) else [path]
+        with shard.stream() as stream:
+            return index_shard(stream, shard.size, shard.name, columns)
     except UserError:
         raise
-    except Exception as error:  # each storage has exceptions of its own, and a missing one says what to install
-        raise UserError(f"data '{data}': cannot be reached ({one_line(error)})") from error
-    return [Shard(file, storage) for file in found]
+    except Exception as error:  # each storage has exceptions of its own
+        raise UserError(f"{shard.name}: cannot be read ({one_line(error)})") from error
 
 
-def _indexes(shards: list[Shard], columns: Columns) -> list[list[Sample]]:
-    from concurrent.futures import ThreadPoolExecutor
+@dataclass
+class _Members:
+    """The members of one sample, by their extensions.
 
-    from tqdm import tqdm
+    images: (offset, size, header, ends) of each. texts: contents. unread: extensions of images of kinds that are not read.
+    """
 
-    with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
-        indexes = pool.map(lambda shard: shard.index(columns), shards)
-        return list(tqdm(indexes, "indexing", len(shards), leave=False, delay=2, unit="shard"))
-
-
-def _local_info(file: str) -> dict[str, Any]:
-    stat = os.stat(file)
-    return {"size": stat.st_size, "mtime": stat.st_mtime_ns}
+    images: dict[str, tuple[int, int, Header, str]] = field(default_factory=dict)
+    texts: dict[str, bytes] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
 
 
-def _cache_folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentdiff" / "shards"
+def index_shard(stream: BinaryIO, length: int, shard: str, columns: Columns) -> list[ImageRecord]:
+    """A record of each sample of one shard, in the order in which their first members come.
 
-
-def _kept(path: Path, identity: list[Any]) -> list[Sample] | None:
-    """An index from the cache folder; None where there is none, or it is damaged."""
+    stream: the archive, `length` bytes long. shard: its name in messages. Members are read as bytes and nothing is
+    unpacked. Links, and what belongs to no sample, are passed over. An image that cannot be decoded is kept, with the
+    reason as its header.
+    """
+    start = stream.read(8)
+    for magic, kind in COMPRESSED.items():
+        if start.startswith(magic):
+            raise UserError(f"{shard}: is compressed ({kind}); images in it could not be read alone: unpack it to a plain .tar")
+    stream.seek(0)
+    samples: dict[str, _Members] = {}
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        return [Sample.from_json(row) for row in kept["samples"]] if kept["identity"] == identity else None
-    except (OSError, ValueError, TypeError, KeyError, IndexError):
+        with tarfile.open(fileobj=stream, mode="r:") as archive:
+            for member in archive:
+                name = MEMBER.fullmatch(member.name.removeprefix("./"))
+                if not (name and member.isreg()):
+                    continue
+                key, extension = name.groups()
+                if extension in TEXTS or _suffix(extension) in image_suffixes():
+                    _add(samples.setdefault(key, _Members()), extension, stream, member, shard)
+                elif _suffix(extension) in ADVICE:
+                    samples.setdefault(key, _Members()).unread.append(extension)
+            end = archive.offset
+    except tarfile.TarError as error:
+        raise UserError(f"{shard}: cut short, or not a tar archive ({one_line(error)})") from error
+    # tarfile takes the end of the file, or a header that it cannot read, for the end of the archive
+    stream.seek(min(end, length))
+    last = stream.read(tarfile.BLOCKSIZE)
+    if len(last) < tarfile.BLOCKSIZE:
+        raise UserError(f"{shard}: cut short, it ends without an archive's end mark")
+    if any(last):
+        raise UserError(f"{shard}: damaged, no member begins at byte {end} where one should")
+    return [_record(key, members, f"{shard}: sample {key}", columns) for key, members in samples.items()]
+
+
+def _suffix(extension: str) -> str:
+    return "." + extension.lower().rpartition(".")[2]
+
+
+def _add(sample: _Members, extension: str, stream: BinaryIO, member: tarfile.TarInfo, shard: str) -> None:
+    if member.issparse():
+        raise UserError(f"{shard}: member {member.name} is a sparse file; write it in full")
+    if extension in sample.images or extension in sample.texts:
+        raise UserError(f"{shard}: member {member.name} is there twice")
+    stream.seek(member.offset_data)
+    content = stream.read(member.size)
+    if len(content) < member.size:
+        raise UserError(f"{shard}: cut short, member {member.name} is not whole")
+    if extension in TEXTS:
+        sample.texts[extension] = content
+    else:
+        file = BytesIO(content)
+        sample.images[extension] = (member.offset_data, member.size, inspect(file), hash_ends(file))
+
+
+def _record(key: str, members: _Members, where: str, columns: Columns) -> ImageRecord:
+    row = _json(members.texts.get("json"), where)
+    label = _label(members.texts, row, columns.label, where)
+    captions = _captions(members.texts, row, columns.text, where)
+    images = members.images
+    if members.unread and not images:
+        extension = members.unread[0]
+        return ImageRecord(key, extension, 0, 0, why_not_read(_suffix(extension)), "", label, captions)
+    if columns.image is None and len(images) > 1:
+        raise UserError(f"{where} has several images ({', '.join(images)}): name one of these as image_column")
+    if not images or columns.image not in (None, *images):
+        missing = f"{columns.image}, its images are {', '.join(images)}" if columns.image and images else "image"
+        raise UserError(f"{where} has no {missing}")
+    extension = columns.image or next(iter(images))
+    return ImageRecord(key, extension, *images[extension], label, captions)
+
+
+def _json(content: bytes | None, where: str) -> dict[str, Any]:
+    if content is None:
+        return {}
+    try:
+        row = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: its json cannot be read ({one_line(error)})") from error
+    if not isinstance(row, dict):
+        raise UserError(f"{where}: its json must be an object with named fields")
+    return row
+
+
+def _label(texts: dict[str, bytes], row: dict[str, Any], column: str | None, where: str) -> str | None:
+    if column is None and "cls" in texts:
+        text = texts["cls"].decode("ascii", "replace").strip()
+        if not text.isdecimal():
+            raise UserError(f"{where}: its cls must be a whole number, not {text[:40]!r}")
+        return str(int(text))
+    value = row.get(column or "label")
+    if value is None or value == "":
         return None
+    if not isinstance(value, (str, int)):
+        raise UserError(f"{where}: {column or 'label'} in its json must be a whole number or a string, not {value!r}")
+    return str(value)
 
 
-def _keep(path: Path, identity: list[Any], samples: list[Sample]) -> None:
-    """Written whole or not at all; a cache folder that cannot be written to costs time at the next start and no more."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
-        part.write_text(json.dumps({"identity": identity, "samples": [s.as_json() for s in samples]}), encoding="utf-8")
-        part.replace(path)
-    except OSError:
-        pass
+def _captions(texts: dict[str, bytes], row: dict[str, Any], column: str | None, where: str) -> tuple[str, ...] | None:
+    if column is None and "txt" in texts:
+        try:
+            return captions_of(texts["txt"].decode("utf-8").strip(), where)
+        except UnicodeDecodeError as error:
+            raise UserError(f"{where}: its txt is not UTF-8 text ({one_line(error)})") from error
+    values = [row[name] for name in ([column] if column else TEXT_COLUMNS) if row.get(name) not in (None, "", [])]
+    return captions_of(values[0], where) if values else None

@@ -99,13 +99,13 @@ def test_splits_are_told_by_the_names_of_files(tmp_path):
 
 def test_a_hub_name_is_its_parquet_files(tmp_path, monkeypatch):
     write_files(tmp_path / "data")
-    asked, find = [], parquet_stream.find_shards
+    asked, find = [], parquet_stream.find_files
 
     def listing(name, data):
         asked.append(name)
         return find(str(tmp_path / "data" / "*.parquet"), data)
 
-    monkeypatch.setattr(parquet_stream, "find_shards", listing)
+    monkeypatch.setattr(parquet_stream, "find_files", listing)
     assert len(open_source("owner/name", streaming=True)) == 2 * EACH
     assert set(asked) == {"hf://datasets/owner/name/**/*.parquet"}
 
@@ -170,13 +170,13 @@ def test_bytes_are_read_about_once_and_nothing_is_stored(tmp_path, served):
     assert first(dataset.batch(range(len(dataset)))[0]) == list(range(3 * EACH))
     assert bytes_of(asked) < 1.05 * size
     asked.clear()
-    source._kept.clear()  # what that pass left in memory would not be read
+    source._group_images.cache_clear()  # what that pass left in memory would not be read
     batches = Batches(dataset, 6, 0, workers=1)  # one thread, so that the same groups are read at each run of the test
     for _ in range(len(dataset) // 6):
         next(batches)
     batches.close()
     assert 0.9 * size < bytes_of(asked) < 1.3 * size  # all, and of the next epoch the window that is read ahead
-    assert len(source._kept) <= 2 * WINDOW
+    assert 0 < source._group_images.cache_info().currsize <= 2 * WINDOW
     assert set(tmp_path.rglob("*")) == before
 
 

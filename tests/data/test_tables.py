@@ -107,7 +107,7 @@ def test_the_config_names_the_columns(tmp_path):
         (Columns(image="pic"), "image_column pic is not a column; the columns are image, label, n$"),
         (Columns(label="cls"), "label_column cls is not a column; the columns are image, label, n$"),
         (Columns(text="txt"), "text_column txt is not a column; the columns are image, label, n$"),
-        (Columns(image="label"), "image_column label holds no images; the columns are image, label, n$"),
+        (Columns(image="label"), "image_column label must hold images; the columns are image, label, n$"),
         (Columns(label="n"), "label_column n must hold classes, whole numbers or strings"),
         (Columns(text="label"), "text_column label must hold strings"),
     ],

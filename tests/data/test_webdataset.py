@@ -16,7 +16,7 @@ from tiny_runs import write_stripes
 
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.image_source import Columns
-from latentdiff.data.patterns import expand
+from latentdiff.data.range_files import expand
 from latentdiff.data.shuffling import Batches
 from latentdiff.data.sources import open_source, splits
 from latentdiff.data.transforms import Preprocess
@@ -242,7 +242,7 @@ def test_a_server_that_goes_away_is_no_bad_image(tmp_path, served, monkeypatch):
     numbered_shards(tmp_path, 1)
     address, asked = served()
     dataset = ImageDataset(open_source(address + "/shards-000.tar", max_bad_share=0.9), Preprocess())
-    monkeypatch.setattr("latentdiff.data.webdataset.time.sleep", lambda _: None)
+    monkeypatch.setattr("latentdiff.data.range_files.time.sleep", lambda _: None)
     (tmp_path / "shards-000.tar").rename(tmp_path / "away")
     with pytest.raises(UserError, match="shards-000.tar: cannot be read") as error:
         dataset.batch([1])
