@@ -1,7 +1,8 @@
 """Publish and load a checkpoint: a diffusers folder that plain diffusers opens, with latentdiff.json beside it.
 
-Layout: model_index.json, pipeline.py, unet/, vae/, [scheduler/], latentdiff.json (how it was made) and README.md (the
-model card). Weights are safetensors; nothing is ever unpickled. Training state (optimizers and so on) lives elsewhere.
+Layout: model_index.json, pipeline.py, unet/, vae/, [scheduler/], [text_encoder/, tokenizer/], latentdiff.json (how it was
+made) and README.md (the model card). Weights are safetensors files; nothing is ever unpickled. Training state (optimizers
+and so on) is kept elsewhere.
 """
 
 import copy
@@ -28,9 +29,10 @@ NETWORKS = ("unet", "vae", "text_encoder")
 META = "latentdiff.json"
 INDEX = "model_index.json"
 FORMAT = 1
-VERY_LONG = int(1e30)  # transformers' length of a tokenizer that states none
+VERY_LONG = int(1e30)  # transformers' length of a tokenizer that has none of its own
 STABLE_DIFFUSION = "StableDiffusionPipeline"
-IN_REPOSITORY = ("emoji", "emoji-judge")  # weights too large for a wheel
+IN_REPOSITORY = ("emoji", "emoji-judge")  # weights that are too large for a wheel
+# Values of _class_name in model_index.json that can be loaded
 KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION)
 
 
@@ -50,26 +52,25 @@ def publish(
     files: Mapping[str, bytes | Path] | None = None,
     **index: Any,
 ) -> Path:
-    """Write a checkpoint whole or not at all, replacing one that is there.
+    """Write a checkpoint, whole or not at all, and return its folder. A checkpoint that is there already is replaced.
 
     Args:
-        folder: where; everything in it belongs to the checkpoint and is replaced.
-        unet, vae: diffusers models; copied, never changed. `unet` holds the weights to ship (usually the EMA).
-        scheduler: a diffusers scheduler, or None with `default_sampler`, a latentdiff sampler, in its place.
+        folder: where to write; everything in it is replaced.
+        unet, vae: diffusers models; they are copied, never changed. `unet` holds the weights to publish (usually the EMA).
+        scheduler: a diffusers scheduler; or None, together with `default_sampler`, a sampler of latentdiff.
         meta: JSON values for latentdiff.json: config, data fingerprint, steps, EMA, latent statistics, metrics ...
+        class_names: names of the classes, in the order of the U-Net's class embedding; None without classes.
+        null_class: the row of the class embedding that stands for no class; None where the model was trained without one.
         text_encoder, tokenizer: of transformers, for a U-Net that attends to text; copied like the others.
+        null_prompt: the prompt that stands for no text; None where the model was trained without one.
         dtype: of the weights on disk.
         card: text of README.md; None writes a short one.
-        files: more files by name (bytes, or a path to copy): pictures for the card.
-        class_names, null_class, null_prompt, index: image_size, prediction, schedule, default_guidance_scale,
-            default_guidance_interval, default_num_inference_steps and default_sampler of `LatentDiffusionPipeline`, kept
-            in model_index.json.
-
-    Returns:
-        The folder.
+        files: more files by name (bytes, or a path to copy), such as pictures of the card.
+        index: more arguments of `LatentDiffusionPipeline` for model_index.json: image_size, prediction, schedule,
+            default_guidance_scale, default_guidance_interval, default_num_inference_steps, default_sampler.
 
     Raises:
-        UserError: a weight does not fit `dtype`, or classes, null class, guidance and U-Net contradict each other, or
+        UserError: a weight is not finite in `dtype`; classes, null class, guidance and U-Net contradict each other; or
             nothing says how to sample.
     """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -90,7 +91,8 @@ def publish(
         "weights_dtype": str(dtype).removeprefix("torch."),
         "versions": library_versions(),
     }
-    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"  # fails before anything is written
+    # Before anything is written, as it fails for values that JSON cannot hold
+    text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
     pipeline = LatentDiffusionPipeline(
         *_with_sizes(in_dtype(unet, dtype, "unet"), in_dtype(vae, dtype, "vae")),
         scheduler,
@@ -117,48 +119,25 @@ def publish(
     return folder
 
 
-def _with_sizes(unet: torch.nn.Module, vae: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A U-Net and an autoencoder, the sizes in their configs made what stock pipelines take them for, in place.
+def _check_sampling(scheduler: Any, sampler: str | None, prediction: str | None, schedule: Any) -> None:
+    """UserError unless there is a scheduler, or else a sampler of latentdiff with the schedule and prediction it needs."""
+    from latentdiff import samplers
 
-    Image-to-image, inpainting and others compare the U-Net's sample_size with a number, so a square one is a number.
-    Tiled decoding cuts at the autoencoder's sample_size, so it must be no less than the model's own picture.
-    """
-    size, side = unet.config.get("sample_size"), vae.config.get("sample_size")
-    if isinstance(size, (list, tuple)) and size[0] == size[1]:
-        unet.register_to_config(sample_size=size[0])
-    blocks = vae.config.get("block_out_channels")
-    if size is not None and isinstance(side, int) and blocks:
-        largest = max(size) if isinstance(size, (list, tuple)) else size
-        vae.register_to_config(sample_size=max(side, largest * 2 ** (len(blocks) - 1)))
-    return unet, vae
-
-
-def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A part's config without the path it came from, and with a dtype that all parts agree on.
-
-    transformers from version 5 on loads a part in the dtype of its config, but diffusers loads its own parts in float32 if
-    no dtype is given. So a text encoder's config says float32, whatever the weights are stored in: loading casts them.
-    """
-    portable = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype")}
-    if "dtype" in config or "torch_dtype" in config:
-        portable["dtype"] = "float32"
-    return dict(sorted(portable.items()))
-
-
-def _save_vocabulary(tokenizer: Any, folder: Path) -> None:
-    """Write the vocabulary as files of its own (vocab.json with merges.txt, or vocab.txt) beside tokenizer.json.
-
-    The tokenizers of transformers before version 5 read these, and those of version 5 do not write them.
-    """
-    fast = getattr(tokenizer, "backend_tokenizer", None)
-    if fast is not None and type(fast.model).__name__ in ("BPE", "WordPiece"):
-        fast.model.save(str(folder))
+    if (scheduler is None) == (sampler is None):
+        raise UserError("default_sampler: runs where scheduler is None, so a checkpoint has one of the two")
+    if sampler is not None and sampler not in samplers.names():
+        raise UserError(f"default_sampler: {sampler!r} is unknown; valid: {', '.join(samplers.names())}")
+    if sampler is not None and not (schedule and prediction):
+        raise UserError("schedule and prediction: both are needed where scheduler is None, as nothing else states them")
 
 
 def _check_classes(
     unet: Any, class_names: Sequence[str] | None, null_class: int | None, index: Mapping[str, Any], text_dropped: bool
 ) -> None:
-    """UserError where the classes, the null class, the default guidance and the U-Net contradict each other."""
+    """UserError where classes, null class, default guidance and U-Net contradict each other.
+
+    text_dropped: whether the model was trained without text on some samples.
+    """
     from latentdiff.guidance import check_interval
 
     scale = index.get("default_guidance_scale", 1.0)
@@ -173,39 +152,66 @@ def _check_classes(
         )
 
 
-def _check_sampling(scheduler: Any, sampler: str | None, prediction: str | None, schedule: Any) -> None:
-    """UserError unless there is a scheduler, or all that one of latentdiff's samplers needs in its place."""
-    from latentdiff import samplers
-
-    if (scheduler is None) == (sampler is None):
-        raise UserError("default_sampler: runs where scheduler is None, so a checkpoint has one of the two")
-    if sampler is not None and sampler not in samplers.names():
-        raise UserError(f"default_sampler: {sampler!r} is unknown; valid: {', '.join(samplers.names())}")
-    if sampler is not None and not (schedule and prediction):
-        raise UserError("schedule and prediction: both are needed where scheduler is None, as nothing else states them")
-
-
-def prefix_names(file: Path, prefix: str) -> None:
-    """Rename the weights in a safetensors file so that each begins with `prefix`.
-
-    transformers from 5.6 on writes a CLIPTextModel without "text_model." and reads it either way; older ones and other
-    tools know the name with it alone, and would leave every weight at its random initialisation.
-    """
-    weights = load_file(file)
-    save_file({prefix + name.removeprefix(prefix): value for name, value in weights.items()}, file, {"format": "pt"})
-
-
 def in_dtype(model: torch.nn.Module, dtype: torch.dtype, name: str) -> torch.nn.Module:
-    """A copy of a model on the CPU in `dtype`, without gradients; refuses weights that are not finite in it."""
-    result = torch.nn.Module.to(copy.deepcopy(model), device="cpu", dtype=dtype)  # not ModelMixin.to: it warns of this
+    """A copy of a model on the CPU in `dtype`, in eval mode. UserError, naming it `name`, for weights not finite in `dtype`."""
+    # Not ModelMixin.to, which warns of float16 on a CPU
+    result = torch.nn.Module.to(copy.deepcopy(model), device="cpu", dtype=dtype)
     for key, value in result.state_dict().items():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise UserError(f"{name}: {key} is not finite in {dtype}: it diverged, or needs float32 or bfloat16")
     return result.eval()
 
 
+def _with_sizes(unet: torch.nn.Module, vae: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The U-Net and the autoencoder, with sample_size in their configs changed in place to what stock pipelines expect.
+
+    Image-to-image, inpainting and others compare the U-Net's sample_size with a number, so a square one becomes a number.
+    Tiled decoding splits images above the autoencoder's sample_size, so it is at least the size of the model's images.
+    """
+    size, side = unet.config.get("sample_size"), vae.config.get("sample_size")
+    if isinstance(size, (list, tuple)) and size[0] == size[1]:
+        unet.register_to_config(sample_size=size[0])
+    blocks = vae.config.get("block_out_channels")
+    if size is not None and isinstance(side, int) and blocks:
+        largest = max(size) if isinstance(size, (list, tuple)) else size
+        vae.register_to_config(sample_size=max(side, largest * 2 ** (len(blocks) - 1)))
+    return unet, vae
+
+
+def prefix_names(file: Path, prefix: str) -> None:
+    """Rename the weights in a safetensors file so that each name begins with `prefix`.
+
+    transformers from 5.6 on writes a CLIPTextModel without "text_model." and reads both. Older versions and other programs
+    know only the names with it, and would leave every weight at its random initial value.
+    """
+    weights = load_file(file)
+    save_file({prefix + name.removeprefix(prefix): value for name, value in weights.items()}, file, {"format": "pt"})
+
+
+def _save_vocabulary(tokenizer: Any, folder: Path) -> None:
+    """Write vocab.json with merges.txt, or vocab.txt, beside tokenizer.json.
+
+    transformers before version 5 reads these files, and version 5 does not write them.
+    """
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is not None and type(fast.model).__name__ in ("BPE", "WordPiece"):
+        fast.model.save(str(folder))
+
+
+def _portable(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's config without the path it was loaded from, and with dtype float32.
+
+    transformers from version 5 on loads a part in the dtype of its config; diffusers loads its parts in float32 unless it is
+    told otherwise. So the text encoder's config says float32, whatever the weights are stored in: loading converts them.
+    """
+    portable = {key: value for key, value in config.items() if key not in ("_name_or_path", "torch_dtype")}
+    if "dtype" in config or "torch_dtype" in config:
+        portable["dtype"] = "float32"
+    return dict(sorted(portable.items()))
+
+
 def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that made a checkpoint."""
+    """Versions of Python and of the libraries that a checkpoint depends on, by name, as they are installed here."""
     versions = {"python": platform.python_version()}
     for name in ("latentdiff", "torch", "diffusers", "transformers", "accelerate", "safetensors"):
         try:
@@ -216,7 +222,7 @@ def library_versions() -> dict[str, str]:
 
 
 def short_card(pipeline: "LatentDiffusionPipeline") -> str:
-    """A model card for a checkpoint that nobody has described yet: what it is conditioned on, and how to open it."""
+    """The Markdown text of a default model card: what the model is conditioned on, and how to open it."""
     conditions, arguments = [], []
     if pipeline.text_encoder is not None:
         conditions.append("text")
@@ -236,13 +242,17 @@ def short_card(pipeline: "LatentDiffusionPipeline") -> str:
 
 
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = True) -> "LatentDiffusionPipeline":
-    """The pipeline of a checkpoint, or of any folder in Stable Diffusion's layout, on the CPU, in evaluation mode.
+    """The pipeline of a checkpoint, or of a folder in Stable Diffusion's layout, on the CPU, in eval mode.
 
-    Runs the installed pipeline, never the pipeline.py of the folder. Weights may be of a variant, or in shards.
-    verify: hold weight files against the hashes that were published beside them, about two seconds a gigabyte on a slow core.
+    The installed pipeline is used, never the pipeline.py of the folder. Weights may be of a variant (fp16), or in shards.
+
+    Args:
+        folder: of the checkpoint.
+        dtype: that the weights are loaded in.
+        verify: check weight files against the hashes beside them; about two seconds a gigabyte on a slow core.
 
     Raises:
-        UserError: the folder or one of its files is missing, truncated, corrupt, pickled, or not of this kind.
+        UserError: the folder or one of its files is missing, truncated, damaged, pickled, or of another kind.
     """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
@@ -262,31 +272,31 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
     return pipeline
 
 
-def _check_prompts(pipeline: Any, file: Path) -> None:
-    """UserError where the tokenizer's length is not one that every prompt can be padded to and the encoder can read."""
-    longest = getattr(pipeline.text_encoder.config, "max_position_embeddings", None)
-    most = min(longest, limits.MAX_TOKENS) if isinstance(longest, int) else limits.MAX_TOKENS
-    length = pipeline.tokenizer.model_max_length
-    stated = length if length != VERY_LONG else "not stated"
-    if not isinstance(length, int) or not pipeline.tokenizer.num_special_tokens_to_add() < length <= most:
-        least = pipeline.tokenizer.num_special_tokens_to_add() + 1
-        raise UserError(f"{file}: model_max_length is {str(stated)[:40]}; it must be a whole number from {least} to {most}")
-
-
 def as_stable_diffusion(scheduler: Any) -> None:
-    """Correct a scheduler's config as the stock pipeline does when it is made: old folders miss what it takes for granted."""
+    """Correct a scheduler's config, in place, as Stable Diffusion's own pipeline does: old folders have other values."""
     for key, value in {"steps_offset": 1, "clip_sample": False}.items():
         if key in scheduler.config:
             scheduler.register_to_config(**{key: value})
 
 
-def check(folder: Path) -> dict[str, type]:
-    """Look at every file of a checkpoint without loading it; the class of each of its models.
+def _check_prompts(pipeline: Any, file: Path) -> None:
+    """UserError where the tokenizer's length is too short for its special tokens, or too long for the encoder. file: of it."""
+    longest = getattr(pipeline.text_encoder.config, "max_position_embeddings", None)
+    most = min(longest, limits.MAX_TOKENS) if isinstance(longest, int) else limits.MAX_TOKENS
+    least = pipeline.tokenizer.num_special_tokens_to_add() + 1
+    length = pipeline.tokenizer.model_max_length
+    if not isinstance(length, int) or not least <= length <= most:
+        shown = "not stated" if length == VERY_LONG else str(length)[:40]
+        raise UserError(f"{file}: model_max_length is {shown}; it must be a whole number from {least} to {most}")
 
-    What a folder has besides (safety_checker, feature_extractor, image_encoder) is not looked at, as it is not used.
+
+def check(folder: Path) -> dict[str, type]:
+    """Check every file of a checkpoint without loading weights; returns the class of each of its models by folder name.
+
+    Other parts (safety_checker, feature_extractor, image_encoder) are not used, and so not checked.
 
     Raises:
-        UserError: naming the file at fault.
+        UserError: a file is missing, truncated, pickled, or holds something a pipeline cannot work with; it is named.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a checkpoint is a folder with {INDEX}")
@@ -297,7 +307,7 @@ def check(folder: Path) -> dict[str, type]:
     if name not in KINDS:
         raise UserError(f"{folder / INDEX}: _class_name is {name}; expected LatentDiffusionPipeline or {STABLE_DIFFUSION}")
     parts = ["unet", "vae", "scheduler", "text_encoder", "tokenizer"]
-    if name != STABLE_DIFFUSION:  # where each of them is needed
+    if name != STABLE_DIFFUSION:  # which needs all of them
         parts = parts[:2] + [part for part in parts[2:] if index.get(part, [None, None]) != [None, None]]
     limits.check_index(folder / INDEX, index)
     classes = {part: part_class(index.get(part), f"{folder / INDEX}: {part}") for part in parts}
@@ -315,7 +325,7 @@ def check(folder: Path) -> dict[str, type]:
 
 
 def _in_run(folder: Path) -> str:
-    """How to come from a training run's output folder to its checkpoint."""
+    """Advice for somebody who gave a training run's output folder in place of its checkpoint."""
     if (folder / "model" / INDEX).is_file():
         return f"did you mean {folder / 'model'}?"
     if (folder / "state").is_dir() or (folder / "snapshots").is_dir():
@@ -324,65 +334,17 @@ def _in_run(folder: Path) -> str:
 
 
 def read_meta(folder: str | Path) -> dict[str, Any]:
-    """What latentdiff.json says of a checkpoint; UserError where folder or file is missing or not JSON."""
+    """The content of a checkpoint's latentdiff.json. UserError where folder or file is missing, or it is not a JSON object."""
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a checkpoint is a folder with {META}")
     return read_json(folder / META)
 
 
-def shipped_folder(kind: str) -> Path | None:
-    """The folder of data ("weights", "configs") that ships with latentdiff.
-
-    It lies inside the package in a wheel, and beside it in an editable install or a clone. None: not shipped.
-    """
-    package = Path(__file__).parent
-    for parent in (package, package.parent):
-        if (parent / kind).is_dir() and (parent is package or (parent / "pyproject.toml").is_file()):
-            return parent / kind
-    return None
-
-
-def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> Path:
-    """The folder of a checkpoint: a path that exists, else weights that ship, as "weights/NAME" or "NAME".
-
-    kind: what an error calls it.  holds: the file by which such a folder is known.
-
-    Raises:
-        UserError: there is neither; names the weights that ship.
-    """
-    path = Path(name)
-    atomic.put_back(path)  # a process may have been killed between the two renames that publish a folder
-    if path.exists():
-        return path
-    shipped = shipped_folder("weights")
-    models = sorted(p.parent.name for p in shipped.glob(f"*/{holds}")) if shipped else []
-    wanted = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
-    if shipped and len(wanted) == 1 and wanted[0] and (shipped / wanted[0]).is_dir():  # a checkpoint or a feature network
-        return shipped / wanted[0]
-    if len(wanted) == 1 and wanted[0] in IN_REPOSITORY:
-        raise UserError(
-            f"{kind} {str(name)!r}: does not come with an installed package; clone latentdiff's repository, "
-            f"and give the path of its weights/{wanted[0]} or run the command there"
-        )
-    choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else f"with {holds}"
-    raise UserError(f"{kind} {str(name)!r}: no such folder; give the path of one {choice}")
-
-
-def resolve_config(name: str | Path) -> Path:
-    """The path of a training config: the file itself, else one that ships, as "configs/SET/NAME.yaml"."""
-    path = Path(name)
-    shipped = shipped_folder("configs")
-    if not path.exists() and shipped and path.parts[:1] == ("configs",):
-        inside = shipped.joinpath(*path.parts[1:])
-        return inside if inside.is_file() else path
-    return path
-
-
 def weights_of(folder: Path) -> dict[str, str | None]:
-    """Which weights a checkpoint holds: the average over its training, where its latentdiff.json says so, and their sha256.
+    """{"weights": "EMA, decay …" where latentdiff.json says so, else None; "weights_sha256": of all its weight files}.
 
-    Hashed are the safetensors files of its networks, named by their places in the folder.
+    The hash covers the path, length and content of each network's safetensors files.
     """
     average = read_meta(folder).get("ema") if (folder / META).is_file() else None
     digest = hashlib.sha256()
@@ -391,3 +353,54 @@ def weights_of(folder: Path) -> dict[str, str | None]:
         digest.update(bytes.fromhex(sha256_of(path)))
     weights = f"EMA, decay {average.get('decay')}" if isinstance(average, dict) else None
     return {"weights": weights, "weights_sha256": digest.hexdigest()}
+
+
+def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> Path:
+    """The folder of a checkpoint: a path that exists, or weights that come with latentdiff, as "weights/NAME" or "NAME".
+
+    Args:
+        name: the path or name.
+        kind: what an error message calls it.
+        holds: the file that such a folder must have to be listed in an error message.
+
+    Raises:
+        UserError: there is no such folder; the message names the weights that come with latentdiff.
+    """
+    path = Path(name)
+    atomic.put_back(path)  # a process may have been killed between the two renames that publish a folder
+    if path.exists():
+        return path
+    shipped = shipped_folder("weights")
+    models = sorted(p.parent.name for p in shipped.glob(f"*/{holds}")) if shipped else []
+    inner = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
+    if shipped and len(inner) == 1 and inner[0] and (shipped / inner[0]).is_dir():  # a checkpoint or a feature network
+        return shipped / inner[0]
+    if len(inner) == 1 and inner[0] in IN_REPOSITORY:
+        raise UserError(
+            f"{kind} {str(name)!r}: does not come with an installed package; clone latentdiff's repository, "
+            f"and give the path of its weights/{inner[0]} or run the command there"
+        )
+    choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else f"with {holds}"
+    raise UserError(f"{kind} {str(name)!r}: no such folder; give the path of one {choice}")
+
+
+def resolve_config(name: str | Path) -> Path:
+    """The path of a training config: the file itself, or one that comes with latentdiff, as "configs/SET/NAME.yaml"."""
+    path = Path(name)
+    shipped = shipped_folder("configs")
+    if not path.exists() and shipped and path.parts[:1] == ("configs",):
+        inside = shipped.joinpath(*path.parts[1:])
+        return inside if inside.is_file() else path
+    return path
+
+
+def shipped_folder(kind: str) -> Path | None:
+    """The folder of "weights" or "configs" that comes with latentdiff; None where the installation has none.
+
+    It lies inside the package in a wheel, and beside the package in an editable install or a clone.
+    """
+    package = Path(__file__).parent
+    for parent in (package, package.parent):
+        if (parent / kind).is_dir() and (parent is package or (parent / "pyproject.toml").is_file()):
+            return parent / kind
+    return None

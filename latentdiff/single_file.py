@@ -1,4 +1,4 @@
-"""Single files of the original latent diffusion and Stable Diffusion code, as checkpoints: read by diffusers' converter."""
+"""Converts a single .safetensors file of the original Stable Diffusion code to a checkpoint, by diffusers' converter."""
 
 from __future__ import annotations
 
@@ -12,22 +12,27 @@ from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION, publish
 from latentdiff.errors import UserError
 from latentdiff.models.loading import PICKLES, part_class, quiet, read_json, refuse_code, weight_names
 
-PARTS = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
+# Where each part's weights begin, and those of the averaged U-Net
+PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 AVERAGED = "model_ema."
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
-# StableDiffusionPipeline's own
+DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are kept in float32
+# Defaults of StableDiffusionPipeline
 GUIDANCE, STEPS = 7.5, 50
 
 
 def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> Path:
-    """Make a checkpoint of a single .safetensors file in the original layout; returns its folder, `out`.
+    """Convert a single .safetensors file in the original layout to a checkpoint; returns its folder, `out`.
 
-    config: a folder in Stable Diffusion's layout, or a Hub name, whose config files say what the networks are; weights
-    there are not read. Its scheduler and tokenizer come along. Where the file holds averaged weights (model_ema.), those
-    of the U-Net are taken. The weights keep the file's precision.
+    The weights keep the file's precision. Where the file holds averaged weights of the U-Net (model_ema.), they are used.
+
+    Args:
+        file: the .safetensors file.
+        config: a folder in Stable Diffusion's layout, or a Hub name. Its config files describe the networks, and its
+            scheduler and tokenizer are taken; its weights are not read.
+        out: a folder that does not exist yet.
 
     Raises:
-        UserError: the file is missing, pickled, truncated, not in that layout or not of that config, or `out` is there.
+        UserError: the file is missing, pickled, truncated, in another layout or of another config; or `out` exists.
     """
     file, out = Path(file), Path(out)
     names = _check_file(file)
@@ -39,7 +44,7 @@ def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> 
     averaged = sum(name.startswith(AVERAGED) for name in names) > 100  # as the converter counts
     pipeline = _convert(file, str(config), averaged)
     with safe_open(file, framework="pt") as tensors:
-        kind = tensors.get_slice(next(name for name in names if name.startswith(PARTS["unet"]))).get_dtype()
+        kind = tensors.get_slice(next(name for name in names if name.startswith(PREFIXES["unet"]))).get_dtype()
     return publish(
         out,
         unet=pipeline.unet,
@@ -62,7 +67,7 @@ def _check_file(file: Path) -> list[str]:
     if not file.is_file():
         raise UserError(f"{file}: no such file; give a single .safetensors file")
     names = sorted(weight_names(file))
-    for part, prefix in PARTS.items():
+    for part, prefix in PREFIXES.items():
         if not any(name.startswith(prefix) for name in names):
             raise UserError(f"{file}: has no {part} ({prefix}...), so it is not in the original Stable Diffusion layout")
     return names
@@ -77,9 +82,9 @@ def _check_config(config: str) -> None:
     name = read_json(folder / INDEX).get("_class_name")
     if name != STABLE_DIFFUSION:
         raise UserError(f"--config {config}: its _class_name is {name}; expected {STABLE_DIFFUSION}")
-    for part in (*PARTS, "scheduler", "tokenizer"):
+    for part in (*PREFIXES, "scheduler", "tokenizer"):
         part_class(read_json(folder / INDEX).get(part), f"{folder / INDEX}: {part}")
-        if part in PARTS:
+        if part in PREFIXES:
             refuse_code(read_json(folder / part / "config.json"), folder / part / "config.json")
 
 
@@ -102,7 +107,7 @@ def _convert(file: Path, config: str, averaged: bool) -> Any:
     except expected as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{file}: does not fit the config of {config}: {reason}") from error
-    for part in PARTS:
+    for part in PREFIXES:
         absent = sorted(name for name, value in getattr(pipeline, part).state_dict().items() if value.is_meta)
         if absent:  # left without a value, which diffusers does not say
             raise UserError(

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from latentdiff.errors import UserError
 from latentdiff.schedules import make_schedule
 from latentdiff.utils.tensors import per_sample, widen
-from latentdiff.utils.weights import load_network, save_network
+from latentdiff.utils.weights import SavedNetwork
 
 GROUPS = 8  # of the normalisation; never over the batch, as a gradient must be of one sample
 WAVES = 8
@@ -32,7 +32,7 @@ class Block(nn.Module):
         return x + self.conv2(F.silu(y * (1 + gain) + shift))
 
 
-class LatentClassifier(nn.Module):
+class LatentClassifier(SavedNetwork):
     """classifier(x, t, labels) -> log p(label | x_t, t) [B], of normalised latents [B, channels, h, w].
 
     A stage at full and one at half resolution, a mean over positions, a linear head.  It sees x_t / sqrt(alpha^2 +
@@ -44,6 +44,9 @@ class LatentClassifier(nn.Module):
         widths: channels of the two stages, multiples of 8.
         info: facts kept beside the weights (class names, accuracy, how trained); JSON values.
     """
+
+    kind = "classifier"
+    arguments = ("channels", "classes", "schedule", "widths", "info")
 
     def __init__(
         self,
@@ -85,9 +88,9 @@ class LatentClassifier(nn.Module):
         """log p(labels | x_t, t), [B].  labels: int64 [B]."""
         return self.log_probs(x, t).gather(1, labels.to(x.device)[:, None])[:, 0]
 
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (float32) into folder; each file appears whole or not at all."""
-        save_network(self, {"_class_name": type(self).__name__, **self.config, "info": self.info}, folder)
+    def saved_arguments(self) -> dict[str, Any]:
+        """The constructor arguments that config.json holds, as JSON values."""
+        return {**self.config, "info": self.info}
 
 
 def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> LatentClassifier:
@@ -95,5 +98,4 @@ def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> L
 
     UserError where a file is missing, damaged, or does not describe a LatentClassifier; it names the file.
     """
-    keys = ("channels", "classes", "schedule", "widths", "info")
-    return load_network(folder, lambda config: LatentClassifier(**{key: config[key] for key in keys}), "classifier", device)
+    return LatentClassifier.load(folder, device)

@@ -1,4 +1,4 @@
-"""Build, load and freeze first stages: diffusers autoencoders by name, and the latent normaliser folded into a KL one."""
+"""Builds, loads and freezes autoencoders of diffusers, and stores the latent normaliser in them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from latentdiff.errors import UserError
 from latentdiff.models.loading import load_part, quiet, read_json
 from latentdiff.utils import atomic
 
-TRAINABLE = ("AutoencoderKL", "VQModel")
+TRAINABLE = ("AutoencoderKL", "VQModel")  # by stage 1
 LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
 
 
 def diffusers_class(name: str, allowed: tuple[str, ...], where: str) -> type:
-    """The diffusers class called `name`; UserError naming `where` and the allowed names otherwise."""
+    """The diffusers class called `name`. UserError, naming the key `where`, if it is not one of the allowed names."""
     if name not in allowed:
         raise UserError(f"{where}: {name!r} is not one of {', '.join(allowed)}")
     import diffusers
@@ -29,7 +29,7 @@ def diffusers_class(name: str, allowed: tuple[str, ...], where: str) -> type:
 
 
 def checked_arguments(cls: type, config: dict[str, Any], where: str) -> dict[str, Any]:
-    """`config` if every key is a constructor argument of `cls`; UserError naming the nearest valid key otherwise."""
+    """`config`, if every key is a constructor argument of `cls`. UserError, with the nearest valid key, otherwise."""
     valid = [name for name in inspect.signature(cls).parameters if name != "self"]
     for key in config:
         if key not in valid:
@@ -40,15 +40,23 @@ def checked_arguments(cls: type, config: dict[str, Any], where: str) -> dict[str
 
 
 def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, initial_logvar: float | None) -> nn.Module:
-    """A fresh AutoencoderKL or VQModel with `channels` image channels.
+    """A new AutoencoderKL or VQModel.
 
-    initial_logvar: for AutoencoderKL, the posterior's log-variance at the start. Starting small keeps early
-    reconstruction from drowning in posterior noise; the KL term raises it where a channel carries nothing.
+    Args:
+        type_name: one of TRAINABLE.
+        config: its constructor arguments; the block types follow from block_out_channels unless they are given.
+        channels: image channels.
+        initial_logvar: the log-variance of an AutoencoderKL's posterior at the start; None: as diffusers initialises it.
+            A small one keeps posterior noise from hiding the image early in training. The KL term raises it later, in
+            channels that carry no information.
+
+    Raises:
+        UserError: the class refuses its arguments, or an AutoencoderKL has no quant convolutions.
     """
     cls = diffusers_class(type_name, TRAINABLE, "model.type")
     arguments = {"in_channels": channels, "out_channels": channels, **checked_arguments(cls, config, "model.config")}
     blocks = arguments.get("block_out_channels")
-    if blocks is not None:  # the block types follow from the channels unless they are given
+    if blocks is not None:
         arguments.setdefault("down_block_types", ["DownEncoderBlock2D"] * len(blocks))
         arguments.setdefault("up_block_types", ["UpDecoderBlock2D"] * len(blocks))
     try:
@@ -65,14 +73,21 @@ def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, ini
 
 
 def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
-    """A pretrained first stage, frozen: a diffusers autoencoder's folder, a pipeline's folder (its vae/), or a Hub name.
+    """A pretrained autoencoder, frozen.
 
-    verify: hold a folder's weights against the hashes beside them. Raises UserError naming the path when there is none, or
-    when its weights cannot be read.
+    Args:
+        where: the folder of a diffusers autoencoder or of a stage-1 run (its autoencoder/), a pipeline's folder (its vae/),
+            or a Hub name.
+        verify: check a folder's weights against the hashes beside them.
+
+    Raises:
+        UserError: there is no autoencoder, or its weights cannot be read.
     """
     found, folder = autoencoder_folder(where), Path(where)
     if found is not None:
-        return _load_folder(found, verify)
+        name = read_json(found / "config.json").get("_class_name", "")
+        kind = diffusers_class(name, LOADABLE, f"{found / 'config.json'}: _class_name")
+        return freeze(load_part(found, kind, verify=verify))
     if folder.exists() or where.count("/") != 1 or where.startswith((".", "/")):
         raise UserError(
             f"{where}: no autoencoder there; expected a folder with config.json (or autoencoder/ or vae/), or a Hub name"
@@ -84,17 +99,12 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
 
 
 def autoencoder_folder(where: str) -> Path | None:
-    """The folder of the weights that `where` names: itself, or its autoencoder/ or vae/; None where it is no such folder."""
+    """The folder of the weights that `where` names: its autoencoder/ or vae/, or itself; None where there is no such folder."""
     candidates = (Path(where) / "autoencoder", Path(where) / "vae", Path(where))
-    for published in (candidates[2], candidates[0]):
-        atomic.put_back(published)  # a process may have been killed between the two renames that publish a folder
+    # A process may have been killed between the two renames that publish a folder
+    atomic.put_back(Path(where))
+    atomic.put_back(Path(where) / "autoencoder")
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
-
-
-def _load_folder(folder: Path, verify: bool) -> nn.Module:
-    name = read_json(folder / "config.json").get("_class_name", "")
-    kind = diffusers_class(name, LOADABLE, f"{folder / 'config.json'}: _class_name")
-    return freeze(load_part(folder, kind, verify=verify))
 
 
 def _from_hub(where: str, subfolder: str) -> nn.Module:
@@ -106,23 +116,26 @@ def _from_hub(where: str, subfolder: str) -> nn.Module:
         vae, info = cls.from_pretrained(
             where, subfolder=subfolder, use_safetensors=True, low_cpu_mem_usage=False, output_loading_info=True
         )
-    if info["missing_keys"]:  # diffusers would leave them at their random initialisation and only log it
+    if info["missing_keys"]:  # diffusers leaves them at random initial values and only logs it
         missing = sorted(info["missing_keys"])
         raise UserError(f"{where}: cannot read the weights: {len(missing)} are missing, the first is {missing[0]}")
     return freeze(vae)
 
 
 def freeze(vae: nn.Module) -> nn.Module:
+    """The autoencoder itself, in eval mode, without gradients."""
     return vae.eval().requires_grad_(False)
 
 
 @torch.no_grad()
 def fold_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
-    """Make an AutoencoderKL's latents come out with zero mean and unit standard deviation per channel, in place.
+    """Change an AutoencoderKL in place so that its latents have mean 0 and standard deviation 1 in each channel.
 
-    mean, std: [c], of posterior samples over the training set. The affine goes into the 1x1 convolutions around the
-    latent: mean' = (mean - m) / s, logvar' = logvar - 2 log s, and z = s z' + m before the decoder. Reconstructions
-    stay the same, and a stock pipeline that knows scaling_factor alone is right with scaling_factor 1.
+    The affine map is merged into the 1x1 convolutions around the latent: mean' = (mean - m) / s and
+    logvar' = logvar - 2 log s after the encoder, z = s z' + m before the decoder. Reconstructions stay the same, and
+    pipelines that know only scaling_factor work with scaling_factor 1.
+
+    mean, std: [c], of posterior samples over the training set.
     """
     c = vae.config.latent_channels
     m, s = mean.to(vae.quant_conv.weight), std.to(vae.quant_conv.weight)
@@ -136,9 +149,9 @@ def fold_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
 
 
 def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
-    """Write the measured latent statistics into the autoencoder's own config.
+    """Store measured statistics [c] of latents in the autoencoder, in place.
 
-    An AutoencoderKL with quant convolutions has them folded in (see fold_normaliser), others see set_normaliser.
+    By `fold_normaliser` for an AutoencoderKL with quant convolutions, by `set_normaliser` for others.
     """
     foldable = getattr(vae, "quant_conv", None) is not None and getattr(vae, "post_quant_conv", None) is not None
     if foldable and hasattr(vae.config, "latents_mean"):
@@ -148,12 +161,11 @@ def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
 
 
 def set_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
-    """Put measured statistics [c] of raw latents into the config, leaving every weight as it is.
+    """Put measured statistics [c] of raw latents into the autoencoder's config; no weight is changed.
 
-    Per channel for AutoencoderKL and VQModel; else by the one scaling_factor the class knows,
-    1 / sqrt(mean over channels of E[z^2]), which gives the latents unit second moment overall.  VQModel's own config has no
-    latents_mean and latents_std, but keeps them, and no stock pipeline diffuses its latents in our layout.  They cannot be
-    folded into its convolutions, as AutoencoderKL's are: in a space stretched by channel another code is the nearest.
+    Per channel (latents_mean, latents_std) for AutoencoderKL and VQModel. Other classes know only one scaling_factor; it is
+    1 / sqrt(mean over channels of E[z^2]), so that the latents have second moment 1 overall. A VQModel's statistics cannot
+    be folded into its convolutions: with channels scaled differently, another code would be the nearest.
     """
     if hasattr(vae.config, "latents_mean") or type(vae).__name__ == "VQModel":
         vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())

@@ -1,7 +1,7 @@
-"""Codebook health of a VQModel: which codes are used over an epoch, and new life for those that are not.
+"""Use of a VQModel's codebook: counts of each code over an epoch, and replacement of codes that were not used.
 
-A batch says little about a codebook: with more codes than latent positions in a batch, most look unused. Counts are
-therefore kept over an epoch and judged at its end.
+One batch says little: with more codes than latent positions in the batch, most codes look unused. So codes are counted over
+a whole epoch.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 
 class CodeUsage:
-    """How often each of K codes was chosen since the last reset; exact, and additive over batches and processes."""
+    """Counts how often each of K codes was chosen since the last reset. Counts of batches and processes can be added."""
 
     def __init__(self, codes: int) -> None:
         self.counts = torch.zeros(codes, dtype=torch.int64)  # [K]
 
     def update(self, indices: Tensor) -> None:
-        """Count code indices of any shape, each in 0..K-1."""
+        """Count code indices of any shape, each from 0 to K - 1. ValueError for a larger one."""
         chosen = indices.detach().flatten().cpu()
         counts = torch.bincount(chosen, minlength=len(self.counts))
         if len(counts) != len(self.counts):
@@ -27,22 +27,23 @@ class CodeUsage:
         self.counts += counts
 
     def merge(self, other: CodeUsage) -> None:
-        """Add another count of the same codebook. (Across processes: sum `counts` over them.)"""
+        """Add the counts of another CodeUsage of the same codebook. (For several processes, sum `counts` over them.)"""
         self.counts += other.counts
 
     def reset(self) -> None:
+        """Set all counts to 0."""
         self.counts.zero_()
 
     def usage(self) -> float:
-        """Share of the codes chosen at least once, 0 to 1."""
+        """Share of codes that were chosen at least once, 0 to 1."""
         return float((self.counts > 0).double().mean())
 
     def dead(self) -> Tensor:
-        """Indices of the codes never chosen, int64 [number of them]."""
+        """Indices of the codes that were never chosen, int64, one dimension."""
         return (self.counts == 0).nonzero().flatten()
 
     def perplexity(self) -> float:
-        """exp(entropy) of the code frequencies: K when all are chosen alike, 1 for one code, 0 before any update."""
+        """exp(entropy) of the code frequencies: K where all are chosen equally often, 1 for one code, 0 without counts."""
         total = int(self.counts.sum())
         if total == 0:
             return 0.0
@@ -52,7 +53,7 @@ class CodeUsage:
 
 @torch.no_grad()
 def code_indices(vq_model: nn.Module, latents: Tensor) -> Tensor:
-    """The code chosen at each position: encoder outputs [B, d, h, w] (VQModel.encode(x).latents) -> int64 [B, h, w]."""
+    """The index of the code at each position, int64 [B, h, w]. latents: VQModel.encode(x).latents, [B, d, h, w]."""
     quantize: Any = vq_model.quantize
     indices: Tensor = quantize(latents)[2][2]
     return indices.view(latents.shape[0], *latents.shape[2:])
@@ -62,12 +63,20 @@ def code_indices(vq_model: nn.Module, latents: Tensor) -> Tensor:
 def revive_dead_codes(
     vq_model: nn.Module, counts: Tensor, encoder_outputs: Tensor, generator: torch.Generator | None = None
 ) -> int:
-    """Replace codes with a count of 0 by randomly drawn encoder outputs; returns how many were replaced.
+    """Replace codes with a count of 0 by random encoder outputs, in place; returns how many were replaced.
 
-    counts: [K], over an epoch and summed over processes. encoder_outputs: [N, d, h, w], of recent images. Vectors are
-    drawn without replacement, because of two equal codes one would stay dead: at most N·h·w codes are revived. With
-    counts of zero throughout it serves to start the codebook on the data. Several processes must call it with the
-    same counts, outputs and generator state. generator: on the CPU.
+    Vectors are drawn without replacement, as of two equal codes one would stay unused. So at most N * h * w codes are
+    replaced. With all counts 0, it initialises the codebook from data. Several processes must call it with the same
+    arguments and the same state of the generator.
+
+    Args:
+        vq_model: the VQModel.
+        counts: [K], over an epoch and summed over processes.
+        encoder_outputs: [N, d, h, w], of recent images.
+        generator: on the CPU.
+
+    Raises:
+        ValueError: the shapes do not fit the codebook [K, d].
     """
     quantize: Any = vq_model.quantize
     codebook: Tensor = quantize.embedding.weight  # [K, d]

@@ -1,4 +1,4 @@
-"""The frozen first stage as stage 2 sees it: images to posterior moments, latents to images, one normaliser."""
+"""A frozen autoencoder as stage 2 uses it: images to latents and latents to images, with one normaliser."""
 
 from __future__ import annotations
 
@@ -17,10 +17,17 @@ NORMALISER = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  
 class LatentCodec:
     """A frozen diffusers autoencoder with its latent normaliser.
 
-    Normalised latents are z_n = (z - shift) * scale, per channel from latents_mean and latents_std of the
-    autoencoder's config where they are set, else from shift_factor and scaling_factor.
+    Normalised latents are (z - shift) * scale. Shift and scale are per channel, from latents_mean and latents_std in the
+    autoencoder's config, where they are set; else they come from shift_factor and scaling_factor.
 
-    refuse_non_finite: NotFiniteError, naming encoder or decoder, where what it gives is NaN or infinite.
+    Args:
+        vae: the autoencoder; it is frozen, in place.
+        refuse_non_finite: raise NotFiniteError, naming encoder or decoder, where its output is NaN or infinite.
+
+    Attributes:
+        shift, scale: [c] or [1].
+        image_channels, latent_channels: C and c.
+        factor: image side / latent side.
     """
 
     def __init__(self, vae: nn.Module, refuse_non_finite: bool = True):
@@ -31,7 +38,7 @@ class LatentCodec:
         self.shift = shift  # [c] or [1]
         self.scale = scale
         self.image_channels = int(config.in_channels)
-        # VQModel: what is diffused is what enters the codebook, of vq_embed_dim channels
+        # A VQModel's latents are what enters its codebook, with vq_embed_dim channels
         self.latent_channels = int(getattr(config, "vq_embed_dim", None) or config.latent_channels)
         self.factor = _spatial_factor(vae)
 
@@ -44,10 +51,16 @@ class LatentCodec:
         return self.latent_channels, height // self.factor, width // self.factor
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the posterior, raw (not normalised), each [B, c, h, w].
+        """Mean and standard deviation of the posterior, each [B, c, h, w], not normalised.
 
-        images: [B, C, H, W] in [-1, 1]. Autoencoders without a posterior (VQModel, AutoencoderTiny,
-        AutoencoderDC) give their latents and a standard deviation of zero.  Gradients reach images that require them.
+        Autoencoders without a posterior (VQModel, AutoencoderTiny, AutoencoderDC) give their latents and a standard
+        deviation of 0. Gradients reach images that require them.
+
+        images: [B, C, H, W] in [-1, 1], on any device.
+
+        Raises:
+            UserError: another number of channels, or sides that are not divisible by `factor`.
+            NotFiniteError: the encoder's output is not finite.
         """
         if images.ndim != 4 or images.shape[1] != self.image_channels:
             raise UserError(
@@ -61,35 +74,36 @@ class LatentCodec:
             )
         out = self.vae.encode(images.to(self.device, next(self.vae.parameters()).dtype))
         if hasattr(out, "latent_dist"):
-            # contiguous: the encoder may leave a channels-last layout, which safetensors refuses to store
+            # Contiguous, because the encoder may give a channels-last layout, which safetensors cannot store
             mean, std = out.latent_dist.mean.float().contiguous(), out.latent_dist.std.float().contiguous()
             return self._finite(mean, "encoder"), self._finite(std, "encoder")
         latents = (out.latents if hasattr(out, "latents") else out.latent).float().contiguous()
         return self._finite(latents, "encoder"), torch.zeros_like(latents)
 
     def latents(self, images: Tensor, generator: Generators = None, use_mean: bool = False) -> Tensor:
-        """Normalised latents [B, c, h, w] of images [B, C, H, W] in [-1, 1]: one draw from each posterior.
+        """Normalised latents [B, c, h, w] of images [B, C, H, W] in [-1, 1]: one sample of each posterior.
 
-        A denoiser is trained on draws, so that is what it has to be measured on: posterior means are smoother.
-        use_mean: the posterior means, for a denoiser that was trained on those (cache.use_mean).  generator: as in
-        latentdiff.utils.random.randn.
+        A denoiser is trained on samples, so it must be measured on samples too: posterior means are smoother.
+
+        generator: as in `latentdiff.utils.random.randn`. use_mean: posterior means instead, for a denoiser that was trained
+        on them (cache.use_mean). Errors as in `moments`.
         """
         mean, std = self.moments(images)
         return self.normalise(mean if use_mean else mean + std * randn(std.shape, generator).to(std))
 
     def normalise(self, z: Tensor) -> Tensor:
-        """Raw latents [B, c, h, w] to the space the denoiser works in."""
+        """Normalised latents of raw ones, [B, c, h, w]: (z - shift) * scale."""
         return (z - self.shift.to(z)[:, None, None]) * self.scale.to(z)[:, None, None]
 
     def denormalise(self, z: Tensor) -> Tensor:
-        """The inverse of normalise."""
+        """Raw latents of normalised ones, [B, c, h, w]; the inverse of `normalise`."""
         return z / self.scale.to(z)[:, None, None] + self.shift.to(z)[:, None, None]
 
     def decode(self, z: Tensor) -> Tensor:
-        """Images [B, C, H, W], about [-1, 1] and not clipped, from normalised latents [B, c, h, w].
+        """Images [B, C, H, W] from normalised latents [B, c, h, w]: about [-1, 1], not clipped, float32.
 
-        Gradients reach a z that requires them, as in guidance by an observation of the image.  The weights are frozen, so
-        that nothing is kept for a backward pass otherwise.
+        Gradients reach a z that requires them, which guidance by an observed image needs. NotFiniteError where the
+        decoder's output is not finite.
         """
         raw = self.denormalise(z.to(self.device).float())
         return self._finite(self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float(), "decoder")
@@ -102,11 +116,11 @@ class LatentCodec:
         return output
 
     def reconstruct(self, images: Tensor) -> Tensor:
-        """decode(normalise(posterior mean)): [B, C, H, W] in, the same out."""
+        """Images [B, C, H, W] encoded to their posterior means and decoded again; of the same shape."""
         return self.decode(self.normalise(self.moments(images)[0]))
 
     def fingerprint(self, latents_only: bool = False) -> str:
-        """sha256 over the weights and the config; latents_only: without what no raw latent depends on (decoder, normaliser)."""
+        """Hex sha256 over weights and config. latents_only: over what raw latents depend on (no decoder, no normaliser)."""
         digest = hashlib.sha256()
         config = {k: v for k, v in sorted(dict(self.vae.config).items()) if not k.startswith("_")}
         if latents_only:

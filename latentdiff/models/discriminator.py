@@ -1,4 +1,4 @@
-"""The patch discriminator of stage 1."""
+"""The discriminator of stage 1's adversarial loss."""
 
 from collections.abc import Sequence
 from math import gcd
@@ -7,11 +7,18 @@ from torch import Tensor, nn
 
 
 class PatchDiscriminator(nn.Module):
-    """PatchGAN (1611.07004, section 3.2): images [B, C, H, W] -> logits [B, 1, h, w], one per overlapping patch.
+    """PatchGAN (arXiv:1611.07004, section 3.2): a logit for each of many overlapping patches of an image.
 
-    Each entry of `channels` is a convolution; all but the last halve the image, so (32, 64, 128) ends at a quarter of
-    its size. GroupNorm after every convolution but the first: BatchNorm would let an image's verdict depend on its
-    neighbours and on how many processes share the batch.
+    Every convolution but the last halves the image, so (32, 64, 128) ends at a quarter of its size. Normalisation is
+    GroupNorm, after every convolution but the first: with BatchNorm an image's logits would depend on the other images, and
+    on how many processes share the batch.
+
+    Args:
+        in_channels: image channels.
+        channels: output channels of each convolution, two or more; one more convolution gives the logits.
+
+    Raises:
+        ValueError: fewer than two channels.
     """
 
     def __init__(self, in_channels: int, channels: Sequence[int] = (32, 64, 128)) -> None:
@@ -22,7 +29,7 @@ class PatchDiscriminator(nn.Module):
         width = in_channels
         for i, out in enumerate(channels):
             first, last = i == 0, i == len(channels) - 1
-            # Even kernels at stride 2 give every pixel the same number of taps: no checkerboard in the gradient.
+            # With an even kernel at stride 2 every pixel is used equally often, so the gradient has no checkerboard
             kernel, stride = (3, 1) if last else (4, 2)
             layers.append(nn.Conv2d(width, out, kernel, stride, padding=1, bias=first))
             if not first:
@@ -33,4 +40,5 @@ class PatchDiscriminator(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.layers(images)  # [B, 1, h, w]
+        """Logits [B, 1, h, w] of images [B, C, H, W]: high for real ones."""
+        return self.layers(images)

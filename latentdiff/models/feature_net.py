@@ -1,13 +1,13 @@
-"""A small classifier whose features measure images without a downloaded network.
+"""A small classifier whose features measure images, so that no network has to be downloaded.
 
-It serves three purposes: the space of the offline Fréchet distance, the perceptual loss of stage 1, and the
-classifier behind label accuracy and the classification accuracy score. A number measured in it carries the
-network's name; it is never a plain "FID", which means Inception.
+It serves as the feature space of the Fréchet distance, as the perceptual loss of stage 1, and as the classifier of label
+accuracy and of the classification accuracy score. A number measured with it carries the network's name. It is never
+called "FID", which means the Inception network.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torch.nn.utils import fuse_conv_bn_eval
 
 from latentdiff.errors import UserError
-from latentdiff.utils.weights import fingerprint, load_network, save_network
+from latentdiff.utils.weights import SavedNetwork, fingerprint
 
 MIN_SIDE = 16
 
 
 class Convolution(nn.Module):
-    """3x3 convolution, then batch normalisation while the network is being trained. [B, i, h, w] -> [B, o, h', w']."""
+    """A 3x3 convolution, followed by batch normalisation while the network is trained. [B, i, h, w] -> [B, o, h', w']."""
 
     def __init__(self, inputs: int, outputs: int, stride: int, normed: bool) -> None:
         super().__init__()
@@ -32,14 +32,14 @@ class Convolution(nn.Module):
         return self.norm(self.conv(x))
 
     def fold(self) -> None:
-        """Put the normalisation with its running statistics into the convolution's weight and bias."""
+        """Merge the normalisation, with its running statistics, into the convolution's weight and bias."""
         if isinstance(self.norm, nn.BatchNorm2d):
             self.conv = fuse_conv_bn_eval(self.conv.eval(), self.norm.eval())
             self.norm = nn.Identity()
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions around a skip, ReLU between and after. [B, c, h, w] -> [B, c, h, w]."""
+    """Two convolutions with a skip connection; ReLU between and after. [B, c, h, w] -> [B, c, h, w]."""
 
     def __init__(self, width: int, normed: bool) -> None:
         super().__init__()
@@ -51,9 +51,13 @@ class ResidualBlock(nn.Module):
 
 
 class FeatureSpace(nn.Module):
-    """What images are measured in: a frozen network from images in [-1, 1] to vectors, and what numbers from it are called.
+    """A frozen network that turns images into feature vectors, in which sets of images are compared.
 
-    channels: that it takes. dim: length of a vector. info: facts; class_names where it has a `head` of these classes.
+    Attributes:
+        name: what numbers measured in this space are labelled with.
+        channels: image channels that it takes.
+        dim: length of a feature vector.
+        info: facts about it; class_names where it has a `head` with these classes.
     """
 
     name: str
@@ -66,25 +70,48 @@ class FeatureSpace(nn.Module):
         raise NotImplementedError
 
     def fingerprint(self) -> str:
-        """Hex sha256 over all that the vectors depend on."""
+        """Hex sha256 over everything that the features depend on."""
         raise NotImplementedError
 
 
-class FeatureNet(FeatureSpace):
+class FoldableNetwork(SavedNetwork):
+    """A network of `Convolution`s whose batch normalisation is merged into them before it is saved."""
+
+    def fold(self) -> Self:
+        """Merge batch normalisation into the convolutions, in place; returns self, in eval mode."""
+        for module in self.modules():
+            if isinstance(module, Convolution):
+                module.fold()
+        return self.eval()
+
+    def save(self, folder: str | Path) -> None:
+        """As `SavedNetwork.save`. ValueError where the network still has its batch normalisation: fold() it first."""
+        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
+            raise ValueError(f"fold() the {self.kind} before saving it")
+        super().save(folder)
+
+
+class FeatureNet(FoldableNetwork, FeatureSpace):
     """A convolutional classifier of images [B, channels, H, W] in [-1, 1], any H, W >= 16.
 
-    Three stages at full, half and quarter resolution, then a global mean. It is trained with batch normalisation
-    (normed) and used without: fold() merges that into the convolutions, after which no output can depend on the rest
-    of the batch and train() changes nothing.
+    Three stages at full, half and quarter resolution, then a mean over positions. It is trained with batch normalisation
+    (normed). fold() merges that into the convolutions; then an image's features depend on no other image of the batch,
+    and train() changes nothing.
 
     Args:
         channels: image channels, 1 (grey) or 3 (RGB).
         classes: number of classes of the head.
         widths: channels of the three stages; the last is the feature dimension D.
         name: what numbers measured in this space are labelled with.
-        info: facts kept beside the weights (class names, accuracy, how trained); JSON values.
+        info: facts that are saved with the weights (class names, accuracy, how it was trained); JSON values.
         normed: with batch normalisation, for training.
+
+    Raises:
+        UserError: not three widths.
     """
+
+    kind = "feature network"
+    arguments = ("name", "channels", "classes", "widths", "info")
 
     def __init__(
         self,
@@ -107,15 +134,11 @@ class FeatureNet(FeatureSpace):
         self.stage3 = nn.Sequential(Convolution(b, c, 2, normed), nn.ReLU(), ResidualBlock(c, normed))
         self.head = nn.Linear(c, classes)
 
-    def fold(self) -> "FeatureNet":
-        """Merge batch normalisation into the convolutions, in place; returns self, in eval mode."""
-        for module in self.modules():
-            if isinstance(module, Convolution):
-                module.fold()
-        return self.eval()
-
     def maps(self, x: Tensor) -> list[Tensor]:
-        """Activations after the three stages: [B, w1, H, W], [B, w2, H/2, W/2], [B, w3, H/4, W/4] (rounded up)."""
+        """Activations after the three stages: [B, w1, H, W], [B, w2, H/2, W/2], [B, w3, H/4, W/4], sides rounded up.
+
+        x: images [B, channels, H, W] in [-1, 1]. ValueError for other channels, or sides below 16.
+        """
         if x.ndim != 4 or x.shape[1] != self.channels or min(x.shape[2:]) < MIN_SIDE:
             raise ValueError(
                 f"feature network {self.name!r} takes [B, {self.channels}, H, W] with H, W >= {MIN_SIDE}, got {list(x.shape)}"
@@ -125,7 +148,7 @@ class FeatureNet(FeatureSpace):
         return [first, second, self.stage3(second)]
 
     def features(self, x: Tensor) -> Tensor:
-        """The pooled last activations, [B, D]: the space of the Fréchet distance."""
+        """The last activations averaged over positions, [B, D]: the vectors of the Fréchet distance."""
         return self.maps(x)[-1].mean(dim=(2, 3))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -133,47 +156,20 @@ class FeatureNet(FeatureSpace):
         return self.head(self.features(x))
 
     def fingerprint(self) -> str:
-        """Hex sha256 over structure and weights: equal for equal functions, whatever the name says."""
+        """Hex sha256 over structure and weights, without the name: equal for networks that compute the same."""
         return fingerprint(self, (self.channels, self.classes, self.widths))
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (float32) into folder; each file appears whole or not at all.
-
-        Raises:
-            ValueError: the network still has its batch normalisation; fold() it first.
-        """
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            raise ValueError("fold() the feature network before saving it")
-        config = {
-            "_class_name": "FeatureNet",
-            "name": self.name,
-            "channels": self.channels,
-            "classes": self.classes,
-            "widths": list(self.widths),
-            "info": self.info,
-        }
-        save_network(self, config, folder)
 
 
 def load_features(folder: str | Path, device: str | torch.device = "cpu") -> FeatureNet:
-    """The frozen feature network saved in folder, in eval mode on device.
-
-    Raises:
-        UserError: a file is missing, damaged, or does not describe a FeatureNet; the message names it.
-    """
-
-    def build(config: dict[str, Any]) -> FeatureNet:
-        parts = {key: config[key] for key in ("channels", "classes", "name", "info")}
-        return FeatureNet(widths=tuple(config["widths"]), **parts)
-
-    return load_network(folder, build, "feature network", device)
+    """The feature network saved in a folder: frozen, in eval mode, on device. UserError as `SavedNetwork.load`."""
+    return FeatureNet.load(folder, device)
 
 
 def match_channels(images: Tensor, channels: int) -> Tensor:
-    """Give images [B, C, H, W] the channels a network takes: grey is repeated to RGB, RGB is averaged to grey.
+    """Images [B, C, H, W] with the channels that a network takes: grey is repeated to RGB, RGB is averaged to grey.
 
     Raises:
-        ValueError: neither C nor channels is 1, so there is no stated rule.
+        ValueError: C and channels differ, and neither is 1.
     """
     if images.shape[1] == channels:
         return images
@@ -186,7 +182,10 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
 
 @torch.no_grad()
 def extract(net: FeatureSpace, images: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Features [B, D] and, of a network with a head, predicted classes [B] (int64), on the CPU, of images in [-1, 1]."""
+    """(features [B, D], predicted classes int64 [B]) of images [B, C, H, W] in [-1, 1], both on the CPU.
+
+    The classes are None for a network without a head. ValueError as `match_channels`.
+    """
     device = next(net.parameters()).device
     features = net.features(match_channels(images.to(device), net.channels))  # [B, D]
     head = getattr(net, "head", None)

@@ -1,7 +1,7 @@
-"""The judge: a small network that says which real picture a generated one is nearest to, and in which style it is.
+"""The judge: a small network that finds the real picture nearest to a generated one, and recognises its style.
 
-It is a measuring device, not a competitor: it is trained on all real pictures, those of the held-out pairs too, so that
-a drawing of a pair no model has seen can be recognised. What it knows never reaches a model that it judges.
+It only measures. It is trained on all real pictures, also on those of held-out pairs, so that it can recognise a picture of
+a pair that no model was trained on. Nothing of it is used to train the models that it judges.
 """
 
 from collections.abc import Sequence
@@ -12,26 +12,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from latentdiff.models.feature_net import Convolution, ResidualBlock
-from latentdiff.utils.weights import fingerprint, load_network, save_network
+from latentdiff.models.feature_net import Convolution, FoldableNetwork, ResidualBlock
+from latentdiff.utils.weights import fingerprint
 
 MIN_SIDE = 16
 WIDTHS = (32, 64, 128, 192)
-COSINE_SCALE = 20.0  # of the logits: cosines in [-1, 1] could not tell 2,000 classes apart
+COSINE_SCALE = 20.0  # of the identity logits: a softmax over cosines in [-1, 1] is nearly flat for 2,000 classes
 
 
-class JudgeNet(nn.Module):
-    """Pictures [B, 3, H, W] in [-1, 1], any H, W >= 16, to embeddings of unit length and to styles.
+class JudgeNet(FoldableNetwork):
+    """Embeddings of unit length and styles of pictures [B, 3, H, W] in [-1, 1], any H, W >= 16.
 
-    Stages, each halving the resolution. The embedding comes from the mean of the last, which learns to be the same
-    in every style; so the style is read off means and deviations of the others, where texture and shading still
-    are. As in `FeatureNet` batch normalisation serves training alone (normed) and fold() merges it into the convolutions.
+    Each stage halves the resolution. The embedding comes from the mean of the last stage, which learns to be the same in
+    every style. So the style is read from means and deviations of the earlier stages, where texture and shading are still
+    visible. Batch normalisation (normed) is for training alone, as in `FeatureNet`; fold() merges it into the convolutions.
 
     Args:
-        identities, styles: the names of the classes of the two heads.
-        widths: channels of the stages, two or more. dim: D, of the embedding.
-        info: facts kept beside the weights (data, how trained, own accuracy); JSON values.
+        identities, styles: names of the classes of the two heads.
+        widths: channels of the stages, two or more.
+        dim: D, the length of an embedding.
+        info: facts that are saved with the weights (data, how it was trained, its accuracy); JSON values.
+        normed: with batch normalisation, for training.
     """
+
+    kind = "judge"
+    arguments = ("identities", "styles", "widths", "dim", "info")
 
     def __init__(
         self,
@@ -54,15 +59,8 @@ class JudgeNet(nn.Module):
         texture, hidden = 2 * sum(widths[:-1]) + widths[-1], widths[-1]
         self.style_head = nn.Sequential(nn.Linear(texture, hidden), nn.ReLU(), nn.Linear(hidden, len(self.styles)))
 
-    def fold(self) -> "JudgeNet":
-        """Merge batch normalisation into the convolutions, in place; returns self, in eval mode."""
-        for module in self.modules():
-            if isinstance(module, Convolution):
-                module.fold()
-        return self.eval()
-
     def embed(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(embeddings of unit length [B, D], style logits [B, styles])."""
+        """(embeddings of unit length [B, D], style logits [B, styles]) of pictures x. ValueError for another shape."""
         if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < MIN_SIDE:
             raise ValueError(f"the judge takes [B, 3, H, W] with H, W >= {MIN_SIDE}, got {list(x.shape)}")
         texture = []
@@ -79,41 +77,18 @@ class JudgeNet(nn.Module):
         return COSINE_SCALE * embedding @ F.normalize(self.prototypes, dim=1).T, style
 
     def fingerprint(self) -> str:
-        """Hex sha256 over structure and weights."""
+        """Hex sha256 over structure and weights: equal for judges that compute the same."""
         return fingerprint(self, (self.identities, self.styles, self.widths, self.dim))
-
-    def save(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors (float32) into folder.
-
-        Raises:
-            ValueError: the network still has its batch normalisation; fold() it first.
-        """
-        if any(isinstance(module, nn.BatchNorm2d) for module in self.modules()):
-            raise ValueError("fold() the judge before saving it")
-        config = {
-            "_class_name": "JudgeNet",
-            "identities": self.identities,
-            "styles": self.styles,
-            "widths": list(self.widths),
-            "dim": self.dim,
-            "info": self.info,
-        }
-        save_network(self, config, folder)
 
 
 def load_judge(folder: str | Path, device: str | torch.device = "cpu") -> JudgeNet:
-    """The frozen judge saved in folder, in eval mode on device.
-
-    Raises:
-        UserError: a file is missing, damaged, or does not describe a judge; the message names it.
-    """
-    keys = ("identities", "styles", "widths", "dim", "info")
-    return load_network(folder, lambda config: JudgeNet(**{key: config[key] for key in keys}), "judge", device)
+    """The judge saved in a folder: frozen, in eval mode, on device. UserError as `SavedNetwork.load`."""
+    return JudgeNet.load(folder, device)
 
 
 @torch.no_grad()
 def embed(net: JudgeNet, images: Tensor, batch: int = 256) -> tuple[Tensor, Tensor]:
     """(embeddings [N, D], predicted styles [N] int64), on the CPU, of images [N, 3, H, W] in [-1, 1]."""
     device = net.prototypes.device
-    seen = [net.embed(part.to(device)) for part in images.split(batch)]
-    return torch.cat([e.cpu() for e, _ in seen]), torch.cat([s.argmax(dim=1).cpu() for _, s in seen])
+    results = [net.embed(part.to(device)) for part in images.split(batch)]
+    return torch.cat([e.cpu() for e, _ in results]), torch.cat([s.argmax(dim=1).cpu() for _, s in results])

@@ -1,7 +1,7 @@
-"""The parts of a diffusers folder: which files hold a part's weights, and loading it whole, or one line that says why not.
+"""Loads a part of a diffusers folder (a U-Net, an autoencoder, a text encoder), or refuses it with one line that says why.
 
-Weights are safetensors: plain, of a variant (diffusion_pytorch_model.fp16.safetensors) or in shards with an index. Pickles
-are never opened, and no code of a folder is run.
+Weights are safetensors files: plain, of a variant (diffusion_pytorch_model.fp16.safetensors), or in shards with an index.
+Pickles are never opened, and no code from a folder is run.
 """
 
 import contextlib
@@ -20,10 +20,10 @@ from latentdiff.utils.weights import first_non_finite
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"  # transformers' own name
-LIBRARIES = ("diffusers", "transformers")  # whose classes a folder may name
+LIBRARIES = ("diffusers", "transformers")  # a folder may name classes of these
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
-UNUSED = "pooler."  # of a text encoder: often not saved, and its last states do not pass through it
-# What diffusers and transformers raise on a folder that is damaged or lies
+UNUSED = "pooler."  # weights of a text encoder that may be missing: its last hidden states do not depend on them
+# What diffusers and transformers raise for a folder that is damaged or hostile
 REFUSALS = (
     SafetensorError,
     OSError,
@@ -38,14 +38,14 @@ REFUSALS = (
     MemoryError,
     NameError,
 )
-# Keys of a part's config by which transformers or diffusers import packages, or fetch code or other files
+# Keys of a part's config that make transformers or diffusers import packages, or fetch code or other files
 FETCHING = ("quantization_config", "fusion_config", "transformers_weights", "adapter_config")
-ATTENTION = ("eager", "sdpa")  # of torch; whatever else "attn_implementation" names may be fetched from the Hub, and run
-FIRST_VARIANTS = ("fp16", "bf16", "fp32")  # before others, such as SD's non_ema
+ATTENTION = ("eager", "sdpa")  # part of torch; other values of "attn_implementation" may be fetched from the Hub, and run
+FIRST_VARIANTS = ("fp16", "bf16", "fp32")  # preferred to others, such as Stable Diffusion's non_ema
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a file; UserError where it is missing or is not one."""
+    """The JSON object in a file. UserError where the file is missing or holds something else."""
     if not file.is_file():
         raise UserError(f"{file}: missing; the checkpoint is incomplete")
     try:
@@ -58,7 +58,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def weight_names(file: Path) -> set[str]:
-    """The names of the tensors in a safetensors file; reads only its header, which also gives its right length."""
+    """The names of the tensors in a safetensors file. UserError where it is missing or truncated.
+
+    Only the header is read; it also says how long the file must be.
+    """
     if not file.is_file():
         raise UserError(f"{file}: missing; the checkpoint is incomplete")
     try:
@@ -69,10 +72,14 @@ def weight_names(file: Path) -> set[str]:
 
 
 def weight_files(folder: Path, name: str = WEIGHTS) -> tuple[str | None, list[Path]]:
-    """The variant (None: none) and the files of a part's weights, each of them looked at. name: of a plain file.
+    """(variant or None, files) of a part's weights; each file's header is checked.
+
+    Args:
+        folder: of the part.
+        name: of a plain weight file: WEIGHTS, or TEXT_WEIGHTS for transformers.
 
     Raises:
-        UserError: there are none, they are pickles alone, or one of them is missing or truncated.
+        UserError: there are no weights, only pickled ones, or a file is missing or truncated.
     """
     stem = name.removesuffix(".safetensors")
     for variant in (None, *_variants(folder, stem)):
@@ -93,7 +100,7 @@ def weight_files(folder: Path, name: str = WEIGHTS) -> tuple[str | None, list[Pa
 
 
 def _variants(folder: Path, stem: str) -> list[str]:
-    """Names between `stem` and the ending, of single files and of indices, the likeliest first."""
+    """The variants in a folder, of single files (stem.VARIANT.safetensors) and of indices, preferred ones first."""
     files = {path.name[len(stem) + 1 : -len(".safetensors")] for path in folder.glob(f"{stem}.*.safetensors")}
     indices = {path.name.split(".index.")[1][: -len(".json")] for path in folder.glob(f"{stem}.safetensors.index.*.json")}
     found = {name for name in files if "-of-" not in name} | indices
@@ -111,10 +118,13 @@ def _shards(index: Path) -> list[Path]:
 
 
 def part_class(pair: Any, where: str) -> type:
-    """The class of a (library, class) pair of model_index.json; UserError unless it is a model, a scheduler or a tokenizer.
+    """The class of a [library, class] pair of model_index.json: a model, a scheduler or a tokenizer.
 
-    A class from a file of the folder, which diffusers would offer to run, is refused like any other; so are Auto classes,
-    which follow an auto_map to such a file.
+    where: the file and key, for messages.
+
+    Raises:
+        UserError: it is another class. Also for a class in a file of the folder, whose code diffusers would run, and for
+            Auto classes, which follow an auto_map to such a file.
     """
     library, name = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
     if library not in LIBRARIES or not isinstance(name, str):
@@ -136,9 +146,9 @@ def part_class(pair: Any, where: str) -> type:
 
 
 def refuse_code(config: Any, file: Any) -> None:
-    """UserError where a part's config asks for what would import or fetch code when the part is loaded.
+    """UserError, naming `file`, where a part's config would import packages or fetch code when the part is loaded.
 
-    Looked at to any depth, as a model of text and pictures has a config within its config. file: what the error names.
+    config: JSON values; configs within it are checked too, at any depth.
     """
     nodes = [config]
     while nodes:
@@ -155,18 +165,18 @@ def refuse_code(config: Any, file: Any) -> None:
 
 
 def _check_size(file: Path, config: dict[str, Any], weights: list[Path], kind: Any) -> None:
-    """Refuse a config that asks for more layers or weights than the files hold, before any memory is taken for them.
+    """UserError for a config with more layers or weights than the files hold, before memory is allocated for them.
 
-    kind: a diffusers class; None where the library builds the network without memory anyway.
+    file: config.json. kind: a diffusers class; None for transformers, which allocates nothing before it reads the weights.
     """
     tensors = 0
     for each in weights:
         with safe_open(each, framework="pt") as opened:
-            kinds = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
-        odd = sorted(name for name, dtype in kinds.items() if dtype in ("BOOL", "C64"))
-        if odd:
-            raise UserError(f"{each}: {odd[0]} is {kinds[odd[0]]}; weights are real numbers")
-        tensors += len(kinds)
+            dtypes = {name: opened.get_slice(name).get_dtype() for name in opened.keys()}
+        unreal = sorted(name for name, dtype in dtypes.items() if dtype in ("BOOL", "C64"))
+        if unreal:
+            raise UserError(f"{each}: {unreal[0]} is {dtypes[unreal[0]]}; weights are real numbers")
+        tensors += len(dtypes)
     if not tensors:
         raise UserError(f"{weights[0]}: holds no weights")
     for key, value in config.items():
@@ -176,36 +186,42 @@ def _check_size(file: Path, config: dict[str, Any], weights: list[Path], kind: A
     if kind is not None:
         try:
             with quiet(), torch.device("meta"):
-                wanted = sum(p.numel() for p in kind.from_config(config).parameters())
+                needed = sum(p.numel() for p in kind.from_config(config).parameters())
         except REFUSALS as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{file}: {kind.__name__} cannot be made of it: {reason}") from error
-        held = sum(each.stat().st_size for each in weights)
-        if wanted > held:
+        size = sum(each.stat().st_size for each in weights)
+        if needed > size:
             shown = weights[0] if len(weights) == 1 else file.parent
-            raise UserError(f"{shown}: {held} bytes are too few for the {wanted} weights that {file.name} describes")
+            raise UserError(f"{shown}: {size} bytes are too few for the {needed} weights that {file.name} describes")
 
 
 def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, verify: bool = True) -> Any:
-    """A diffusers or transformers model, on the CPU, in evaluation mode, with every weight in place and finite.
+    """A diffusers or transformers model, on the CPU, in eval mode, with every weight read and finite.
 
-    where: its folder, or a Hub name. verify: hold the files against the hashes beside them, if any, about a second a
-    gigabyte. UserError naming the file at fault.
+    Args:
+        where: the model's folder, or a Hub name.
+        kind: its class, a diffusers ModelMixin or a transformers PreTrainedModel.
+        dtype: that the weights are loaded in.
+        verify: check the files against the hashes beside them, if there are any; about two seconds a gigabyte.
+
+    Raises:
+        UserError: a file is missing, damaged, hostile or does not fit the others; the message names it.
     """
-    folder, shown, ours = Path(where), str(where), kind.__module__.startswith("diffusers")
-    # Without these, diffusers would leave a missing weight on no device, and transformers' Auto classes offer to run code
-    options: dict[str, Any] = {"low_cpu_mem_usage": False} if ours else {"trust_remote_code": False}
+    folder, shown, of_diffusers = Path(where), str(where), kind.__module__.startswith("diffusers")
+    # Otherwise diffusers leaves a missing weight without a device, and Auto classes of transformers may run code
+    options: dict[str, Any] = {"low_cpu_mem_usage": False} if of_diffusers else {"trust_remote_code": False}
     try:
         if folder.is_dir():
             config = read_json(folder / "config.json")
             refuse_code(config, folder / "config.json")
-            options["variant"], files = weight_files(folder, WEIGHTS if ours else TEXT_WEIGHTS)
+            options["variant"], files = weight_files(folder, WEIGHTS if of_diffusers else TEXT_WEIGHTS)
             shown = str(files[0] if len(files) == 1 else folder)
-            _check_size(folder / "config.json", config, files, kind if ours else None)
+            _check_size(folder / "config.json", config, files, kind if of_diffusers else None)
             if verify:
                 check_hashes(files)
         with quiet():
-            model, found = kind.from_pretrained(
+            model, report = kind.from_pretrained(
                 str(where),
                 torch_dtype=dtype,
                 use_safetensors=True,
@@ -217,20 +233,20 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, 
         raise
     except REFUSALS as error:
         raise UserError(f"{shown}: cannot read the weights: {' '.join(str(error).split())[:200]}") from error
-    wrong = sorted(map(str, found.get("mismatched_keys") or ()))
+    wrong = sorted(map(str, report.get("mismatched_keys") or ()))
     if wrong:
         raise UserError(f"{shown}: cannot read the weights: {len(wrong)} of another shape, the first is {wrong[0]}")
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith(UNUSED))
-    if missing:  # diffusers and transformers would leave them at their random initialisation and only log it
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(UNUSED))
+    if missing:  # diffusers and transformers leave them at random initial values and only log it
         raise UserError(f"{shown}: cannot read the weights: {len(missing)} weights missing, the first is {missing[0]}")
-    if odd := first_non_finite(model.named_parameters()):
-        raise UserError(f"{shown}: {odd} is not finite in {str(dtype)[6:]}: damaged, diverged, or too large for that type")
+    if name := first_non_finite(model.named_parameters()):
+        raise UserError(f"{shown}: {name} is not finite in {str(dtype)[6:]}: damaged, diverged, or too large for that type")
     return model.eval()
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within the block diffusers and transformers draw no bars and log only errors: what matters comes as an exception."""
+    """Within the block, diffusers and transformers show no progress bars and log only errors."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log
 
@@ -241,7 +257,7 @@ def quiet() -> Iterator[None]:
         log.disable_progress_bar()
     try:
         with warnings.catch_warnings():
-            # `torch_dtype` has a new name, which the oldest versions that are supported do not know
+            # `torch_dtype` has a new name, which the oldest supported versions do not know
             warnings.filterwarnings("ignore", message=".*torch_dtype", category=FutureWarning)
             yield
     finally:

@@ -1,9 +1,9 @@
-"""Perceptual distances: how far apart two images are in the feature maps of a frozen network.
+"""Perceptual distances: how different two images are in the feature maps of a frozen network.
 
-Both classes here are called as distance(reconstruction, images) -> [B], images [B, C, H, W] in [-1, 1]. The gradient
-reaches the reconstruction and never the network. Rule for channels: when C is what the network takes, images go in
-as they are; otherwise every channel is shown to it as a grey image of its own, repeated to the channels it takes, and
-the distances are averaged over C. So a grey image becomes a grey RGB one, and no channel of six is left out.
+Both classes are called as distance(reconstruction, images) -> [B], with images [B, C, H, W] in [-1, 1]. Gradients reach the
+reconstruction, not the network. Where the network takes another number of channels than C, each channel is given to it as a
+grey image, and the distances are averaged over channels. So a grey image becomes a grey RGB image, and of six channels none
+is left out.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from latentdiff.errors import UserError
 
 
 class MapsNetwork(Protocol):
-    """What `Perceptual` needs of a network: the channels it takes and its feature maps, [B, c, h, w] each."""
+    """What `Perceptual` needs from a network: the image channels it takes, and its feature maps, each [B, c, h, w]."""
 
     channels: int
 
@@ -25,11 +25,12 @@ class MapsNetwork(Protocol):
 
 
 class Perceptual(nn.Module):
-    """LPIPS-like distance (1801.03924, eq. 1) in the maps of `net`, every map and channel weighing the same.
+    """LPIPS (arXiv:1801.03924, eq. 1) in the feature maps of `net`, with equal weights for all maps and channels.
 
-    Maps are scaled to unit length over channels at every position; the squared difference is summed over channels,
-    averaged over positions, then over maps: 0 for equal images, at most 4. `net` is an nn.Module with `.channels` and
-    `.maps`; it is frozen and put in eval mode, for good.
+    Feature vectors are scaled to unit length at every position. Their squared difference is summed over channels and
+    averaged over positions and maps: 0 for equal images, at most 4.
+
+    net: an nn.Module with `channels` and `maps`, such as a FeatureNet. It is frozen and stays in eval mode.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -52,9 +53,12 @@ class Perceptual(nn.Module):
 
 
 class Lpips(nn.Module):
-    """LPIPS (1801.03924) with its trained weights, through the package `lpips`, which fetches its VGG on first use.
+    """LPIPS (arXiv:1801.03924) with its trained weights, by the package `lpips`, which downloads its network on first use.
 
-    UserError when the package is missing or its weights can be neither found nor fetched.
+    net: a network of lpips: vgg, alex or squeeze.
+
+    Raises:
+        UserError: the package is missing, or its weights can be neither found nor downloaded.
     """
 
     def __init__(self, net: str = "vgg") -> None:
@@ -68,7 +72,7 @@ class Lpips(nn.Module):
             self.net = lpips.LPIPS(net=net, verbose=False).eval().requires_grad_(False)
         except (OSError, RuntimeError) as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"perceptual: the weights of lpips ({net}) are not at hand: {reason}; {instead}") from error
+            raise UserError(f"perceptual: the weights of lpips ({net}) cannot be loaded: {reason}; {instead}") from error
 
     def train(self, mode: bool = True) -> Lpips:
         super().train(mode)
@@ -95,8 +99,8 @@ def _to_channels(images: Tensor, channels: int) -> Tensor:
 
 
 def _unit_distance(a: Tensor, b: Tensor) -> Tensor:
-    """Squared distance of unit vectors over channels, mean over positions: [N, c, h, w] twice -> [N]."""
-    # The constant in the root bounds the gradient where all channels are near zero (background after an activation).
+    """Squared distance of feature vectors scaled to unit length, averaged over positions: two of [N, c, h, w] -> [N]."""
+    # The constant bounds the gradient where all channels are near zero, as in an empty background
     a, b = (m.to(torch.promote_types(m.dtype, torch.float32)) for m in (a, b))
     a, b = (m * torch.rsqrt(m.square().sum(1, keepdim=True) + 1e-4) for m in (a, b))
     return (a - b).square().sum(1).mean((1, 2))  # [N]

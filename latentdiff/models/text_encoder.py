@@ -1,4 +1,4 @@
-"""Class labels and text as the U-Net receives them, and per-sample dropout for classifier-free guidance (2207.12598)."""
+"""Class labels and text as inputs of the U-Net, with per-sample dropout for classifier-free guidance (arXiv:2207.12598)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from latentdiff.errors import UserError
 from latentdiff.models.loading import load_part, quiet, refuse_code
 from latentdiff.utils.random import rand
 
-OWN_LENGTH = 32  # tokens of a prompt, for an encoder of one's own
-LONGEST = 128  # tokens taken from a pretrained encoder whose tokenizer states no length of its own
-NULL_PROMPT = ""  # what a dropped prompt becomes
-# Classes that read alone, by the model_type of a config; AutoModel for others
+OWN_LENGTH = 32  # tokens of a prompt, for a text encoder that is trained with the U-Net
+LONGEST = 128  # most tokens of a prompt for a pretrained encoder, unless the config sets another length
+NULL_PROMPT = ""  # replaces a dropped prompt
+# model_type of a config: the class of the text encoder alone. AutoModel for others
 ENCODERS = {
     "clip": "CLIPTextModel",
     "clip_text_model": "CLIPTextModel",
@@ -33,9 +33,9 @@ def drop(
     p: float,
     generator: torch.Generator | list[torch.Generator] | None = None,
 ) -> torch.Tensor:
-    """Labels [B] with each one replaced by `null_class` with probability p, independently of its neighbours.
+    """Labels [B], each replaced by `null_class` with probability p, independently. The input is not changed.
 
-    A list of B generators makes the fate of image i the same at any batch size. The input is left as it is.
+    generator: one for the batch, or a list of one for each label; with a list, a label's result is the same in any batch.
     """
     dropped = rand((labels.shape[0],), generator, labels.device, torch.float32) < p  # [B]
     return torch.where(dropped, torch.full_like(labels, null_class), labels)
@@ -43,13 +43,16 @@ def drop(
 
 @dataclass(frozen=True)
 class ClassCondition:
-    """Which rows of the U-Net's class embedding mean what.
+    """The meaning of the rows of the U-Net's class embedding: one a class, then the null class if there is one.
 
     Args:
-        num_classes: real classes, rows 0 .. num_classes - 1.
-        dropout: probability with which training replaces a label by the null class.
-        joint: probability with which training drops class and text together. Where both are 0 there is no null class, and
-            a network trained so cannot be guided.
+        num_classes: classes; they are rows 0 to num_classes - 1.
+        dropout: probability, below 1, that training replaces a label by the null class.
+        joint: probability, below 1, that training drops class and text together. Where both are 0, there is no null class,
+            and classifier-free guidance by class is not possible.
+
+    Raises:
+        UserError: a number is out of its range.
     """
 
     num_classes: int
@@ -66,20 +69,21 @@ class ClassCondition:
 
     @property
     def null_class(self) -> int | None:
-        """The row that stands for "no class": num_classes, or None without dropout."""
+        """The row that stands for "no class": num_classes; None without dropout."""
         return self.num_classes if self.dropout > 0 or self.joint > 0 else None
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the embedding, the null class included: the U-Net's num_class_embeds."""
+        """Number of rows, the null class included: the U-Net's num_class_embeds."""
         return self.num_classes + (self.null_class is not None)
 
     def __call__(self, labels: torch.Tensor, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
-        """Labels [B], integers in [0, num_embeddings), as the keywords of the U-Net's forward.
+        """Labels [B], integers in [0, num_embeddings), as keyword arguments of the U-Net, on `device`.
+
+        Give labels on the CPU: their range is checked on the device where they are, and on a GPU that waits for it.
 
         Raises:
-            UserError: a label is out of range. It is looked for on the device the labels come from, so hand them over
-                on the CPU: there it costs nothing, and on a GPU an embedding only aborts the process.
+            UserError: a label is out of range. (Unchecked, it would abort the process on a GPU.)
         """
         labels = labels.long()
         if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_embeddings:
@@ -90,23 +94,28 @@ class ClassCondition:
         return {"class_labels": labels.to(device)}
 
     def drop(self, labels: torch.Tensor, generator: torch.Generator | list[torch.Generator] | None = None) -> torch.Tensor:
-        """Training's labels [B]: each dropped with the probability of this condition."""
+        """Labels [B] for training: each is replaced by the null class with probability `dropout`."""
         if self.null_class is None:
             return labels
         return drop(labels, self.null_class, self.dropout, generator)
 
     def unconditional(self, batch: int, device: torch.device | str | None = None) -> dict[str, torch.Tensor]:
-        """The keywords for `batch` images without a class."""
+        """Keyword arguments of the U-Net for `batch` images without a class. UserError where there is no null class."""
         if self.null_class is None:
             raise UserError("class dropout is 0, so the model has no null class and no unconditional prediction")
         return {"class_labels": torch.full((batch,), self.null_class, dtype=torch.long, device=device)}
 
 
 class PromptEncoder:
-    """A tokenizer with the text encoder that reads its tokens: prompts to states, as training and the pipeline do alike.
+    """A tokenizer with its text encoder: turns prompts into states, in training and in the pipeline in the same way.
 
-    Every prompt is padded or cut to `length` tokens. The encoder is told which are padding where its config says
-    use_attention_mask, as diffusers' pipelines do; the U-Net attends to all `length` states, as theirs do.
+    Every prompt is padded or cut to `length` tokens. As in diffusers' pipelines, the encoder gets an attention mask for the
+    padding where its config says use_attention_mask, and the U-Net attends to all `length` states.
+
+    Attributes:
+        tokenizer, encoder: of transformers.
+        length: tokens of a prompt.
+        width: of the encoder's states.
     """
 
     def __init__(self, tokenizer: Any, encoder: Any):
@@ -115,24 +124,24 @@ class PromptEncoder:
         self.width: int = encoder.config.hidden_size
 
     def tokens(self, prompts: Sequence[str]) -> dict[str, torch.Tensor]:
-        """input_ids [B, length], with attention_mask [B, length] where the encoder takes one."""
+        """input_ids [B, length]; also attention_mask [B, length] where the encoder takes one."""
         out = self.tokenizer(list(prompts), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt")
         names = ["input_ids", "attention_mask"] if uses_mask(self.encoder) else ["input_ids"]
         return {name: out[name] for name in names}
 
     def lengths(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
+        """Number of tokens of each prompt before it is cut, int64 [B]. See `token_counts`."""
         return token_counts(self.tokenizer, prompts)
 
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> torch.Tensor:
-        """The encoder's last states [B, length, width], float32."""
+        """The encoder's last hidden states [B, length, width], float32, on the encoder's device."""
         device = next(self.encoder.parameters()).device
         return self.encoder(**{k: v.to(device) for k, v in self.tokens(prompts).items()})[0].float()
 
 
 def token_counts(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
-    """Tokens of each prompt uncut, those that mark its start and end among them: int64 [B]."""
+    """Number of tokens of each prompt before it is cut, with the tokens for its start and end, int64 [B]."""
     counts: list[int] = []
     for start in range(0, len(prompts), 4096):
         part = list(prompts[start : start + 4096])
@@ -141,7 +150,7 @@ def token_counts(tokenizer: Any, prompts: Sequence[str]) -> torch.Tensor:
 
 
 class UNetWithTextEncoder(torch.nn.Module):
-    """A U-Net with the text encoder that is trained with it: one network, so that DDP and EMA cover both."""
+    """A U-Net and the text encoder that is trained with it, as one network, so that DDP and EMA cover both."""
 
     def __init__(self, unet: torch.nn.Module, text_encoder: torch.nn.Module):
         super().__init__()
@@ -155,20 +164,25 @@ class UNetWithTextEncoder(torch.nn.Module):
         attention_mask: torch.Tensor | None = None,
         **conditioning: Any,
     ) -> Any:
-        """sample [B, c, h, w], input_ids [B, L]: the U-Net's output, cross-attending to the encoder's states."""
+        """The U-Net's output for sample [B, c, h, w] at timestep [B], with the text of input_ids [B, L]."""
         states = self.text_encoder(input_ids=input_ids, attention_mask=attention_mask)[0]  # [B, L, d]
         return self.unet(sample, timestep, encoder_hidden_states=states, **conditioning)
 
 
 def uses_mask(encoder: torch.nn.Module) -> bool:
-    """Whether an encoder is told which tokens are padding: by diffusers' convention, its config's use_attention_mask."""
+    """Whether an encoder gets an attention mask for padding: use_attention_mask of its config, as in diffusers."""
     return bool(getattr(encoder.config, "use_attention_mask", False))
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int | None = None) -> Any:
-    """A CLIP tokenizer (lower-casing byte-pair encoding, 1508.07909) of at most `vocabulary` tokens, learnt on captions.
+    """A CLIP tokenizer (lower-case byte-pair encoding, arXiv:1508.07909) trained on captions.
 
-    The numbers of its tokens differ from call to call (the trainer walks a hash table), so learn once, and keep it.
+    The numbers of its tokens differ between two calls with the same captions, so train it once and save it.
+
+    Args:
+        captions: texts; duplicates do not count.
+        vocabulary: most tokens it may have.
+        length: tokens that a prompt is padded or cut to; None: OWN_LENGTH.
     """
     from transformers import CLIPTokenizer
 
@@ -178,7 +192,10 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int, length: int | None
 
 
 def build_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> torch.nn.Module:
-    """A fresh CLIPTextModel over a tokenizer's tokens: what a stock Stable Diffusion pipeline expects to find."""
+    """A new CLIPTextModel for a tokenizer's tokens, as Stable Diffusion's pipeline expects. UserError for unfit sizes.
+
+    tokenizer: its size, model_max_length and special tokens are used. width: of the states, a multiple of `heads`.
+    """
     from transformers import CLIPTextConfig, CLIPTextModel
 
     if width % heads:
@@ -199,32 +216,38 @@ def build_text_encoder(tokenizer: Any, width: int, layers: int, heads: int) -> t
 
 
 def load_prompt_encoder(where: str, length: int | None = None) -> PromptEncoder:
-    """A pretrained text encoder, frozen, with its tokenizer.
+    """A pretrained text encoder, frozen, with its tokenizer. CLIP text models, T5 encoders, BERT and similar ones.
 
-    where: a folder with both, a pipeline's folder (its text_encoder/ and tokenizer/), or a Hub name. CLIP text models,
-    T5 encoders, BERT and its like. length: tokens of a prompt; None: the tokenizer's own. UserError where there is no
-    such encoder.
+    Args:
+        where: a folder with both, a pipeline's folder (its text_encoder/ and tokenizer/), or a Hub name.
+        length: tokens of a prompt; None: the tokenizer's own length.
+
+    Raises:
+        UserError: there is no such encoder, or it cannot read prompts of this length.
     """
     import transformers
 
     config, places = _text_config(where)
     name = ENCODERS.get(config.model_type, "AutoModel")
     if name == "AutoModel" and getattr(config, "is_encoder_decoder", False):
-        raise UserError(f"condition.text.encoder {where}: {config.model_type} also decodes; of such only T5's kinds are read")
+        raise UserError(
+            f"condition.text.encoder {where}: {config.model_type} also decodes; of such models only T5's kinds are supported"
+        )
     tokenizer = load_tokenizer(where, length)
     try:
         encoder = load_part(places[0], getattr(transformers, name))
     except UserError as error:
         raise UserError(f"condition.text.encoder {error}") from None
     if not hasattr(encoder.config, "use_attention_mask"):
-        encoder.config.use_attention_mask = name != "CLIPTextModel"  # causal: padding comes after what it could disturb
+        # CLIP needs no mask: it is causal, so padding at the end does not change the tokens before it
+        encoder.config.use_attention_mask = name != "CLIPTextModel"
     prompts = PromptEncoder(tokenizer, encoder.requires_grad_(False))
     _try_out(prompts, where)
     return prompts
 
 
 def load_tokenizer(where: str, length: int | None = None) -> Any:
-    """A pretrained text encoder's tokenizer, its model_max_length what `load_prompt_encoder` reads; UserError as there."""
+    """The tokenizer of a pretrained text encoder. Arguments and errors as `load_prompt_encoder`."""
     import transformers
 
     config, places = _text_config(where)
@@ -234,7 +257,7 @@ def load_tokenizer(where: str, length: int | None = None) -> Any:
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
         raise UserError(f"condition.text.encoder {where}: no tokenizer of transformers ({_brief(error)})") from None
     if not any(any(map(str.isalnum, token)) for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)):
-        # transformers makes a blank one where its files are missing, to which every prompt is the same
+        # transformers makes an empty one where its files are missing, for which all prompts are the same
         raise UserError(f"condition.text.encoder {where}: its tokenizer knows no words; put the tokenizer's files there")
     longest = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
     own = min(tokenizer.model_max_length, LONGEST, longest or LONGEST)
@@ -245,7 +268,7 @@ def load_tokenizer(where: str, length: int | None = None) -> Any:
 
 
 def _try_out(prompts: PromptEncoder, where: str) -> None:
-    """UserError unless the encoder gives finite states of a prompt that fills the whole length, as text encoders do."""
+    """UserError unless the encoder gives a finite state for each token of a prompt that fills the whole length."""
     try:
         states = prompts.states(["a " * prompts.length])
     except (ValueError, TypeError, KeyError, AttributeError, IndexError, RuntimeError) as error:
@@ -258,16 +281,16 @@ def _try_out(prompts: PromptEncoder, where: str) -> None:
 
 
 def states_width(where: str) -> int:
-    """The width of a pretrained encoder's states, from its config alone; UserError as `load_prompt_encoder`."""
+    """The width of a pretrained encoder's states, from its config alone. UserError as `load_prompt_encoder`."""
     config = _text_config(where)[0]
-    width = getattr(getattr(config, "text_config", config), "hidden_size", None)  # CLIP's has its pictures' beside it
+    width = getattr(getattr(config, "text_config", config), "hidden_size", None)  # CLIP's config also has a vision_config
     if not isinstance(width, int):
         raise UserError(f"condition.text.encoder {where}: {config.model_type} states no hidden_size; it is no text encoder")
     return width
 
 
 def _text_config(where: str) -> tuple[Any, tuple[str, str]]:
-    """A pretrained encoder's config, and where the encoder and its tokenizer are."""
+    """(a pretrained encoder's config, (where the encoder is, where its tokenizer is))."""
     import transformers
 
     folder = Path(where)

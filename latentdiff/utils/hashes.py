@@ -1,8 +1,8 @@
-"""Hashes of weight files: written beside them by whatever writes them, and checked by whatever reads them.
+"""Hashes of weight files: whatever writes weights writes hashes.json beside them, whatever reads weights checks it.
 
-They lie in the folder of each network (unet/hashes.json, not one file for the checkpoint), so that a part that is put in
-another's place, such as a newly trained autoencoder, brings its own. A folder without the file is not checked: it comes
-from elsewhere. They show damage in copying and on disk; they are no protection from somebody who changes both files.
+Each network's folder has its own file (unet/hashes.json), so that a part that replaces another one, such as a newly trained
+autoencoder, brings its own hashes. A folder without the file comes from another program and is not checked. The hashes
+detect damage from copying and from disks. They do not protect against somebody who changes both files.
 """
 
 import hashlib
@@ -19,11 +19,11 @@ from latentdiff.errors import UserError
 FILE = "hashes.json"
 _CHECKED = ContextVar("checked", default=True)
 _CHUNK = 1 << 20  # bytes read at a time
-_LARGEST = 1 << 24  # bytes of a hash file that is read; 100,000 shards have less
+_LARGEST = 1 << 24  # bytes of the largest hash file that is read; one of 100,000 shards is smaller
 
 
 def sha256_of(file: str | Path) -> str:
-    """The hex sha256 of a file's content, read once, 1 MiB at a time."""
+    """The hex sha256 of a file's content. The file is read once, 1 MiB at a time."""
     digest = hashlib.sha256()
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK):
@@ -32,7 +32,7 @@ def sha256_of(file: str | Path) -> str:
 
 
 def write_hashes(folder: str | Path) -> None:
-    """Write hashes.json: {name: {bytes, sha256}} of every .safetensors file of a folder; where it has none, no hashes.json."""
+    """Write hashes.json, {name: {bytes, sha256}} of each .safetensors file of a folder; without such files, remove it."""
     folder = Path(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -46,7 +46,7 @@ def write_hashes(folder: str | Path) -> None:
 
 @contextmanager
 def checked(verify: bool) -> Iterator[None]:
-    """Within the block `check_hashes` checks, or with verify=False does nothing: for calls that open many networks."""
+    """Within the block, verify=False turns `check_hashes` off. For commands that open many networks (--no-verify)."""
     token = _CHECKED.set(verify)
     try:
         yield
@@ -55,18 +55,20 @@ def checked(verify: bool) -> Iterator[None]:
 
 
 def check_hashes(files: Iterable[Path]) -> None:
-    """UserError for the first of a network's weight files that is not what hashes.json beside it says.
+    """Check weight files against the hashes.json beside each; takes about two seconds a gigabyte on a slow core.
 
-    It takes about two seconds a gigabyte on a slow core.
     Nothing is checked where there is no hashes.json, or within `checked(False)`.
+
+    Raises:
+        UserError: a file's length or hash differs, hashes.json does not list it, or hashes.json cannot be read.
     """
     for file in files if _CHECKED.get() else ():
         listed = file.parent / FILE
         if not listed.is_file():
             continue
-        entry, way_out = _read(listed).get(file.name), f"if the change is yours, delete {listed}"
+        entry, advice = _read(listed).get(file.name), f"if the change is yours, delete {listed}"
         if entry is None:
-            raise UserError(f"{file}: {FILE} beside it does not list it, so it was put there later; {way_out}")
+            raise UserError(f"{file}: {FILE} beside it does not list it, so it was put there later; {advice}")
         size = file.stat().st_size
         if size != entry["bytes"]:
             reason = f"has {size} bytes, and {FILE} says {entry['bytes']}"
@@ -74,14 +76,14 @@ def check_hashes(files: Iterable[Path]) -> None:
             reason = f"its sha256 is not the one in {FILE}"
         else:
             continue
-        raise UserError(f"{file}: {reason}: damaged, or changed after it was published; copy it again, or, {way_out}")
+        raise UserError(f"{file}: {reason}: damaged, or changed after it was published; copy it again, or, {advice}")
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """The entries of a hash file, each with bytes and sha256."""
+    """The entries of a hash file by file name, each with bytes (int) and sha256 (str)."""
     try:
         if file.stat().st_size > _LARGEST:
-            raise ValueError(f"more than {_LARGEST} bytes")
+            raise ValueError(f"it has more than {_LARGEST} bytes")
         entries = json.loads(file.read_text(encoding="utf-8"))
         for entry in entries.values():
             if not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):

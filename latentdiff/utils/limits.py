@@ -1,4 +1,4 @@
-"""Numbers that a checkpoint's JSON files may hold: what has no meaning, or would take all memory, is refused by its name."""
+"""Limits for the numbers in a checkpoint's JSON files: values without meaning, or that would take all memory, are refused."""
 
 import math
 from collections.abc import Mapping
@@ -7,16 +7,16 @@ from typing import Any
 
 from latentdiff.errors import UserError
 
-MAX_STEPS = 100_000  # of sampling
-MAX_TIMESTEPS = 1_000_000  # of a scheduler, each an entry of several tables
-MAX_SIDE = 4096  # of latents
+MAX_STEPS = 100_000  # sampling steps
+MAX_TIMESTEPS = 1_000_000  # of a scheduler, which has several tables of this length
+MAX_SIDE = 4096  # height or width of latents
 MAX_IMAGE_SIDE = 65_536  # pixels
 MAX_CLASSES = 10_000_000
-MAX_TOKENS = 100_000  # of a prompt; a tokenizer that states no length of its own has 10^30
+MAX_TOKENS = 100_000  # of a prompt. A tokenizer without a length of its own says 10^30
 
 
 def check_index(file: Path, index: Mapping[str, Any]) -> None:
-    """UserError, naming the field, for values of model_index.json that a pipeline cannot work with."""
+    """UserError, naming the field, for values of model_index.json that a pipeline cannot work with. file: for the message."""
     if "default_num_inference_steps" in index:
         whole(file, "default_num_inference_steps", index["default_num_inference_steps"], 1, MAX_STEPS)
     scale = index.get("default_guidance_scale", 1.0)
@@ -37,14 +37,14 @@ def check_index(file: Path, index: Mapping[str, Any]) -> None:
 
 
 def check_latent_size(file: Path, config: Mapping[str, Any]) -> None:
-    """The same for sample_size of a U-Net's config: the latent's side, or its height and width."""
+    """UserError for a bad sample_size in a U-Net's config: the latent's side, or its [height, width]."""
     size = config.get("sample_size")
     if size is not None:
         _sides(file, "sample_size", [size, size] if not isinstance(size, list) else size, MAX_SIDE)
 
 
 def whole(file: Path, field: str, value: Any, low: int, high: int) -> None:
-    """UserError unless a field's value is a whole number from low to high."""
+    """UserError, naming file and field, unless the value is a whole number from low to high."""
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise UserError(f"{file}: {field} is {str(value)[:40]}; it must be a whole number from {low} to {high}")
 
