@@ -1,11 +1,14 @@
-"""Module names of version 0.1, for one release: each still imports, with a DeprecationWarning that says the new name."""
+"""Names of version 0.1, for one release: modules and what they held still import, with a DeprecationWarning.
+
+The warning says the new name.
+"""
 
 import importlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -106,7 +109,8 @@ MODULES = {
     "writing": "utils.outputs",
 }
 
-# Old name -> new name, of what did not move with its module. The module `commands` was split: all of it stands here.
+# Old name -> new name, of what did not move with its module or has another name there. Modules that are still there may
+# stand here too. The module `commands` was split: all of it stands here.
 NAMES = {
     "agreement.estimate": "evaluation.compare_denoisers.estimate_x0",
     "agreement.markdown": "evaluation.compare_denoisers.agreement_markdown",
@@ -134,6 +138,8 @@ NAMES = {
     "conditioning.Prompts": "models.text_encoder.PromptEncoder",
     "conditioning.load_prompts": "models.text_encoder.load_prompt_encoder",
     "data.accounts.Account": "data.file_report.FileReport",
+    "data.accounts.Names": "data.file_report.FileNames",
+    "data.listing.account_beside": "data.folders.report_beside",
     "data.preprocess.ImageDataset": "data.datasets.ImageDataset",
     "data.rowgroups.Parquet": "data.parquet_stream.ParquetFile",
     "data.rowgroups.Rows": "data.parquet_stream.ParquetTable",
@@ -155,6 +161,7 @@ NAMES = {
     "evaluation.neighbours.support": "evaluation.precision_recall.precision_recall",
     "evaluation.reference.cache_beside": "evaluation.feature_cache.default_cache_folder",
     "evaluation.reference.see_reference": "evaluation.feature_cache.reference_statistics",
+    "evaluation.report.REPORT_NAME": "evaluation.markdown_report.REPORT_NAME",
     "evaluation.report.Yardstick": "evaluation.feature_metrics.ReferenceStatistics",
     "evaluation.report.markdown": "evaluation.markdown_report.report_markdown",
     "evaluation.report.reference_sets": "evaluation.reference_data.reference_sets",
@@ -163,6 +170,7 @@ NAMES = {
     "evaluation.retrieval.markdown": "evaluation.retrieval.judge_markdown",
     "evaluation.retrieval.nearest": "evaluation.retrieval.nearest_training_distances",
     "evaluation.retrieval.scores": "evaluation.retrieval.retrieval_scores",
+    "evaluation.scores.Batch": "evaluation.feature_statistics.Batch",
     "evaluation.scores.Seen": "evaluation.feature_statistics.FeatureStatistics",
     "evaluation.scores.content_hash": "evaluation.feature_statistics.content_hash",
     "evaluation.scores.digests": "evaluation.feature_statistics.pixel_digests",
@@ -173,14 +181,37 @@ NAMES = {
     "evaluation.surroundings.Surroundings": "evaluation.feature_metrics.FeatureMetrics",
     "evaluation.surroundings.over_seeds": "evaluation.feature_metrics.mean_over_seeds",
     "gallery.Stage": "evaluation.gallery.GallerySampler",
+    "generation.COMMON": "generation.RESERVED_OPTIONS",
+    "generation.class_beside": "generation.class_of_prompts",
+    "pipelines.latent_diffusion.fed_times": "pipelines.latent_diffusion.network_times",
+    "pipelines.latent_diffusion.suspicion": "pipelines.latent_diffusion.non_finite_cause",
+    "planning.dry_run.short": "training.dry_run.three_figures",
+    "planning.facts.PATIENCE": "training.estimate.ENCODING_LIMIT",
+    "planning.progress.PATIENCE": "training.estimate.HOLD_BACK",
     "records.JUDGED": "evaluation.records.JUDGE_PROTOCOL",
+    "records.NETWORKS": "checkpoints.NETWORKS",
     "records.PROTOCOL": "evaluation.records.EVALUATE_PROTOCOL",
     "records.check_alike": "evaluation.records.check_comparable",
     "records.weights_of": "checkpoints.weights_of",
+    "training.conditions.JOINT_DROPOUT": "config.JOINT_DROPOUT",
+    "training.conditions.as_begun": "training.conditioning.with_recorded_dropout",
+    "training.conditions.guidance": "training.conditioning.guidance_scale",
+    "training.features.LABEL_SMOOTHING": "evaluation.feature_training.LABEL_SMOOTHING",
+    "training.features.MAX_SHIFT": "evaluation.feature_training.MAX_SHIFT",
+    "training.features.WARM_UP": "evaluation.feature_training.WARM_UP",
+    "training.features.WEIGHT_DECAY": "evaluation.feature_training.WEIGHT_DECAY",
     "training.features.shift_images": "evaluation.feature_training.shift_images",
     "training.features.train_classifier": "evaluation.feature_training.train_classifier",
     "training.features.train_features": "evaluation.feature_training.train_features",
     "training.journal.Journal": "training.logging.RunLogger",
+    "training.notices.end_of_stage1": "training.messages.autoencoder_finished",
+    "training.notices.end_of_stage2": "training.messages.model_finished",
+    "training.notices.first_stage_warnings": "training.messages.autoencoder_warnings",
+    "training.notices.keep_verdict": "training.messages.save_report_lines",
+    "training.notices.places_at_start": "training.messages.where_results_appear",
+    "training.notices.say": "training.messages.print_lines",
+    "training.notices.verdict_of": "training.messages.report_lines",
+    "training.notices.warned": "training.messages.as_warnings",
     "training.run.PRECISIONS": "training.accelerator.PRECISIONS",
     "training.run.announcement": "training.accelerator.announcement",
     "training.run.check_kind": "training.accelerator.check_distribution",
@@ -193,6 +224,10 @@ NAMES = {
     "training.run.set_learning_rate": "training.optimizer.set_learning_rate",
     "training.run.settings_kept": "training.accelerator.torch_settings_restored",
     "training.run.start_accelerator": "training.accelerator.start_accelerator",
+    "training.unets.Start": "models.unet.PretrainedUNet",
+    "training.unets.find_start": "models.unet.find_pretrained",
+    "training.watching.Watch": "training.monitor.Monitor",
+    "tuning.KEYS": "evaluation.tuning.SETTING_KEYS",
     "tuning.Space": "evaluation.tuning.SearchSpace",
     "tuning.draw_front": "evaluation.tuning.plot_front",
     "tuning.front": "evaluation.tuning.pareto_front",
@@ -201,39 +236,91 @@ NAMES = {
     "tuning.store": "evaluation.tuning.write_default",
 }
 
+# What nothing replaces: parts of a command or of an estimate that are private now, or take other arguments.
+REMOVED = {
+    "cli.DEFAULT_MODEL",
+    "cli.OPENING",
+    "cli.Parser",
+    "cli.encode_command",
+    "cli.generate_command",
+    "cli.import_command",
+    "cli.info_command",
+    "cli.prepare_command",
+    "cli.publish_command",
+    "cli.reconstruct_command",
+    "cli.train_command",
+    "pipelines.latent_diffusion.require",
+    "planning.facts.data_facts",
+    "planning.facts.encoding",
+    "planning.facts.note_compile",
+    "planning.facts.parameters",
+    "planning.facts.warn_of_time",
+    "planning.facts.without_impossible_guidance",
+    "planning.inputs.find_images",
+    "planning.inputs.first_stage",
+    "planning.inputs.image_shape",
+    "planning.inputs.is_here",
+    "planning.inputs.latent_shape",
+    "planning.stages.class_count",
+    "planning.stages.plan_autoencoder",
+    "planning.stages.plan_diffusion",
+    "training.conditions.joint_dropout",
+    "training.conditions.takes",
+    "training.latents.latent_shape",
+    "training.unets.check_latents",
+}
 
-class OldModules(MetaPathFinder, Loader):
-    """Finds an old module name after every other finder has failed, and gives a module that looks names up in the new one."""
+
+class OldNames(MetaPathFinder, Loader):
+    """Finds modules of version 0.1: those that have moved, and those that are still there but have lost names."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None) -> ModuleSpec | None:
         package, _, old = fullname.partition(".")
-        if package != "latentdiff" or not _is_old(old):
+        if package != "latentdiff" or old not in KNOWN:
             return None
-        return ModuleSpec(fullname, self, is_package=any(name.startswith(f"{old}.") for name in MODULES))
+        spec = PathFinder.find_spec(fullname, path)
+        if spec is None or spec.loader is None:  # a folder without modules is one that an earlier version has left behind
+            return ModuleSpec(fullname, self, is_package=any(name.startswith(f"{old}.") for name in MODULES))
+        run_module = spec.loader.exec_module
+
+        def run_and_add_names(module: ModuleType) -> None:
+            run_module(module)
+            module.__getattr__ = lambda name: find_moved(old, name)  # type: ignore[method-assign]
+
+        spec.loader.exec_module = run_and_add_names  # type: ignore[method-assign]
+        return spec
 
     def create_module(self, spec: ModuleSpec) -> None:
         return None
 
     def exec_module(self, module: ModuleType) -> None:
         old = module.__name__.partition(".")[2]
-        new = MODULES.get(old)
-        advice = f"; use latentdiff.{new}" if new else "; its functions are elsewhere"
-        warnings.warn(f"latentdiff.{old} has moved{advice}", DeprecationWarning, stacklevel=2)
-
-        def find(name: str) -> Any:
-            target, _, attribute = NAMES.get(f"{old}.{name}", f"{new}.{name}").rpartition(".")
-            if target == "None":
-                raise AttributeError(f"module {module.__name__!r} has no attribute {name!r}")
-            return getattr(importlib.import_module(f"latentdiff.{target}"), attribute)
-
-        module.__getattr__ = find  # type: ignore[method-assign]
+        advice = f"use latentdiff.{MODULES[old]}" if old in MODULES else "its functions are elsewhere"
+        warnings.warn(f"latentdiff.{old} has moved; {advice}", DeprecationWarning, stacklevel=2)
+        module.__getattr__ = lambda name: find_moved(old, name, warn=False)  # type: ignore[method-assign]
 
 
-def _is_old(name: str) -> bool:
-    known = [*MODULES, *NAMES]
-    return any(old == name or old.startswith(f"{name}.") for old in known)
+def find_moved(old: str, name: str, warn: bool = True) -> Any:
+    """What the module `old` of version 0.1 had under this name. AttributeError where there was no such name, or is none now."""
+    place = NAMES.get(f"{old}.{name}") or (f"{MODULES[old]}.{name}" if old in MODULES else None)
+    if f"{old}.{name}" in REMOVED or name.startswith("__") or place is None:
+        reason = "; it was removed, and nothing replaces it" if f"{old}.{name}" in REMOVED else ""
+        raise AttributeError(f"module 'latentdiff.{old}' has no attribute {name!r}{reason}")
+    module, _, attribute = place.rpartition(".")
+    value = getattr(importlib.import_module(f"latentdiff.{module}"), attribute)
+    if warn:
+        warnings.warn(f"latentdiff.{old}.{name} has moved; use latentdiff.{place}", DeprecationWarning, stacklevel=3)
+    return value
+
+
+def _with_parents(names: Iterable[str]) -> set[str]:
+    return {".".join(parts[: k + 1]) for parts in (name.split(".") for name in names) for k in range(len(parts))}
+
+
+# Modules of version 0.1 that the finder looks after, and the packages that held some that have moved
+KNOWN = _with_parents(MODULES) | {name.rpartition(".")[0] for name in (*NAMES, *REMOVED)}
 
 
 def install() -> None:
-    """Let old module names import. The finder stands last, so it costs nothing where a name exists."""
-    sys.meta_path.append(OldModules())
+    """Let old names import. The finder stands first, because a module that is still there is to find its old names too."""
+    sys.meta_path.insert(0, OldNames())
