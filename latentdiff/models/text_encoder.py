@@ -129,10 +129,6 @@ class PromptEncoder:
         names = ["input_ids", "attention_mask"] if uses_mask(self.encoder) else ["input_ids"]
         return {name: out[name] for name in names}
 
-    def lengths(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Number of tokens of each prompt before it is cut, int64 [B]. See `token_counts`."""
-        return token_counts(self.tokenizer, prompts)
-
     @torch.no_grad()
     def states(self, prompts: Sequence[str]) -> torch.Tensor:
         """The encoder's last hidden states [B, length, width], float32, on the encoder's device."""
@@ -250,7 +246,7 @@ def load_tokenizer(where: str, length: int | None = None) -> Any:
     """The tokenizer of a pretrained text encoder. Arguments and errors as `load_prompt_encoder`."""
     import transformers
 
-    config, places = _text_config(where)
+    places = _text_config(where)[1]
     try:
         with quiet():
             tokenizer = transformers.AutoTokenizer.from_pretrained(places[1], trust_remote_code=False)
@@ -259,7 +255,7 @@ def load_tokenizer(where: str, length: int | None = None) -> Any:
     if not any(any(map(str.isalnum, token)) for token in set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens)):
         # transformers makes an empty one where its files are missing, for which all prompts are the same
         raise UserError(f"condition.text.encoder {where}: its tokenizer knows no words; put the tokenizer's files there")
-    longest = getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
+    longest = longest_prompt(where)
     own = min(tokenizer.model_max_length, LONGEST, longest or LONGEST)
     if length is not None and longest is not None and length > longest:
         raise UserError(f"condition.text.max_length: {length}, but {where} reads at most {longest} tokens")
@@ -278,6 +274,12 @@ def _try_out(prompts: PromptEncoder, where: str) -> None:
         ) from None
     if states.shape[1:] != (prompts.length, prompts.width) or not bool(states.isfinite().all()):
         raise UserError(f"condition.text.encoder {where}: gives no finite state of width {prompts.width} for each token")
+
+
+def longest_prompt(where: str) -> int | None:
+    """Most tokens that a pretrained encoder can read, from its config alone; None where that does not say."""
+    config = _text_config(where)[0]
+    return getattr(getattr(config, "text_config", config), "max_position_embeddings", None)
 
 
 def states_width(where: str) -> int:

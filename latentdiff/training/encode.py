@@ -1,4 +1,4 @@
-"""The latent cache of a diffusion config, built ahead of training: `latentdiff encode`."""
+"""`latentdiff encode`: builds the latent cache of a stage-2 config before training."""
 
 from __future__ import annotations
 
@@ -12,10 +12,19 @@ from latentdiff.utils import signals
 def encode_dataset(
     config_path: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
 ) -> Path:
-    """Build the latent cache of a diffusion config, or finish one that was interrupted; returns its folder.
+    """Build the latent cache of a stage-2 config, or finish one that was interrupted; returns its folder.
 
-    part: "K/N", K from 1 to N, builds every N-th shard alone; the job that finds none missing finishes the cache.
-    A signal ends it after a shard; the same call goes on. UserError where another job encodes there, or this part of it.
+    A signal ends it after a shard; the same call continues.
+
+    Args:
+        config_path: of a config whose stage is diffusion.
+        overrides: changes to the config, as "section.key=value".
+        progress: show a progress bar.
+        part: "K/N", with K from 1 to N: build only every N-th shard. The job after which no shard is missing finishes the
+            cache.
+
+    Raises:
+        UserError: a mistake in the config or the data, or another job builds the same cache, or the same part of it.
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
@@ -35,7 +44,7 @@ def encode_dataset(
     # Latents that the U-Net cannot take are not worth the time
     check_latent_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
     lines = [*messages.as_warnings(messages.autoencoder_warnings(config.autoencoder)), cache_size(config, *opened)]
-    # A frozen encoder is never cast, whatever training's precision
+    # A frozen autoencoder always runs in float32, whatever the precision of training
     announce = announcement(accelerator, config.train, "float32", "encode", lines)
     if job is not None:
         with signals.watched(signals.again), progress_bar("encoding", progress, announce) as report:

@@ -1,4 +1,4 @@
-"""The images of a run: a training part and a held-out part, preprocessed alike, read in a resumable order."""
+"""The images of a run: a training part and a held-out part, preprocessed in the same way, read in a resumable order."""
 
 from __future__ import annotations
 
@@ -23,24 +23,37 @@ from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import printable
 from latentdiff.utils import processes
 
-SPLIT_SEED = 0  # the held-out share must not move with the training seed, or two runs would not compare
+SPLIT_SEED = 0  # not the training seed: runs with different seeds must hold out the same images to be comparable
 
 
 class Images:
-    """train and held_out ImageDatasets of one data section.
+    """The images of a config's data section.
 
-    The held-out part is the data set's own test split where it has one, else a fixed share of the images; where every class
-    has one image, nothing can be held out, and it is the training images (`nothing_held_out`). `multiple_of` is what both
-    sides of the tensors must be divisible by.
+    The held-out part is the data set's own test split where it has one, else a fixed share of the images. Where every class
+    has only one image, nothing can be held out, and the held-out part is the training images.
+
+    Args:
+        config: the data section.
+        multiple_of: both sides of the image tensors must be divisible by it (the autoencoder's factor).
+
+    Attributes:
+        train, held_out: ImageDatasets.
+        nothing_held_out: whether held_out is the training images.
+        split: how the held-out part was chosen, in words.
+        preprocess: what turns an image into a tensor.
+        class_names: of the data set.
+
+    Raises:
+        UserError: the data set cannot be opened, or does not fit the config.
     """
 
     def __init__(self, config: DataConfig, multiple_of: int):
         source = _open(config, "train")
         multiple = math.lcm(multiple_of, config.multiple_of)
-        rule = Preprocess(config.size, config.channels, config.framing, multiple, background=config.background)
+        preprocess = Preprocess(config.size, config.channels, config.framing, multiple, background=config.background)
         self.nothing_held_out = False
         if "test" in splits(config.source, config.streaming):
-            self.train = ImageDataset(source, rule)
+            self.train = ImageDataset(source, preprocess)
             self.held_out = ImageDataset(_open(config, "test"), self.train.preprocess)
             self.split = "its test part"
         else:
@@ -49,18 +62,17 @@ class Images:
             per_class = source.labels is not None and config.held_out_rule == "per_class"
             self.split = "drawn per class" if per_class else "drawn at random"
             split = "per_class" if per_class else None
-            self.train = ImageDataset(source, rule, kept, split)
-            self.held_out = ImageDataset(source, rule, kept if self.nothing_held_out else apart, split)
+            self.train = ImageDataset(source, preprocess, kept, split)
+            self.held_out = ImageDataset(source, preprocess, kept if self.nothing_held_out else apart, split)
         self.preprocess = self.train.preprocess
         self.class_names = list(source.class_names)
-        self.bad = source.bad
         self.workers = config.workers
         self.flips = config.flips
-        self._has_said = False
-        self._shown: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self._printed = False
+        self._held_out_batches: dict[int, tuple[Tensor, Tensor | None]] = {}
 
     def accounts(self) -> dict[str, FileReport]:
-        """What became of every file of the data set, by part: {"train": …}, and "test" where it has one."""
+        """What happened to every file of the data set, by part: "train", and "test" where it has one."""
         sources = {"train": self.train.source, "test": self.held_out.source}
         return {
             part: source.report.with_unreadable(source.bad)
@@ -69,7 +81,7 @@ class Images:
         }
 
     def facts(self) -> dict[str, Any]:
-        """How many images are used for what, what was left out and why, and what framing does to them, as JSON values."""
+        """The numbers of images used, the files left out with the reasons, and the effect of framing, as JSON values."""
         return {
             "images": len(self.train),
             "held_out": 0 if self.nothing_held_out else len(self.held_out),
@@ -79,7 +91,7 @@ class Images:
         }
 
     def lines(self) -> list[str]:
-        """The same as short lines for a person."""
+        """The same as `facts`, as short lines of text."""
         apart = f"{len(self.held_out)} held out ({self.split})"
         if self.nothing_held_out:
             apart = "none held out, because each class has one image; what is measured on held-out images is measured on these"
@@ -92,14 +104,14 @@ class Images:
         return lines + framing_lines(framing_facts(self.train.source, self.preprocess))
 
     def say(self) -> None:
-        """Print the lines on stderr, the first time that it is called, in one process of a launch."""
-        if processes.rank() == 0 and not self._has_said:
+        """Print the lines on stderr, the first time that it is called, on the first process."""
+        if processes.rank() == 0 and not self._printed:
             for line in self.lines():
                 tqdm.write(printable(f"data {self.train.source.name}: {line}"), file=sys.stderr)
-        self._has_said = True
+        self._printed = True
 
     def saying(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
-        """A progress(done, total) function that also calls `say`: once work begins, and so nothing is refused any more."""
+        """A progress(done, total) function that also calls `say`, which is when work has begun and nothing is refused."""
 
         def report(done: int, total: int) -> None:
             if progress:
@@ -109,7 +121,7 @@ class Images:
         return report
 
     def batches(self, seed: int, batch_size: int, start_step: int, accelerator) -> Batches:
-        """Endless training batches of this process, from the given step on; batch_size is global."""
+        """Endless training batches of this process, from the given step on. batch_size: of all processes together."""
         return Batches(
             self.train,
             batch_size,
@@ -122,14 +134,14 @@ class Images:
         )
 
     def held_out_batch(self, count: int) -> tuple[Tensor, Tensor | None]:
-        """`count` held-out images, spread evenly over the part: always the same ones, read once."""
+        """(images [B, C, H, W], labels [B] or None) of `count` held-out images, or all, evenly spread; always the same ones."""
         n = len(self.held_out)
-        if count not in self._shown:
-            self._shown[count] = self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
-        return self._shown[count]
+        if count not in self._held_out_batches:
+            self._held_out_batches[count] = self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
+        return self._held_out_batches[count]
 
     def held_out_captions(self, count: int) -> list[str] | None:
-        """The first caption of each image of `held_out_batch`; None where the data have none."""
+        """The first caption of each image of `held_out_batch(count)`; None where the data set has no captions."""
         texts = self.held_out.captions()
         n = len(self.held_out)
         return None if texts is None else [texts[i][0] for i in torch.linspace(0, n - 1, min(count, n)).long().tolist()]
@@ -141,10 +153,11 @@ def _open(config: DataConfig, part: str) -> ImageSource:
 
 
 def columns_of(config: DataConfig) -> Columns:
+    """The columns of images, labels and captions that a data section names."""
     return Columns(config.image_column, config.label_column, config.text_column)
 
 
 def sweep(dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:
-    """All images of a dataset once, in order, as [B, C, H, W]; of several processes, each takes every world-th batch."""
+    """All images of a dataset once, in order, as [B, C, H, W]. With several processes, each takes every world-th batch."""
     for indices in torch.arange(len(dataset)).split(batch_size)[rank::world]:
         yield dataset.batch(indices)[0]

@@ -1,4 +1,4 @@
-"""From a diffusion config to its latents: the frozen autoencoder, the cache, and the check that the normaliser fits."""
+"""The latents of a stage-2 config: the frozen autoencoder, the latent cache, and a check of the latent normaliser."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from latentdiff.models.autoencoder import load_autoencoder, set_normaliser
 from latentdiff.models.codec import LatentCodec
 from latentdiff.training.images import Images
 
-CHECKED = 1024  # latents that must agree with the stored normaliser
-TOLERANCE = 1.25  # how far their root mean square may be from 1, as a factor
+CHECKED = 1024  # latents that the normaliser is checked on
+TOLERANCE = 1.25  # their root mean square may differ from 1 by this factor
 
 
 def encode_part(
@@ -31,9 +31,16 @@ def encode_part(
     opened: tuple[LatentCodec, Images],
     progress: Callable[[int, int], None] | None = None,
 ) -> int:
-    """Build one of `world` parts of a config's latent cache, at any time and anywhere; returns how many shards are missing.
+    """Build one of `world` parts of a config's latent cache; returns how many shards of the cache are still missing.
 
-    opened: what `open_inputs` gave. Whoever finds none missing marks the cache as finished.
+    Parts can be built at any time and on any machine. The call after which none is missing marks the cache as finished.
+
+    Args:
+        config: of the run.
+        rank: number of the part, from 0 to world - 1.
+        world: number of parts.
+        opened: what `open_inputs` gave.
+        progress: progress(done, total) in images.
     """
     codec, images = opened
     missing = build_part(
@@ -53,17 +60,24 @@ def encode_part(
 
 @dataclass
 class Latents:
+    """The training data of stage 2: the autoencoder, the images, and the cache of their latents."""
+
     codec: LatentCodec
     images: Images
     cache: LatentCache
 
     def normalised(self, indices: Tensor, noise: Tensor | None, flips: Tensor | bool) -> Tensor:
-        """Normalised latents [B, c, h, w]: mean + std * noise, or the mean where noise is None."""
+        """Normalised latents [B, c, h, w] of training images: mean + std * noise, or the mean where noise is None.
+
+        indices: of the images, int64 [B]. noise: standard normal, [B, c, h, w]. flips: which images are mirrored, bool [B]
+        or one for all.
+        """
         mean, std = self.cache.moments(indices, flips)
         return self.codec.normalise(mean if noise is None else mean + std * noise)
 
 
 def cache_folder(config: DiffusionConfig | ClassifierConfig) -> Path:
+    """Where the latent cache of a config is: cache.folder, or latents/ in its output folder."""
     return Path(config.cache.folder or Path(config.output) / "latents")
 
 
@@ -73,11 +87,17 @@ def prepare_latents(
     progress: Callable[[int, int], None] | None = None,
     opened: tuple[LatentCodec, Images] | None = None,
 ) -> Latents:
-    """Load the first stage, build its latent cache or open a finished one, and check the normaliser against it.
+    """Load the autoencoder, build or open the latent cache, and check the normaliser. Every process calls this.
 
-    opened: what `open_inputs` gave, where the caller had to look at it first.
-    UserError where the cache belongs to another autoencoder, preprocessing or data, and where the stored normaliser
-    is contradicted by the latents.
+    Args:
+        config: of the run.
+        accelerator: of accelerate: device and processes.
+        progress: progress(done, total) in images, while they are encoded.
+        opened: what `open_inputs` gave, where the caller has called it already.
+
+    Raises:
+        UserError: the cache is damaged, or of another autoencoder, preprocessing or data; or the stored normaliser does
+            not fit the latents.
     """
     codec, images = opened or open_inputs(config, accelerator.device)
     cache = build_cache(
@@ -102,7 +122,10 @@ def prepare_latents(
 
 
 def open_inputs(config: DiffusionConfig | ClassifierConfig, device: torch.device) -> tuple[LatentCodec, Images]:
-    """The frozen first stage on its device, and the images as it takes them; nothing is encoded."""
+    """(the frozen autoencoder on its device, the images in the form that it takes); nothing is encoded yet.
+
+    UserError where either cannot be opened, or the number of image channels differs.
+    """
     codec = LatentCodec(load_autoencoder(config.autoencoder).to(device))
     if codec.image_channels != config.data.channels:
         raise UserError(
@@ -117,7 +140,7 @@ def cache_bytes(config: DiffusionConfig | ClassifierConfig, count: int, latent_s
 
 
 def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> str:
-    """One line on what encoding will take of the disk, and what is left there."""
+    """One line on the disk space that the latent cache needs; a warning where less is free."""
     folder = cache_folder(config)
     size = cache_bytes(config, len(images.train), codec.latent_shape(*images.preprocess.padded_size))
     place = folder.absolute()
@@ -129,7 +152,10 @@ def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> s
 
 
 def check_normaliser(latents: Latents, name: str) -> None:
-    """UserError unless fresh normalised latents have a root mean square near 1: the denoiser's schedule assumes it."""
+    """UserError unless normalised latents have a root mean square near 1, which the noise schedule assumes.
+
+    name: of the autoencoder, for the message.
+    """
     n = len(latents.cache)
     indices = torch.linspace(0, n - 1, min(n, CHECKED)).long()
     noise = torch.randn((len(indices), *latents.cache.latent_shape), generator=torch.Generator().manual_seed(0))
@@ -144,10 +170,13 @@ def check_normaliser(latents: Latents, name: str) -> None:
 
 @contextmanager
 def progress_bar(text: str, enabled: bool, before: Callable[[], None]) -> Iterator[Callable[[int, int], None]]:
-    """Within the block, a progress(done, total) function that draws a bar on stderr once the work takes a moment.
+    """Yields a progress(done, total) function that shows a bar on stderr, once the work takes longer than a moment.
 
-    before: called ahead of each report, so that what it says stands above the bar and is not said where a mistake is
-    found before there is any progress.
+    Args:
+        text: what the bar is called.
+        enabled: False shows no bar.
+        before: called before each report. What it prints first stands above the bar, and is not printed where a mistake is
+            found before there is any progress.
     """
     from tqdm import tqdm
 

@@ -1,7 +1,7 @@
-"""A distance measured while stage 2 trains: images of the averaged weights against training images, beside the floor.
+"""The Fréchet distance measured while stage 2 trains: images of the averaged weights against training images.
 
-It is cheap and so coarse: few images, and a reference of some of the training images. Numbers of one run compare with each
-other, and with another run's of the same settings; what is quoted is `latentdiff evaluate`'s.
+It is cheap and coarse: few images, and a reference of some training images. Compare the numbers of one run, or of runs with
+the same settings. For results to report, use `latentdiff evaluate`.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ BATCH = 125
 
 
 def check(config: DiffusionConfig) -> None:
-    """UserError for settings that measure nothing, or for a best state by a distance that is never measured."""
-    wanted = config.evaluate
-    if config.train.best == "evaluation/frechet" and wanted.every is None:
+    """UserError for a measurement without a feature network, or a best state by a distance that is never measured."""
+    evaluate = config.evaluate
+    if config.train.best == "evaluation/frechet" and evaluate.every is None:
         raise UserError("train.best: evaluation/frechet is never measured; set evaluate.every and evaluate.features")
-    if wanted.every is not None and wanted.features is None:
+    if evaluate.every is not None and evaluate.features is None:
         raise UserError("evaluate.features: name the folder of a feature network, such as weights/fashion-mnist-features")
     load_net(config, torch.device("cpu"))
 
 
 def load_net(config: DiffusionConfig, device: torch.device) -> FeatureNet | None:
-    """The feature network of a run that is measured; None where it is not. UserError where there is no such network."""
+    """The feature network of evaluate.features; None where evaluate.every is not set. UserError where there is none."""
     from latentdiff.checkpoints import resolve_model
     from latentdiff.models.feature_net import load_features
 
@@ -48,42 +48,44 @@ def load_net(config: DiffusionConfig, device: torch.device) -> FeatureNet | None
 
 
 class Monitor:
-    """Measures a run's pictures; every process makes and looks at its share, and all hold the same numbers.
+    """Measures the Fréchet distance of generated images. Each process makes a share of them; all get the same numbers.
 
-    floor: the distance of as many held-out images (fewer where there are fewer) from the same reference.
+    Attributes:
+        reference: feature statistics of evaluate.reference training images, or of all.
+        floor: the distance of evaluate.images held-out images, or of all, from the same reference.
     """
 
     def __init__(
-        self, config: DiffusionConfig, latents: Latents, told: conditioning.Conditions, net: FeatureNet, accelerator: Any
+        self, config: DiffusionConfig, latents: Latents, conditions: conditioning.Conditions, net: FeatureNet, accelerator: Any
     ):
         from latentdiff.evaluation.frechet import frechet_distance
 
         self.config, self.net, self.accelerator = config, net, accelerator
-        self.images, self.told = latents.images, told
-        self.reference = self._seen(latents.images.train, config.evaluate.reference)
-        self.floor = frechet_distance(self._seen(latents.images.held_out, config.evaluate.images), self.reference)
+        self.images, self.conditions = latents.images, conditions
+        self.reference = self._statistics(latents.images.train, config.evaluate.reference)
+        self.floor = frechet_distance(self._statistics(latents.images.held_out, config.evaluate.images), self.reference)
 
     def measure(self, pieces: dict[str, Any]) -> dict[str, float]:
-        """Distance, floor and seconds of the pipeline of these parts."""
+        """{"evaluation/frechet", "evaluation/floor", "evaluation/seconds"} of a pipeline with these parts."""
         from latentdiff.evaluation.frechet import frechet_distance
 
         began = time.monotonic()
-        features = self._shared(self.config.evaluate.images, self._drawer(pieces))
+        features = self._in_shares(self.config.evaluate.images, self._generator(pieces))
         return {
             "evaluation/frechet": frechet_distance(_moments(features), self.reference),
             "evaluation/floor": self.floor,
             "evaluation/seconds": time.monotonic() - began,
         }
 
-    def _drawer(self, pieces: dict[str, Any]) -> Any:
-        """features(numbers of images): of images that are functions of the run's seed and their number."""
+    def _generator(self, pieces: dict[str, Any]) -> Any:
+        """features(numbers): the features of generated images; each follows from the run's seed and its number."""
         from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
         config, sample = self.config, self.config.sample
         pipeline = LatentDiffusionPipeline(**pieces, default_guidance_scale=conditioning.guidance_scale(config))
         pipeline.set_progress_bar_config(disable=True)
         pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
-        texts = self.images.held_out_captions(config.evaluate.images) if self.told.text else None
+        texts = self.images.held_out_captions(config.evaluate.images) if self.conditions.text else None
         classes = list(range(pipeline.num_classes)) or [None]
 
         def features(numbers: list[int]) -> Tensor:
@@ -96,29 +98,29 @@ class Monitor:
                     generator=generators(derive_seed(config.seed, "evaluate"), numbers),
                     output_type="pt",
                 ).images
-            # As a PNG would hold them, and as the real ones come
+            # Rounded to 8 bits, as the real images are
             return self._features((images.float() * 255).round() / 127.5 - 1)
 
         return features
 
-    def _seen(self, dataset: ImageDataset, count: int) -> Moments:
+    def _statistics(self, dataset: ImageDataset, count: int) -> Moments:
         """Moments of the features of `count` images, or all there are, spread evenly over a part and without its padding."""
         from latentdiff.evaluation.sample_sets import without_padding
 
         plain = without_padding(dataset)
         rows = torch.linspace(0, len(plain) - 1, min(count, len(plain))).long()
-        return _moments(self._shared(len(rows), lambda numbers: self._features(plain.batch(rows[numbers])[0])))
+        return _moments(self._in_shares(len(rows), lambda numbers: self._features(plain.batch(rows[numbers])[0])))
 
     def _features(self, images: Tensor) -> Tensor:
         from latentdiff.models.feature_net import extract
 
         return extract(self.net, images)[0]
 
-    def _shared(self, count: int, features: Any) -> Tensor:
-        """[count, D] of numbers 0 ... count - 1, each process computing a contiguous share in batches."""
+    def _in_shares(self, count: int, features: Any) -> Tensor:
+        """Features [count, D] of numbers 0 to count - 1. Each process computes a contiguous share, in batches."""
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
         share = -(-count // world)
-        # Every process computes as many, the last ones some of the first again, so that they can be gathered
+        # Every process computes equally many, as gathering needs; the last ones repeat some of the first
         mine = [k % count for k in range(rank * share, (rank + 1) * share)]
         rows = torch.cat([features(mine[start : start + BATCH]) for start in range(0, share, BATCH)])
         if world > 1:

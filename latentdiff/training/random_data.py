@@ -1,4 +1,4 @@
-"""Random latents, labels, captions and states in the place of real ones, of the shapes that a config makes them."""
+"""Random latents, labels and captions with the shapes of a config's real ones, to time steps before anything is encoded."""
 
 from __future__ import annotations
 
@@ -10,15 +10,22 @@ from torch import Tensor
 
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.captions import Captions
-from latentdiff.models.text_encoder import LONGEST, OWN_LENGTH, ClassCondition, _text_config, build_text_encoder, states_width
+from latentdiff.models.text_encoder import (
+    LONGEST,
+    OWN_LENGTH,
+    ClassCondition,
+    build_text_encoder,
+    longest_prompt,
+    states_width,
+)
 from latentdiff.training.conditioning import Conditions, TextCondition
 from latentdiff.training.images import Images
 
-STAND_IN = 4096  # images, where it is not known how many there are
+STAND_IN = 4096  # number of images, where it is not known
 
 
 class RandomCache:
-    """What a training step needs of a LatentCache."""
+    """Random latents of shape (c, h, w) in place of a LatentCache, with the methods that a training step calls."""
 
     def __init__(self, shape: tuple[int, int, int], count: int):
         self.latent_shape, self.count = shape, count
@@ -32,7 +39,7 @@ class RandomCache:
 
 
 class RandomStates:
-    """Captions' states [B, L, d], as a frozen encoder's are read from disk."""
+    """Random states [B, L, d] in place of a frozen text encoder's CaptionStates on disk."""
 
     def __init__(self, length: int, width: int):
         self.shape = (length, width)
@@ -42,7 +49,7 @@ class RandomStates:
 
 
 class Vocabulary:
-    """What the size of a text encoder needs of its tokenizer."""
+    """In place of a tokenizer that is not trained yet: what `build_text_encoder` needs from it."""
 
     bos_token_id, eos_token_id, pad_token_id = 0, 1, 1
 
@@ -54,7 +61,10 @@ class Vocabulary:
 
 
 def random_conditions(config: DiffusionConfig, images: Images | None, class_count: int) -> Conditions:
-    """As many labels and captions as there are images, drawn and dropped as training does."""
+    """Random labels and captions, one for each image; they are drawn and dropped as in training.
+
+    images: None where they are not there. class_count: number of classes.
+    """
     count = len(images.train) if images else STAND_IN
     joint = config.condition.effective_joint_dropout
     classes = labels = text = None
@@ -62,23 +72,21 @@ def random_conditions(config: DiffusionConfig, images: Images | None, class_coun
         classes = ClassCondition(class_count, config.condition.dropout, joint)
         labels = torch.randint(classes.num_classes, (count,))
     if config.condition.includes("text"):
-        found = images.train.captions() if images else None
-        text = _text(config, Captions(found or [("a caption",)] * count))
+        captions = images.train.captions() if images else None
+        text = _text_condition(config, Captions(captions or [("a caption",)] * count))
     return Conditions(classes, labels, text, joint)
 
 
-def _text(config: DiffusionConfig, captions: Captions) -> TextCondition:
-    """Of an encoder of one's own, the tokenizer is yet to be learnt: it has at most condition.text.vocabulary tokens."""
-    wanted = config.condition.text
-    if wanted.encoder is not None:
-        width = states_width(wanted.encoder)
+def _text_condition(config: DiffusionConfig, captions: Captions) -> TextCondition:
+    text = config.condition.text
+    if text.encoder is not None:
+        width = states_width(text.encoder)
         frozen: Any = SimpleNamespace(encoder=None, width=width)
-        known = _text_config(wanted.encoder)[0]
-        longest = getattr(getattr(known, "text_config", known), "max_position_embeddings", None) or LONGEST
-        states: Any = RandomStates(wanted.max_length or min(LONGEST, longest), width)
-        return TextCondition(captions, wanted.dropout, frozen, states)
-    length = wanted.max_length or OWN_LENGTH
-    encoder = build_text_encoder(Vocabulary(wanted.vocabulary, length), wanted.width, wanted.layers, wanted.heads)
-    prompts: Any = SimpleNamespace(encoder=encoder, width=wanted.width)
-    ids = torch.randint(wanted.vocabulary, (len(captions.distinct), length))
-    return TextCondition(captions, wanted.dropout, prompts, {"input_ids": ids})
+        states: Any = RandomStates(text.max_length or min(LONGEST, longest_prompt(text.encoder) or LONGEST), width)
+        return TextCondition(captions, text.dropout, frozen, states)
+    # The tokenizer is not trained yet; it will have at most condition.text.vocabulary tokens
+    length = text.max_length or OWN_LENGTH
+    encoder = build_text_encoder(Vocabulary(text.vocabulary, length), text.width, text.layers, text.heads)
+    prompt_encoder: Any = SimpleNamespace(encoder=encoder, width=text.width)
+    ids = torch.randint(text.vocabulary, (len(captions.distinct), length))
+    return TextCondition(captions, text.dropout, prompt_encoder, {"input_ids": ids})

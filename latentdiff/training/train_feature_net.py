@@ -20,7 +20,10 @@ from latentdiff.training.run_folder import write_config
 
 
 def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
-    """Train the feature network a config describes, write it to <output>/features and return that folder."""
+    """Train the feature network that a config describes, write it to <output>/features and return that folder.
+
+    UserError for a mistake in the config or the data, for a run that is there already, and for `resume`: it has no states.
+    """
     unknown = set(config.model) - {"widths"}
     if unknown:
         raise UserError(f"model.{sorted(unknown)[0]}: unknown key; a feature network has only widths, three numbers")
@@ -56,7 +59,7 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
 
 
 def _trial_steps(config: FeaturesConfig, dataset: ImageDataset, alone: OneProcess) -> Step:
-    """Steps of such a network on random images of the data's shape."""
+    """Training steps of such a network on random images of the data's shape, to be timed."""
     images, _ = dataset.batch([0])
     classes = max(1, len(dataset.class_names))
     net = FeatureNet(images.shape[1], classes, **config.model, normed=True)

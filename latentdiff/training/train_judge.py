@@ -1,4 +1,4 @@
-"""Training of the judge: identity as the class, style as a second head, on pictures disturbed beyond what models do."""
+"""Training of the judge: identities as classes, styles as a second head, on pictures augmented more than models distort."""
 
 import sys
 import time
@@ -31,7 +31,10 @@ WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
 
 def train_judge(config: JudgeConfig, resume: bool = False) -> Path:
-    """Train the judge a config describes, write it to <output>, whole or not at all, and return that folder."""
+    """Train the judge that a config describes, write it to <output>, whole or not at all, and return that folder.
+
+    UserError for a mistake in the config or the data, for an output folder that is not empty, and for `resume`.
+    """
     unknown = set(config.model) - {"widths", "dim"}
     if unknown:
         raise UserError(f"model.{sorted(unknown)[0]}: unknown key; a judge has only widths, four numbers, and dim")
@@ -62,8 +65,10 @@ def train_judge(config: JudgeConfig, resume: bool = False) -> Path:
     )
     _write(net, config, output)
     for name, score in net.info["augmented"].items():
-        said = ", ".join(f"{key} {score[key]:.4f}" for key in ("top1", "top5", "style"))
-        print(f"judge: {name} pairs, augmented with strength {MILD:g}: {said} ({score['pictures']} pictures)", file=sys.stderr)
+        shares = ", ".join(f"{key} {score[key]:.4f}" for key in ("top1", "top5", "style"))
+        print(
+            f"judge: {name} pairs, augmented with strength {MILD:g}: {shares} ({score['pictures']} pictures)", file=sys.stderr
+        )
     return output
 
 
@@ -84,10 +89,21 @@ def fit_judge(
     device: str | torch.device = "cpu",
     precision: str = "float32",
 ) -> JudgeNet:
-    """Train a JudgeNet on all pictures of pairs, of both parts; return it folded, frozen and in eval mode.
+    """Train a JudgeNet on all pictures, held-out pairs too; returns it folded, frozen and in eval mode.
 
-    AdamW with one cycle of learning rate peaking at lr (1708.07120). Weights, order and augmentation are drawn from seed;
-    the global generator is left alone. info["augmented"]: what it makes of mildly augmented real pictures.
+    AdamW, with one cycle of the learning rate (arXiv:1708.07120). Initial weights, order and augmentation follow from
+    `seed`; torch's global random numbers stay as they are.
+
+    Args:
+        pairs: the pictures, each with an identity and a style.
+        steps, batch, lr: training steps, pictures a step, highest learning rate.
+        strength: of the augmentation, above 0, at most 1.
+        seed: of all random numbers.
+        widths, dim: of the JudgeNet.
+        device, precision: where it is trained, and in which floating-point type.
+
+    Returns:
+        The judge; its info has "augmented", its scores on mildly augmented real pictures.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -115,11 +131,11 @@ def _fit(net: JudgeNet, pairs: Pairs, steps: int, batch: int, lr: float, strengt
     generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation"))
     batches = _batches(len(pairs), min(batch, len(pairs)), seed)
     net.train().to(memory_format=torch.channels_last)
-    # Written to a file the bar is refreshed rarely, so that a log stays readable
+    # In a log file the bar is refreshed rarely, to keep it readable
     bar = tqdm(range(steps), desc="judge", unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
     for _ in bar:
         rows = next(batches)
-        # From none to all of it: shading, by which styles differ, does not outlive the strongest
+        # Each picture has a strength of its own, from 0 on: the strongest augmentation hides the shading that styles differ in
         strengths = strength * torch.rand(len(rows), 1, 1, 1, generator=generator)
         images = augment(pairs.images(rows), generator, strengths)  # [B, 3, H, W]
         images = images.to(device, memory_format=torch.channels_last)
@@ -136,7 +152,7 @@ def _fit(net: JudgeNet, pairs: Pairs, steps: int, batch: int, lr: float, strengt
 
 
 def _trial_steps(config: JudgeConfig, pairs: Pairs, alone: OneProcess) -> Step:
-    """Steps of such a network on pictures of the data, undisturbed."""
+    """Training steps of such a network on pictures of the data without augmentation, to be timed."""
     net = JudgeNet(pairs.identity_names, pairs.style_names, normed=True, **{"widths": WIDTHS, "dim": 192, **config.model})
 
     def loss(module: nn.Module, batch: int) -> Tensor:
@@ -150,7 +166,7 @@ def _trial_steps(config: JudgeConfig, pairs: Pairs, alone: OneProcess) -> Step:
 
 
 def _batches(count: int, batch: int, seed: int) -> Iterator[Tensor]:
-    """Endless rows [batch]: a new order each epoch, its incomplete end left out."""
+    """Endless batches of rows [batch]: a new order each epoch, without its incomplete last batch."""
     epoch = 0
     while True:
         order = permutation(count, seed, f"judge {epoch}")
@@ -159,7 +175,7 @@ def _batches(count: int, batch: int, seed: int) -> Iterator[Tensor]:
 
 
 def _own_scores(net: JudgeNet, pairs: Pairs, seed: int) -> dict[str, Any]:
-    """What the judge makes of every real picture once, mildly augmented: seen and held-out pairs apart."""
+    """The judge's scores on every real picture, mildly augmented, for seen and for held-out pairs."""
     index = index_pictures(net, pairs)
     parts = {SEEN: ~pairs.held_out, HELD_OUT: pairs.held_out}
     return {name: augmented_scores(index, part.nonzero().flatten(), seed) for name, part in parts.items()}

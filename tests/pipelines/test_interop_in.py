@@ -281,7 +281,7 @@ def test_training_goes_on_from_it_and_what_comes_out_opens_in_stock(fitting, dat
             {"schedule": {"name": "ddpm-scaled-linear", "params": {"num_steps": 500}}},
             r"schedule: ddpm-scaled-linear \(num_steps 500\), but .* on ddpm-scaled-linear",
         ),
-        ({"condition": {"type": "class+text", "text": {"encoder": "SAME"}}}, r"condition.type: class\+text, but .* told class"),
+        ({"condition": {"type": "class+text", "text": {"encoder": "SAME"}}}, r"condition.type: class\+text, but .* take class"),
         ({"condition": {"type": "none"}}, "condition.type: none, but .* takes text"),
         (
             {"condition": {"type": "text", "text": {"width": 16, "heads": 4}}},

@@ -40,10 +40,16 @@ def own_prompts(length: int = 12) -> PromptEncoder:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"condition": {"type": "class", "text": ENCODER}}, "condition.text.max_length: condition.type is class, .* no text"),
+        (
+            {"condition": {"type": "class", "text": ENCODER}},
+            "condition.text.max_length: condition.type is class, .* not conditioned on text",
+        ),
         ({"condition": {"type": "none", "text": {"encoder": "x"}}}, "condition.text.encoder: .* none, .*to text or class.text"),
         ({"condition": {"type": "class"}, "sample__prompts": ["stripes"]}, "sample.prompts: condition.type is class"),
-        ({"condition__dropout": 0.2}, "condition.dropout: condition.type is text, .* no class; .* by condition.text.dropout"),
+        (
+            {"condition__dropout": 0.2},
+            "condition.dropout: condition.type is text, .* not conditioned on class; .* by condition.text.dropout",
+        ),
         ({"condition": {"type": "none", "dropout": 0}}, "condition.dropout: condition.type is none, .*to class or class.text$"),
         ({"condition__text__dropout": 1}, "condition.text.dropout: 1 drops every caption, .* below 1"),
         ({"condition": {"type": "class", "dropout": 1.0}}, "condition.dropout: 1 drops every class, .* below 1"),
@@ -113,7 +119,7 @@ def test_a_class_without_training_images_is_shown_with_the_caption_of_any():
     told = Conditions(ClassCondition(3), torch.tensor([2, 0]), TextCondition(captions, 0.1, own_prompts(), {}))
     assert told.shown([0, 1, 2]) == ["z", "x", "x"]
     assert Conditions(None, None, told.text).shown([None, None, None]) == ["x", "z"]
-    with pytest.raises(ValueError, match="told no text"):
+    with pytest.raises(ValueError, match="not conditioned on text"):
         Conditions(None, None, None).shown([None])
 
 
