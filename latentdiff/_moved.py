@@ -114,6 +114,9 @@ MODULES = {
 NAMES = {
     "agreement.estimate": "evaluation.compare_denoisers.estimate_x0",
     "agreement.markdown": "evaluation.compare_denoisers.agreement_markdown",
+    "atomic.EXCHANGE": "utils.atomic.RENAME_EXCHANGE",
+    "atomic.HERE": "utils.atomic.AT_FDCWD",
+    "atomic.WRITING": "utils.atomic.WRITE_ERRORS",
     "autoencoders.report.psnr": "evaluation.image_quality.psnr",
     "autoencoders.report.ssim": "evaluation.image_quality.ssim",
     "cards.with_results": "evaluation.model_card.with_model_index",
@@ -203,6 +206,9 @@ NAMES = {
     "records.PROTOCOL": "evaluation.records.EVALUATE_PROTOCOL",
     "records.check_alike": "evaluation.records.check_comparable",
     "records.weights_of": "checkpoints.weights_of",
+    "signals.AGAIN": "utils.signals.COPY_OF_CTRL_C",
+    "signals.GRACE": "utils.signals.COPY",
+    "signals.typed": "utils.signals.command_line",
     "training.conditions.JOINT_DROPOUT": "config.JOINT_DROPOUT",
     "training.conditions.as_begun": "training.conditioning.with_recorded_dropout",
     "training.conditions.guidance": "training.conditioning.guidance_scale",
@@ -244,6 +250,7 @@ NAMES = {
     "tuning.markdown": "evaluation.tuning.tuning_markdown",
     "tuning.present": "evaluation.tuning.current_default",
     "tuning.store": "evaluation.tuning.write_default",
+    "writing.replace_text": "utils.atomic.write_text",
 }
 
 # What nothing replaces: parts of a larger function that are private now, take other arguments, or are done by a library.
@@ -283,10 +290,14 @@ REMOVED = {
     "planning.stages.class_count",
     "planning.stages.plan_autoencoder",
     "planning.stages.plan_diffusion",
+    "signals.ending",
+    "signals.name_of",
+    "signals.say_end",
     "training.conditions.joint_dropout",
     "training.conditions.takes",
     "training.latents.latent_shape",
     "training.unets.check_latents",
+    "writing.write_grid",
 }
 
 

@@ -39,12 +39,12 @@ class Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point of the console script; exits with 0, 2 on bad usage or input, 130 on Ctrl-C, 75 on other signals."""
-    signals.typed = list(sys.argv[1:] if argv is None else argv)
+    signals.command_line = list(sys.argv[1:] if argv is None else argv)
     errors, sys.stderr = sys.stderr, _Forgiving(sys.stderr)
     try:
         _run(argv)
     finally:
-        signals.typed, sys.stderr = None, errors
+        signals.command_line, sys.stderr = None, errors
 
 
 def _run(argv: Sequence[str] | None) -> None:

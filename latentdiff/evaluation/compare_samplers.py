@@ -165,10 +165,10 @@ def open_table(out: Path, name: str, protocol: dict[str, Any]) -> dict[str, Any]
 
 def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
     """<out>/<name>.json and .md, each the old or the new one, never half of it."""
-    from latentdiff.utils.outputs import replace_text
+    from latentdiff.utils.atomic import write_text
 
-    replace_text(out / f"{name}.json", json.dumps(table, indent=1) + "\n")
-    replace_text(out / f"{name}.md", text)
+    write_text(out / f"{name}.json", json.dumps(table, indent=1) + "\n")
+    write_text(out / f"{name}.md", text)
 
 
 def comparison_markdown(table: dict[str, Any]) -> str:

@@ -14,8 +14,8 @@ import torch
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.markdown_report import format_value
 from latentdiff.evaluation.sample_sets import sample_set, without_padding
+from latentdiff.utils.atomic import write_text
 from latentdiff.utils.images import captioned_grid, labelled_grid, save_png, to_uint8
-from latentdiff.utils.outputs import replace_text
 
 GRID, CLOSEST, PAGE = "samples.png", "closest.png", "index.html"
 COLUMNS, ROWS = 12, 20
@@ -46,7 +46,7 @@ def write_page(
     generated = sample_set(samples, labels, real)
     save_png(_told(generated, prompts) if prompts else _grid(generated), folder / GRID)
     save_png(_closest(record["memorisation"], generated, real), folder / CLOSEST)
-    replace_text(folder / PAGE, page(record))
+    write_text(folder / PAGE, page(record))
     return [folder / name for name in (PAGE, GRID, CLOSEST)]
 
 

@@ -187,8 +187,8 @@ def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, 
 
 def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
     from latentdiff.evaluation.retrieval import judge_markdown
+    from latentdiff.utils.atomic import write_text
     from latentdiff.utils.images import captioned_grid, save_png
-    from latentdiff.utils.outputs import replace_text
 
     rows, captions, names = [], [], []
     for kind, images in made.items():
@@ -202,4 +202,4 @@ def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], pro
     save_png(captioned_grid(rows, captions, names), out / "grid.png")
     texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": judge_markdown(table)}
     for name, text in texts.items():
-        replace_text(out / name, text)
+        write_text(out / name, text)

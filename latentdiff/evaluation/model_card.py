@@ -13,7 +13,7 @@ from latentdiff.errors import UserError
 from latentdiff.evaluation import guidance_curve
 from latentdiff.evaluation.markdown_report import format_value
 from latentdiff.evaluation.records import PROTOCOLS, read_record
-from latentdiff.utils.outputs import replace_text
+from latentdiff.utils.atomic import write_text
 
 CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
 # Said in the line of how the samples were made; what only a machine compares (hashes) stays in the record
@@ -45,7 +45,7 @@ def fill_card(model: str | Path, record: str | Path, metadata: bool = False) -> 
         raise UserError(f"{path}: needs {BEGIN} and after it {END}, each once, or neither")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     text = f"{before}{BEGIN}\n{section(found)}{END}{after}"
-    replace_text(path, with_model_index(text, found, path) if metadata else text)
+    write_text(path, with_model_index(text, found, path) if metadata else text)
     return path
 
 

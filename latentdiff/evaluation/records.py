@@ -11,7 +11,7 @@ from typing import Any
 from latentdiff.checkpoints import library_versions
 from latentdiff.errors import UserError
 from latentdiff.evaluation.markdown_report import format_value
-from latentdiff.utils.outputs import replace_text
+from latentdiff.utils.atomic import write_text
 
 FILE, FORMAT = "metrics.json", 1
 # What a value means: records that differ in one of these are not comparable. The rest is what is being compared.
@@ -163,7 +163,7 @@ def _values(report: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 def write_record(record: Mapping[str, Any], folder: str | Path) -> Path:
     """<folder>/metrics.json, the old or the new one, never half of it."""
     path = Path(folder) / FILE
-    replace_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     return path
 
 

@@ -260,7 +260,7 @@ def write_default(folder: Path, setting: Setting) -> None:
     The file is the old or the new one, never half of it.
     """
     from latentdiff.models.loading import read_json
-    from latentdiff.utils.outputs import replace_text
+    from latentdiff.utils.atomic import write_text
 
     path = folder / INDEX
     index = read_json(path)
@@ -271,7 +271,7 @@ def write_default(folder: Path, setting: Setting) -> None:
         "default_guidance_scale": setting["guidance"],
         "default_guidance_interval": setting["guidance_interval"],
     }
-    replace_text(path, json.dumps(dict(sorted(index.items())), indent=2) + "\n")
+    write_text(path, json.dumps(dict(sorted(index.items())), indent=2) + "\n")
 
 
 def tuning_markdown(table: dict[str, Any]) -> str:

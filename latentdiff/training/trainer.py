@@ -220,7 +220,7 @@ def agree(accelerator: Any, due: bool, watch: signals.Watch) -> tuple[bool, int 
 
     The main process's clock says when to save. Any process may have got a signal; Ctrl-C goes before the others.
     """
-    own = watch.seen[0] if watch else None
+    own = watch.received[0] if watch else None
     if accelerator.num_processes == 1:
         return due, own
     said = [due and accelerator.is_main_process, own is not None and own != signal.SIGINT, own == signal.SIGINT]

@@ -1,8 +1,8 @@
-"""Files and folders that are the old ones or the new ones, whole, at whatever moment a process is killed or a disk is full.
+"""Atomic writing: a file or folder is the old one or the new one, whole, whenever a process is killed or a disk is full.
 
-A file or folder is written under a temporary name, synced, and put in its place by one rename; a folder that is there is
-exchanged with the new one, so that at no moment it is missing. What a killed process leaves is known by its name, and
-`sweep` removes it.
+A file or folder is written under a temporary name, synced, and put in its place by one rename. A folder that exists is
+exchanged with the new one in one step, so that it is never missing. What a killed process leaves has a name by which `sweep`
+finds and removes it.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from safetensors import SafetensorError
 from latentdiff.errors import UserError
 from latentdiff.utils import locks
 
-WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, None)
-EXCHANGE, HERE = 2, -100  # RENAME_EXCHANGE and AT_FDCWD of renameat2(2)
+# Errors of writing itself. Others, such as a file to copy that does not exist, are passed on as they are
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM, None)
+RENAME_EXCHANGE, AT_FDCWD = 2, -100  # of renameat2(2)
 NEW, OLD = re.compile(r"\.(.+)\.new-[0-9a-f]{8}"), re.compile(r"\.(.+)\.old-[0-9a-f]{8}")
-# Names that this version gives to temporary files and folders, and those that earlier versions gave
+# Names of temporary files and folders, of this version and of earlier ones
 LEFTOVERS = (
     NEW,
     OLD,
@@ -41,9 +42,9 @@ LEFTOVERS = (
 
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """A temporary path to write a file to, which takes the place of `path` when the block ends without an error.
+    """A temporary path to write a file to. It takes the place of `path` when the block ends without an error.
 
-    The folder is made. UserError naming the file where it cannot be written.
+    The file's folder is made. UserError, naming the file, where it cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
@@ -60,24 +61,25 @@ def new_file(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file (UTF-8), whose folder is made."""
+    """Write a text file (UTF-8) and make its folder. UserError, naming the file, where it cannot be written."""
     with new_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON; what JSON does not know becomes its text."""
+    """Write a value as a JSON file, as `write_text` does. What JSON has no type for is written as its str()."""
     write_text(path, json.dumps(value, indent=1, default=str))
 
 
 @contextlib.contextmanager
 def new_folder(folder: Path, keep: bool = False) -> Iterator[Path]:
-    """A fresh folder to write to, which takes the place of `folder` when the block ends without an error.
+    """A fresh folder to write to. It takes the place of `folder` when the block ends without an error.
 
-    keep: files of the old folder that the block does not write are taken over; else they go with it.
+    Only one job at a time may do so; what killed jobs left of the same folder is removed first.
 
-    Only one job at a time may do so; what killed ones left of the same folder is removed first. UserError naming the
-    folder where it cannot be written, or is being written by another job: the old one then stays as it is.
+    keep: keep the files of the old folder that the block does not write; otherwise they are removed.
+
+    UserError, naming the folder, where it cannot be written or another job is writing it. The old folder is then unchanged.
     """
     folder = Path(folder)
     with locks.locked(folder, "wait for it, or choose another folder", beside=True, alone=True), naming(folder):
@@ -96,11 +98,11 @@ def new_folder(folder: Path, keep: bool = False) -> Iterator[Path]:
             sync(new)
             _put(new, folder)
         finally:
-            shutil.rmtree(new, ignore_errors=True)  # what stood there before, or what an error left
+            shutil.rmtree(new, ignore_errors=True)  # now the old folder, or what an error left
 
 
 def recover(folder: Path) -> None:
-    """Put back a folder that a killed process had renamed to make room, where folders cannot be exchanged."""
+    """Put back a folder that a killed process had renamed to make room, on a system that cannot exchange folders."""
     if folder.exists():
         return
     for old in sorted(folder.parent.glob(f".{folder.name}.old-*")):
@@ -110,40 +112,45 @@ def recover(folder: Path) -> None:
 
 
 def put_back(folder: Path) -> None:
-    """`recover`, for whoever only reads: unless a job is at work on the folder just now."""
+    """Do `recover` for a job that only reads the folder, unless another job is writing the folder just now."""
     if folder.name and not folder.exists() and any(folder.parent.glob(f".{folder.name}.old-*")):
         with contextlib.suppress(UserError), locks.locked(folder, beside=True, alone=True):
             recover(folder)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder so that a killed process leaves it whole, or under a name that `sweep` knows."""
+    """Remove a folder. A process killed meanwhile leaves it whole, or under a name that `sweep` removes."""
     aside = folder.with_name(f".{folder.name}.old-{uuid4().hex[:8]}.tmp")
     os.rename(folder, aside)
     shutil.rmtree(aside, ignore_errors=True)
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file or folder is what a killed process left, by its name; it may also be what a live one is writing."""
+    """Whether a name is that of a temporary file or folder: a killed process left it, or a live one is writing it."""
     return any(kind.fullmatch(path.name) for kind in LEFTOVERS)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left in a folder and in its sub-folders, by name. Only for whoever holds its lock.
+    """Remove what killed processes left in a folder and in its sub-folders. The caller holds the folder's lock.
 
-    What another job is working on within it stays: a sub-folder, or a published folder, whose own lock is held.
+    What another job is writing stays: a sub-folder, or a published folder, whose own lock is held.
     """
-    # Whoever writes takes the lock first. So what is listed before the locks are looked at is of a job that shows
+    # A job takes its lock before it writes. So the list is made before the locks are tested
     entries = list(folder.iterdir()) if folder.is_dir() else []
+
+    # Locks that killed jobs left
     for path in entries:
         if path.name.endswith(locks.NAME) and path.name != locks.NAME:
-            _free(path.with_name(path.name[1 : -len(locks.NAME)]), beside=True)  # a lock that a killed job left
+            _is_free(path.with_name(path.name[1 : -len(locks.NAME)]), beside=True)
+
+    # Temporary files and folders, and then sub-folders
     for path in entries:
         match = OLD.fullmatch(path.name) or NEW.fullmatch(path.name)
-        if match and not _free(path.with_name(match[1]), beside=True):
+        target = path.with_name(match[1]) if match else None
+        if target is not None and not _is_free(target, beside=True):
             continue
-        if match and OLD.fullmatch(path.name) and not path.with_name(match[1]).exists():
-            recover(path.with_name(match[1]))
+        if target is not None and OLD.fullmatch(path.name) and not target.exists():
+            recover(target)
         elif is_leftover(path):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
@@ -151,12 +158,12 @@ def sweep(folder: Path) -> None:
                 path.unlink(missing_ok=True)
         elif path.is_dir() and not path.is_symlink() and not path.name.startswith("."):
             inside = list(path.iterdir())
-            if not any(each.name == locks.NAME for each in inside) or _free(path, beside=False):
+            if not any(each.name == locks.NAME for each in inside) or _is_free(path, beside=False):
                 sweep(path)
 
 
-def _free(path: Path, beside: bool) -> bool:
-    """Whether no job holds a path; a lock file that a killed job left of it is removed."""
+def _is_free(path: Path, beside: bool) -> bool:
+    """Whether no job holds the lock of a path. The file of a lock that a killed job left is removed."""
     try:
         with locks.locked(path, beside=beside, alone=True):
             return True
@@ -166,18 +173,18 @@ def _free(path: Path, beside: bool) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Within the block a file that cannot be written is a UserError that names `path`: a full disk's error names no file."""
+    """Turn an error of writing within the block into a UserError that names `path`: the error of a full disk names no file."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        if isinstance(error, OSError) and error.errno not in WRITING:  # such as a file to copy that is not there
+        if isinstance(error, OSError) and error.errno not in WRITE_ERRORS:
             raise
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise UserError(f"{path}: cannot be written ({' '.join(reason.split())[:160]})") from error
 
 
 def sync(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk before what comes next."""
+    """Wait until a file, or a folder's list of names, is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -189,6 +196,7 @@ def sync(path: Path) -> None:
 
 
 def _put(new: Path, folder: Path) -> None:
+    """Put a new folder in the place of `folder`."""
     new.chmod(0o755)
     if not folder.exists():
         os.rename(new, folder)
@@ -209,10 +217,13 @@ def _exchange(first: Path, second: Path) -> bool:
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    return renameat2 is not None and renameat2(HERE, os.fsencode(first), HERE, os.fsencode(second), EXCHANGE) == 0
+    return (
+        renameat2 is not None and renameat2(AT_FDCWD, os.fsencode(first), AT_FDCWD, os.fsencode(second), RENAME_EXCHANGE) == 0
+    )
 
 
 def _take_over(folder: Path, new: Path) -> None:
+    """Copy the files of a folder that the new one does not have."""
     for path in folder.rglob("*"):
         target = new / path.relative_to(folder)
         if path.is_file() and not target.exists():

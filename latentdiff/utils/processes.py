@@ -1,7 +1,11 @@
-"""Where work is done: on which device, in which of the processes that a launcher started, and how their shares meet.
+"""Where work runs: on which device, in which process of a launch, and how processes share images and collect them.
 
-A launcher (`accelerate launch`, torchrun) says by environment variables who a process is. Nothing is initialised before
-processes meet, and what meets are arrays in main memory, by gloo: so it is the same whatever the devices are.
+A launcher (`accelerate launch`, torchrun) tells a process its place by environment variables. Reading them needs no torch,
+so a light command can. The processes are joined (torch.distributed, gloo) only where they first wait for one another. What
+they exchange are arrays in main memory, so it is the same on every kind of device.
+
+accelerate's `PartialState` is not used here: it imports torch and joins the processes when it is made, its
+`split_between_processes` would cut batches, and its `gather` holds everything on every process.
 """
 
 from __future__ import annotations
@@ -11,61 +15,64 @@ import functools
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from latentdiff.errors import UserError
+from latentdiff.errors import ReportedElsewhere, UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
 LIMIT = timedelta(hours=2)  # how long a process waits for the slowest one
-PATIENCE = 10.0  # seconds in which the first process says a mistake that all of them have found
+PATIENCE = 10.0  # seconds in which the first process reports a mistake that all of them make
 CHUNK = 2**24  # bytes that a process sends at a time
-# torch (2.13, gloo) ends a group with Python's lock held and waits for a thread that needs it to let go of the last
-# collective: this many seconds without the lock are thousands of times what the thread takes
+# torch (2.13, gloo) ends a group while it holds Python's lock, and waits for a thread that needs this lock to let go of the
+# last collective. So many seconds without the lock are thousands of times what the thread takes
 SETTLED = 0.25
 
 
 def count() -> int:
-    """How many processes share the work: 1 unless a launcher started several."""
+    """The number of processes of this launch; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if int(os.environ.get("LOCAL_RANK", "-1")) >= 0 else 1
 
 
 def rank() -> int:
-    """Which of them this is, from 0. The first one alone prints, and writes what is one file."""
+    """The number of this process in its launch, from 0. Only process 0 prints, and writes what is one file."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
 
 
 def share(total: int, batch: int, of: int | None = None) -> slice:
-    """Which of `total` images, made in batches, are this process's, or that of rank `of`: neighbouring batches.
+    """Which of `total` images, made in batches of `batch`, belong to this process, or to the process with rank `of`.
 
-    Batches are never cut, for an image depends on its batch in the last bit, and a pixel then now and then by one level: so
-    several processes make what one makes. Nobody has two batches more than another, and the first one is never idle.
+    Batches are never cut: an image depends on its batch in the last bit, so a cut batch would now and then change a pixel by
+    one level. So several processes make exactly what one makes. Shares differ by at most one batch, and process 0 is never
+    without one.
     """
-    place, processes, batches = rank() if of is None else of, count(), -(-total // batch)
-    first, last = (-(-batches * k // processes) * batch for k in (place, place + 1))
+    place = rank() if of is None else of
+    batches = -(-total // batch)
+    first, last = (-(-batches * k // count()) * batch for k in (place, place + 1))
     return slice(min(first, total), min(last, total))
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """The device of that name: auto (an accelerator if there is one, of several processes each its own), cpu, or torch's name.
+    """The device of that name: "auto", "cpu", or torch's name of another, such as "cuda" or "cuda:1".
 
-    Under ACCELERATE_USE_CPU=true, accelerate's own switch, auto is the CPU. UserError for a device that is not here.
+    auto is an accelerator if there is one, and a different one for each process of a launch. It is the CPU where
+    accelerate's own switch ACCELERATE_USE_CPU is set. UserError, listing the devices, for one that this machine lacks.
     """
     import torch
 
-    cpu, kind = torch.device("cpu"), torch.accelerator.current_accelerator()
-    number = torch.accelerator.device_count() if kind is not None and torch.accelerator.is_available() else 0
-    there = [torch.device(kind.type, k) for k in range(number)] if kind is not None else []
-    own = there[int(os.environ.get("LOCAL_RANK", "0")) % number if count() > 1 else 0] if there else cpu
-    unwanted = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
-    named = {"auto": cpu if unwanted else own, "cpu": cpu, own.type: own, **{str(device): device for device in there}}
-    if name not in named:
-        raise UserError(f"--device {name}: is no device of this machine; valid: {', '.join(named)}")
-    return named[name]
+    cpu = torch.device("cpu")
+    kind = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    devices = [torch.device(kind.type, k) for k in range(torch.accelerator.device_count())] if kind is not None else []
+    own = devices[int(os.environ.get("LOCAL_RANK", "0")) % len(devices) if count() > 1 else 0] if devices else cpu
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes", "y", "on", "t")
+    valid = {"auto": cpu if use_cpu else own, "cpu": cpu, own.type: own, **{str(device): device for device in devices}}
+    if name not in valid:
+        raise UserError(f"--device {name}: is no device of this machine; valid: {', '.join(valid)}")
+    return valid[name]
 
 
 def holds_float64(device: torch.device) -> bool:
@@ -80,15 +87,15 @@ def holds_float64(device: torch.device) -> bool:
 
 
 def announce(command: str, device: torch.device, total: int, batch: int) -> None:
-    """Say on stderr what a command has for so many images, where that is more than one process on the CPU."""
+    """Print on stderr the processes and the device that make `total` images, unless it is one process on the CPU."""
     if rank() == 0 and (count() > 1 or device.type != "cpu"):
         batches = -(-total // batch)
-        few = f"; {batches} batch(es) to share, a smaller --batch-size makes more" if batches < count() else ""
-        print(f"latentdiff {command}: {count()} process(es), device {device}{few}", file=sys.stderr)
+        advice = f"; {batches} batch(es) to share, a smaller --batch-size makes more" if batches < count() else ""
+        print(f"latentdiff {command}: {count()} process(es), device {device}{advice}", file=sys.stderr)
 
 
 def meet() -> None:
-    """Wait until every process is here."""
+    """Wait until every process has called this."""
     if count() > 1:
         import torch.distributed as dist
 
@@ -96,58 +103,71 @@ def meet() -> None:
 
 
 def agree(value: bool) -> bool:
-    """What the first process says, on all of them."""
+    """The value of process 0, on every process."""
     if count() == 1:
         return value
     import torch
     import torch.distributed as dist
 
-    said = torch.tensor([value], dtype=torch.uint8)
-    dist.broadcast(said, 0, _group())
-    return bool(said.item())
+    decision = torch.tensor([value], dtype=torch.uint8)
+    dist.broadcast(decision, 0, _group())
+    return bool(decision.item())
 
 
-def gather(mine: np.ndarray, total: int, batch: int, take: Callable[[np.ndarray], None] | None = None) -> np.ndarray | None:
-    """All `total` images [total, ...] on the first process, in order; None on the others, which are then done.
+def raise_together(problem: UserError | None) -> None:
+    """Raise the mistake that process 0 found on every process of the launch: on the others as `ReportedElsewhere`."""
+    if not agree(problem is None):
+        raise problem or ReportedElsewhere("process 0 of this launch has reported a mistake")
 
-    mine: what this process has made, its `share(total, batch)`.
-    take: called on the first process with one piece after another, in order, in the place of keeping them all; then the
-    first process gets None too.
+
+def gather(own: np.ndarray, total: int, batch: int, take: Callable[[np.ndarray], None] | None = None) -> np.ndarray | None:
+    """All `total` images [total, ...] in order, on process 0; None on the others.
+
+    Args:
+        own: the images of this process, its `share(total, batch)`.
+        total: the number of images of all processes.
+        batch: the number of images in a batch.
+        take: called on process 0 with one piece of the images after another, in order, instead of keeping them all. The
+            result is then None.
     """
-    if count() == 1:
-        if take is None:
-            return mine
-        for piece in _pieces(mine):
+    if count() == 1 and take is None:
+        return own
+    import numpy as np
+
+    whole = None
+    if rank() > 0:
+        import torch
+        import torch.distributed as dist
+
+        for piece in _pieces(np.ascontiguousarray(own)):
+            dist.send(torch.from_numpy(piece), 0, _group())
+    elif take is not None:
+        for piece in _in_order(own, total, batch):
             take(piece)
-        return None
+    else:
+        whole = np.empty((total, *own.shape[1:]), own.dtype)
+        filled = 0
+        for piece in _in_order(own, total, batch):
+            whole[filled : filled + len(piece)] = piece
+            filled += len(piece)
+    meet()
+    return whole
+
+
+def _in_order(own: np.ndarray, total: int, batch: int) -> Iterator[np.ndarray]:
+    """The images of all processes in order, a piece at a time: those of process 0, which are given, then what others send."""
     import numpy as np
     import torch
     import torch.distributed as dist
 
-    group, own = _group(), share(total, batch)
-    if rank() == 0 and take is not None:
-        whole = None
-        for piece in _pieces(mine):
-            take(piece)
-        for of in range(1, count()):
-            part = share(total, batch, of)
-            # The memory of one image stands for all, so that pieces are cut as the sender cuts them
-            for piece in _pieces(np.broadcast_to(mine[:1], (part.stop - part.start, *mine.shape[1:]))):
-                received = np.empty_like(piece, order="C", subok=False)
-                dist.recv(torch.from_numpy(received), of, group)
-                take(received)
-    elif rank() == 0:
-        whole = np.empty((total, *mine.shape[1:]), mine.dtype)
-        whole[own] = mine
-        for of in range(1, count()):
-            for piece in _pieces(whole[share(total, batch, of)]):
-                dist.recv(torch.from_numpy(piece), of, group)
-    else:
-        whole = None
-        for piece in _pieces(np.ascontiguousarray(mine)):
-            dist.send(torch.from_numpy(piece), 0, group)
-    dist.barrier(group)
-    return whole
+    yield from _pieces(own)
+    for sender in range(1, count()):
+        part = share(total, batch, sender)
+        # The memory of one image stands for all of them: pieces are cut as the sender cuts them
+        for piece in _pieces(np.broadcast_to(own[:1], (part.stop - part.start, *own.shape[1:]))):
+            received = np.empty_like(piece, order="C", subok=False)
+            dist.recv(torch.from_numpy(received), sender, _group())
+            yield received
 
 
 def _pieces(images: np.ndarray) -> list[np.ndarray]:
@@ -164,12 +184,12 @@ def _group() -> Any:
         dist.init_process_group("gloo", timeout=LIMIT)
         atexit.register(_leave)
     world = dist.group.WORLD
-    return world if dist.get_backend(world) == "gloo" else _beside(world)
+    return world if dist.get_backend(world) == "gloo" else _gloo_beside(world)
 
 
 @functools.cache
-def _beside(world: Any) -> Any:
-    """The same processes joined by gloo, where a caller has joined them by something else."""
+def _gloo_beside(world: Any) -> Any:
+    """The same processes joined by gloo, where they were joined by another backend before, such as nccl."""
     import torch.distributed as dist
 
     return dist.new_group(backend="gloo", timeout=LIMIT)

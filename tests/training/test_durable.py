@@ -271,7 +271,7 @@ def test_processes_agree_on_the_signal():
     assert trainer.agree(answers(0.0, 0.0, 0.0), True, watch) == (False, None)
     assert trainer.agree(answers(1.0, 0.0, 0.0), False, watch) == (True, None)
     assert trainer.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGTERM)
-    watch.seen = [signal.SIGUSR1]
+    watch.received = [signal.SIGUSR1]
     assert trainer.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGUSR1)
     assert trainer.agree(answers(0.0, 1.0, 1.0), False, watch) == (False, signal.SIGINT)  # Ctrl-C goes before the others
 

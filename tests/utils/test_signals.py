@@ -46,7 +46,7 @@ def test_a_signal_is_noted_where_work_is_to_be_saved(name, code, capsys):
         with watch.deferred():
             assert not watch
             signal.raise_signal(getattr(signal, name))
-            assert watch and watch.seen == [getattr(signal, name)]
+            assert watch and watch.received == [getattr(signal, name)]
             done.append("saved")  # and the job does not call stop
         raise AssertionError("goes on")
     assert status(end.value) == code and done == ["saved"] and capsys.readouterr().err.count("\n") == 1
@@ -68,7 +68,7 @@ def test_a_second_signal_ends_the_process_unless_it_is_a_copy_of_the_first(monke
     with pytest.raises(signals.Stopped), signals.watched() as watch, watch.deferred():
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # by the launcher and by the scheduler, at once
-        assert len(watch.seen) == 2 and not sent
+        assert len(watch.received) == 2 and not sent
         watch._first -= 1.9
         signal.raise_signal(signal.SIGUSR1)
         assert not sent
@@ -111,7 +111,7 @@ def test_outside_the_main_thread_a_job_runs_as_it_is():
 
 def test_the_command_that_goes_on_is_quoted_and_names_the_launcher(monkeypatch):
     assert signals.command(["--resume"], "train(config, resume=True)") == "train(config, resume=True)"
-    monkeypatch.setattr(signals, "typed", ["train", "my run.yaml", "data.source=a'b", "--resume"])
+    monkeypatch.setattr(signals, "command_line", ["train", "my run.yaml", "data.source=a'b", "--resume"])
     assert signals.command(["--resume"]) == "latentdiff train 'my run.yaml' 'data.source=a'\"'\"'b' --resume"
     assert signals.command(without=["--resume"]).endswith("b'")
     monkeypatch.setattr(processes, "count", lambda: 2)
