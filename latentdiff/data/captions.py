@@ -1,8 +1,8 @@
 """Captions of a data set: which an image has, which one a training step draws, and their encoded states on disk.
 
-A frozen text encoder gives the same states whenever it is asked, so each distinct caption is encoded once. Shards are
-written whole or not at all and say what they were made of; ones of another encoder or other captions are refused.
-They hold float16, and float32 where an encoder gives numbers beyond its range, as T5's may.
+A frozen text encoder always gives the same states for a caption, so each distinct caption is encoded once. Shards are
+written whole or not at all, and say what they were made of; those of another encoder or other captions are refused.
+They hold float16, and float32 where an encoder's numbers are beyond its range, as T5's may be.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from latentdiff.data.tensor_shards import (
     Identity,
     building,
     check_content,
+    make_shards,
     refuse_difference,
     shard_count,
     shard_path,
@@ -27,22 +28,21 @@ from latentdiff.data.tensor_shards import (
     stored_identity,
     sweep_if_free,
     tensor_shapes,
-    write_shard,
 )
 from latentdiff.errors import UserError
 from latentdiff.models.loading import UNUSED
 from latentdiff.models.text_encoder import NULL_PROMPT, OWN_LENGTH, PromptEncoder, train_tokenizer, uses_mask
-from latentdiff.utils import signals
 
-FORMAT = 2  # 1 held infinities for what float16 cannot
+FORMAT = 2  # 1 had infinities where float16 cannot hold a number
 SHARD_SIZE = 4096
 MANY = 20_000  # captions whose tokens are counted for a report
 
 
 class Captions:
-    """The captions of N images as rows of a table of distinct ones, of which row 0 is the empty prompt.
+    """The captions of N images, as rows of a table of distinct captions; row 0 is the empty prompt.
 
-    Attributes: distinct (the table, strings), starts and counts (int64 [N]: where in `rows` an image's captions are).
+    captions: one caption or more of each image. Attributes: distinct (the table: strings), rows (int64: the rows of all
+    images' captions, one image after another), starts and counts (int64 [N]: where in `rows` an image's captions are).
     """
 
     def __init__(self, captions: Sequence[Sequence[str]]):
@@ -59,7 +59,7 @@ class Captions:
         return torch.where(dropped, 0, picked)
 
     def spread(self, count: int) -> list[str]:
-        """The first caption of `count` images spread evenly over the data: always the same ones."""
+        """The first captions of `count` images that are spread evenly over the data."""
         images = torch.linspace(0, len(self.counts) - 1, min(count, len(self.counts))).long()
         return self.first(images)
 
@@ -68,13 +68,14 @@ class Captions:
         return [self.distinct[row] for row in self.rows[self.starts[images]].tolist()]
 
     def fingerprint(self) -> str:
+        """Hex sha256 of the table of distinct captions."""
         return hashlib.sha256(json.dumps(self.distinct).encode()).hexdigest()
 
 
 def token_facts(texts: Sequence[str], tokenizer: Any, limit: int) -> dict[str, Any]:
-    """How many tokens captions have, the marks of start and end among them, and how many captions are cut at the limit.
+    """How many tokens captions have, start and end tokens included, and how many captions are cut at the limit.
 
-    {"captions", "longest", "limit", "cut", "longest_caption"}; a caption that comes twice counts twice.
+    Returns {"captions", "longest", "limit", "cut", "longest_caption"}. A caption that comes twice counts twice.
     """
     counts: list[int] = []
     for start in range(0, len(texts), 4096):
@@ -91,9 +92,9 @@ def token_facts(texts: Sequence[str], tokenizer: Any, limit: int) -> dict[str, A
 
 
 def own_token_facts(texts: Sequence[str]) -> dict[str, Any]:
-    """`token_facts` for a text encoder of one's own with the config's default vocabulary and length.
+    """`token_facts` for a text encoder that is trained from scratch, with the config's default vocabulary and length.
 
-    Its tokenizer is learnt on the captions; of more than MANY of them, on some that are spread evenly, and these are counted.
+    Its tokenizer is learnt on the captions. Of more than MANY captions, an evenly spread part is used, and is what is counted.
     """
     some = texts[:: -(-len(texts) // MANY)]
     tokenizer = train_tokenizer(some, TextConfig.model_fields["vocabulary"].default, OWN_LENGTH)
@@ -104,9 +105,8 @@ class CaptionStates:
     """Encoded captions, float16 or float32 [U, L, d] on disk, read through memory maps."""
 
     def __init__(self, folder: Path, made_of: Identity, check: str = "full"):
-        """check: "full" holds every shard against its sha256, about two seconds a gigabyte on a slow core.
-
-        "size" looks at its length alone.
+        """check: "full" compares every shard with its sha256, which takes about two seconds a gigabyte on a slow core;
+        "size" looks at its length alone. UserError for a shard that is missing, damaged or of another identity.
         """
         self._size = int(made_of["shard_size"])
         self._shards = []
@@ -137,11 +137,14 @@ def build_states(
     wait: Callable[[], None] = lambda: None,
     check: str = "full",
 ) -> CaptionStates:
-    """Encode every distinct caption into `folder`, going on from the shards that are there, and open the result.
+    """Encode every distinct caption into `folder`, which may have finished shards already, and open the result.
 
-    Processes 0..world-1 make shards rank, rank + world, ... each; wait() returns once all have. UserError where the
-    folder has states of another encoder, length or captions, where the encoder gives a caption no finite states, and where
-    another job is making shards there. check: as in `CaptionStates`. A signal ends the work after a shard.
+    batch: captions encoded at a time. progress(done, total): counts this process's captions. Process `rank` of `world`
+    makes shards rank, rank + world, …; wait() returns once all processes have. check: as in `CaptionStates`. A signal ends
+    the work after a shard.
+
+    UserError: the folder has states of another encoder, length or captions; another job is making shards there; or the
+    encoder's states of a caption are not finite.
     """
     folder = Path(folder)
     made_of: Identity = {
@@ -152,66 +155,47 @@ def build_states(
         "count": len(captions.distinct),
         "shard_size": SHARD_SIZE,
     }
-    if _missing(folder, made_of):
+    missing = set()
+    for number in range(shard_count(made_of)):
+        stored = stored_identity(shard_path(folder, number))
+        if stored is None:
+            missing.add(number)
+        else:
+            refuse_difference(folder, stored, made_of, "caption states")
+    if missing:
         with building(folder, rank, world):
-            _make_shards(prompts, captions, folder, made_of, batch, progress, range(rank, shard_count(made_of), world))
+            make_shards(
+                folder,
+                made_of,
+                range(rank, shard_count(made_of), world),
+                "caption states",
+                missing.__contains__,
+                lambda rows: _encode(prompts, captions.distinct[rows.start : rows.stop]),
+                batch,
+                progress,
+                {},
+            )
     else:
         sweep_if_free(folder)
     wait()
     return CaptionStates(folder, made_of, check)
 
 
-def _missing(folder: Path, made_of: Identity) -> bool:
-    """Whether a shard is missing or truncated. UserError where one is of something else."""
-    missing = False
-    for number in range(shard_count(made_of)):
-        stored = stored_identity(shard_path(folder, number))
-        if stored is not None:
-            refuse_difference(folder, stored, made_of, "caption states")
-        missing |= stored is None
-    return missing
-
-
-def _make_shards(
-    prompts: PromptEncoder,
-    captions: Captions,
-    folder: Path,
-    made_of: Identity,
-    batch: int,
-    progress: Callable[[int, int], None] | None,
-    mine: range,
-) -> None:
-    total, done = sum(len(shard_rows(made_of, number)) for number in mine), 0
-    with signals.watched() as watch, watch.deferred():
-        for number in mine:
-            path, rows = shard_path(folder, number), shard_rows(made_of, number)
-            if stored_identity(path) is None:
-                pieces = []
-                for start in range(rows.start, rows.stop, batch):
-                    texts = captions.distinct[start : min(start + batch, rows.stop)]
-                    pieces.append(_compact(prompts.states(texts).cpu(), texts))
-                    if progress:
-                        progress(done + start + len(texts) - rows.start, total)
-                write_shard(path, {"states": torch.cat(pieces)}, made_of)  # float32 where any piece is
-                if watch:
-                    watch.stop()
-            done += len(rows)
-
-
-def _compact(states: Tensor, texts: Sequence[str]) -> Tensor:
+def _encode(prompts: PromptEncoder, texts: Sequence[str]) -> dict[str, Tensor]:
     """States [B, L, d] of these texts in float16, or as they are where that would make infinities of them."""
+    states = prompts.states(texts).cpu()
     finite = states.isfinite().flatten(1).all(dim=1)
     if not bool(finite.all()):
         text = texts[int((~finite).nonzero()[0])]
         raise UserError(f"condition.text.encoder: gives no finite states of the caption {text[:60]!r}; use another encoder")
     small = states.half()
-    return small if bool(small.isfinite().all()) else states
+    return {"states": small if bool(small.isfinite().all()) else states}
 
 
 def encoder_fingerprint(prompts: PromptEncoder) -> str:
-    """sha256 over the encoder's weights, the tokenizer and whether padding is masked: what states depend on.
+    """Hex sha256 of what states depend on: the encoder's weights, the tokenizer, and whether padding is masked.
 
-    Not over a pooler's: no state passes through it, and where it was not saved its weights are random.
+    The weights of a pooler do not count: no state passes through it, and where it was not saved they are random.
     """
     digest = hashlib.sha256(str(uses_mask(prompts.encoder)).encode())
     digest.update(json.dumps(sorted(prompts.tokenizer.get_vocab().items())).encode())

@@ -1,10 +1,10 @@
 """The latent cache: posterior moments of a frozen autoencoder over a data set, on disk, read through memory maps.
 
-Moments are kept, not draws: each epoch takes fresh latents mean + std * noise, so no noise is frozen into the data.
-Mirrored images are encoded apart, because an encoder does not commute with mirroring. A cache that was made of another
-autoencoder, preprocessing or data is refused.
+The mean and standard deviation are kept, not draws: each epoch takes fresh latents mean + std * noise, so no noise is
+frozen into the data. Mirrored images are encoded apart, because an encoder does not commute with mirroring. A cache that
+was made of another autoencoder, preprocessing or data is refused.
 
-    manifest.json                written last: its presence says that all shards are there; sha256 of each
+    manifest.json                written last: if it is there, all shards are; it has the sha256 of each
     shard-00000.safetensors      mean, std [n, c, h, w]; mirrored.mean, mirrored.std where flips were cached; labels [n]
 """
 
@@ -24,31 +24,30 @@ from latentdiff.data.tensor_shards import (
     Identity,
     building,
     check_content,
+    make_shards,
     read_manifest,
     refuse_difference,
     shard_count,
     shard_path,
-    shard_problem,
     shard_rows,
     stored_identity,
     stored_unreadable,
     sweep_if_free,
-    tensor_name,
     tensor_shapes,
     write_manifest,
-    write_shard,
 )
 from latentdiff.errors import UserError
-from latentdiff.utils import processes, signals
+from latentdiff.utils import processes
 from latentdiff.utils.random import Generators, randn
 
-FORMAT = 2  # 1 told autoencoders apart by decoder and normaliser too
+FORMAT = 2  # in 1 the decoder and the normaliser were part of the autoencoder's fingerprint
 REMAKE = "run `latentdiff encode` again, which makes only this one anew"
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
+_SAFETENSORS_DTYPES = ("F16", "F32")
 
 
 class Codec(Protocol):
-    """What the cache needs of a first stage; latentdiff.models.codec.LatentCodec has it."""
+    """What the cache needs of an autoencoder; `latentdiff.models.codec.LatentCodec` has it."""
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
 
@@ -56,7 +55,7 @@ class Codec(Protocol):
 
 
 @dataclass(frozen=True)
-class LatentStatistics:
+class LatentMoments:
     """Per-channel moments of the raw latents z = mean + std * noise, each float64 [c].
 
     mean = E[mean]; variance = Var[mean] + E[std^2] (law of total variance, so no draw is needed);
@@ -84,7 +83,7 @@ class LatentCache:
         self._shards = []
         self._views: dict[tuple[int, str], Tensor] = {}
         for number in range(shard_count(made_of)):
-            problem = shard_problem(folder, made_of, number)
+            problem = _shard_problem(folder, made_of, number)
             if problem:
                 raise UserError(f"{shard_path(folder, number)}: {problem}; run the encoding again to replace it")
             self._shards.append(safe_open(shard_path(folder, number), "pt"))
@@ -95,14 +94,14 @@ class LatentCache:
 
     def _check_shard(self, path: Path) -> None:
         """UserError where a whole shard is not what the manifest says."""
-        held = tensor_shapes(path)
-        if held["mean"][1][1:] != self.latent_shape:
-            shown = f"latents {list(held['mean'][1][1:])}, where manifest.json says {list(self.latent_shape)}"
-        elif self.manifest["labelled"] and "labels" not in held:
-            shown = "no labels, where manifest.json says there are"
+        shapes = tensor_shapes(path)
+        if shapes["mean"][1][1:] != self.latent_shape:
+            content = f"latents {list(shapes['mean'][1][1:])}, where manifest.json says {list(self.latent_shape)}"
+        elif self.manifest["labelled"] and "labels" not in shapes:
+            content = "no labels, where manifest.json says there are"
         else:
             return
-        raise UserError(f"{path}: holds {shown}; delete the folder and encode again")
+        raise UserError(f"{path}: holds {content}; delete the folder and encode again")
 
     def __len__(self) -> int:
         return self._count
@@ -134,8 +133,8 @@ class LatentCache:
             for side in mirrored[shard_of == number].unique().tolist():
                 rows = (shard_of == number) & (mirrored == side)
                 local = index[rows] - number * self._shard_size
-                mean[rows] = self._view(number, tensor_name("mean", side))[local].float()
-                std[rows] = self._view(number, tensor_name("std", side))[local].float()
+                mean[rows] = self._view(number, _tensor_name("mean", side))[local].float()
+                std[rows] = self._view(number, _tensor_name("std", side))[local].float()
         return mean, std
 
     def _view(self, number: int, name: str) -> Tensor:
@@ -144,14 +143,14 @@ class LatentCache:
             self._views[number, name] = self._shards[number].get_tensor(name)
         return self._views[number, name]
 
-    def statistics(self) -> LatentStatistics:
+    def statistics(self) -> LatentMoments:
         """Exact per-channel moments over the whole cache in one streaming pass, mirrored encodings included."""
         count = 0
         mean, squares, noise = torch.zeros(3, self.latent_shape[0], 1, dtype=torch.float64)
         for shard in self._shards:
             for side in (False, True) if self.has_flips else (False,):
                 values, stds = (
-                    shard.get_tensor(tensor_name(name, side)).double().transpose(0, 1).flatten(1)  # [c, n·h·w]
+                    shard.get_tensor(_tensor_name(name, side)).double().transpose(0, 1).flatten(1)  # [c, n·h·w]
                     for name in ("mean", "std")
                 )
                 n, centre = values.shape[1], values.mean(1, keepdim=True)
@@ -162,11 +161,11 @@ class LatentCache:
                 noise = noise + stds.square().sum(1, keepdim=True)
                 count += n
         variance = (squares + noise)[:, 0] / count
-        return LatentStatistics(mean[:, 0], variance.sqrt(), noise[:, 0] / count / variance)
+        return LatentMoments(mean[:, 0], variance.sqrt(), noise[:, 0] / count / variance)
 
 
 def identity(codec: Codec, dataset: ImageDataset) -> Identity:
-    """What a cache of these latents must have been made of; give it to open_cache as `expect`."""
+    """The parts of a cache's identity that decide its latents; give it to open_cache as `expect`."""
     return {
         "autoencoder": codec.fingerprint(latents_only=True),
         "preprocessing": dataset.preprocess.describe(),
@@ -179,19 +178,19 @@ def open_cache(
 ) -> LatentCache:
     """Opens a finished cache, checks its shards, and refuses it where it differs from `expect`.
 
-    expect: any part of what `identity` gives, and flips=True where mirrored encodings are needed.
-    check: "full" reads every shard and holds it against its sha256, about two seconds a gigabyte on a slow core;
-    "size" looks at headers and lengths alone. Of `world` processes each reads its share. A cache of an earlier version
-    has no hashes: a warning, once.
+    expect: any part of what `identity` returns, and flips=True where mirrored encodings are needed.
+    check: "full" compares every shard with its sha256, which takes about two seconds a gigabyte on a slow core; "size"
+    looks at headers and lengths alone. Each of `world` processes checks its share. A cache of an earlier version has no
+    hashes: a warning is printed, once. UserError: there is no finished cache, it is damaged, or it differs from `expect`.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     if manifest is None:
         raise UserError(f"{folder}: no finished latent cache here (no manifest.json); build it with: latentdiff encode")
-    wanted = dict(expect or {})
-    if wanted.get("flips") is False:
-        del wanted["flips"]  # a cache that has more than was asked for is fine
-    refuse_difference(folder, manifest["identity"], wanted)
+    expected = dict(expect or {})
+    if expected.get("flips") is False:
+        del expected["flips"]  # a cache that also has mirrored encodings is fine
+    refuse_difference(folder, manifest["identity"], expected)
     cache = LatentCache(folder, manifest)
     if check == "full":
         _check_hashes(folder, manifest, rank, world)
@@ -227,14 +226,18 @@ def build_cache(
     patience: float = 1800.0,
     check: str = "full",
 ) -> LatentCache:
-    """Encodes the data set into `folder`, going on from whatever finished shards are there, and opens the result.
+    """Encodes the data set into `folder`, which may have finished shards already, and opens the result.
 
-    Processes 0..world-1 build shards rank, rank + world, … each and need no communication: whichever sees that all
-    are there writes the manifest, and the others wait for the shards, giving up (UserError) when none appears for
-    `patience` seconds. progress(done, total) counts this process's images, finished ones included, and is called only
-    when there is something to encode. A folder with latents of another autoencoder, preprocessing or data is refused,
-    never overwritten. A folder in which another job encodes is refused too; a finished cache may be opened by any number.
-    check: as in `open_cache`. A signal ends the work after a shard, as `latentdiff.utils.signals` says.
+    flips: whether mirrored images are encoded too. batch: images encoded at a time. dtype: "float16" or "float32", of the
+    moments on disk. shard_size: images in a shard. check: as in `open_cache`.
+
+    Process `rank` of `world` builds shards rank, rank + world, … and needs no communication with the others: whichever sees
+    that all are there writes the manifest. The others wait, and give up (UserError) when no shard appears for `patience`
+    seconds. progress(done, total) counts this process's images, finished ones included, and is called only when there is
+    something to encode. A signal ends the work after a shard, as `latentdiff.utils.signals` says.
+
+    UserError: the folder has latents of another autoencoder, preprocessing or data (nothing is overwritten); another job
+    encodes there; or latents are not finite. Any number of jobs may open a finished cache.
     """
     folder = Path(folder)
     made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
@@ -260,10 +263,10 @@ def build_part(
     rank: int = 0,
     world: int = 1,
 ) -> list[int]:
-    """Builds shards rank, rank + world, … of a cache without waiting for the others; the numbers of those still missing.
+    """Builds shards rank, rank + world, … of a cache without waiting for the others; returns the numbers of missing shards.
 
-    For jobs that run at different times, or on machines that share the folder alone. Whoever finds none missing marks the
-    cache as finished. Arguments and refusals as `build_cache`.
+    For jobs that run at different times, or on machines that share the folder alone. A job that finds none missing marks
+    the cache as finished. Arguments and errors as `build_cache`.
     """
     folder = Path(folder)
     made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
@@ -276,15 +279,15 @@ def build_part(
 
 
 def _identity_here(codec: Codec, dataset: ImageDataset, folder: Path, flips: bool, dtype: str, shard_size: int) -> Identity:
-    """What the cache in a folder is to be made of; UserError where it is made of anything else."""
+    """The identity of the cache that a folder shall have; UserError where it has another one."""
     if dtype not in DTYPES:
         raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
-    wanted = {"format": FORMAT, **identity(codec, dataset), "count": len(dataset)}
+    expected = {"format": FORMAT, **identity(codec, dataset), "count": len(dataset)}
     manifest = read_manifest(folder)
     if manifest is None:
-        return {**wanted, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
+        return {**expected, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
     # A finished cache serves whatever its dtype and shard size; damaged shards of it are made again in its own way
-    refuse_difference(folder, manifest["identity"], {**wanted, "flips": True} if flips else wanted)
+    refuse_difference(folder, manifest["identity"], {**expected, "flips": True} if flips else expected)
     return manifest["identity"]
 
 
@@ -304,38 +307,25 @@ def _build_shards(
     world: int,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    _expect_others(folder, _missing_shards(folder, made_of))
-    mine = range(rank, shard_count(made_of), world)
-    total = sum(len(shard_rows(made_of, number)) for number in mine)
-    done, worked = 0, False
-    with signals.watched() as watch, watch.deferred():
-        for number in mine:
-            path, rows = shard_path(folder, number), shard_rows(made_of, number)
-            stored = stored_identity(path)
-            if stored is not None:
-                refuse_difference(path, stored, made_of)
-            if shard_problem(folder, made_of, number):
-                pieces = []
-                for start in range(rows.start, rows.stop, batch):
-                    indices = torch.arange(start, min(start + batch, rows.stop))
-                    pieces.append(_encode(codec, dataset, indices, made_of))
-                    worked = True
-                    if progress:
-                        progress(done + int(indices[-1]) + 1 - rows.start, total)
-                tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
-                write_shard(path, tensors, made_of, dataset.source.bad)
-                if watch:
-                    watch.stop()
-            done += len(rows)
-            if progress and worked:
-                progress(done, total)
+    _forget_hashes(folder, _missing_shards(folder, made_of))
+    make_shards(
+        folder,
+        made_of,
+        range(rank, shard_count(made_of), world),
+        "latents",
+        lambda number: _shard_problem(folder, made_of, number) is not None,
+        lambda rows: _encode(codec, dataset, torch.arange(rows.start, rows.stop), made_of),
+        batch,
+        progress,
+        dataset.source.bad,
+    )
 
 
-def _expect_others(folder: Path, missing: list[int]) -> None:
-    """Have a finished cache's manifest say which of its shards are about to be made again: their bytes may be others.
+def _forget_hashes(folder: Path, missing: list[int]) -> None:
+    """Removes from a finished cache's manifest the hashes of missing shards: those made again may have other bytes.
 
-    `missing` is listed before the manifest is read. So where several processes do this at once, whichever writes last also
-    names what the others name and have not made yet.
+    `missing` is listed before the manifest is read. So where several processes do this at once, the last one to write also
+    names the shards that the others name and have not made yet.
     """
     manifest = read_manifest(folder)
     if manifest is not None and "sha256" in manifest and any(manifest["sha256"][number] is not None for number in missing):
@@ -346,7 +336,7 @@ def _expect_others(folder: Path, missing: list[int]) -> None:
 
 def _missing_shards(folder: Path, made_of: Identity) -> list[int]:
     """Numbers of the shards that are not there, or not whole."""
-    return [n for n in range(shard_count(made_of)) if shard_problem(folder, made_of, n)]
+    return [n for n in range(shard_count(made_of)) if _shard_problem(folder, made_of, n)]
 
 
 def _finish(dataset: ImageDataset, folder: Path, made_of: Identity) -> None:
@@ -370,8 +360,8 @@ def _encode(codec: Codec, dataset: ImageDataset, indices: Tensor, made_of: Ident
     for side in (False, True) if made_of["flips"] else (False,):
         images, labels = dataset.batch(indices, flips=side)
         for name, value in zip(("mean", "std"), codec.moments(images), strict=True):
-            rows[tensor_name(name, side)] = value.to("cpu", dtype)
-            if not torch.isfinite(rows[tensor_name(name, side)]).all():
+            rows[_tensor_name(name, side)] = value.to("cpu", dtype)
+            if not torch.isfinite(rows[_tensor_name(name, side)]).all():
                 raise UserError(
                     f"latents of images {int(indices[0])} to {int(indices[-1])} are not finite as {dtype}: "
                     "use dtype float32, or check the autoencoder"
@@ -414,3 +404,29 @@ def _manifest(folder: Path, dataset: ImageDataset, made_of: Identity) -> dict[st
         "unreadable": dict(sorted(bad.items())),
         "sha256": [None] * shard_count(made_of),
     }
+
+
+def _tensor_name(name: str, mirrored: bool) -> str:
+    return f"mirrored.{name}" if mirrored else name
+
+
+def _shard_problem(folder: Path, made_of: Identity, number: int) -> str | None:
+    """Why a file is not the shard of latents that belongs there; None where it is."""
+    path = shard_path(folder, number)
+    if not path.is_file():
+        return "missing"
+    stored = stored_identity(path)
+    if stored is None:
+        return "truncated, or not a shard of latents"
+    if stored != made_of:
+        return "of another cache"
+    shapes = tensor_shapes(path)
+    sides = (False, True) if made_of["flips"] else (False,)
+    moments = [shapes.get(_tensor_name(name, side)) for side in sides for name in ("mean", "std")]
+    first = moments[0]
+    if first is None or len(first[1]) != 4 or first[0] not in _SAFETENSORS_DTYPES or len(set(moments)) != 1:
+        return "without mean and std of one shape"
+    count = len(shard_rows(made_of, number))
+    if first[1][0] != count or shapes.get("labels", ("I64", (count,))) != ("I64", (count,)):
+        return "of the wrong length"
+    return None

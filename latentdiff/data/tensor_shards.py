@@ -1,10 +1,12 @@
-"""The latent cache's files: shards and a manifest, written whole or not at all, each saying what it was made of.
+"""Shards of tensors on disk, and the manifest of a latent cache: each file written whole, and saying what it was made of.
 
-A cache's identity is a dict: format, autoencoder (hash of weights and config), preprocessing (its settings), data
-(hash), count, flips, dtype, shard_size. It lies in the manifest and in every shard's header.
+Latents (`latentdiff.data.latent_cache`) and the states of captions (`latentdiff.data.captions`) lie in such shards. What a
+folder of shards was made of is its identity, a dict. That of a latent cache has format, autoencoder (hash of weights and
+config), preprocessing (its settings), data (hash), count, flips, dtype and shard_size. It lies in the manifest and in the
+header of every shard.
 
-A shard's header also has the sha256 of its tensors, written with it; the manifest repeats that of every shard. They show
-damage in copying and on disk. They are no protection from somebody who changes both.
+A shard's header also has the sha256 of its tensors, and the manifest repeats that of every shard. They show damage by
+copying and on disk. They do not protect from somebody who changes both.
 """
 
 import contextlib
@@ -20,12 +22,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from latentdiff.errors import UserError
-from latentdiff.utils import atomic, locks
+from latentdiff.utils import atomic, locks, signals
 
 Identity = dict[str, Any]
-# How a refusal speaks of the parts of an identity, and of where else the files may lie, by what the files hold
-_MOMENT_DTYPES = ("F16", "F32")
-_SPOKEN = {
+# What messages call the parts of an identity, and the setting that names another folder, by what shards hold
+_PART_NAMES = {
     "latents": {
         "autoencoder": "autoencoder weights",
         "count": "number of images",
@@ -34,12 +35,8 @@ _SPOKEN = {
     },
     "caption states": {"length": "condition.text.max_length", "count": "number of captions", "shard_size": "shard size"},
 }
-_ELSEWHERE = {"latents": "cache folder", "caption states": "condition.text.folder"}
+_FOLDER_NAMES = {"latents": "cache folder", "caption states": "condition.text.folder"}
 _IN_USE = "wait for it to end, or use another folder"
-
-
-def tensor_name(name: str, mirrored: bool) -> str:
-    return f"mirrored.{name}" if mirrored else name
 
 
 def shard_path(folder: Path, number: int) -> Path:
@@ -51,18 +48,59 @@ def shard_count(made_of: Identity) -> int:
 
 
 def shard_rows(made_of: Identity, number: int) -> range:
-    """Which images of the data set lie in a shard."""
+    """Which rows (images, or captions) lie in a shard."""
     size = made_of["shard_size"]
     return range(number * size, min(made_of["count"], (number + 1) * size))
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor], made_of: Identity, unreadable: Mapping[str, str] | None = None) -> None:
-    """unreadable: {file: reason} of the images that this process found to be so by now."""
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # a channels-last network gives others
+    """Write one shard, whole or not at all. unreadable: {file: reason} of the images that this process could not read."""
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}  # those of a channels-last network are not
     facts = {"identity": made_of, "sha256": content_sha256(tensors), "unreadable": dict(unreadable or {})}
     with atomic.new_file(path) as temporary:
         # One entry, as safetensors writes several in an order that differs from process to process
         save_file(tensors, temporary, {"facts": json.dumps(facts, sort_keys=True)})
+
+
+def make_shards(
+    folder: Path,
+    made_of: Identity,
+    numbers: range,
+    content: str,
+    is_missing: Callable[[int], bool],
+    encode: Callable[[range], dict[str, Tensor]],
+    batch: int,
+    progress: Callable[[int, int], None] | None,
+    unreadable: Mapping[str, str],
+) -> None:
+    """Make those of these shards that are missing. A signal ends the work after a shard.
+
+    content: "latents" or "caption states", for messages. encode: the tensors of some rows, `batch` of them at most.
+    progress(done, total) counts the rows of all these shards, and is called only when there is something to encode.
+    unreadable: as `write_shard` takes it, filled while rows are encoded. UserError where a shard is of another identity.
+    """
+    total, done, worked = sum(len(shard_rows(made_of, number)) for number in numbers), 0, False
+    with signals.watched() as watch, watch.deferred():
+        for number in numbers:
+            path, rows = shard_path(folder, number), shard_rows(made_of, number)
+            stored = stored_identity(path)
+            if stored is not None:
+                refuse_difference(path, stored, made_of, content)
+            if is_missing(number):
+                pieces, worked = [], True
+                for start in range(rows.start, rows.stop, batch):
+                    part = range(start, min(start + batch, rows.stop))
+                    pieces.append(encode(part))
+                    if progress:
+                        progress(done + part.stop - rows.start, total)
+                # Of pieces of two types the wider one is kept
+                tensors = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+                write_shard(path, tensors, made_of, unreadable)
+                if watch:
+                    watch.stop()
+            done += len(rows)
+            if progress and worked:
+                progress(done, total)
 
 
 def content_sha256(tensors: Mapping[str, Tensor]) -> str:
@@ -75,11 +113,11 @@ def content_sha256(tensors: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def check_content(path: Path, way_out: str, recorded: str | None = None) -> str:
+def check_content(path: Path, advice: str, recorded: str | None = None) -> str:
     """Read a shard once, about two seconds a gigabyte on a slow core, and return the sha256 of its tensors.
 
-    recorded: what the manifest says it is; None: what the shard's own header says, if anything (earlier versions wrote none).
-    UserError where it is another: the line names the shard and ends with `way_out`.
+    recorded: the sha256 in the manifest; None: the one in the shard's own header, if any (earlier versions wrote none).
+    UserError where the tensors have another: the line names the shard and ends with `advice`.
     """
     with safe_open(path, "pt") as shard:
         recorded = recorded or _facts(shard).get("sha256")
@@ -87,7 +125,7 @@ def check_content(path: Path, way_out: str, recorded: str | None = None) -> str:
     if recorded not in (None, current):
         raise UserError(
             f"{path}: its content has sha256 {current[:12]}, and was written with {recorded[:12]}: damaged, or changed since; "
-            f"delete this file, and {way_out}"
+            f"delete this file, and {advice}"
         )
     return current
 
@@ -96,8 +134,8 @@ def check_content(path: Path, way_out: str, recorded: str | None = None) -> str:
 def building(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
     """Hold a folder of shards while they are made, and remove what killed jobs left there.
 
-    A job of its own has the folder to itself. Part `rank` of `world` has it beside the other parts, which may be processes
-    of one launch or jobs that never meet. UserError where another job has the folder, or has this part of it.
+    A job that makes all shards has the folder to itself. Part `rank` of `world` shares it with the other parts, which may be
+    processes of one launch, or jobs that never meet. UserError where another job has the folder, or has this part of it.
     """
     if world == 1:
         with locks.locked(folder, _IN_USE, alone=True):
@@ -116,7 +154,7 @@ def building(folder: Path, rank: int = 0, world: int = 1) -> Iterator[None]:
 
 def sweep_if_free(folder: Path) -> None:
     """Remove what killed jobs left in a folder of shards, unless a job is at work there or nothing may be written."""
-    # A part cannot tell what another part is writing from what a killed one left. Whoever is alone can
+    # A part cannot tell what another part is writing from what a killed one left. A job that is alone can
     if folder.is_dir() and any(path.name.startswith(".") or path.suffix == ".tmp" for path in folder.iterdir()):
         with contextlib.suppress(UserError), locks.locked(folder, alone=True):
             _sweep(folder)
@@ -130,9 +168,9 @@ def _sweep(folder: Path) -> None:
 
 
 def _facts(shard: Any) -> dict[str, Any]:
-    """What an open shard's header says: identity, sha256 and unreadable. Earlier versions wrote the first and last apart.
+    """What an open shard's header has: identity, sha256 and unreadable. Earlier versions had two entries and no sha256.
 
-    ValueError, KeyError or RecursionError where it says nothing of the kind.
+    ValueError, KeyError or RecursionError where it has nothing of the kind.
     """
     header = shard.metadata() or {}
     if "facts" not in header:
@@ -144,7 +182,7 @@ def _facts(shard: Any) -> dict[str, Any]:
 
 
 def stored_unreadable(path: Path) -> dict[str, str]:
-    """{file: reason} of what whoever wrote a shard could not read."""
+    """{file: reason} of the images that the process which wrote a shard could not read."""
     try:
         with safe_open(path, "pt") as shard:
             return {str(file): str(reason) for file, reason in _facts(shard)["unreadable"].items()}
@@ -158,39 +196,17 @@ def stored_identity(path: Path) -> Identity | None:
         return None
     try:
         with safe_open(path, "pt") as shard:
-            found = _facts(shard)["identity"]
+            identity = _facts(shard)["identity"]
     except (SafetensorError, OSError, KeyError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return identity if isinstance(identity, dict) else None
 
 
 def tensor_shapes(path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{name: (safetensors' dtype, shape)} of a shard, from its header."""
+    """{name: (dtype as safetensors spells it, shape)} of a shard, from its header."""
     with safe_open(path, "pt") as shard:
         slices = {name: shard.get_slice(name) for name in shard.keys()}
         return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-
-
-def shard_problem(folder: Path, made_of: Identity, number: int) -> str | None:
-    """Why a file is not the shard wanted; None when it is."""
-    path = shard_path(folder, number)
-    if not path.is_file():
-        return "missing"
-    stored = stored_identity(path)
-    if stored is None:
-        return "truncated, or not a shard of latents"
-    if stored != made_of:
-        return "of another cache"
-    held = tensor_shapes(path)
-    sides = (False, True) if made_of["flips"] else (False,)
-    moments = [held.get(tensor_name(name, side)) for side in sides for name in ("mean", "std")]
-    if moments[0] is None or len(moments[0][1]) != 4 or moments[0][0] not in _MOMENT_DTYPES or len(set(moments)) != 1:
-        return "without mean and std of one shape"
-    rows = {moments[0][1][0]} | ({held["labels"][1]} if "labels" in held else set())
-    rows = {row[0] if isinstance(row, tuple) and len(row) == 1 else row for row in rows}
-    if rows != {len(shard_rows(made_of, number))} or held.get("labels", ("I64",))[0] != "I64":
-        return "of the wrong length"
-    return None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
@@ -236,18 +252,20 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
     atomic.write_json(folder / "manifest.json", manifest)
 
 
-def refuse_difference(where: Path, found: Identity, wanted: Identity, held: str = "latents") -> None:
-    """Raises UserError that names each part in which a cache differs from what is wanted. held: what lies in it."""
-    said = []
-    for part in (part for part in wanted if found.get(part) != wanted[part]):
-        old, new = found.get(part), wanted[part]
+def refuse_difference(where: Path, stored: Identity, expected: Identity, content: str = "latents") -> None:
+    """UserError that names each part in which the stored identity differs from the expected one. content: as `make_shards`."""
+    differences = []
+    for part, new in expected.items():
+        old = stored.get(part)
+        if old == new:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             details = ", ".join(f"{k} {old.get(k)}, now {new[k]}" for k in new if old.get(k) != new[k])
         else:
             details = f"{str(old)[:12]}, now {str(new)[:12]}"
-        said.append(f"{_SPOKEN[held].get(part, part)} ({details})")
-    if said:
+        differences.append(f"{_PART_NAMES[content].get(part, part)} ({details})")
+    if differences:
         raise UserError(
-            f"{where}: these {held} were made with other {' and other '.join(said)}; "
-            f"use another {_ELSEWHERE[held]}, or delete this one"
+            f"{where}: these {content} were made with other {' and other '.join(differences)}; "
+            f"use another {_FOLDER_NAMES[content]}, or delete this one"
         )
