@@ -1,1 +1,1 @@
-"""Images from where the user keeps them, in an order fixed by the seed, and their latents cached on disk."""
+"""Data: images from where the user keeps them, in an order that the seed fixes, and their latents cached on disk."""

@@ -12,10 +12,12 @@ from latentdiff.errors import UserError
 
 
 class ImageDataset:
-    """A source seen through a preprocessing: what trainers and the latent cache read.
+    """The images of a source with a preprocessing applied.
 
-    indices: which images of the source, in this order (default: all). `preprocess` is the resolved one. split: the rule that
-    chose the indices, where it is not the one of earlier versions; a latent cache keeps it.
+    indices: which images of the source, in this order (default: all). split: the rule that chose the indices, where it is
+    not the rule of earlier versions; a latent cache keeps it. Attributes: source, preprocess (with size and channels filled
+    in from the source), indices (int64 [N]), class_names, labels (int64 [N] or None), blocks (as the source's, of these N
+    images).
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class ImageDataset:
         self.blocks = None if source.blocks is None else self._blocks(source.blocks)
 
     def _blocks(self, sizes: tuple[int, ...]) -> tuple[int, ...]:
-        """How many of this data set's images lie in each of the source's blocks; they keep the source's order."""
+        """How many of this data set's images lie in each of the source's blocks."""
         block = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))[self.indices]
         if bool((block.diff() < 0).any()):
             raise ValueError("indices of a streamed source must keep its order")
@@ -49,21 +51,21 @@ class ImageDataset:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
 
-        flips: bool or [B]; True mirrors. An image that turns out unreadable is replaced by this data set's next readable
-        one, together with its label.
+        flips: bool or [B]; True mirrors left-right. An image that cannot be read is replaced, together with its label, by the
+        next image of this data set that can. UserError where more images are bad than the source allows.
         """
-        wanted = torch.as_tensor(indices, dtype=torch.int64)
-        mirrored = torch.as_tensor(flips).expand(len(wanted)).tolist()
-        pairs = [self._read_or_next(i) for i in wanted.tolist()]
-        images = self.preprocess.batch([image for _, image in pairs], mirrored)
-        labels = None if self.source.labels is None else self.source.labels[[j for j, _ in pairs]]
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        mirrored = torch.as_tensor(flips).expand(len(index)).tolist()
+        numbered = [self._read_or_next(i) for i in index.tolist()]
+        images = self.preprocess.batch([image for _, image in numbered], mirrored)
+        labels = None if self.source.labels is None else self.source.labels[[j for j, _ in numbered]]
         return images, labels
 
     def _read_or_next(self, i: int) -> tuple[int, np.ndarray]:
-        """(index in the source, image): image i of this data set, or the next one of it that can be read, with wrap-around.
+        """(index in the source, image): image i of this data set, or the next one that can be read, from the start at the end.
 
-        Never one from outside, so that a held-out image cannot slip into training. The substitute depends on i alone, so
-        the order of a run stays a function of its seed. More bad files than the source allows are a UserError of its own.
+        The substitute is always one of this data set, so a held-out image is never trained on. It depends on i alone, so the
+        order of a run stays a function of its seed.
         """
         for step in range(len(self)):
             j = int(self.indices[(i + step) % len(self)])
@@ -74,26 +76,26 @@ class ImageDataset:
         raise UserError(f"data '{self.source.name}': none of the {len(self)} images in use can be read")
 
     def captions(self, unreadable: Collection[str] = ()) -> list[tuple[str, ...]] | None:
-        """The captions of every image as `batch` reads it: of its substitute where its file is among the unreadable."""
+        """The captions of every image, or None; of its substitute (see `batch`) where its file is among the unreadable."""
         texts = self.source.captions
         if texts is None:
             return None
         rows = self.indices.tolist()
         files = getattr(self.source, "files", [""] * len(self.source))
         read = [files[j] not in unreadable for j in rows]
-        n, shown = len(rows), []
+        n, captions = len(rows), []
         for i in range(n):
             while not read[i % n]:
                 i += 1
-            shown.append(texts[rows[i % n]])
-        return shown
+            captions.append(texts[rows[i % n]])
+        return captions
 
     def fingerprint(self) -> str:
         """Hex sha256 of the source's content and of which of its images are used."""
         return self._digest(self.source.fingerprint())
 
     def latents_fingerprint(self) -> str:
-        """The same for a latent cache; see ImageSource.latents_fingerprint."""
+        """The fingerprint that a latent cache keeps; see ImageSource.latents_fingerprint."""
         return self._digest(self.source.latents_fingerprint())
 
     def _digest(self, content: str) -> str:

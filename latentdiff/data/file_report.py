@@ -1,4 +1,4 @@
-"""What became of every file of a data set: used, used with something to know, or left out and why."""
+"""The report on a data set's files: which were left out and why, and which were used with a remark."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 from latentdiff.errors import printable
 
-LISTED = 100  # names kept for one reason; the count goes on
+LISTED = 100  # names kept for one reason; the others are only counted
 SHOWN = 3  # names in a line on stderr
 REASONS = 12  # lines on stderr
 
 
 @dataclass
 class FileNames:
-    """How many files one reason holds for, and the first of their names."""
+    """How many files have one reason, and the first of their names."""
 
     count: int = 0
     first: list[str] = field(default_factory=list)
@@ -36,9 +36,9 @@ class FileNames:
 
 @dataclass
 class FileReport:
-    """The files of one data set that were not used, or were used otherwise than one may expect.
+    """The files of one data set that were not used, or were used in a way that one may not expect.
 
-    left_out: {reason: files that are not used}. remarks: {what to know: files that are used}. FileNames are relative to the
+    left_out: {reason: files that are not used}. remarks: {remark: files that are used}. Names are relative to the
     data set's folder; a folder's name ends in a slash.
     """
 
@@ -52,7 +52,7 @@ class FileReport:
         self.remarks.setdefault(what, FileNames()).add(name)
 
     def with_unreadable(self, bad: dict[str, str]) -> FileReport:
-        """The same with the images that could not be read, as a source's `bad` has them: {file: reason}."""
+        """This report with the images that could not be read added. bad: {file: reason}, as a source's `bad`."""
         left_out = dict(self.left_out)
         if bad:
             names = FileNames()
@@ -80,7 +80,7 @@ class FileReport:
 
 
 def _most(groups: dict[str, FileNames], limit: int) -> dict[str, FileNames]:
-    """The groups, or the largest of them where there are more than the limit, in their order."""
+    """The groups in their order; the largest `limit` of them where there are more."""
     if len(groups) <= limit:
         return groups
     kept = sorted(groups, key=lambda reason: -groups[reason].count)[:limit]

@@ -1,4 +1,4 @@
-"""What bringing images of many sizes to one shape does to them: how much is cut off, filled, stretched or enlarged."""
+"""What a framing does to the images of a source: how much is cut off, filled, stretched or enlarged."""
 
 from __future__ import annotations
 
@@ -13,11 +13,13 @@ from latentdiff.errors import printable
 
 
 def framing_facts(source: ImageSource, rule: Preprocess, indices: torch.Tensor | None = None) -> dict[str, Any]:
-    """What a resolved rule does to the images of a source: {"size", "framing", and what of these holds for any image}.
+    """What a preprocessing with its size filled in does to the images of a source, or to those at `indices`.
 
-    cut: by crop, {"median", "worst", "image"}: shares of an image's area, and the worst image. stretched: by resize, likewise,
-    by how much more one side is scaled than the other (0: not at all). filled: by letterbox, shares of the result that are
-    background. enlarged: {"images", "largest_factor", "image"}: how many images are made larger, and the one made so most.
+    Returns {"size": [height, width], "framing": its name}, and those of these keys that apply to any image:
+    cut (by "crop"): {"median", "worst", "image"}, the shares of an image's area, and the name of the worst image;
+    stretched (by "resize"): likewise, by how much more one side is scaled than the other (0: not at all);
+    filled (by "letterbox"): likewise, the shares of the result that are background;
+    enlarged: {"images", "largest_factor", "image"}, how many images are made larger, by how much at most, and which image.
     """
     sizes = (source.sizes if indices is None else source.sizes[indices.numpy()]).astype(np.float64)  # [N, 2]
     rows = np.arange(len(source)) if indices is None else indices.numpy()
@@ -45,7 +47,7 @@ def framing_facts(source: ImageSource, rule: Preprocess, indices: torch.Tensor |
 
 
 def framing_lines(facts: dict[str, Any]) -> list[str]:
-    """The facts as lines for a person; none where images are brought to their size without loss."""
+    """The facts of `framing_facts` as lines of text; none where images are brought to their size without loss."""
     lines, rule = [], f"data.framing={facts['framing']} to {size_name(facts['size'])}"
     for key, does in (("cut", "cuts off"), ("filled", "fills with background")):
         if key in facts and facts[key]["worst"] >= 0.005:

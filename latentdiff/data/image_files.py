@@ -1,12 +1,13 @@
-"""Single files: is it a whole image, its pixels, its hash; and the idx format of MNIST and its kin.
+"""Single image files: whether a file is a whole image, its pixels, its hash. Also the idx format of MNIST.
 
-A file is a path, or an open binary stream that can seek: an image may lie inside a table or an archive. `decode` is the
-one decoder of every command: what it does with transparency, orientation and bit depth is stated there.
+A file is a path, or an open binary stream that can seek, because an image may lie inside a table or an archive. `decode`
+is the one decoder of every command. What it does with transparency, orientation and bit depth is stated there.
 """
 
 import functools
 import gzip
 import hashlib
+import io
 import math
 import os
 import struct
@@ -23,7 +24,7 @@ from latentdiff.errors import UserError
 
 File = Path | BinaryIO
 Color = tuple[int, int, int]  # red, green and blue, 0 to 255
-Header = tuple[str, tuple[int, int]] | str  # (mode, (height, width)), or the reason why it is no image
+Header = tuple[str, tuple[int, int]] | str  # (Pillow's mode, (height, width)), or the reason why it is no image
 
 GREY_MODES = {"1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N"}
 # What Pillow's decoders raise on damaged files
@@ -45,8 +46,8 @@ DECODING_ERRORS = (
 )
 _QUARTER_TURNS = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 WHITE: Color = (255, 255, 255)
-# Formats that Pillow knows and that are never opened: EPS starts Ghostscript, WMF works on Windows alone, PSD is the working
-# file of an editor, IPTC is a piece of another file, and the others are films or measurements without a decoder in Pillow
+# Formats that Pillow knows and that are never opened: EPS starts Ghostscript, WMF works on Windows only, PSD is the working
+# file of an editor, IPTC is a part of another file, and for the others (films, measurements) Pillow has no decoder
 NEVER_OPENED = {"EPS", "WMF", "PSD", "IPTC", "MPEG", "BUFR", "GRIB", "HDF5"}
 ANIMATIONS = {"GIF", "PNG", "WEBP", "AVIF", "TIFF"}  # a second frame of others, such as MPO, is a preview
 _DRAWING = "a drawing without pixels: export it as .png"
@@ -54,7 +55,7 @@ _EDITOR = "the working file of an editor: export it as .png"
 _RAW = "a camera's raw data: develop it to .png or .jpg"
 _ARCHIVE = "an archive: unpack it"
 _FILM = "a film: take still pictures out of it"
-ADVICE = {  # what a suffix that is not read stands for, and the way out
+ADVICE = {  # suffixes that are not read: what such a file is, and what to do
     **dict.fromkeys((".heic", ".heif", ".hif"), "install pillow-heif to read it"),
     **dict.fromkeys((".avif", ".avifs"), "needs Pillow 11.3 or later"),
     **dict.fromkeys((".svg", ".svgz", ".pdf", ".eps", ".ps", ".ai", ".wmf", ".emf"), _DRAWING),
@@ -86,7 +87,7 @@ def image_suffixes() -> frozenset[str]:
 
 
 def why_not_read(suffix: str) -> str:
-    """The reason why files of a suffix are left out of a data set, with the way out where there is one."""
+    """The reason why files of a suffix are left out of a data set, with advice where there is some."""
     if not suffix:
         return "no suffix, so not looked at"
     advice = ADVICE.get(suffix)
@@ -96,14 +97,14 @@ def why_not_read(suffix: str) -> str:
 def inspect(file: File) -> Header:
     """(mode, (height, width)) of a readable image file, or the reason why it is not one.
 
-    As cheap as finding truncated files allows: PNG checksums are verified, a JPEG is decoded only if its end marker is
-    missing, other formats are decoded.
+    Truncated files are found, at the least cost: the checksums of a PNG are verified, a JPEG is decoded only if its end
+    marker is missing, and other formats are decoded.
     """
     return examine(file)[0]
 
 
 def examine(file: File) -> tuple[Header, bool]:
-    """What `inspect` gives, and whether the file has more than one frame or page, of which the first alone is read."""
+    """What `inspect` returns, and whether the file has several frames or pages, of which only the first is read."""
     try:
         with _opened(file) as stream:
             if not stream.read(1):
@@ -125,14 +126,14 @@ def examine(file: File) -> tuple[Header, bool]:
 
 
 def open_image(stream: BinaryIO) -> Image.Image:
-    """Pillow's image of a stream, of `readable_formats` alone: no file starts another program."""
+    """Pillow's image of a stream, in one of `readable_formats`. So no file starts another program."""
     return Image.open(stream, formats=readable_formats())
 
 
 def _has_frames(image: Image.Image) -> bool:
     try:
         return bool(getattr(image, "is_animated", False))
-    except DECODING_ERRORS:  # a damaged second frame is no reason against the first
+    except DECODING_ERRORS:  # the first frame can be read although the second is damaged
         return False
 
 
@@ -147,25 +148,26 @@ def reason_of(file: File, error: BaseException) -> str:
 
 
 def refuse_bomb(image: Image.Image) -> None:
-    """DecompressionBombError for more pixels than Pillow's limit, where Pillow itself warns up to twice as many."""
+    """DecompressionBombError for more pixels than Pillow's limit. Pillow itself only warns, up to twice the limit."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and image.width * image.height > limit:
         raise Image.DecompressionBombError(f"{image.width}x{image.height} pixels are more than Pillow's limit of {limit}")
 
 
 def leaves(root: Path, name: str) -> bool:
-    """Whether a file's name, given below root, leads out of it or is none: absolute, by "..", or with a NUL.
+    """Whether a file's name, relative to root, leads out of root (it is absolute or has ".."), or is no name (it has a NUL).
 
-    Links are followed: a folder's owner made them, and the Hub's own downloads consist of them.
+    Links are allowed: a folder's owner made them, and the Hub's own downloads consist of them.
     """
     try:
         os.path.realpath(root / name)
-    except ValueError:  # no file's name: a NUL, half a character
+    except ValueError:  # a NUL, or half a character
         return True
     return Path(name).is_absolute() or ".." in Path(name).parts
 
 
 def one_line(error: BaseException) -> str:
+    """An error's message without line breaks, or the name of its type where it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -181,7 +183,7 @@ def _opened(file: File) -> Iterator[BinaryIO]:
 
 
 def _has_jpeg_end(stream: BinaryIO) -> bool:
-    """Leaves the stream where it was: a decoder may stand there."""
+    """Leaves the stream where it was, because a decoder reads on from there."""
     place = stream.tell()
     stream.seek(-2, os.SEEK_END)
     end = stream.read()
@@ -190,10 +192,11 @@ def _has_jpeg_end(stream: BinaryIO) -> bool:
 
 
 def decode(file: File, channels: int, background: Color = WHITE) -> np.ndarray:
-    """uint8 [H, W, channels] of an image file.
+    """uint8 [H, W, channels] of an image file; channels is 1 or 3.
 
-    The orientation that EXIF states is applied. Transparency is laid on the background. 16-bit greys are scaled to 8 bits
-    (Pillow's own conversion would clip them); CMYK and palettes become RGB. Of several frames or pages the first is read.
+    The orientation in EXIF is applied. Transparency is laid on the background. 16-bit greys are scaled to 8 bits (Pillow's
+    own conversion would clip them). CMYK and palettes become RGB. Of several frames or pages the first is read. Raises one
+    of DECODING_ERRORS for a file that cannot be decoded or has more pixels than Pillow's limit.
     """
     with _opened(file) as stream, open_image(stream) as opened:
         refuse_bomb(opened)
@@ -211,7 +214,7 @@ def decode(file: File, channels: int, background: Color = WHITE) -> np.ndarray:
 
 
 def hash_ends(file: File, span: int = 32768) -> str:
-    """Hex sha256 of the length, and of the first and last `span` bytes."""
+    """Hex sha256 of a file's length and of its first and last `span` bytes."""
     with _opened(file) as stream:
         length = stream.seek(0, os.SEEK_END)
         stream.seek(0)
@@ -222,7 +225,10 @@ def hash_ends(file: File, span: int = 32768) -> str:
 
 
 def read_idx(path: Path, dims: int) -> np.ndarray:
-    """uint8 array of an idx file: bytes 0, 0, 8 (unsigned byte), dims, big-endian 32-bit sizes, then the values."""
+    """The uint8 array of an idx file, which may be gzipped (.gz). UserError for a file that is not one, or not whole.
+
+    Its format: the bytes 0, 0, 8 (unsigned byte) and dims; big-endian 32-bit sizes; then the values.
+    """
     try:
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as stream:
             header = stream.read(4 + 4 * dims)
@@ -235,8 +241,8 @@ def read_idx(path: Path, dims: int) -> np.ndarray:
         raise UserError(f"{path}: not a whole idx file of {dims} dimensions ({one_line(error)})") from error
 
 
-def _read_exactly(stream: BinaryIO, count: int, piece: int = 1 << 24) -> bytearray:
-    """The next `count` bytes, which must be the last; takes memory for what is there, not for what is claimed."""
+def _read_exactly(stream: gzip.GzipFile | io.BufferedReader, count: int, piece: int = 1 << 24) -> bytearray:
+    """The next `count` bytes, which must be the last. Memory is used for what is there, not for what the header claims."""
     raw = bytearray()
     while len(raw) <= count and (part := stream.read(min(piece, count + 1 - len(raw)))):
         raw += part

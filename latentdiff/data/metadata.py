@@ -1,4 +1,4 @@
-"""metadata.jsonl and metadata.csv: which images a folder has, with their labels and captions, a row for each image."""
+"""metadata.jsonl and metadata.csv: a row for each image of a folder, with its label and captions."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ class Row:
 
 
 def read_metadata(path: Path, columns: Columns, report: FileReport) -> tuple[list[Row], str | None]:
-    """The rows of a metadata file, in its order, and the column of their captions. Other columns go into the report.
+    """The rows of a metadata file, in its order, and the name of the column of captions, or None.
+
+    Other columns go into the report as not used.
 
     Columns that are not named: file_name, label, and the first of TEXT_COLUMNS that has a caption.
     UserError: not UTF-8, not a table, a column or a value is missing, or a file is not inside the folder; the message
     names the line.
     """
-    table = list(_lines(path, columns.image or FILE_COLUMN))
-    for line, row in table:
-        if not isinstance(row, dict):
-            raise UserError(f"{path} line {line}: needs {columns.image or FILE_COLUMN}, and label or text")
+    needed = f"{columns.image or FILE_COLUMN}, and label or text"
+    table = list(_csv_rows(path, columns.image or FILE_COLUMN) if path.suffix == ".csv" else json_rows(path, needed))
     if not table:
-        raise UserError(f"{path} has no rows: each needs {columns.image or FILE_COLUMN}, and label or text")
+        raise UserError(f"{path} has no rows: each needs {needed}")
     names = list(dict.fromkeys(key for _, row in table for key in row))
     image, label, text = _chosen(path, columns, names, table)
     for name in names:
@@ -88,8 +88,7 @@ def _row(path: Path, line: int, row: dict[str, Any], image: str, label: str | No
     if not isinstance(file, str) or not file:
         hint = "" if image in row else f"; {_no_column(image, list(row))}"
         raise UserError(f"{path} line {line}: needs {image}, and label or text{hint}")
-    if leaves(path.parent, file) or leaves(path.parent, file.replace("\\", "/")):
-        raise UserError(f"{path} line {line}: {image} {file[:200]!r} is not inside {path.parent}; copy it there")
+    check_inside(path, line, image, file)
     value = None if label is None else row.get(label)
     captions = None if text is None else captions_of(row.get(text), f"{path} line {line}")
     return Row(file, None if value in (None, "") else str(value), captions, line)
@@ -99,27 +98,34 @@ def _no_column(image: str, names: list[str]) -> str:
     return f"has no column {image}, only {listed(names, 20)}; data.image_column names the column of the files"
 
 
-def _lines(path: Path, image: str) -> Iterator[tuple[int, Any]]:
-    """(line, row) of each row; a row is what JSON has there, or a dict of strings."""
-    content = read_text(path)
-    if path.suffix == ".csv":
-        yield from _csv_rows(path, content, image)
-        return
-    # Not splitlines: a caption may hold characters that end a line in Unicode
-    for number, line in enumerate(content.split("\n"), start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path} line {number}: not JSON ({one_line(error)})") from error
+def check_inside(path: Path, line: int, column: str, file: str) -> None:
+    """UserError where a file that a row of metadata names is not inside the folder of the metadata."""
+    if leaves(path.parent, file) or leaves(path.parent, file.replace("\\", "/")):
+        raise UserError(f"{path} line {line}: {column} {file[:200]!r} is not inside {path.parent}; copy it there")
 
 
-def _csv_rows(path: Path, content: str, image: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Each row by the header's columns; the delimiter is the comma, semicolon or tab, of which the header has the most.
+def json_rows(path: Path, needed: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, row) of each row of a .jsonl file. UserError for a line that is not a JSON object; it says what is needed."""
+    # Not splitlines: a caption may have characters that end a line in Unicode
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{path} line {number}: not JSON ({one_line(error)})") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{path} line {number}: needs {needed}")
+        yield number, row
 
-    UserError for a quote that is not closed, which would swallow the lines after it, and for a row with more values than
+
+def _csv_rows(path: Path, image: str) -> Iterator[tuple[int, dict[str, str]]]:
+    """(line, row) of each row, by the header's columns. The delimiter is the comma, semicolon or tab: the header's commonest.
+
+    UserError for a quote that is not closed, which would take in the lines after it, and for a row with more values than
     columns, whose text would be cut at a comma.
     """
+    content = read_text(path)
     header = content.partition("\n")[0]
     delimiter = max(DELIMITERS, key=header.count)
     reader = csv.reader(StringIO(content, newline=""), delimiter=delimiter, strict=True)

@@ -1,4 +1,4 @@
-"""Pictures of the same things in several styles: every picture is a pair (style, identity), as `prepare emoji` writes them."""
+"""Pictures of the same things in several styles: each picture is a pair (style, identity), as `prepare emoji` writes them."""
 
 import hashlib
 import json
@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentdiff.data.image_files import DECODING_ERRORS, decode, leaves, one_line, reason_of
+from latentdiff.data.image_files import DECODING_ERRORS, decode, reason_of
+from latentdiff.data.metadata import check_inside, json_rows
 from latentdiff.errors import UserError
 
 METADATA = "metadata.jsonl"
@@ -24,8 +25,9 @@ NEEDED = "pictures need a style and an identity, as in what `latentdiff prepare 
 class Pairs:
     """All N pictures of a data set, those of train/ first, each part sorted by file name.
 
-    pictures: uint8 [N, H, W, 3]. identities, styles: int64 [N], indices into identity_names and style_names, both
-    sorted. held_out: bool [N], of test/. prompts: the caption "<style> style, <name>" of each, or None without one.
+    pictures: uint8 [N, H, W, 3]. identities, styles: int64 [N], indices into identity_names and style_names, which are
+    sorted. held_out: bool [N], True for those of test/. prompts: the caption "<style> style, <name>" of each picture, or
+    None where it has no such caption.
     """
 
     name: str
@@ -41,7 +43,7 @@ class Pairs:
         return len(self.pictures)
 
     def images(self, rows: Tensor | Sequence[int]) -> Tensor:
-        """float32 [B, 3, H, W] in [-1, 1]."""
+        """The pictures of these rows [B], float32 [B, 3, H, W] in [-1, 1]."""
         return to_images(self.pictures[np.asarray(rows)])
 
     def fingerprint(self) -> str:
@@ -62,18 +64,21 @@ def to_images(pictures: np.ndarray) -> Tensor:
 def read_pairs(data: str | Path) -> Pairs:
     """The data set in a folder with train/ and test/, each with metadata.jsonl of file_name, style, identity and name.
 
-    Raises:
-        UserError: a folder, file, column or picture is missing or not of the others' size; the message names it.
+    UserError: a folder, file, column or picture is missing, or a picture has another size; the message names it.
     """
     folder = Path(data).expanduser()
     rows, pictures = [], []
     for part in PARTS:
         for row in sorted(_rows(folder, part), key=lambda row: row["file_name"]):
-            rows.append({**row, "held_out": part == "test"})
-            pictures.append(_picture(folder / part / row["file_name"]))
+            path = folder / part / row["file_name"]
+            try:
+                pictures.append(decode(path, 3))
+            except DECODING_ERRORS as error:
+                raise UserError(f"{path}: cannot be read as an image ({reason_of(path, error)})") from error
             if pictures[-1].shape != pictures[0].shape:
-                said = "x".join(map(str, pictures[-1].shape[:2]))
-                raise UserError(f"{folder / part / row['file_name']}: is {said}, other pictures of the data are not")
+                size = "x".join(map(str, pictures[-1].shape[:2]))
+                raise UserError(f"{path}: is {size}, other pictures of the data are not")
+            rows.append(row)
     identities, styles = (sorted({row[column] for row in rows}) for column in ("identity", "style"))
     number = {name: k for k, name in enumerate(identities)}
     return Pairs(
@@ -81,7 +86,7 @@ def read_pairs(data: str | Path) -> Pairs:
         pictures=np.stack(pictures),
         identities=torch.tensor([number[row["identity"]] for row in rows]),
         styles=torch.tensor([styles.index(row["style"]) for row in rows]),
-        held_out=torch.tensor([row["held_out"] for row in rows]),
+        held_out=torch.tensor([row["part"] == "test" for row in rows]),
         identity_names=identities,
         style_names=styles,
         prompts=[row["prompt"] for row in rows],
@@ -89,39 +94,19 @@ def read_pairs(data: str | Path) -> Pairs:
 
 
 def _rows(folder: Path, part: str) -> list[dict[str, Any]]:
-    """The columns of one part's rows, and the prompt of each."""
+    """The columns of one part's rows, with the part and the prompt of each."""
     path = folder / part / METADATA
     if not path.is_file():
         raise UserError(f"data '{folder}': has no {part}/{METADATA}; {NEEDED}")
     rows = []
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({one_line(error)})") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{path} line {number}: not JSON ({one_line(error)})") from error
-        missing = [column for column in COLUMNS if not isinstance(row, dict) or not isinstance(row.get(column), str)]
+    for line, row in json_rows(path, ", ".join(COLUMNS)):
+        missing = [column for column in COLUMNS if not isinstance(row.get(column), str)]
         if missing:
-            raise UserError(f"{path} line {number}: has no {missing[0]}; {NEEDED}")
-        if leaves(path.parent, row["file_name"]):
-            shown = repr(row["file_name"][:200])
-            raise UserError(f"{path} line {number}: file_name {shown} is not inside {path.parent}; copy it there")
-        text = row.get("text") or []
-        wanted = f"{row['style']} style, {row['name']}"
-        known = wanted in (text if isinstance(text, list) else [text])
-        rows.append({**{column: row[column] for column in COLUMNS}, "prompt": wanted if known else None})
+            raise UserError(f"{path} line {line}: has no {missing[0]}; {NEEDED}")
+        check_inside(path, line, "file_name", row["file_name"])
+        text, prompt = row.get("text") or [], f"{row['style']} style, {row['name']}"
+        has_prompt = prompt in (text if isinstance(text, list) else [text])
+        rows.append({column: row[column] for column in COLUMNS} | {"part": part, "prompt": prompt if has_prompt else None})
     if not rows:
         raise UserError(f"{path}: has no rows")
     return rows
-
-
-def _picture(path: Path) -> np.ndarray:
-    try:
-        return decode(path, 3)
-    except DECODING_ERRORS as error:
-        raise UserError(f"{path}: cannot be read as an image ({reason_of(path, error)})") from error

@@ -1,7 +1,7 @@
-"""The order of the data: a pure function of (seed, epoch), so that a run can stop anywhere and go on as if it had not.
+"""The order of the data: a pure function of seed and epoch, so that a run can stop anywhere and resume exactly.
 
-Positions count samples, not batches or epochs: position p of the endless stream is the same sample at any batch size
-and on any number of processes.
+Positions count samples, not batches or epochs. Position p of the endless stream is the same sample at any batch size and
+on any number of processes.
 """
 
 from collections import deque
@@ -21,7 +21,7 @@ WINDOW = 4  # blocks whose samples are shuffled together
 
 
 class Indexed(Protocol):
-    """What `Batches` needs of a data set: its length, and a batch, mirrored where `flips` says so."""
+    """What `Batches` needs of a data set: its length, and batches, mirrored where `flips` is True."""
 
     def __len__(self) -> int: ...
 
@@ -29,15 +29,15 @@ class Indexed(Protocol):
 
 
 def permutation(n: int, seed: int, *parts: int | str) -> torch.Tensor:
-    """A permutation of 0..n-1 that depends on (n, seed, *parts) alone, not on any library's version. int64 [n]."""
+    """A permutation of 0..n-1, int64 [n]. It depends on (n, seed, *parts) alone, not on the version of any library."""
     return torch.from_numpy(np.argsort(_mix(np.arange(n), seed, *parts), kind="stable"))
 
 
 def stream(n: int, seed: int, start: int, count: int, blocks: tuple[int, ...] | None = None) -> torch.Tensor:
     """Sample indices at positions start..start+count-1 of the endless concatenation of shuffled epochs. int64 [count].
 
-    Epoch e holds each of the n samples once, in the order permutation(n, seed, e). blocks: the samples lie in blocks of
-    these sizes, each read as a whole; then the blocks are shuffled, and the samples within windows of WINDOW blocks.
+    Each epoch has each of the n samples once. blocks: the samples lie in blocks of these sizes, each of which is read as a
+    whole; then the blocks are shuffled, and the samples within windows of WINDOW blocks. UserError for n = 0.
     """
     if n < 1:
         raise UserError("the data set has no images to draw from")
@@ -51,17 +51,17 @@ def stream(n: int, seed: int, start: int, count: int, blocks: tuple[int, ...] | 
 
 
 def coin_flips(seed: int, start: int, count: int) -> torch.Tensor:
-    """A fair coin for each stream position (whether the sample is mirrored there). bool [count]."""
+    """A fair coin for each position of the stream: whether the sample is mirrored there. bool [count]."""
     return torch.from_numpy(_mix(np.arange(start, start + count), seed, "flip") >> np.uint64(63) == 1)
 
 
 class Batches:
     """Endless iterator of this process's (images, labels), from sample position `start` of the stream.
 
-    The global batch at position p is stream(n, seed, p, global_batch); process `rank` of `world` gets its rank-th
-    slice, so that N processes together see what one process would. flips mirrors each sample with probability 1/2.
-    workers: threads that prepare batches ahead (decoding releases the interpreter lock); 0 prepares them when asked
-    for. `position` is the first position not handed out yet: save it, and go on with start=position.
+    The global batch at position p is stream(n, seed, p, global_batch). Process `rank` of `world` gets its rank-th slice, so
+    N processes together get what one process would. flips: each sample is mirrored with probability 1/2. workers: threads
+    that prepare batches ahead (decoding releases the interpreter lock); with 0, a batch is prepared when it is asked for.
+    position: the first position that was not returned yet. Save it, and resume with start=position.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Batches:
         return batch
 
     def close(self) -> None:
-        """Drops what was prepared ahead and ends the threads."""
+        """Drops the batches that were prepared ahead, and ends the threads."""
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._ahead.clear()

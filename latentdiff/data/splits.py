@@ -11,11 +11,11 @@ HELD_OUT_RULES = ("per_class", "random")
 
 
 def held_out(source: ImageSource, share: float, seed: int, rule: str = "per_class") -> tuple[torch.Tensor, torch.Tensor]:
-    """(train_indices, held_out_indices), int64 and ascending: a fixed function of the labels, the share, the seed and the rule.
+    """(train_indices, held_out_indices), int64, ascending: a fixed function of the labels, the share, the seed and the rule.
 
-    rule: "per_class" holds out about the share of each class and never a class's only image, so none where every class has
-    one image; "random", the rule of earlier versions, draws from all images alike. Without labels both are one: at least
-    one image is held out and at least one kept. share is in (0, 1).
+    share: of all images, in (0, 1). rule: "per_class" holds out about the share of each class, but never a class's only
+    image, and so none where every class has one image. "random", the rule of earlier versions, draws from all images alike.
+    Without labels the two rules are the same: at least one image is held out and at least one kept.
     """
     n = len(source)
     if rule not in HELD_OUT_RULES:
@@ -36,14 +36,15 @@ def held_out(source: ImageSource, share: float, seed: int, rule: str = "per_clas
 
 
 def _per_class(sizes: np.ndarray, share: float, count: int, seed: int) -> np.ndarray:
-    """How many images of each class are held out, int64 [K]: about its share, `count` in all where that leaves every class one.
+    """How many images of each class are held out, int64 [K]: `count` in all, if every class can keep one image.
 
-    Each class gives the whole part of its share; what is left of `count` comes from the largest remainders.
+    sizes: int64 [K], images of each class. Each class gives the whole part of its share; the rest of `count` comes from the
+    classes with the largest remainders.
     """
     spare = np.maximum(sizes - 1, 0)
     quotas = np.minimum(np.floor(share * sizes).astype(np.int64), spare)
     places = np.empty(len(sizes), dtype=np.int64)
-    places[permutation(len(sizes), seed, "held-out classes").numpy()] = np.arange(len(sizes))  # who comes first among equals
+    places[permutation(len(sizes), seed, "held-out classes").numpy()] = np.arange(len(sizes))  # the order of equal remainders
     while quotas.sum() < count and (quotas < spare).any():
         rest = np.where(quotas < spare, share * sizes - quotas, -np.inf)
         quotas[np.lexsort((places, -rest))[0]] += 1

@@ -1,4 +1,4 @@
-"""From images of any size to the tensors an autoencoder takes, by stated rules: nothing happens silently."""
+"""From images of any size to the tensors that an autoencoder takes: sizes, channels and borders, by explicit rules."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from latentdiff.errors import UserError
 
 FRAMINGS = ("exact", "resize", "crop", "pad", "letterbox")
 WAYS = {"crop": "cuts the ends off", "letterbox": "fills with data.background", "resize": "stretches"}
-SCALED = ("resize", "crop", "letterbox")  # those that bring any size to any other
+SCALED = ("resize", "crop", "letterbox")  # framings that bring an image of any size to any other
 PAD_MODES = ("constant", "edge", "reflect")
 
 
@@ -22,20 +22,20 @@ PAD_MODES = ("constant", "edge", "reflect")
 class Preprocess:
     """How a uint8 image becomes a float32 tensor in [-1, 1].
 
-    size: (H, W) wanted; None: the one size that all images of the source share.
+    size: (H, W) of the result; None: the one size that all images of the source share.
     channels: 1 or 3; None: as the source. Grey to RGB repeats, RGB to grey is the luma of ITU-R 601.
     framing: how images come to one shape. "exact": images are H x W already. "resize": stretched to H x W. "crop": scaled,
         aspect kept, until H x W is covered, then cut out of the middle. "letterbox": scaled, aspect kept, until the longer
         side fills H x W, the rest filled with `background` on both sides alike. "pad": images are all of one size, at most
         H x W, and a border around them brings both sides to H x W and up to the next multiple of `multiple_of`; the border
         is taken off what the model makes.
-    multiple_of: what the network divides a side by (autoencoder factor times the U-Net's); except with "pad", size
-        must obey.
+    multiple_of: each side must be a multiple of this (the autoencoder's factor times the U-Net's); with "pad" the border
+        sees to it, else `size` must be one.
     pad_mode: "constant" (black, -1), "edge" or "reflect". The border is split evenly; an odd pixel goes to the
         bottom/right.
     content_size: (H, W) of the images inside the border, filled in by `for_source`; None: `size`.
-    background: red, green and blue of what fills a letterbox, and, where a source is opened for this, of what lies under
-        transparency. Of one channel it is the colour's luma.
+    background: red, green and blue, 0 to 255, of what fills a letterbox, and of what lies under transparency where a source
+        is opened with this rule. With one channel it is the colour's luma.
     """
 
     size: tuple[int, int] | None = None
@@ -62,7 +62,7 @@ class Preprocess:
             self._check_multiple(*self.size)
 
     def for_source(self, source: ImageSource) -> "Preprocess":
-        """With size and channels filled in from the source, after checking that every image fits it."""
+        """This rule with size and channels filled in from the source. UserError for an image that does not fit."""
         sizes = np.unique(source.sizes, axis=0)
         if self.size is None and len(sizes) > 1:
             raise UserError(
@@ -80,7 +80,7 @@ class Preprocess:
 
     @property
     def padded_size(self) -> tuple[int, int]:
-        """(H', W') of the tensors."""
+        """(H', W') of the tensors, border included."""
         height, width = self._known_size()
         if self.framing != "pad":
             return height, width
@@ -88,7 +88,7 @@ class Preprocess:
 
     @property
     def content(self) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of the real content within the padded image."""
+        """(top, left, height, width) of the image's content within the padded image."""
         (height, width), (tall, wide) = self.content_size or self._known_size(), self.padded_size
         return (tall - height) // 2, (wide - width) // 2, height, width
 
@@ -98,9 +98,9 @@ class Preprocess:
         return images[..., top : top + height, left : left + width]
 
     def describe(self) -> dict[str, Any]:
-        """Everything that decides the pixels, as JSON values: for manifests and for comparing caches.
+        """Everything that decides the pixels, as JSON values: caches are compared by it.
 
-        The framing keeps its old name, fit: caches and records hold this.
+        The framing has its old name there, fit, because existing caches and records have it.
         """
         rule = {
             "padded_size": list(self.padded_size),
@@ -117,7 +117,10 @@ class Preprocess:
         return self.batch([image], [flip])[0]
 
     def batch(self, images: Sequence[np.ndarray], flips: Sequence[bool]) -> torch.Tensor:
-        """B images, uint8 [H0, W0, C0] each -> float32 [B, C, H', W'] in [-1, 1]. UserError for a size that misfits."""
+        """B images, uint8 [H0, W0, C0] each -> float32 [B, C, H', W'] in [-1, 1].
+
+        flips: for each image, whether it is mirrored left-right, before padding. UserError for an image that does not fit.
+        """
         fitted = np.stack([self._fit(image) for image in images])  # [B, H, W, C]
         mirrored = np.asarray(flips, dtype=bool)
         fitted[mirrored] = fitted[mirrored, :, ::-1]
@@ -126,8 +129,8 @@ class Preprocess:
             border = ((0, 0), (top, tall - height - top), (left, wide - width - left), (0, 0))
             fitted = np.pad(fitted, border, mode=self.pad_mode)  # type: ignore[call-overload]  # constant: 0, that is -1
         planes = np.ascontiguousarray(fitted.transpose(0, 3, 1, 2))
-        # Through one dimension: numpy leaves strides of a single channel that torch takes for channels-last, and then the
-        # whole autoencoder runs in that order, in which the CPU's group normalisation is several times slower
+        # Through one dimension: of a single channel numpy leaves strides that torch takes for channels-last. The whole
+        # autoencoder would then run in that order, in which group normalisation on a CPU is several times slower
         pixels = torch.from_numpy(planes.reshape(-1)).view(planes.shape)
         return pixels.to(torch.float32) / 127.5 - 1.0
 
@@ -177,7 +180,7 @@ def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 
 def _resample(image: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarray:
-    """Lanczos with antialiasing to `size`; with crop only the centred box of the wanted aspect ratio is used."""
+    """Lanczos with antialiasing to `size`; with crop, of the largest centred box that has the new aspect ratio."""
     (height, width), (old_height, old_width) = size, image.shape[:2]
     box_height, box_width = float(old_height), float(old_width)
     if crop:
@@ -208,5 +211,5 @@ def _round_up(side: int, multiple: int) -> int:
 
 
 def size_name(size: Sequence[int] | np.ndarray) -> str:
-    """Height x width."""
+    """A size (height, width) as text, "HxW"."""
     return f"{size[0]}x{size[1]}"

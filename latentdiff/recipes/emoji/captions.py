@@ -1,6 +1,6 @@
-"""What emoji are called: a clean name, other names, tags, and a list of captions for each picture.
+"""Names and captions of emoji: a clean name, other names and tags of each emoji, and captions for each picture.
 
-Everything is lower case, with straight apostrophes and without quotation marks: what people type.
+Everything is in lower case, with straight apostrophes and without quotation marks, as people type it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from latentdiff.data.shuffling import permutation
 from latentdiff.utils.random import derive_seed
 
 _PREPOSITIONS = set("of with in on at from without by for behind over to and up down showing facing holding pointing".split())
-# Heads of names that take no "a": what cannot be counted, adjectives, and the names of persons and places.
+# Names whose main word is one of these take no "a": uncountable nouns, adjectives, names of persons and places
 _NO_ARTICLE = set(
     "bacon badminton bread broccoli butter candy construction dizzy dna fire fog foggy food fruit garlic green hockey ice "
     "lacrosse lightning liquid locked luggage meat oden om polish pong popcorn rice sake salad salt soap spaghetti star-struck "
@@ -24,14 +24,14 @@ _NO_ARTICLE_FIRST = set("no people men women skis tokyo".split())
 _COUNTED_ING = set("building ring wing king earring".split())
 _SINGULAR_S = set("rhinoceros gas iris".split())
 _BEINGS = set("person man woman boy girl child baby face cat".split())
-# Most names of symbols are not nouns ("prohibited", "multiply"); these heads are.
+# Most names of symbols are not nouns ("prohibited", "multiply"). Those with one of these as their main word are
 _SYMBOL_NOUNS = set("sign symbol button mark circle square diamond arrow cross star emblem badge menorah asterisk".split())
 _AN, _A = ("hourglass", "hour", "x-ray", "honest"), ("uni", "eu", "ewe", "one", "uti", "use", "u.s.")
 
 
 @dataclass(frozen=True)
 class Words:
-    """The words for one emoji. phrase: the name with its article, or the name alone where "a" would read wrongly."""
+    """The words for one emoji. phrase: the name with its article, or the name alone where "a" would be wrong."""
 
     name: str
     phrase: str
@@ -40,7 +40,7 @@ class Words:
 
 
 def words(label: str, tags: Iterable[str], short_names: Iterable[str], group: str) -> Words:
-    """From emojibase's label, tags and group, and emoji-data's short names."""
+    """The words for one emoji, from emojibase's label, tags and group, and emoji-data's short names."""
     name = clean_name(label)
     tags = [_plain(tag) for tag in tags if not re.fullmatch("[A-Z]{2}", tag)]  # country codes: "in" and "no" are words
     aliases = [alias for short in short_names if group != "components" for alias in _alias(short)]
@@ -54,19 +54,26 @@ def words(label: str, tags: Iterable[str], short_names: Iterable[str], group: st
 
 
 def captions(words: Words, style: str, seed: int, identity: str) -> list[str]:
-    """About ten captions, a fixed function of the arguments: at least half name the style, and at least three do not."""
-    some, others = (_some_tags(words.tags, seed, style, identity, part) for part in ("with name", "alone"))
-    plain = [words.name, words.phrase, *words.aliases, f"{words.name} emoji", f"an emoji of {words.phrase}"]
-    plain += [f"{words.name}, {t}" for t in some]
-    styled = [f"{style} style, {words.name}", f"{words.name}, {style} style", f"{style} emoji of {words.phrase}"]
-    styled += [f"{style} style, {words.phrase}", f"{words.phrase} in {style} style"]
-    styled += [f"{style} style, {alias}" for alias in words.aliases]
-    styled += [f"{style} style, {words.name}, {t}" for t in some] + [f"{style} style, {t}" for t in others]
-    return list(dict.fromkeys(plain + styled))
+    """About ten captions of one picture, a fixed function of the arguments.
+
+    At least half of them name the style, and at least three do not.
+    """
+    name, phrase = words.name, words.phrase
+    tags, other_tags = (_some_tags(words.tags, seed, style, identity, part) for part in ("with name", "alone"))
+    texts = [
+        *(name, phrase, *words.aliases, f"{name} emoji", f"an emoji of {phrase}"),
+        *(f"{name}, {text}" for text in tags),
+        *(f"{style} style, {name}", f"{name}, {style} style", f"{style} emoji of {phrase}"),
+        *(f"{style} style, {phrase}", f"{phrase} in {style} style"),
+        *(f"{style} style, {alias}" for alias in words.aliases),
+        *(f"{style} style, {name}, {text}" for text in tags),
+        *(f"{style} style, {text}" for text in other_tags),
+    ]
+    return list(dict.fromkeys(texts))
 
 
 def clean_name(label: str) -> str:
-    """As people write it: "flag: Egypt" → "flag of egypt", "man: red hair" → "man with red hair"."""
+    """A label as people write it: "flag: Egypt" → "flag of egypt", "man: red hair" → "man with red hair"."""
     in_parentheses = "" if label.startswith("flag") else r", \1"  # Myanmar (Burma); A button (blood type)
     head, _, rest = _plain(re.sub(r"\s*\(([^)]*)\)", in_parentheses, label)).partition(": ")
     parts = rest.split(", ")
@@ -108,7 +115,7 @@ def _with_article(name: str, group: str) -> str:
     head = tokens[stop - 1]
     plural = head.endswith("s") and not head.endswith(("ss", "us", "is")) and head not in _SINGULAR_S
     gerund = head.endswith("ing") and head not in _COUNTED_ING and tokens[0] not in _BEINGS
-    bare = group == "symbols" and (head not in _SYMBOL_NOUNS or len(tokens[0]) < 4)  # "ok button" is read by letters
+    bare = group == "symbols" and (head not in _SYMBOL_NOUNS or len(tokens[0]) < 4)  # "ok button" is spoken by letters
     hour = "o'clock" in name or name.endswith("-thirty")
     if plural or gerund or bare or hour or head in _NO_ARTICLE or tokens[0] in _NO_ARTICLE_FIRST or not name[0].isalpha():
         return name

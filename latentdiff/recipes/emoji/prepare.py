@@ -1,7 +1,7 @@
 """The emoji data set: the same things drawn in two styles, with captions, from three public npm packages.
 
-Each picture is a pair (style, emoji). A few pairs are held out: a model sees that emoji in the other style, and that
-style on other emoji, but never the two together.
+Each picture is a pair (style, emoji). A few pairs are held out: a model is trained on that emoji in the other style, and
+on that style with other emoji, but never on the two together.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from latentdiff.errors import UserError
 from latentdiff.recipes.emoji.captions import Words, captions, words
 from latentdiff.utils import atomic
 
-VENDORS = {"noto": "google", "twemoji": "twitter"}  # our name of a style: emoji-data's
+VENDORS = {"noto": "google", "twemoji": "twitter"}  # name of a style here: its name in emoji-data
 PICTURES = {style: f"emoji-datasource-{vendor}" for style, vendor in VENDORS.items()}
 NAMES = "emojibase-data"
 VERSIONS = {PICTURES["noto"]: "16.0.0", PICTURES["twemoji"]: "16.0.0", NAMES: "17.0.0"}
@@ -52,6 +52,8 @@ class Emoji:
 
 @dataclass(frozen=True)
 class Package:
+    """The tarball of one npm package."""
+
     path: Path
     version: str
 
@@ -61,9 +63,12 @@ def prepare_emoji(
 ) -> dict[str, Any]:
     """Write the emoji data set to the folder `out`, whole or not at all, and return facts about it.
 
-    tarballs: the .tgz files of the three packages, in any order; None fetches the pinned versions with npm.
+    tarballs: the .tgz files of the three packages, in any order; None: the pinned versions are fetched with npm.
     seed: of the held-out pairs and of the tags in captions. held_out: the share of the (style, emoji) pairs that go
-    to test/ instead of train/, above 0 and at most 0.5, since an emoji is held out in one style only.
+    to test/ instead of train/, above 0 and at most 0.5, because an emoji is held out in one style only.
+
+    Returns {"out", "emoji", "pictures", "train", "test", "held_out", "captions", "caption_tokens", "groups", "seed",
+    "packages"}: counts, and the versions of the packages. UserError: `out` is not empty, or a package is missing or damaged.
     """
     folder = Path(out).expanduser().absolute()
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -71,7 +76,7 @@ def prepare_emoji(
     if not 0 < held_out <= 0.5:
         raise UserError(f"--held-out {held_out:g}: valid are shares above 0 and at most 0.5")
     with tempfile.TemporaryDirectory() as scratch:
-        packages = _recognise(tarballs if tarballs is not None else _fetch(Path(scratch)))
+        packages = _identify(tarballs if tarballs is not None else _fetch(Path(scratch)))
         emoji = _emoji(packages)
         pictures = {style: _pictures(packages[PICTURES[style]].path, vendor, emoji) for style, vendor in VENDORS.items()}
     split = _held_out(emoji, pictures, seed, held_out)
@@ -87,47 +92,47 @@ def _fetch(folder: Path) -> list[Path]:
     """The pinned packages, downloaded into `folder` by npm."""
     npm = shutil.which("npm")
     if npm is None:
-        wanted = " ".join(f"{name}@{version}" for name, version in VERSIONS.items())
-        raise UserError(f"npm is not installed: install it, or give --tarballs with the files of {wanted}")
+        packages = " ".join(f"{name}@{version}" for name, version in VERSIONS.items())
+        raise UserError(f"npm is not installed: install it, or give --tarballs with the files of {packages}")
     for name, version in VERSIONS.items():
         print(f"fetching {name}@{version} with npm", file=sys.stderr)
         command = [npm, "pack", f"{name}@{version}", "--silent", "--ignore-scripts", "--pack-destination", str(folder)]
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
         if done.returncode:
-            said = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
-            raise UserError(f"npm pack {name}@{version} failed ({said[-1]}): download it by hand and give --tarballs")
+            output = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+            raise UserError(f"npm pack {name}@{version} failed ({output[-1]}): download it by hand and give --tarballs")
     return sorted(folder.glob("*.tgz"))
 
 
-def _recognise(tarballs: Iterable[str | Path]) -> dict[str, Package]:
-    """{package name: its tarball}, by what each says of itself."""
-    found: dict[str, Package] = {}
+def _identify(tarballs: Iterable[str | Path]) -> dict[str, Package]:
+    """{package name: its tarball}, by the package.json in each."""
+    packages: dict[str, Package] = {}
     for path in map(Path, tarballs):
-        about = _json(path, _read(path, [_PACKAGE]), _PACKAGE)
+        (about,) = _read_json(path, _PACKAGE)
         name = about.get("name") if isinstance(about, dict) else None
         if name not in VERSIONS:
             raise UserError(f"--tarballs {path}: is the package {name!r}; valid are {', '.join(VERSIONS)}")
-        if name in found:
-            raise UserError(f"--tarballs {path}: is {name}, as {found[name].path} is; give one of each")
-        found[name] = Package(path, str(about.get("version")))
-    missing = [name for name in VERSIONS if name not in found]
+        if name in packages:
+            raise UserError(f"--tarballs {path}: is {name}, as {packages[name].path} is; give one of each")
+        packages[name] = Package(path, str(about.get("version")))
+    missing = [name for name in VERSIONS if name not in packages]
     if missing:
         raise UserError(f"--tarballs: no file of the package {' nor of '.join(missing)} was given")
-    return found
+    return packages
 
 
 def _read(path: Path, names: Collection[str]) -> dict[str, bytes]:
-    """The named members of a tarball. Read in the file's own order: seeking back would decompress it anew."""
-    wanted, found = set(names), {}
+    """The named members of a tarball. Read in the file's own order: seeking back would decompress it again."""
+    needed, contents = set(names), {}
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                # Links are no files: they are not followed. Nothing is ever extracted, so that no name becomes a path
-                if member.name in wanted and member.isreg() and (stream := tar.extractfile(member)) is not None:
+                # Links are no files: they are not followed. Nothing is ever extracted, so no name becomes a path
+                if member.name in needed and member.isreg() and (stream := tar.extractfile(member)) is not None:
                     if member.size > MAX_MEMBER:
                         raise UserError(f"--tarballs {path}: {member.name} has {member.size} bytes, which no such file has")
-                    found[member.name] = stream.read()
-                    if len(found) == len(wanted):
+                    contents[member.name] = stream.read()
+                    if len(contents) == len(needed):
                         break
     except FileNotFoundError as error:
         raise UserError(f"--tarballs {path}: no such file") from error
@@ -135,30 +140,35 @@ def _read(path: Path, names: Collection[str]) -> dict[str, bytes]:
         raise
     except (tarfile.TarError, EOFError, zlib.error, OSError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"--tarballs {path}: not a whole .tgz file ({one_line(error)})") from error
-    missing = [name for name in names if name not in found]
+    missing = [name for name in names if name not in contents]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise UserError(f"--tarballs {path}: has no {missing[0]}{more}")
-    return found
+    return contents
 
 
-def _json(path: Path, members: dict[str, bytes], name: str) -> Any:
-    try:
-        return json.loads(members[name])
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"--tarballs {path}: {name} is not JSON ({one_line(error)})") from error
+def _read_json(path: Path, *names: str) -> list[Any]:
+    """The values of JSON members of a tarball, in the order of the names."""
+    contents, values = _read(path, names), []
+    for name in names:
+        try:
+            values.append(json.loads(contents[name]))
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"--tarballs {path}: {name} is not JSON ({one_line(error)})") from error
+    return values
 
 
 def _emoji(packages: dict[str, Package]) -> list[Emoji]:
     """The emoji that both styles draw, without variants of skin tone, sorted by identity."""
     source, names = packages[PICTURES["noto"]].path, packages[NAMES].path
-    entries = _json(source, _read(source, [_LIST]), _LIST)
-    texts = _read(names, [_LABELS, _MESSAGES])
+    (entries,) = _read_json(source, _LIST)
+    labels, messages = _read_json(names, _LABELS, _MESSAGES)
     try:
-        groups = {group["order"]: group["message"] for group in _json(names, texts, _MESSAGES)["groups"]}
-        labels = _by_identity(_json(names, texts, _LABELS))
+        groups = {group["order"]: group["message"] for group in messages["groups"]}
+        # emojibase's entries and their `skins`
+        known = {_bare(e["hexcode"]): e for entry in labels for e in (*entry.get("skins", []), entry)}
         drawn = [entry for entry in entries if all(entry[f"has_img_{vendor}"] for vendor in VENDORS.values())]
-        emoji = [_one(entry, labels.get(_bare(entry["unified"]), {}), groups) for entry in drawn]
+        emoji = [_one(entry, known.get(_bare(entry["unified"]), {}), groups) for entry in drawn]
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"--tarballs {source} or {names}: not laid out as expected ({error!r})") from error
     if len(emoji) < 2:
@@ -167,53 +177,46 @@ def _emoji(packages: dict[str, Package]) -> list[Emoji]:
 
 
 def _one(entry: dict[str, Any], known: dict[str, Any], groups: dict[int, str]) -> Emoji:
-    """known: emojibase's entry, {} where it has none."""
+    """One emoji. entry: emoji-data's; known: emojibase's, {} where it has none."""
     identity, file = entry["unified"].upper(), entry["image"]
     if not re.fullmatch(r"[0-9a-f]+(-[0-9a-f]+)*\.png", file):  # it becomes a path
         raise UserError(f"{_LIST}: the image of {identity} is {file!r}, not code points and .png")
     group = groups.get(known.get("group", -1)) or entry["category"].lower()
-    said = words(known.get("label") or entry["name"], known.get("tags") or [], entry["short_names"], group)
-    return Emoji(identity, file, said, group)
-
-
-def _by_identity(entries: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """emojibase's entries and their `skins`, by code points without variation selectors."""
-    return {_bare(e["hexcode"]): e for entry in entries for e in (*entry.get("skins", []), entry)}
+    names = words(known.get("label") or entry["name"], known.get("tags") or [], entry["short_names"], group)
+    return Emoji(identity, file, names, group)
 
 
 def _bare(identity: str) -> str:
-    """Without FE0F, which the packages write in different places."""
+    """Code points without the variation selector FE0F, which the packages write in different places."""
     return "-".join(part for part in identity.upper().split("-") if part != "FE0F")
 
 
 def _pictures(path: Path, vendor: str, emoji: list[Emoji]) -> list[Image.Image]:
     """The RGB picture of each emoji, on white."""
     names = [f"package/img/{vendor}/{SIZE}/{e.file}" for e in emoji]
-    members = _read(path, names)
-    return [_on_white(path, name, members[name]) for name in names]
-
-
-def _on_white(path: Path, name: str, png: bytes) -> Image.Image:
-    try:
-        picture = Image.fromarray(decode(io.BytesIO(png), 3))
-    except DECODING_ERRORS as error:
-        raise UserError(f"--tarballs {path}: {name} cannot be read as an image ({one_line(error)})") from error
-    if picture.size != (SIZE, SIZE):
-        raise UserError(f"--tarballs {path}: {name} is {picture.width}x{picture.height} pixels, not {SIZE}x{SIZE}")
-    return picture
+    members, pictures = _read(path, names), []
+    for name in names:
+        try:
+            picture = Image.fromarray(decode(io.BytesIO(members[name]), 3))
+        except DECODING_ERRORS as error:
+            raise UserError(f"--tarballs {path}: {name} cannot be read as an image ({one_line(error)})") from error
+        if picture.size != (SIZE, SIZE):
+            raise UserError(f"--tarballs {path}: {name} is {picture.width}x{picture.height} pixels, not {SIZE}x{SIZE}")
+        pictures.append(picture)
+    return pictures
 
 
 def _held_out(emoji: list[Emoji], pictures: dict[str, list[Image.Image]], seed: int, share: float) -> dict[str, set[int]]:
-    """{style: indices of the emoji held out in it}: disjoint, and equally many up to one.
+    """{style: indices of the emoji held out in it}: no emoji in both, and equally many in each, or one more.
 
-    An emoji whose picture another one shares (the flags of Norway and Svalbard) stays in train/: its pixels would be
+    An emoji with the same picture as another one (the flags of Norway and Svalbard) stays in train/: its pixels would be
     there under the other's name.
     """
     shared = set()
     for style in VENDORS:
         digests = [hashlib.sha256(picture.tobytes()).digest() for picture in pictures[style]]
-        times = Counter(digests)
-        shared |= {i for i, digest in enumerate(digests) if times[digest] > 1}
+        counts = Counter(digests)
+        shared |= {i for i, digest in enumerate(digests) if counts[digest] > 1}
     order = [i for i in permutation(len(emoji), seed, "held-out pairs").tolist() if i not in shared]
     count = max(len(VENDORS), round(share * len(VENDORS) * len(emoji)))
     if count > len(order):
@@ -224,7 +227,7 @@ def _held_out(emoji: list[Emoji], pictures: dict[str, list[Image.Image]], seed: 
 def _write(
     folder: Path, emoji: list[Emoji], pictures: dict[str, list[Image.Image]], split: dict[str, set[int]], seed: int
 ) -> dict[str, Any]:
-    """train/ and test/ below `folder`; the facts that can be counted."""
+    """Write train/ and test/ into the folder, and return what can be counted."""
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
     for style in sorted(VENDORS):
         for part in rows:
@@ -232,8 +235,10 @@ def _write(
         for i, (e, picture) in enumerate(zip(emoji, pictures[style], strict=True)):
             part = "test" if i in split[style] else "train"
             picture.save(folder / part / style / e.file)
-            rows[part].append(_row(e, style, seed))
-    from latentdiff.data.captions import own_token_facts  # loads a library that nothing else here needs
+            row = {"file_name": f"{style}/{e.file}", "text": captions(e.words, style, seed, e.identity), "style": style}
+            row |= {"identity": e.identity, "name": e.words.name, "group": e.group, "tags": e.words.tags}
+            rows[part].append(row)
+    from latentdiff.data.captions import own_token_facts  # imports the transformers library, which nothing else here needs
 
     for part, lines in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
@@ -250,20 +255,8 @@ def _write(
     }
 
 
-def _row(e: Emoji, style: str, seed: int) -> dict[str, Any]:
-    return {
-        "file_name": f"{style}/{e.file}",
-        "text": captions(e.words, style, seed, e.identity),
-        "style": style,
-        "identity": e.identity,
-        "name": e.words.name,
-        "group": e.group,
-        "tags": e.words.tags,
-    }
-
-
 def _readme(facts: dict[str, Any]) -> str:
-    held = " and ".join(f"{count} in {style}" for style, count in facts["held_out"].items())
+    held_out = " and ".join(f"{count} in {style}" for style, count in facts["held_out"].items())
     styles = " and ".join(VENDORS)
     version = facts["packages"]
     return f"""# Emoji in two styles, with captions
@@ -272,7 +265,7 @@ def _readme(facts: dict[str, Any]) -> str:
 Made by `latentdiff prepare emoji` with seed {facts["seed"]}.
 
 - train/: {facts["train"]} pictures
-- test/: {facts["test"]} pictures, pairs of style and emoji that are held out ({held}); each of these emoji is in train/
+- test/: {facts["test"]} pictures, pairs of style and emoji that are held out ({held_out}); each of these emoji is in train/
   in the other style
 
 metadata.jsonl has a line a picture: file_name, text (a list of captions, any of which describes it), style, identity
