@@ -6,17 +6,29 @@ from typing import TYPE_CHECKING, Any
 from latentdiff import _moved
 
 if TYPE_CHECKING:
+    from latentdiff.cli.info import info
     from latentdiff.config import load_config
     from latentdiff.denoiser import Denoiser
     from latentdiff.errors import UserError
+    from latentdiff.evaluation.compare import compare
+    from latentdiff.evaluation.compare_denoisers import agreement
     from latentdiff.evaluation.evaluate import evaluate
+    from latentdiff.evaluation.gallery import gallery
+    from latentdiff.evaluation.judge import judge
+    from latentdiff.evaluation.measure_likelihood import measure_likelihood
+    from latentdiff.evaluation.model_card import card
+    from latentdiff.evaluation.reconstruct import reconstruct
+    from latentdiff.evaluation.tuning import tune
     from latentdiff.generation import generate
     from latentdiff.guidance import ClassifierFree
     from latentdiff.likelihood import log_prob
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+    from latentdiff.recipes import prepare
     from latentdiff.samplers import encode, sample
     from latentdiff.schedules import make_schedule
+    from latentdiff.single_file import import_checkpoint
     from latentdiff.training import train
+    from latentdiff.training.encode import encode_dataset
     from latentdiff.training.publish import publish
 
 __version__ = "0.1.0"
@@ -26,15 +38,27 @@ __all__ = [
     "LatentDiffusionPipeline",
     "UserError",
     "__version__",
+    "agreement",
+    "card",
+    "compare",
     "encode",
+    "encode_dataset",
     "evaluate",
+    "gallery",
     "generate",
+    "import_checkpoint",
+    "info",
+    "judge",
     "load_config",
     "log_prob",
     "make_schedule",
+    "measure_likelihood",
+    "prepare",
     "publish",
+    "reconstruct",
     "sample",
     "train",
+    "tune",
 ]
 
 # Where each public name is defined. torch and diffusers take seconds to import, so a name is looked up when it is first used.
@@ -43,15 +67,27 @@ _HOMES = {
     "Denoiser": "denoiser",
     "LatentDiffusionPipeline": "pipelines.latent_diffusion",
     "UserError": "errors",
+    "agreement": "evaluation.compare_denoisers",
+    "card": "evaluation.model_card",
+    "compare": "evaluation.compare",
     "encode": "samplers",
+    "encode_dataset": "training.encode",
     "evaluate": "evaluation.evaluate",
+    "gallery": "evaluation.gallery",
     "generate": "generation",
+    "import_checkpoint": "single_file",
+    "info": "cli.info",
+    "judge": "evaluation.judge",
     "load_config": "config",
     "log_prob": "likelihood",
     "make_schedule": "schedules",
+    "measure_likelihood": "evaluation.measure_likelihood",
+    "prepare": "recipes",
     "publish": "training.publish",
+    "reconstruct": "evaluation.reconstruct",
     "sample": "samplers",
     "train": "training",
+    "tune": "evaluation.tuning",
 }
 
 _moved.install()

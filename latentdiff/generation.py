@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
     from latentdiff.utils.outputs import Make, Names
 
+DEFAULT_MODEL = "weights/fashion-mnist"
 # What one image is to show: a class (its embedding row), a prompt, or None for nothing in particular
 Subject = int | str | None
 # guide(subjects of a batch) -> a function denoiser -> guided denoiser
@@ -36,7 +37,7 @@ PRECISIONS = ("float32", "bfloat16")
 
 
 def generate(
-    model: str | Path,
+    model: str | Path = DEFAULT_MODEL,
     what: list[str | int] | None = None,
     num_images: int = 8,
     steps: int | None = None,

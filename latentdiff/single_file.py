@@ -21,15 +21,18 @@ GUIDANCE, STEPS = 7.5, 50
 
 
 def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> Path:
-    """Convert a single .safetensors file in the original layout to a checkpoint; returns its folder, `out`.
+    """Convert a single .safetensors file in the original layout to a checkpoint.
 
     The weights keep the file's precision. Where the file holds averaged weights of the U-Net (model_ema.), they are used.
 
     Args:
-        file: the .safetensors file.
+        file: a .safetensors file of the original latent diffusion or Stable Diffusion code.
         config: a folder in Stable Diffusion's layout, or a Hub name. Its config files describe the networks, and its
             scheduler and tokenizer are taken; its weights are not read.
         out: a folder that does not exist yet.
+
+    Returns:
+        The checkpoint's folder, `out`.
 
     Raises:
         UserError: the file is missing, pickled, truncated, in another layout or of another config; or `out` exists.

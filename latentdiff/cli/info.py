@@ -25,10 +25,20 @@ MANY_PIXELS = 10**9  # beyond which a report does not decode every image
 
 
 def info(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Facts about a checkpoint's folder, an autoencoder's, a feature network's, a latent cache, a config or a data set.
+    """Describe a checkpoint, an autoencoder, a feature network, a latent cache, a run, a config or a data set.
 
-    overrides: key=value of a config, as training takes them; for a data set those of its section data, such as
-    data.size=[64,64] or data.text_column=caption.
+    Of a config it also says what its run will cost.
+
+    Args:
+        what: a folder, a YAML file, or the name of a data set.
+        overrides: values as key=value: of a config, as training takes them; of a data set those of its section data, such as
+            data.size=[64,64] or data.text_column=caption.
+
+    Returns:
+        The facts, of which every value can be written as JSON.
+
+    Raises:
+        UserError: there is no such thing, or it is damaged.
     """
     path = Path(what)
     if path.suffix in (".yaml", ".yml"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from latentdiff.errors import UserError
+from latentdiff.evaluation import DEFAULT_FEATURES
 
 TABLE = "comparison"
 SCHEDULER = "scheduler"  # stands for the checkpoint's own diffusers scheduler
@@ -36,7 +37,7 @@ def compare(
     steps: Sequence[int],
     num_images: int = 1000,
     out: str | Path = "comparison",
-    features: str | Path = "weights/fashion-mnist-features",
+    features: str | Path = DEFAULT_FEATURES,
     seed: int = 0,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,

@@ -10,13 +10,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation.feature_spaces import DEFAULT_FEATURES, open_features
+from latentdiff.evaluation import DEFAULT_FEATURES
+from latentdiff.evaluation.feature_spaces import open_features
 from latentdiff.evaluation.measure_likelihood import check_likelihood
 from latentdiff.evaluation.measure_likelihood import measure_likelihood as likelihood
 from latentdiff.evaluation.records import sampling_protocol
 from latentdiff.evaluation.reference_data import check_classes, data_rule
 from latentdiff.evaluation.sample_sets import read_npz
 from latentdiff.utils import processes
+from latentdiff.utils.deprecation import renamed
 
 if TYPE_CHECKING:
     from latentdiff.data.datasets import ImageDataset
@@ -56,6 +58,7 @@ class _Wanted(NamedTuple):
         return len(self.subjects) * self.each
 
 
+@renamed(num_inference_steps="steps", guidance_scale="guidance")
 def evaluate(
     model: str | Path | None,
     data: str,
@@ -71,35 +74,71 @@ def evaluate(
     curve_images: int | None = None,
     bits_images: int = 0,
     prompts: str | None = None,
-    **call: Any,
+    steps: int | None = None,
+    sampler: str | None = None,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    precision: str = "float32",
+    seed: int = 0,
+    batch_size: int = 128,
 ) -> dict[str, Any] | None:
-    """Generate images (or read `samples`, an npz or a folder of images) and measure them against a data set.
+    """Generate images, or read them, and measure them against a data set.
 
-    A model told classes draws as many of each; one that reads text draws captions of the data (`draw_prompts`), and where
-    it is told classes too, each under its image's class.
+    A model of classes draws as many images of each class. A model that reads text draws captions of the data, each under
+    its image's class where the model takes classes too. The report holds the Fréchet distance in the feature network's
+    space with its floor (as many real images) and that of reconstructions, label accuracy, the classification accuracy score
+    (CAS), what `latentdiff.evaluation.feature_metrics` measures, and the protocol.
 
-    Several processes of a launcher share the generating and the look at the reference; the first one measures, the others
-    return None.
-    device: of the model and the feature network; auto, cpu, or torch's name of another. CAS trains on the CPU.
-    call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
-    seeds: how many sets of images, of seed, seed + 1 ...; values are means over them. reference_cache: where features of the
-    data are kept; None: reference-cache beside `out`.
-    guidance_curve: scales at which curve_images more are drawn and measured; None: num_images, but at most CURVE_IMAGES or
-    a little less. bits_images: held-out images whose bits per dimension are bounded (`likelihood`), under their own class
-    (a text model's under the empty prompt); 0: none. prompts: test or train, whose captions are drawn; None: test.
-    The report, also written to `out` as JSON and Markdown, holds the distance in the feature network's space, its floor, the
-    reconstruction's, label accuracy, the classification accuracy score (cas_seeds classifiers a side; 0: none), what
-    `latentdiff.evaluation.feature_metrics` measures, and the protocol. `out` gets the record and its page besides.
+    Args:
+        model: a checkpoint: a folder or a Hub name. None where `samples` are measured.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+        num_images: images to draw, the same number of each class; or of captions.
+        samples: measure an .npz file or a folder of images instead of a model.
+        features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
+            the file of Inception's weights.
+        out: a folder for evaluation.json and evaluation.md, the record metrics.json and the page index.html.
+        cas_seeds: classifiers on each side of CAS; 0 leaves it out. They train on the CPU.
+        device: of the model and the feature network: auto, cpu, cuda, cuda:1, mps or another of torch's names.
+        seeds: sets of images, of seed, seed + 1 and so on. Values are means over them.
+        reference_cache: a folder that keeps features of the data. By default reference-cache beside `out`.
+        guidance_curve: guidance scales at which `curve_images` more are drawn and measured.
+        curve_images: images for each scale. By default num_images, but at most 1000, rounded down to whole classes.
+        bits_images: held-out images whose bits per dimension are bounded too, each under its own class (of a model that
+            reads text, under the empty prompt); some 1 s an image.
+        prompts: whose captions a model that reads text draws: test or train. By default test, the held-out images.
+        steps: steps of the sampler. By default the checkpoint's, or more where the sampler needs more.
+        sampler: one of latentdiff's samplers (latentdiff.samplers.names()). By default the checkpoint's own scheduler.
+        guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
+        guidance_interval: guide only at times t from LOW to HIGH, where 0 is data and 1 is noise; 0 1 is everywhere. By
+            default the checkpoint's.
+        precision: of the U-Net: float32 or bfloat16.
+        seed: an image depends on the seed, its class or prompt and its number, not on the batch size.
+        batch_size: images made at a time.
+
+    Returns:
+        The report. Several processes of a launcher share the generating and the features of the data; the first one
+        measures, and the others return None.
+
+    Raises:
+        UserError: arguments that do not go together, or a model, data, samples or features that cannot be used.
     """
     from latentdiff.evaluation import metrics
     from latentdiff.evaluation.feature_cache import reference_statistics
     from latentdiff.evaluation.feature_training import train_classifier
     from latentdiff.evaluation.sample_sets import without_padding
 
-    counts = num_images, call.get("batch_size", 1), seeds, cas_seeds
+    call = {
+        "num_inference_steps": steps,
+        "sampler": sampler,
+        "guidance_scale": guidance,
+        "guidance_interval": guidance_interval,
+        "precision": precision,
+        "batch_size": batch_size,
+    }
+    counts = num_images, batch_size, seeds, cas_seeds
     reference_cache = _check(model, samples, counts, out, reference_cache)
     _check_further(model, guidance_curve, curve_images, bits_images, prompts)
-    started, seed = time.perf_counter(), call.pop("seed", 0)
+    started = time.perf_counter()
     net = open_features(features)
     if model is None:
         drawn = None if processes.rank() > 0 else _there(samples, data, net.channels, device)  # nothing is shared of these

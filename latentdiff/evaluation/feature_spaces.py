@@ -21,7 +21,6 @@ from latentdiff.models.feature_net import FeatureSpace, load_features
 from latentdiff.models.loading import quiet, refuse_code
 from latentdiff.utils.weights import CONFIG_FILE, fingerprint
 
-DEFAULT_FEATURES = "weights/fashion-mnist-features"
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # its name ends in the first digits of its sha256
 _VISION_KINDS = ("CLIPModel", "SiglipModel", "Siglip2Model")  # a text tower beside the vision tower

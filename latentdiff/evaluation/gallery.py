@@ -25,16 +25,29 @@ CLASSIFIER = "classifier"  # the folder of a noise-aware classifier within a che
 def gallery(
     model: str | Path, data: str, out: str | Path = "gallery", seed: int = 0, steps: int = 40, sampler: str = "dpmpp_2m"
 ) -> list[Path]:
-    """Write the pictures of a class-conditional checkpoint into a folder; returns their paths.
+    """Draw what a class-conditional checkpoint's denoiser does: a trajectory, an interpolation and guidance at several scales.
 
-    trajectory.png: the x0 estimate of one image a class at COLUMNS times from noise to data.
-    interpolation.png: per class, two test images of `data` encoded by the probability-flow ODE, and what decodes from the
-    arc between their encodings (the outermost are the round trip of the two).
-    guidance.png: one image a class from the same noise at classifier-free scales SCALES.
-    classifier.png, where the checkpoint has a classifier/: unguided by class at all; the noise-aware classifier on that
-    unconditional model at strengths STRENGTHS; classifier-free guidance at scales 1, 1.5 and 3: same noise in a row.
+    trajectory.png: the x0 estimate of one image of each class at 8 times from noise to data.
+    interpolation.png: for each class, two test images encoded by the probability-flow ODE, and what decodes from the arc
+    between their encodings. The outermost are the round trip of the two.
+    guidance.png: one image of each class from the same noise at several scales of classifier-free guidance.
+    classifier.png, where the checkpoint has a classifier/: images without a class; the noise-aware classifier on them at
+    several strengths; classifier-free guidance at scales 1, 1.5 and 3. A row has the same noise.
 
-    UserError for an unconditional checkpoint, an unknown sampler, or data of other classes.
+    Args:
+        model: a checkpoint: a folder or a Hub name.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+            Its test images are interpolated between.
+        out: a folder.
+        seed: of the noise and of the choice of images.
+        steps: steps of the sampler.
+        sampler: one of latentdiff's samplers (latentdiff.samplers.names()).
+
+    Returns:
+        The paths of the pictures.
+
+    Raises:
+        UserError: an unconditional checkpoint, one that reads text, an unknown sampler, or data of other classes.
     """
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model

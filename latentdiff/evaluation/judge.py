@@ -54,15 +54,34 @@ def judge(
     out: str | Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any] | None:
-    """Scores, ceiling, chance and memorisation of a model's pictures of num_prompts seen pairs and all held-out ones.
+    """Measure whether a model draws what prompts say, as a judge trained on real pictures sees it.
 
-    One picture a pair, from the prompt "<style> style, <name>"; with `out` its files judge.json, judge.md, metrics.json (the
-    record) and grid.png are written, the last with pictures of free prompts too, uncurated. What the numbers are:
-    `evaluation.retrieval`.
-    steps, sampler, guidance, guidance_interval: None are the checkpoint's.  device: of model and judge; auto, cpu, or torch's
-    name of another. Several processes of a launcher share the drawing; the first one judges, the others return None.
+    The model draws one picture of each pair of style and identity, from the prompt "<style> style, <name>", and the nearest
+    real pictures are looked up. `evaluation.retrieval` says what the numbers are.
 
-    UserError for a model that reads no text, data without styles and identities, or a judge trained on other data.
+    Args:
+        model: a checkpoint that reads text: a folder or a Hub name.
+        data: pictures with styles and identities, such as those of latentdiff prepare emoji.
+        judge: the folder that training a config with stage: judge made.
+        num_prompts: pairs that training has seen; all held-out pairs are drawn besides.
+        steps: steps of the sampler. By default the checkpoint's, or more where the sampler needs more.
+        sampler: one of latentdiff's samplers (latentdiff.samplers.names()). By default the checkpoint's own scheduler.
+        guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
+        guidance_interval: guide only at times t from LOW to HIGH, where 0 is data and 1 is noise; 0 1 is everywhere. By
+            default the checkpoint's.
+        precision: of the U-Net: float32 or bfloat16.
+        seed: an image depends on the seed, its prompt and its number, not on the batch size.
+        batch_size: images made at a time.
+        out: a folder for judge.json and judge.md, the record metrics.json and the picture grid.png, which shows free prompts
+            too. Its pictures are not selected.
+        device: of the model and the judge: auto, cpu, cuda, cuda:1, mps or another of torch's names.
+
+    Returns:
+        Scores, ceiling, chance, memorisation and the protocol. Several processes of a launcher share the drawing; the first
+        one judges, and the others return None.
+
+    Raises:
+        UserError: a model that reads no text, data without styles and identities, or a judge trained on other data.
     """
     from latentdiff.checkpoints import load, resolve_model, weights_of
     from latentdiff.data.pairs import read_pairs

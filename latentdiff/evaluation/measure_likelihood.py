@@ -23,12 +23,27 @@ def measure_likelihood(
     unconditional: bool = False,
     batch_size: int = 50,
 ) -> dict[str, Any]:
-    """A bound on the bits per dimension of a data set's pixels, through both stages: total, terms, errors, protocol.
+    """Bound the bits per dimension of a data set's pixels, through both stages.
 
-    The terms, and what in them is exact: `latentdiff.evaluation.bits_per_dim`. Each image is measured under its own class, or
-    under the null class if unconditional; by a model that reads text, under the empty prompt.
-    split: test (or what training held out), or train.
-    rtol: of the probability-flow ODE, relative and absolute.
+    `latentdiff.evaluation.bits_per_dim` says what the terms are, and what in them is exact. A model that reads text measures
+    every image under the empty prompt.
+
+    Args:
+        model: a checkpoint: a folder or a Hub name.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+        num_images: images of the split.
+        probes: probes of Hutchinson's estimator for each image.
+        seed: chooses the images and draws latents and probes.
+        rtol: tolerance of the probability-flow ODE, relative and absolute.
+        split: test (or what training held out), or train.
+        unconditional: measure each image under the null class instead of its own.
+        batch_size: images measured at a time.
+
+    Returns:
+        The total in bits per dimension, its terms, their standard errors and the protocol.
+
+    Raises:
+        UserError: a model or data that cannot be used or do not go together, or numbers out of range.
     """
     from tqdm import tqdm
 

@@ -21,13 +21,23 @@ _MADE = ("sampler", "steps", "guidance", "guidance_interval", "seed", "precision
 _UNSAID = ("likelihood", "class_counts")
 
 
-def fill_card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
-    """Put the values and protocol of a record of `evaluate` or `judge` between two comments of MODEL's README.md.
+def card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
+    """Put the values and protocol of a record between two comments of a model's README.md.
 
-    They replace what stood there. A card without the comments gets them at its end, one that is not there is made.
-    metadata: put the values into the card's YAML front matter too, as the model-index that the Hub reads.
-    UserError where the record is of other weights than the model's, names none, or the card has one comment without the
-    other.
+    They replace what stood between <!-- evaluation --> and <!-- /evaluation -->. A card without the comments gets them at its
+    end, and one that is not there is made.
+
+    Args:
+        model: the checkpoint that was measured: a folder or a Hub name.
+        record: metrics.json of evaluate or judge, or the folder that holds it.
+        metadata: put the values into the card's YAML front matter too, as the model-index that the Hub reads.
+
+    Returns:
+        The path of README.md.
+
+    Raises:
+        UserError: the record is of other weights than the model's or names none, or the card has one comment without the
+            other.
     """
     from latentdiff.checkpoints import resolve_model
 

@@ -18,13 +18,24 @@ if TYPE_CHECKING:
 def reconstruct(
     model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
 ) -> dict[str, Any]:
-    """Images beside what the model's first stage makes of them, as a PNG; returns PSNR (dB) and SSIM per image.
+    """Show images beside what the model's first stage makes of them, in one PNG, with PSNR and SSIM of each.
 
-    Images are read and brought to the model's size as in its training (`prepared` says what that did to each); where
-    training took images of one size alone, others are cropped to it. own_size: at the file's own size instead, cropped at
-    the bottom and right to what the autoencoder's factor divides; also where nothing says how the model was trained.
-    model: a checkpoint, a run of stage 1 or an autoencoder's folder.
-    UserError for an image that cannot be read, naming it.
+    Images are read and brought to the model's size as in its training. Where training took images of one size alone, others
+    are cropped to it.
+
+    Args:
+        model: a checkpoint, a run of stage 1 or an autoencoder's folder.
+        images: image files.
+        out: a .png file: each image on the left, its reconstruction on the right.
+        own_size: take each image at its file's size, cropped at the bottom and right to a multiple of the autoencoder's
+            factor. So it is too where nothing says how the model was trained.
+
+    Returns:
+        {"out", "images": [{"image", "prepared", "psnr_db", "ssim"}]}; prepared says how an image was brought to its size,
+        and ssim is None for images of fewer than 11 pixels.
+
+    Raises:
+        UserError: an image that cannot be read, by name, or a model that cannot be used.
     """
     from latentdiff.checkpoints import resolve_model
     from latentdiff.evaluation.image_quality import psnr, ssim

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError, printable
+from latentdiff.evaluation import DEFAULT_FEATURES
 from latentdiff.utils import atomic
 
 TABLE, INDEX = "tuning", "model_index.json"
@@ -41,21 +42,40 @@ def tune(
     max_evaluations: float | None = None,
     out: str | Path = "tuning",
     write: bool = False,
-    features: str | Path = "weights/fashion-mnist-features",
+    features: str | Path = DEFAULT_FEATURES,
     seed: int = 0,
     precision: str = "float32",
     batch_size: int = 128,
 ) -> dict[str, Any]:
-    """Search sampler, steps, guidance and its interval; returns the table of trials, front, confirmation and choice.
+    """Search sampler, steps, guidance and its interval for the best images at a given cost.
 
-    The choice is of what the checkpoint can hold: one with a scheduler keeps it, so of its steps and guidance; one without,
-    of latentdiff's samplers too. samplers: None is SAMPLERS, as far as the checkpoint has them.
-    budget: U-Net evaluations an image of the search in all; a guided step takes two. num_images: class-balanced images a
-    trial. max_evaluations: of the setting to be chosen; None: what the present default takes. confirm_seeds: what finalists
-    and default are measured again with, two or more. write: make the choice the checkpoint's default.
-    Written to `out`: tuning.json, tuning.md and tuning.png; a search that is there with the same protocol goes on.
+    What the search finds is measured again, on other seeds, beside the checkpoint's present default, and is chosen only if it
+    is better there too. A checkpoint with a scheduler keeps it, so that only its steps and guidance are chosen; one without
+    may be given another of latentdiff's samplers. `out` gets tuning.json, tuning.md and tuning.png. A search that is there
+    with the same protocol goes on.
 
-    UserError for an unknown sampler, model or data set, or where `out` holds a search with another protocol.
+    Args:
+        model: a checkpoint: a folder or a Hub name.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+        budget: u-Net evaluations for an image, summed over the trials of the search; a guided step takes two.
+        num_images: images of a trial, the same number of each class.
+        samplers: the samplers to search; "scheduler" is the checkpoint's own. By default scheduler (where there is one),
+            dpmpp_2m, dpmpp_3m, heun, euler and euler_maruyama.
+        confirm_seeds: how many other seeds measure the finalists and the default again; two or more.
+        max_evaluations: most U-Net evaluations for an image of the choice. By default what the present default takes.
+        out: a folder.
+        write: make the choice the checkpoint's default.
+        features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
+            the file of Inception's weights.
+        seed: of the search and its images.
+        precision: of the U-Net: float32 or bfloat16.
+        batch_size: images made at a time.
+
+    Returns:
+        The table of trials, confirmed settings and the choice, with the protocol.
+
+    Raises:
+        UserError: an unknown sampler, a model or data that cannot be used, or a search with another protocol in `out`.
     """
     from latentdiff.evaluation.compare_samplers import SCHEDULER, SamplerBenchmark, check_samplers, open_table, write_table
     from latentdiff.utils.outputs import check_out_folder

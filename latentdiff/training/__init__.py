@@ -2,27 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from latentdiff.config import AutoencoderConfig, ClassifierConfig, Config, DiffusionConfig, FeaturesConfig, JudgeConfig
 from latentdiff.errors import UserError
-from latentdiff.utils import atomic, locks, processes, signals
+from latentdiff.utils import locks, processes, signals
+
+if TYPE_CHECKING:
+    from latentdiff.config import ClassifierConfig, Config, FeaturesConfig, JudgeConfig
 
 
-def train(config: Config, resume: bool = False) -> Path:
-    """Run the trainer that the config's stage names; returns the folder of what it made.
+def train(config: Config | str | Path, resume: bool = False, overrides: Sequence[str] = ()) -> Path:
+    """Train one stage as a config says: an autoencoder, a diffusion model, a feature network, a classifier or a judge.
 
-    A signal ends the run (`latentdiff.utils.signals`): by Interrupted (a KeyboardInterrupt) after Ctrl-C, else by Stopped (a
-    SystemExit), with the state saved. Torch's count of threads and its global random numbers are afterwards as before.
+    A signal saves the state and ends the run (see `latentdiff.utils.signals`). Torch's number of threads and its global
+    random numbers are afterwards as before.
+
+    Args:
+        config: a YAML file, such as configs/fashion-mnist/diffusion.yaml. In Python also a loaded config.
+        resume: go on from the newest training state in the output folder.
+        overrides: values that replace the file's, as key=value, such as train.steps=100.
+
+    Returns:
+        The folder of what was made: a checkpoint, or a network.
+
+    Raises:
+        UserError: a mistake in the config, or data, weights or a state that it names and that cannot be used.
+        Interrupted: a KeyboardInterrupt, after Ctrl-C.
+        Stopped: a SystemExit, after another signal.
     """
+    from latentdiff.checkpoints import resolve_config
+    from latentdiff.config import load_config
     from latentdiff.training.accelerator import torch_settings_restored
     from latentdiff.training.run_folder import how_to_continue
 
+    if isinstance(config, str | Path):
+        config = load_config(resolve_config(config), list(overrides))
+    elif overrides:
+        raise UserError("overrides: belong to a config file, and this config is loaded; give them to load_config")
     with torch_settings_restored(), signals.watched(lambda: how_to_continue(config)):
         return _train(config, resume)
 
 
 def _train(config: Config, resume: bool) -> Path:
+    from latentdiff.config import AutoencoderConfig, DiffusionConfig, JudgeConfig
+    from latentdiff.utils import atomic
+
     if isinstance(config, AutoencoderConfig):
         from latentdiff.training.train_autoencoder import train_autoencoder
 
@@ -41,6 +67,8 @@ def _train(config: Config, resume: bool) -> Path:
 
 
 def _train_in_one_go(config: ClassifierConfig | JudgeConfig | FeaturesConfig, resume: bool) -> Path:
+    from latentdiff.config import ClassifierConfig, JudgeConfig
+
     if isinstance(config, ClassifierConfig):
         from latentdiff.training.train_classifier import train_latent_classifier
 

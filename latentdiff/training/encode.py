@@ -7,24 +7,29 @@ from pathlib import Path
 
 from latentdiff.errors import UserError
 from latentdiff.utils import signals
+from latentdiff.utils.deprecation import renamed
 
 
+@renamed(config_path="config")
 def encode_dataset(
-    config_path: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
+    config: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
 ) -> Path:
-    """Build the latent cache of a stage-2 config, or finish one that was interrupted; returns its folder.
+    """Build the latent cache of a diffusion config, or finish one that was interrupted.
 
-    A signal ends it after a shard; the same call continues.
+    A signal ends it after a shard; the same call goes on.
 
     Args:
-        config_path: of a config whose stage is diffusion.
-        overrides: changes to the config, as "section.key=value".
-        progress: show a progress bar.
-        part: "K/N", with K from 1 to N: build only every N-th shard. The job after which no shard is missing finishes the
-            cache.
+        config: a YAML file whose stage is diffusion.
+        overrides: values that replace the file's, as key=value, such as cache.folder=latents.
+        progress: show a progress bar on stderr.
+        part: "K/N", with K from 1 to N: build every N-th shard alone, as one of N jobs that share the folder. The job that
+            finds no shard missing finishes the cache.
+
+    Returns:
+        The cache's folder.
 
     Raises:
-        UserError: a mistake in the config or the data, or another job builds the same cache, or the same part of it.
+        UserError: a mistake in the config, data or an autoencoder that cannot be used, or another job that encodes there.
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
@@ -33,9 +38,9 @@ def encode_dataset(
     from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
 
-    config = load_config(resolve_config(config_path), overrides)
+    file, config = config, load_config(resolve_config(config), overrides)
     if not isinstance(config, DiffusionConfig):
-        raise UserError(f"{config_path}: stage is {config.stage}; encode takes a config whose stage is diffusion")
+        raise UserError(f"{file}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     job = None if part is None else _part(part)
     check_unet(config)
     accelerator = start_accelerator(config.train)

@@ -19,16 +19,19 @@ PRODUCTS = {"autoencoder": "autoencoder", "diffusion": "model"}  # the folder th
 
 
 def publish(run_folder: str | Path, step: int | None = None, best: bool = False, out: str | Path | None = None) -> Path:
-    """Publish one step of a training run of either stage, as the run would have done had it ended there; returns the folder.
+    """Publish one step of a training run of either stage, as the run would have done had it ended there.
 
-    The averaged weights are those of a training state or of a snapshot (train.snapshot_every). A step's learning rate is
+    The averaged weights are those of a training state, or of a snapshot (train.snapshot_every). A step's learning rate is
     what the run had: where it falls over the run's length, a shorter run would have had another.
 
     Args:
         run_folder: a run's output folder. Its images, and in stage 2 its autoencoder, must still be where they were.
-        step: which step; None: the newest whole state.
-        best: the state that train.best kept, instead of `step`.
-        out: a new folder, or one that this run has published; None: model/ or autoencoder/ in the run's folder.
+        step: the step of a state or of a snapshot. By default the newest whole state.
+        best: publish the state that train.best kept, instead of a step.
+        out: a new folder, or one that this run has published. By default model/ or autoencoder/ in the run's folder.
+
+    Returns:
+        The published folder.
 
     Raises:
         UserError: there is no such run or step, its data have changed, or `out` holds something else.

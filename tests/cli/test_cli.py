@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import autoencoder_tree, diffusion_tree, tree, write_stripes, write_yaml
 
 from latentdiff import samplers
-from latentdiff.cli.app import _parsed, main
+from latentdiff.cli import main
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CLASSES = ["across", "blank", "down"]
@@ -436,10 +436,10 @@ def test_as_a_process_a_mistake_is_status_2_and_one_line(model, here):
 
 
 def test_overrides_may_stand_on_either_side_of_an_option(refused, tmp_path):
-    for words in (["a.yaml", "seed=1", "--resume", "train.steps=2"], ["--resume", "a.yaml", "seed=1", "train.steps=2"]):
-        arguments = _parsed(["train", *words])
-        assert arguments.resume and arguments.overrides == ["seed=1", "train.steps=2"]
-    assert "unrecognized arguments: --resum-e" in refused("train", "a.yaml", "--resum-e")
+    for words in (["seed=1", "--resume", "train.stpes=2"], ["--resume", "seed=1", "train.stpes=2"]):
+        config = write_yaml(tmp_path / "a.yaml", autoencoder_tree(tmp_path, tmp_path / "run"))
+        assert "train.stpes: unknown key; did you mean 'steps'?" in refused("train", config, *words)
+    assert "--resum-e: unknown option; did you mean --resume?" in refused("train", "a.yaml", "--resum-e")
     assert "unrecognized arguments: b" in refused("info", "a", "b")
 
 

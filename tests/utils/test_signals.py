@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from latentdiff.cli import app
+from latentdiff.cli import app, info
 from latentdiff.utils import processes, signals
 
 NAMES = [("SIGINT", 130), ("SIGHUP", 75), ("SIGTERM", 75), ("SIGUSR1", 75)]
@@ -122,7 +122,7 @@ COMMAND = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 from latentdiff.cli import app, info as facts
-def slow(*_):
+def slow(what: str, overrides: list[str] = ()):
     print("ready", file=sys.stderr, flush=True)
     time.sleep(60)
 facts.info = slow
@@ -147,19 +147,20 @@ def test_stderr_that_is_gone_stops_no_command(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stderr", lost)
     done = []
 
-    def slow(arguments):
+    def slow(what: str, overrides: list[str] = ()):
         print("progress", file=sys.stderr)
         sys.stderr.flush()
         done.append(sys.stderr.isatty())
 
-    monkeypatch.setattr(app, "info_command", slow)
+    monkeypatch.setattr(info, "info", slow)
     app.main(["info", "x"])
     assert done == [False] and sys.stderr is lost
 
 
 def test_stdout_that_was_read_enough_of_is_no_mistake():
-    code = "from latentdiff.cli import app, info as facts\nfacts.info = lambda *_: {str(k): k for k in range(10**5)}\n"
-    code += "app.main(['info', 'x'])"
+    code = "from latentdiff.cli import app, info as facts\n"
+    code += "def many(what: str, overrides: list[str] = ()):\n    return {str(k): k for k in range(10**5)}\n"
+    code += "facts.info = many\napp.main(['info', 'x'])"
     child = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "{\n"
     child.stdout.close()
