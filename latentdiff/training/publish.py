@@ -1,4 +1,4 @@
-"""`latentdiff publish`: a training state, or a snapshot of the averaged weights, becomes a checkpoint."""
+"""`latentdiff publish`: makes a checkpoint of one step of a training run, from a training state or a snapshot."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from latentdiff.training.run_folder import first_difference, recorded_config
 from latentdiff.utils import locks, processes, signals
 
 STAGES: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
-PRODUCTS = {"autoencoder": "autoencoder", "diffusion": "model"}  # the folder that a stage publishes, in its output folder
+PRODUCTS = {"autoencoder": "autoencoder", "diffusion": "model"}  # the folder that a stage publishes, within its output
 
 
 def publish(run_folder: str | Path, step: int | None = None, best: bool = False, out: str | Path | None = None) -> Path:
-    """Publish one step of a training run of either stage, as the run would have done had it ended there.
+    """Publish one step of a training run of either stage, as if the run had ended there.
 
-    The averaged weights are those of a training state, or of a snapshot (train.snapshot_every). A step's learning rate is
-    what the run had: where it falls over the run's length, a shorter run would have had another.
+    The averaged weights come from a training state or from a snapshot (train.snapshot_every). The learning rate of the steps
+    is what the run had: with a schedule over the run's length, a shorter run would have had another.
 
     Args:
         run_folder: a run's output folder. Its images, and in stage 2 its autoencoder, must still be where they were.
-        step: the step of a state or of a snapshot. By default the newest whole state.
+        step: the step of a state or of a snapshot. By default the newest undamaged state.
         best: publish the state that train.best kept, instead of a step.
         out: a new folder, or one that this run has published. By default model/ or autoencoder/ in the run's folder.
 
@@ -34,7 +34,7 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
         The published folder.
 
     Raises:
-        UserError: there is no such run or step, its data have changed, or `out` holds something else.
+        UserError: there is no such run or step, the data have changed, or `out` holds something else.
     """
     if processes.count() > 1:
         raise UserError("publish: runs in one process; start it without accelerate launch")
@@ -48,7 +48,7 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
     advice = "wait for it, or give --out another folder"
     held = locks.locked(output, advice) if out is None else locks.locked(folder, advice, beside=True)
     with torch_settings_restored(), signals.watched(signals.again), held:
-        source = chosen(output, step, best)
+        source = state_to_publish(output, step, best)
         tensors, meta = state.load_folder(source)
         print(f"publishing step {meta['step']} of {output}", file=sys.stderr)
         try:
@@ -77,7 +77,10 @@ def _config(output: Path) -> AutoencoderConfig | DiffusionConfig:
 
 
 def publishable(output: Path) -> dict[int, Path]:
-    """The steps of a run that can be published, by their files' lengths: whole states, and snapshots for the others."""
+    """{step: folder} of the steps of a run that can be published, in order: its states, and snapshots of other steps.
+
+    Only the lengths of their files are checked.
+    """
     found = {}
     for kind in ("snapshots", "state"):
         for folder in state.step_folders(output, kind):
@@ -86,8 +89,11 @@ def publishable(output: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def chosen(output: Path, step: int | None, best: bool) -> Path:
-    """The folder of the state or snapshot that is asked for, whole. UserError that names what there is."""
+def state_to_publish(output: Path, step: int | None, best: bool) -> Path:
+    """The folder of the state or snapshot to publish, undamaged; arguments as `publish`. UserError names the valid steps.
+
+    Where a state is damaged, a snapshot of the same step or an older state is taken, with a warning on stderr.
+    """
     if best:
         step = state.best_step(output)
         if step is None:
@@ -98,11 +104,12 @@ def chosen(output: Path, step: int | None, best: bool) -> Path:
     if step is not None:
         if step not in steps:
             raise UserError(f"--step {step}: {output} holds the steps {', '.join(map(str, steps))}")
-        wanted = [steps[step], output / "snapshots" / f"step-{step}"]
+        candidates = [steps[step], output / "snapshots" / f"step-{step}"]
     else:
-        wanted = [folder for folder in reversed(steps.values()) if folder.parent.name == "state"] or [*steps.values()][-1:]
+        candidates = [folder for folder in reversed(steps.values()) if folder.parent.name == "state"]
+        candidates = candidates or [*steps.values()][-1:]
     problems = []
-    for folder in wanted:
+    for folder in candidates:
         problem = state.damage(folder)
         if problem is None:
             for text in problems:
@@ -113,7 +120,7 @@ def chosen(output: Path, step: int | None, best: bool) -> Path:
 
 
 def _check_out(folder: Path, config: Section) -> None:
-    """UserError unless a folder is new, empty, or one that this run has published."""
+    """UserError unless a folder is new, is empty, or was published by this run."""
     from latentdiff.utils.outputs import check_out_folder
 
     check_out_folder(folder)

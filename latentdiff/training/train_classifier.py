@@ -1,4 +1,4 @@
-"""Training of the classifier of noised latents that guides a diffusion model on the same latents."""
+"""Training of a classifier of noisy latents, for classifier guidance of a diffusion model on the same latents."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from latentdiff.training.run_folder import write_config
 from latentdiff.utils.random import derive_seed, randn
 from latentdiff.utils.tensors import widen
 
-LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # of the usable time interval, where held-out latents are classified
+LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # places in the usable time interval at which the accuracy is measured
 
 
 def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> Path:
-    """Train the classifier a config describes, write it to <output>/classifier and return that folder.
+    """Train the classifier that a config describes, write it to <output>/classifier and return that folder.
 
-    Also written: run.json, metrics.jsonl, logs/ (TensorBoard), and the latent cache where the config puts it.
+    Also written: run.json, metrics.jsonl, logs/ (TensorBoard), and the latent cache where the config puts it. UserError for
+    a mistake in the config or the data, for a classifier that is there already, and for `resume`: it has no states.
     """
     output = Path(config.output)
     if resume or (output / "classifier").exists():
@@ -46,9 +47,9 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
     accelerator = start_accelerator(config.train)
     if accelerator.num_processes > 1:
         raise UserError("stage: classifier trains in one process; start it without accelerate launch")
-    stated = {"name": config.schedule.name, **config.schedule.params}
+    named_schedule = {"name": config.schedule.name, **config.schedule.params}
     try:
-        LatentClassifier(1, 2, stated, **config.model)  # what it refuses is refused before anything is encoded
+        LatentClassifier(1, 2, named_schedule, **config.model)  # so that it is refused before anything is encoded
     except TypeError as error:
         raise UserError(f"model: a classifier has only widths, a list of two numbers ({error})") from None
     codec, images = open_inputs(config, accelerator.device)
@@ -64,21 +65,21 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         classes = len(latents.images.class_names)
-        net = LatentClassifier(latents.cache.latent_shape[0], classes, stated, **config.model).to(accelerator.device)
+        net = LatentClassifier(latents.cache.latent_shape[0], classes, named_schedule, **config.model).to(accelerator.device)
     announce()
     latents.images.say()
     write_config(output, config)
     _fit(config, net, latents, latents.cache.labels, levels, accelerator, output)
     net.info = _info(config, net.eval(), latents, accelerator.device)
     net.save(output / "classifier")
-    held = net.info["held_out"]
-    shown = ", ".join(f"{a:.3f} at t {t:.2f}" for t, a in zip(held["t"], held["accuracy"], strict=True))
-    print(f"classifier: accuracy on {held['images']} held-out images: {shown}", file=sys.stderr)
+    scores = net.info["held_out"]
+    by_level = ", ".join(f"{a:.3f} at t {t:.2f}" for t, a in zip(scores["t"], scores["accuracy"], strict=True))
+    print(f"classifier: accuracy on {scores['images']} held-out images: {by_level}", file=sys.stderr)
     return output / "classifier"
 
 
 def _trial_steps(config: ClassifierConfig, codec: LatentCodec, images: Images, alone: OneProcess) -> Step:
-    """Steps of such a classifier on random latents."""
+    """Training steps of such a classifier on random latents, to be timed."""
     shape, classes = codec.latent_shape(*images.preprocess.padded_size), len(images.class_names)
     net = LatentClassifier(shape[0], classes, {"name": config.schedule.name, **config.schedule.params}, **config.model)
     low, high = net.schedule.t_min, net.schedule.t_max
@@ -100,7 +101,7 @@ def _fit(
     accelerator: Any,
     output: Path,
 ) -> None:
-    """The steps of optimisation, each with its images, noise and t drawn from (seed, step) alone.  classes: [N] int64."""
+    """Train the network. Images, noise and t of a step follow from the seed and its number. classes: int64 [N]."""
     steps = config.train.steps
     optimizer, averages = make_optimizer(net.parameters(), config.optimizer), Averages()
     net.train()
@@ -125,7 +126,7 @@ def _fit(
 
 
 def _batch(config: ClassifierConfig, latents: Latents, step: int) -> tuple[Tensor, Tensor, torch.Generator]:
-    """Normalised latents [B, c, h, w] of a step, their indices [B], and the step's generator, on the CPU."""
+    """(normalised latents [B, c, h, w] of a step, their indices [B], the step's generator), on the CPU."""
     batch = config.train.batch_size
     generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
     indices = stream(len(latents.cache), config.seed, step * batch, batch)
@@ -141,25 +142,25 @@ def _noised(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: Tensor) -> Te
 
 @torch.no_grad()
 def _info(config: ClassifierConfig, net: LatentClassifier, latents: Latents, device: torch.device) -> dict[str, Any]:
-    """What is kept beside the weights: classes, how it was trained, and what it knows of held-out images by noise level."""
+    """Facts to save with the weights: classes, how it was trained, accuracy and nats on held-out images by noise level."""
     images, labels = latents.images.held_out_batch(config.validation_images)
     assert labels is not None  # the training part has them
     posterior, use_mean = torch.Generator().manual_seed(derive_seed("validation", "posterior")), config.cache.use_mean
     x0 = torch.cat([latents.codec.latents(chunk, posterior, use_mean).cpu() for chunk in images.split(128)])
     noise = randn(x0.shape, torch.Generator().manual_seed(derive_seed("validation")))
     low, high = net.schedule.t_min, net.schedule.t_max
-    held: dict[str, Any] = {"images": len(x0), "t": [], "accuracy": [], "nats": []}
+    scores: dict[str, Any] = {"images": len(x0), "t": [], "accuracy": [], "nats": []}
     for level in LEVELS:
         t = low + level * (high - low)
         x = _noised(net.schedule, x0, noise, torch.full((len(x0),), t, dtype=torch.float64))
         log_p = torch.cat([net.log_probs(part.to(device), t).cpu() for part in x.split(256)])  # [N, K]
-        held["t"].append(round(t, 4))
-        held["accuracy"].append(round(float((log_p.argmax(1) == labels).double().mean()), 4))
-        held["nats"].append(round(float(-log_p.gather(1, labels[:, None]).mean()), 4))
+        scores["t"].append(round(t, 4))
+        scores["accuracy"].append(round(float((log_p.argmax(1) == labels).double().mean()), 4))
+        scores["nats"].append(round(float(-log_p.gather(1, labels[:, None]).mean()), 4))
     return {
         "class_names": latents.images.class_names,
         "data": config.data.source,
         "data_fingerprint": latents.images.train.fingerprint(),
         "config": config.model_dump(mode="json"),
-        "held_out": held,
+        "held_out": scores,
     }
