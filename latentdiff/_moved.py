@@ -197,6 +197,7 @@ NAMES = {
     "gallery.Stage": "evaluation.gallery.GallerySampler",
     "generation.COMMON": "generation.RESERVED_OPTIONS",
     "generation.class_beside": "generation.class_of_prompts",
+    "imports.PARTS": "single_file.PREFIXES",
     "pipelines.latent_diffusion.fed_times": "pipelines.latent_diffusion.network_times",
     "pipelines.latent_diffusion.suspicion": "pipelines.latent_diffusion.non_finite_cause",
     "planning.dry_run.short": "training.dry_run.three_figures",
@@ -275,7 +276,6 @@ REMOVED = {
     "data.tables.note_images_beside",
     "data.tarindex.BLOCK",
     "data.webshards.cached_index",
-    "imports.PARTS",
     "measures.add_cost",
     "measures.add_device",
     "measures.add_measures",
@@ -329,7 +329,7 @@ class OldNames(MetaPathFinder, Loader):
 
         def run_and_add_names(module: ModuleType) -> None:
             run_module(module)
-            module.__getattr__ = lambda name: find_moved(old, name)  # type: ignore[method-assign]
+            vars(module).setdefault("__getattr__", lambda name: find_moved(old, name))
 
         spec.loader.exec_module = run_and_add_names  # type: ignore[method-assign]
         return spec
