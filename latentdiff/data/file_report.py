@@ -63,12 +63,11 @@ class FileReport:
 
     def lines(self) -> list[str]:
         """One short line for each reason; of more than REASONS, those with the most files and a count of the others."""
-        texts = [f"not used, {reason}: {names.short()}" for reason, names in _most(self.left_out, REASONS).items()]
-        others = len(self.left_out) - len(texts)
+        shown = _most(self.left_out, REASONS)
+        texts = [f"not used, {reason}: {names.short()}" for reason, names in shown.items()]
+        others = [names.count for reason, names in self.left_out.items() if reason not in shown]
         if others:
-            files = sum(names.count for names in self.left_out.values())
-            files -= sum(names.count for names in _most(self.left_out, REASONS).values())
-            texts.append(f"not used, for {others} other reasons: {files} (latentdiff info DATA names more)")
+            texts.append(f"not used, for {len(others)} other reasons: {sum(others)} (latentdiff info DATA names more)")
         return texts + [f"{what}: {names.short()}" for what, names in _most(self.remarks, REASONS).items()]
 
     def as_json(self) -> dict[str, Any]:

@@ -160,8 +160,8 @@ class _Contents:
     def _add_folder(self, inside: str) -> None:
         """inside: the folder's name relative to the root, with a slash at its end; empty for the root itself."""
         try:
-            with os.scandir(self._root / inside) as found:  # tells folders from files without a look at each
-                entries = sorted(found, key=lambda entry: entry.name)
+            with os.scandir(self._root / inside) as unsorted:  # knows folders from files without a look at each
+                entries = sorted(unsorted, key=lambda entry: entry.name)
         except OSError as error:
             if not inside:
                 raise UserError(f"{self._root}: cannot be listed ({error.strerror})") from error
@@ -223,32 +223,26 @@ def _list_by_folders(root: Path, contents: _Contents, with_captions: bool) -> Li
 
 def _captions_beside(root: Path, files: list[str], contents: _Contents) -> list[tuple[str, ...]] | None:
     """The captions of the files, NO_CAPTION for those without, or None where none has one."""
-    texts: dict[tuple[str, str], str] = {}
+    texts: dict[str, dict[str, str]] = {}  # {name without suffix: {suffix: name}}
     for name in contents.texts:
-        texts.setdefault(_stem_and_suffix(name), name)
-    beside: list[str | None] = []
-    for file in files:
-        stem, _ = _stem_and_suffix(file)
-        beside.append(next((texts[stem, suffix] for suffix in CAPTION_SUFFIXES if (stem, suffix) in texts), None))
-    used = set(beside)
+        stem, suffix = os.path.splitext(name)
+        texts.setdefault(stem, {}).setdefault(suffix.lower(), name)
+    first = {stem: next(names[suffix] for suffix in CAPTION_SUFFIXES if suffix in names) for stem, names in texts.items()}
+    chosen = [first.get(os.path.splitext(file)[0]) for file in files]
+    used = set(chosen)
     for name in contents.texts:
         if name not in used:
-            stem, suffix = _stem_and_suffix(name)
-            other = suffix != CAPTION_SUFFIXES[0] and texts.get((stem, CAPTION_SUFFIXES[0])) in used
-            reason = f"{CAPTION_SUFFIXES[0]} beside it is read instead" if other else "text beside no image"
+            stem, suffix = os.path.splitext(name)
+            instead = first[stem] in used and suffix.lower() != CAPTION_SUFFIXES[0] and CAPTION_SUFFIXES[0] in texts[stem]
+            reason = f"{CAPTION_SUFFIXES[0]} beside it is read instead" if instead else "text beside no image"
             contents.report.leave_out(reason, name)
-    captions = in_threads(lambda name: None if name is None else _read_caption(root / name), beside)
+    captions = in_threads(lambda name: None if name is None else _read_caption(root / name), chosen)
     if not any(captions):
         return None
     for file, caption in zip(files, captions, strict=True):
         if caption is None:
             contents.report.remark("no caption, used with an empty one", file)
     return [caption or NO_CAPTION for caption in captions]
-
-
-def _stem_and_suffix(name: str) -> tuple[str, str]:
-    stem, suffix = os.path.splitext(name)
-    return stem, suffix.lower()
 
 
 def _read_caption(path: Path) -> tuple[str, ...] | None:
@@ -285,10 +279,10 @@ def _list_by_metadata(root: Path, metadata: list[str], columns: Columns) -> List
 
 def _resolve(root: Path, rows: list[Row], images: list[str]) -> None:
     """Give rows the names that their files have on disk: macOS may spell one name in other code points, Windows by \\."""
-    there = set(images)
+    on_disk = set(images)
     normal = {unicodedata.normalize("NFC", name): name for name in images}
     for row in rows:
-        if row.file in there or os.path.lexists(root / row.file):
+        if row.file in on_disk or os.path.lexists(root / row.file):
             continue
-        spelt = unicodedata.normalize("NFC", row.file.replace("\\", "/").removeprefix("./"))
-        row.file = normal.get(spelt, row.file)
+        spelling = unicodedata.normalize("NFC", row.file.replace("\\", "/").removeprefix("./"))
+        row.file = normal.get(spelling, row.file)

@@ -372,18 +372,15 @@ def _encode(codec: Codec, dataset: ImageDataset, indices: Tensor, made_of: Ident
 
 
 def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
-    """Returns when every shard is there, whichever process made it."""
-    missing, since = -1, time.monotonic()
-    while True:
-        still = _missing_shards(folder, made_of)
-        if not still:
-            return
-        if len(still) != missing:
-            missing, since = len(still), time.monotonic()
+    """Returns when every shard is there, whichever process made it. UserError when none was made for `patience` seconds."""
+    count, since = -1, time.monotonic()
+    while missing := _missing_shards(folder, made_of):
+        if len(missing) != count:
+            count, since = len(missing), time.monotonic()
         elif time.monotonic() - since > patience:
             raise UserError(
-                f"{folder}: waited {patience:g} s for other processes, and {shard_path(folder, still[0]).name} and "
-                f"{len(still) - 1} more are not there; run the encoding again, it goes on from what is"
+                f"{folder}: waited {patience:g} s for other processes, and {shard_path(folder, missing[0]).name} and "
+                f"{count - 1} more are not there; run the encoding again, it goes on from what is"
             )
         time.sleep(min(0.5, patience))
 

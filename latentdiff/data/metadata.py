@@ -16,7 +16,7 @@ from latentdiff.data.image_files import image_suffixes, leaves, one_line
 from latentdiff.data.image_source import TEXT_COLUMNS, Columns, captions_of
 from latentdiff.errors import UserError
 
-METADATA = ("metadata.jsonl", "metadata.csv")  # the first that is there is read
+METADATA = ("metadata.jsonl", "metadata.csv")  # the first that exists is read
 FILE_COLUMN, LABEL_COLUMN = "file_name", "label"
 DELIMITERS = ",;\t"
 BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}

@@ -100,9 +100,9 @@ class StreamedTable(EncodedImages):
     """The rows of parquet files. blocks: how many of its images each row group has, in order."""
 
     def __init__(self, name: str, files: list[ParquetFile], column: str, annotations: Annotations, reading: Reading):
-        made = {file.file: file for file in files}
-        found = indexes(list(made), ["rows", FORMAT, column], lambda file: made[file].records(column))
-        self._records = [record for records in found for record in records]
+        tables = {file.file: file for file in files}
+        records = indexes(list(tables), ["rows", FORMAT, column], lambda file: tables[file].records(column))
+        self._records = [record for group in records for record in group]
         self._column = column
         self._groups = [(file, group) for file in files for group in range(len(file.groups))]
         rows = [count for file in files for count in file.groups]

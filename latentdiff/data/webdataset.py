@@ -78,8 +78,8 @@ def open_shards(data: str, columns: Columns, reading: Reading) -> WebDatasetSour
     shards = [shard for name in expand(data) for shard in find_files(name, data)]
     if not shards:
         raise UserError(f"data '{data}': no such shard")
-    found = indexes(shards, [FORMAT, columns.image, columns.label, columns.text], lambda shard: _look(shard, columns))
-    images = [(shard, record) for shard, records in zip(shards, found, strict=True) for record in records]
+    records = indexes(shards, [FORMAT, columns.image, columns.label, columns.text], lambda shard: _look(shard, columns))
+    images = [(shard, record) for shard, group in zip(shards, records, strict=True) for record in group]
     if not images:
         raise UserError(f"data '{data}': the shards have no samples")
 
