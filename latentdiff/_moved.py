@@ -98,7 +98,7 @@ MODULES = {
     "training.meters": "training.logging",
     "training.notices": "training.messages",
     "training.publishing": "training.diffusion_checkpoint",
-    "training.reconstruction": "training.autoencoder_step",
+    "training.reconstruction": "training.train_autoencoder",
     "training.republish": "training.publish",
     "training.run": "training.run_folder",
     "training.sharding": "training.distributed",

@@ -104,6 +104,7 @@ class TrainConfig(Section):
     picture_every: int = Field(500, gt=0)
     save_minutes: float = Field(5.0, gt=0)
     keep: int = Field(2, gt=0)  # training states kept
+    trackers: list[str] = ["tensorboard"]  # accelerate's trackers that are given scalars and pictures
 
 
 class LoopConfig(TrainConfig):

@@ -91,7 +91,23 @@ def diffusion_loss(
     x0, noise: [B, ...]; t: float or [B]; gamma: the cap of min_snr; conditioning: passed to the model.
     """
     x0, noise = x0.float(), noise.float()
-    y = denoiser.output(add_noise(denoiser.schedule, x0, noise, t), t, **conditioning)
-    error = y - predictions.target(denoiser.prediction, denoiser.schedule, x0, noise, t)
+    output = denoiser.output(add_noise(denoiser.schedule, x0, noise, t), t, **conditioning)
+    return weighted_error(denoiser, output, x0, noise, t, weighting, gamma)
+
+
+def weighted_error(
+    denoiser: Denoiser,
+    output: Tensor,
+    x0: Tensor,
+    noise: Tensor,
+    t: float | Tensor,
+    weighting: str = "none",
+    gamma: float = 5.0,
+) -> Tensor:
+    """The weighted squared error of a network's output at x_t, averaged over all but the batch: [B], float32.
+
+    output: what `denoiser.output` gave at x_t = alpha(t) x0 + sigma(t) noise, [B, ...]. The rest as in `diffusion_loss`.
+    """
+    error = output - predictions.target(denoiser.prediction, denoiser.schedule, x0.float(), noise.float(), t)
     weight = loss_weight(weighting, denoiser.prediction, denoiser.schedule, t, gamma)
     return flat_mean(error**2) * weight.to(error)

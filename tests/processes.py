@@ -130,22 +130,22 @@ def weigh(path: Path) -> Callable[[], None]:
     """A function that writes {"weights", "average", "moments": how many numbers of each this process holds in itself}."""
     from latentdiff.training import train_diffusion
 
-    held, make = [], train_diffusion._work
+    trainers, prepare = [], train_diffusion.DiffusionTrainer.prepare_validation
 
-    def noted(config: Any, parts: Any, *rest: Any) -> Any:
-        held.append(parts)
-        return make(config, parts, *rest)
+    def noted(trainer: Any) -> None:
+        trainers.append(trainer)
+        prepare(trainer)
 
     def count(tensors: Iterable[Any]) -> int:
         return sum((t.to_local() if hasattr(t, "to_local") else t).numel() for t in tensors)
 
     def write() -> None:
-        parts = held[0]
-        moments = [slots["exp_avg"] for slots in parts.optimizer.state.values()]
-        counts = {"weights": count(parts.bare.parameters()), "average": count(parts.ema.average.values())}
+        trainer = trainers[0]
+        moments = [slots["exp_avg"] for slots in trainer.optimizer.state.values()]
+        counts = {"weights": count(trainer.model.parameters()), "average": count(trainer.ema.average.values())}
         path.write_text(json.dumps(counts | {"moments": count(moments)}))
 
-    train_diffusion._work = noted
+    train_diffusion.DiffusionTrainer.prepare_validation = noted
     return write
 
 

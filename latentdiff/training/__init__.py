@@ -1,4 +1,4 @@
-"""Trainers: one per stage, each a step function and a short loop."""
+"""Training of both stages, and of the smaller networks: `train` starts the trainer that a config names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from latentdiff.errors import UserError
 from latentdiff.utils import locks, processes, signals
 
 if TYPE_CHECKING:
-    from latentdiff.config import ClassifierConfig, Config, FeaturesConfig, JudgeConfig
+    from latentdiff.config import Config
 
 
 def train(config: Config | str | Path, resume: bool = False, overrides: Sequence[str] = ()) -> Path:
@@ -32,51 +32,41 @@ def train(config: Config | str | Path, resume: bool = False, overrides: Sequence
         Interrupted: a KeyboardInterrupt, after Ctrl-C.
         Stopped: a SystemExit, after another signal.
     """
+    # Imports stand where they are used: the command line reads this signature without waiting for torch
     from latentdiff.checkpoints import resolve_config
-    from latentdiff.config import load_config
+    from latentdiff.config import AutoencoderConfig, ClassifierConfig, DiffusionConfig, JudgeConfig, load_config
     from latentdiff.training.accelerator import torch_settings_restored
     from latentdiff.training.run_folder import how_to_continue
+    from latentdiff.utils import atomic
 
     if isinstance(config, str | Path):
         config = load_config(resolve_config(config), list(overrides))
     elif overrides:
         raise UserError("overrides: belong to a config file, and this config is loaded; give them to load_config")
     with torch_settings_restored(), signals.watched(lambda: how_to_continue(config)):
-        return _train(config, resume)
+        # The two stages: on one process or several, with training states to resume from
+        if isinstance(config, AutoencoderConfig):
+            from latentdiff.training.train_autoencoder import train_autoencoder
 
+            return train_autoencoder(config, resume)
+        if isinstance(config, DiffusionConfig):
+            from latentdiff.training.train_diffusion import train_diffusion
 
-def _train(config: Config, resume: bool) -> Path:
-    from latentdiff.config import AutoencoderConfig, DiffusionConfig, JudgeConfig
-    from latentdiff.utils import atomic
+            return train_diffusion(config, resume)
 
-    if isinstance(config, AutoencoderConfig):
-        from latentdiff.training.train_autoencoder import train_autoencoder
+        # Smaller networks: in one go, on one process. A judge's folder is replaced as a whole, so its lock lies beside it
+        if processes.count() > 1:
+            raise UserError(f"stage: {config.stage} trains in one process; start it without accelerate launch")
+        with locks.locked(config.output, beside=isinstance(config, JudgeConfig)):
+            if isinstance(config, JudgeConfig):
+                from latentdiff.training.train_judge import train_judge
 
-        return train_autoencoder(config, resume)
-    if isinstance(config, DiffusionConfig):
-        from latentdiff.training.train_diffusion import train_diffusion
-
-        return train_diffusion(config, resume)
-    if processes.count() > 1:
-        raise UserError(f"stage: {config.stage} trains in one process; start it without accelerate launch")
-    # A judge's output is replaced as a whole, so that the lock lies beside it
-    with locks.locked(config.output, beside=isinstance(config, JudgeConfig)):
-        if not isinstance(config, JudgeConfig):
+                return train_judge(config, resume)
             atomic.sweep(Path(config.output))
-        return _train_in_one_go(config, resume)
+            if isinstance(config, ClassifierConfig):
+                from latentdiff.training.train_classifier import train_latent_classifier
 
+                return train_latent_classifier(config, resume)
+            from latentdiff.training.train_feature_net import train_feature_network
 
-def _train_in_one_go(config: ClassifierConfig | JudgeConfig | FeaturesConfig, resume: bool) -> Path:
-    from latentdiff.config import ClassifierConfig, JudgeConfig
-
-    if isinstance(config, ClassifierConfig):
-        from latentdiff.training.train_classifier import train_latent_classifier
-
-        return train_latent_classifier(config, resume)
-    if isinstance(config, JudgeConfig):
-        from latentdiff.training.train_judge import train_judge
-
-        return train_judge(config, resume)
-    from latentdiff.training.train_feature_net import train_feature_network
-
-    return train_feature_network(config, resume)
+            return train_feature_network(config, resume)

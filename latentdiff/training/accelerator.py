@@ -15,6 +15,7 @@ import torch
 from latentdiff.config import TrainConfig
 from latentdiff.errors import UserError, printable
 from latentdiff.training import distributed
+from latentdiff.training.logging import check_trackers
 from latentdiff.utils import processes
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # train.precision -> accelerate's name
@@ -33,6 +34,7 @@ def start_accelerator(train: TrainConfig, shards: bool = False) -> Any:
     from accelerate.state import AcceleratorState
 
     distributed.check_launch(shards)
+    check_trackers(train.trackers)
     # accelerate keeps the first run's precision for the life of the process, and refuses a second run in another one
     AcceleratorState._reset_state()
     if train.threads is not None:

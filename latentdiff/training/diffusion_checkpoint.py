@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from latentdiff import checkpoints, samplers
 from latentdiff.config import DiffusionConfig
 from latentdiff.errors import UserError
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.training import conditioning
+from latentdiff.training.latents import Latents
 from latentdiff.utils.random import generators
-
-if TYPE_CHECKING:
-    from latentdiff.training.train_diffusion import Parts
 
 PROMPTS = 8  # that a picture shows while training, where the config names none
 
@@ -38,38 +37,48 @@ def published_scheduler(config: DiffusionConfig, schedule: NoiseSchedule) -> Any
     return None
 
 
-def pipeline_parts(config: DiffusionConfig, parts: Parts) -> dict[str, Any]:
-    scheduler = published_scheduler(config, parts.schedule)
+def pipeline_parts(
+    config: DiffusionConfig,
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    latents: Latents,
+    conditions: conditioning.Conditions,
+) -> dict[str, Any]:
+    """Keyword arguments of a LatentDiffusionPipeline with the weights of `network`: its components and its config.
+
+    network: the U-Net, or the U-Net with the text encoder that was trained with it.
+    """
+    scheduler = published_scheduler(config, schedule)
     return {
-        **conditioning.pipeline_pieces(parts.average, parts.conditions, parts.latents.images.class_names),
-        "vae": parts.latents.codec.vae,
+        **conditioning.pipeline_pieces(network, conditions, latents.images.class_names),
+        "vae": latents.codec.vae,
         "scheduler": scheduler,
         "default_sampler": (config.sample.sampler or "dpmpp_2m") if scheduler is None else None,
-        "image_size": parts.latents.images.preprocess.content[2:],
+        "image_size": latents.images.preprocess.content[2:],
         "prediction": config.prediction,
         "schedule": {"name": config.schedule.name, **config.schedule.params},
     }
 
 
 @torch.no_grad()
-def picture(config: DiffusionConfig, parts: Parts, accelerator: Any, path: Path) -> None:
-    """A grid of samples of the averaged weights, one row per class or prompt, from fixed seeds; written while training.
+def save_picture(
+    config: DiffusionConfig, parts: dict[str, Any], conditions: conditioning.Conditions, accelerator: Any, path: Path
+) -> None:
+    """Write a grid of samples, one row per class or prompt, drawn from fixed seeds.
 
-    Each process draws its share of the rows, so that none waits while another draws.
+    parts: what `pipeline_parts` gave. Every process calls it and draws its share of the rows; the main one writes.
     """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
     from latentdiff.utils.images import save_rows
 
     # As a default the scale is off where neither class nor prompt says anything; given in the call it would be refused
-    pipeline = LatentDiffusionPipeline(
-        **pipeline_parts(config, parts), default_guidance_scale=conditioning.guidance_scale(config)
-    )
+    pipeline = LatentDiffusionPipeline(**parts, default_guidance_scale=conditioning.guidance_scale(config))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
     classes: list[int | None] = list(range(min(10, pipeline.num_classes))) or [None] * PROMPTS
     prompts: list[str] | None = None
-    if parts.conditions.text:
-        prompts = config.sample.prompts or parts.conditions.shown(classes)
+    if conditions.text:
+        prompts = config.sample.prompts or conditions.shown(classes)
         classes = [classes[k % len(classes)] for k in range(len(prompts))]
     rows, world, each = len(classes), accelerator.num_processes, config.sample.per_class
     share = -(-rows // world)
@@ -90,16 +99,27 @@ def picture(config: DiffusionConfig, parts: Parts, accelerator: Any, path: Path)
         save_rows(list((images.cpu() * 2 - 1).split(each)), path)
 
 
-def publish(config: DiffusionConfig, parts: Parts, folder: Path, step: int) -> None:
-    """Write the averaged weights of a step, the frozen first stage and how they were made as a diffusers folder."""
-    cache = parts.latents.cache
+def publish(
+    config: DiffusionConfig, parts: dict[str, Any], latents: Latents, ema_updates: int, folder: Path, step: int
+) -> None:
+    """Write a pipeline as a diffusers folder, with a record of how it was made.
+
+    Args:
+        config: the run's config.
+        parts: what `pipeline_parts` gave; its weights are the averaged ones.
+        latents: the latent cache that the run trained on.
+        ema_updates: how many steps the average is over.
+        folder: the folder to write; what a killed run left there is replaced.
+        step: how many steps the weights were trained for.
+    """
+    cache = latents.cache
     statistics = cache.statistics()
     meta = {
         "config": config.model_dump(mode="json"),
         "steps": step,
-        "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": parts.ema.updates},
-        "data": {"source": config.data.source, "images": len(cache), "fingerprint": parts.latents.images.train.fingerprint()},
-        "autoencoder": {"fingerprint": parts.latents.codec.fingerprint()},
+        "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": ema_updates},
+        "data": {"source": config.data.source, "images": len(cache), "fingerprint": latents.images.train.fingerprint()},
+        "autoencoder": {"fingerprint": latents.codec.fingerprint()},
         "latents": {
             "shape": list(cache.latent_shape),
             "mean": statistics.mean.tolist(),
@@ -107,10 +127,9 @@ def publish(config: DiffusionConfig, parts: Parts, folder: Path, step: int) -> N
             "posterior_share": statistics.posterior_share.tolist(),
         },
     }
-    pieces = pipeline_parts(config, parts)
     checkpoints.publish(
         folder,
-        **pieces,
+        **parts,
         meta=meta,
         default_guidance_scale=conditioning.guidance_scale(config),
         default_guidance_interval=config.sample.guidance_interval,

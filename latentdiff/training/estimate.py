@@ -35,7 +35,6 @@ from latentdiff.models.text_encoder import load_tokenizer, train_tokenizer
 from latentdiff.models.unet import find_pretrained, make_unet
 from latentdiff.training import conditioning, messages, precision, train_autoencoder, train_diffusion
 from latentdiff.training.accelerator import start_accelerator
-from latentdiff.training.autoencoder_step import update
 from latentdiff.training.conditioning import Conditions
 from latentdiff.training.dry_run import dry_run, three_figures
 from latentdiff.training.images import Images, columns_of
@@ -145,7 +144,6 @@ def _plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]
     images = _find_images(config.data, codec.factor, notes)
     shape = _image_shape(config.data, images, codec.factor, notes)
     # Precision and micro-batch, as training chooses them
-    train_autoencoder.to_train(config, vae)
     chosen: str = config.train.precision
     if shape is not None:
         trial = partial(train_autoencoder.trial_steps, config, vae, shape)
@@ -153,10 +151,12 @@ def _plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]
         config = find_micro_batch(config, accelerator, trial)
         accelerator = start_accelerator(config.train)
     memory = Memory(accelerator.device)
-    parts = train_autoencoder.make_parts(config, vae, codec.factor, accelerator)
+    trainer = train_autoencoder.AutoencoderTrainer(config, vae, images, accelerator)
     facts = _data_facts(config, images, shape, notes)
     facts["precision"] = chosen
-    facts["parameters"] = _parameters(autoencoder=vae, discriminator=parts.critic, perceptual_frozen=parts.perceptual)
+    facts["parameters"] = _parameters(
+        autoencoder=vae, discriminator=trainer.discriminator, perceptual_frozen=trainer.perceptual
+    )
     if shape is None:
         notes.unknown["step"] = "the shape of the images is not known"
         return facts
@@ -167,7 +167,8 @@ def _plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]
 
     def step(number: int, batch: int) -> None:
         x = torch.rand(batch, *shape) * 2 - 1
-        update(_with_batch(config, batch), parts, accelerator, x.to(accelerator.device), number, config.optimizer.lr)
+        trainer.config = _with_batch(config, batch)
+        trainer.update(x.to(accelerator.device), number, config.optimizer.lr)
 
     steps = config.train.steps
     first = min(config.loss.adversarial_start, steps) if config.loss.adversarial > 0 else 0
@@ -221,13 +222,13 @@ def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[s
     memory = Memory(accelerator.device)
     cache: Any = RandomCache(latent_shape, len(images.train) if images else STAND_IN)
     latents = Latents(codec, images, cache)  # type: ignore[arg-type]
-    parts = train_diffusion.make_parts(config, latents, conditions, accelerator)
-    parts.network.train()
-    unet, text_encoder = getattr(parts.bare, "unet", parts.bare), getattr(parts.bare, "text_encoder", None)
+    trainer = train_diffusion.DiffusionTrainer(config, latents, conditions, accelerator)
+    unet, text_encoder = getattr(trainer.model, "unet", trainer.model), getattr(trainer.model, "text_encoder", None)
     facts["parameters"] = _parameters(unet=unet, text_encoder=text_encoder, autoencoder_frozen=codec.vae)
 
     def step(number: int, batch: int) -> None:
-        train_diffusion.train_step(_with_batch(config, batch), parts, accelerator, number, config.optimizer.lr)
+        trainer.config = _with_batch(config, batch)
+        trainer.train_step(number, config.optimizer.lr)
 
     measured = _note_memory(dry_run(step, [(0, config.train.steps)], config.train, memory), notes)
     if "hours" in measured and "hours" in cached:

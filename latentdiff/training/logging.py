@@ -1,32 +1,36 @@
-"""What a run logs: a progress bar on stderr, metrics.jsonl and TensorBoard; running means; the clock that says when to save."""
+"""What a run logs: a progress bar on stderr, metrics.jsonl, and trackers such as TensorBoard; and running means."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import sys
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
-from latentdiff.errors import printable
+from latentdiff.errors import UserError, printable
 from latentdiff.utils import atomic
 
-Values = Mapping[str, Tensor | tuple[Tensor, int]]
+Values = Mapping[str, Tensor | tuple[Tensor, int]]  # name -> a mean, or (a mean, how many samples it is of)
 
 
 class Averages:
-    """Sums and counts of named scalars since they were last taken; each process has its own until then."""
+    """Means of named scalars over steps and processes. Each process keeps its own sums until they are taken.
+
+    They are part of the training state, so a resumed run logs what an unbroken one would.
+    """
 
     def __init__(self) -> None:
         self.totals: dict[str, Tensor] = {}  # name -> float64 [2]: sum and count
 
     def add(self, values: Values) -> None:
-        """A mean by name, or (mean, number of samples it is of). The names are the same on every process."""
+        """Add one step's values. The names are the same on every process."""
         for name, value in values.items():
             mean, count = value if isinstance(value, tuple) else (value, 1)
             number = mean.detach().float().cpu().double()
@@ -34,7 +38,7 @@ class Averages:
             self.totals[name] = self.totals.get(name, torch.zeros(2, dtype=torch.float64)) + total
 
     def take(self, accelerator: Any) -> dict[str, float]:
-        """The means over all processes since the last call; a name without samples is left out. Every process calls it."""
+        """The means over all processes since the last call. A name without samples is left out. Every process calls it."""
         names = sorted(self.totals)
         gathered = self._gathered(accelerator)  # [processes, K, 2]
         self.totals = {}
@@ -42,12 +46,12 @@ class Averages:
         return {name: float(total / count) for name, (total, count) in zip(names, sums, strict=True) if count > 0}
 
     def state(self, accelerator: Any) -> dict[str, Tensor]:
-        """{name: float64 [processes, 2]}, for a training state. Every process calls it."""
+        """{name: float64 [processes, 2]}, sum and count of each process, for a training state. Every process calls it."""
         gathered = self._gathered(accelerator)
         return {name: gathered[:, k] for k, name in enumerate(sorted(self.totals))}
 
     def restore(self, tensors: Mapping[str, Tensor], accelerator: Any) -> None:
-        """Take up what `state` gave; on another number of processes the first goes on with the sum of them all."""
+        """Continue from what `state` gave. On another number of processes the first one takes the sum of them all."""
         self.totals = {}
         for name, rows in tensors.items():
             if len(rows) == accelerator.num_processes:
@@ -56,7 +60,7 @@ class Averages:
                 self.totals[name] = rows.sum(0) if accelerator.process_index == 0 else torch.zeros(2, dtype=torch.float64)
 
     def _gathered(self, accelerator: Any) -> Tensor:
-        if not self.totals:  # alike on every process; some backends cannot gather nothing
+        if not self.totals:  # the same on every process; some backends cannot gather nothing
             return torch.zeros(accelerator.num_processes, 0, 2, dtype=torch.float64)
         own = torch.stack([self.totals[name] for name in sorted(self.totals)])[None]
         if accelerator.num_processes == 1:
@@ -64,79 +68,137 @@ class Averages:
         return accelerator.gather(own.to(accelerator.device)).cpu()
 
 
-class RunLogger:
-    """Logs of a run, on the main process: a progress bar with rate and time left on stderr, TensorBoard, metrics.jsonl.
+def check_trackers(names: Sequence[str]) -> None:
+    """UserError where a name is none of accelerate's trackers, or the package behind it is not installed."""
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+    from accelerate.utils import LoggerType
 
-    A context manager, so that a run that ends in an error leaves its files flushed and the bar's line finished.
+    built_in = {kind.value for kind in LoggerType}
+    registered = {name for name in LOGGER_TYPE_TO_CLASS if name not in built_in}  # by accelerate's register_tracker_class
+    usable = sorted({kind.value for kind in get_available_trackers()} | registered)
+    for name in names:
+        if name not in usable:
+            problem = "is not installed" if name in LOGGER_TYPE_TO_CLASS else "is unknown"
+            raise UserError(f"train.trackers: {name} {problem}; installed here: {', '.join(usable)}")
+
+
+class RunLogger:
+    """Logs of a run: a bar on stderr with rate and time left, metrics.jsonl, and the trackers of train.trackers.
+
+    A context manager: a run that ends in an error leaves its files flushed and the bar's line finished. Every process may
+    have one; all but the main process's do nothing.
+
+    Args:
+        output: the run's folder. TensorBoard's files go to <output>/logs.
+        steps: how many steps the run has.
+        start: the step it continues from. Whatever was logged after it is forgotten, since it is logged again.
+        accelerator: keeps the trackers; an accelerate.Accelerator.
+        trackers: names that `check_trackers` accepts.
     """
 
-    def __init__(self, output: Path, steps: int, start: int, enabled: bool):
-        self.enabled = enabled
-        if not enabled:
+    def __init__(self, output: Path, steps: int, start: int, accelerator: Any, trackers: Sequence[str] = ("tensorboard",)):
+        self.enabled = accelerator.is_main_process
+        if not self.enabled:
             return
         from tqdm import tqdm
 
-        # What was logged after the state that a run goes on from is logged again
-        self.logs = output / "logs"
-        self.writer = self._writer(start)
+        self.output, self.accelerator = output, accelerator
         self.path = output / "metrics.jsonl"
+        self.tracker_folder = output / "logs"
+        # A run that was killed before its first state left logs too, although it starts again from step 0
+        rewrites = start > 0 or self.tracker_folder.is_dir()
         forget_lines(self.path, start)
         forget_lines(output / "skipped.jsonl", start - 1)  # its steps count from 0
         self.lines = self.path.open("a", encoding="utf-8")
-        # Written to a file the bar is refreshed rarely, so that a log stays readable
+        accelerator.log_with = [self._tracker(name, start if rewrites else None) for name in trackers]
+        accelerator.init_trackers("latentdiff")
+        # In a file the bar is refreshed rarely, so that the file stays readable
         self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0)
 
-    def _writer(self, start: int) -> Any:
-        from torch.utils.tensorboard import SummaryWriter
+    def _tracker(self, name: str, start: int | None) -> Any:
+        """accelerate's tracker of this name. start: the step whose successors TensorBoard shall forget."""
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
-        # A run that was killed before its first state left curves that begin alike
-        again = start > 0 or self.logs.is_dir()
-        return SummaryWriter(str(self.logs), purge_step=start + 1 if again else None)
+        cls = LOGGER_TYPE_TO_CLASS[name]
+        if name == "tensorboard":
+            return cls("logs", self.output, purge_step=None if start is None else start + 1)
+        arguments = (self.tracker_folder,) if cls.requires_logging_directory else ()
+        return cls("latentdiff", *arguments)
 
     def advance(self) -> None:
+        """One more step is done."""
         if self.enabled:
             self.bar.update(1)
 
     def move_to(self, step: int) -> None:
-        """Back to an earlier step: what was logged since is forgotten."""
-        if self.enabled:
-            self.lines.close()
-            forget_lines(self.path, step)
-            self.lines = self.path.open("a", encoding="utf-8")
-            self.writer.close()
-            self.writer = self._writer(step)
-            self.bar.n = step
-            self.bar.refresh()
+        """Go back to an earlier step: whatever was logged after it is forgotten, in metrics.jsonl and in TensorBoard.
 
-    def log(self, step: int, values: dict[str, float]) -> None:
+        Other trackers keep what they have; some of them then ignore steps that they have seen.
+        """
+        if not self.enabled:
+            return
+        self.lines.close()
+        forget_lines(self.path, step)
+        self.lines = self.path.open("a", encoding="utf-8")
+        for k, tracker in enumerate(self.accelerator.trackers):
+            if tracker.name == "tensorboard":
+                tracker.finish()
+                self.accelerator.trackers[k] = self._tracker("tensorboard", step)
+                self.accelerator.trackers[k].start()
+        self.bar.n = step
+        self.bar.refresh()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Log scalars after `step` steps; those under train/ are shown beside the bar too."""
         if not self.enabled:
             return
         with atomic.naming(self.path):
             self.lines.write(json.dumps({"step": step, **{k: round(float(v), 7) for k, v in values.items()}}) + "\n")
             self.lines.flush()
-        with atomic.naming(self.logs):
-            for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+        with atomic.naming(self.tracker_folder):
+            self.accelerator.log({name: float(value) for name, value in values.items()}, step=step)
         shown = {k.rsplit("/", 1)[-1]: f"{v:.4g}" for k, v in values.items() if k.startswith("train/")}
         self.bar.set_postfix(shown, refresh=False)
 
-    def say(self, text: str) -> None:
+    def picture(self, step: int, name: str, path: Path) -> None:
+        """Give the picture in a file to those trackers that take pictures."""
+        if not self.enabled:
+            return
+        takers = [tracker for tracker in self.accelerator.trackers if hasattr(tracker, "log_images")]
+        if not takers:
+            return
+        with Image.open(path) as image:
+            pixels = np.asarray(image.convert("RGB"))  # uint8 [H, W, 3]
+        with atomic.naming(self.tracker_folder):
+            for tracker in takers:
+                # Each tracker has its own form: TensorBoard a batch, Aim and ClearML one picture, the others a list
+                if tracker.name == "tensorboard":
+                    tracker.log_images({name: pixels[None]}, step=step, dataformats="NHWC")
+                elif tracker.name in ("aim", "clearml"):
+                    tracker.log_images({name: pixels}, step=step)
+                else:
+                    tracker.log_images({name: [pixels]}, step=step)
+
+    def print(self, text: str) -> None:
+        """Print a line on stderr, above the bar."""
         if self.enabled:
-            with contextlib.suppress(OSError):  # a terminal that was closed is no reason to lose work
+            with contextlib.suppress(OSError):  # a closed terminal is no reason to lose work
                 self.bar.write(printable(text), file=sys.stderr)
 
     def __enter__(self) -> RunLogger:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.enabled:
-            for part in (self.bar, self.writer, self.lines):
-                with contextlib.suppress(OSError):  # what was not written is said by what wrote it
-                    part.close()
+        if not self.enabled:
+            return
+        for close in (self.bar.close, *(tracker.finish for tracker in self.accelerator.trackers), self.lines.close):
+            with contextlib.suppress(OSError):  # an error in writing was raised where it was written
+                close()
+        self.accelerator.trackers.clear()  # accelerate would finish them once more at the end
 
 
 def forget_lines(path: Path, after: int) -> None:
-    """Drop the lines of a metrics file whose step is beyond `after`, and one that a killed process left half written."""
+    """Drop the lines of a JSON-lines file whose step is beyond `after`, and one that a killed process left half written."""
     if not path.is_file():
         return
     kept = []
@@ -147,16 +209,3 @@ def forget_lines(path: Path, after: int) -> None:
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     atomic.write_text(path, "".join(kept))
-
-
-class SaveClock:
-    """True every so many minutes, and at most once per interval."""
-
-    def __init__(self, minutes: float):
-        self.interval, self.last = minutes * 60.0, time.monotonic()
-
-    def due(self) -> bool:
-        if time.monotonic() - self.last < self.interval:
-            return False
-        self.last = time.monotonic()
-        return True

@@ -42,6 +42,7 @@ FREE_ON_RESUME = (
     "train.best",
     "train.snapshot_every",
     "train.timeout_minutes",
+    "train.trackers",
     "cache.check",
 )
 
@@ -100,11 +101,10 @@ def recorded_config(output: Path, cls: type[Section]) -> Section:
     cls: the config class of the run's stage. Keys that are newer than the run get the values its version used.
     """
     record = output / "run.json"
+    if not record.is_file():
+        raise UserError(f"{record}: not found, so {output} holds no training run")
     with _damage_named(record):
-        try:
-            tree = json.loads(record.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(f"{record}: not found, so {output} holds no training run") from None
+        tree = json.loads(record.read_text(encoding="utf-8"))
         return cls.model_validate({**_with_old_rules(tree, cls), "output": str(output)})
 
 

@@ -1,8 +1,12 @@
-"""Stage 1: train an AutoencoderKL or a VQModel for reconstruction, then freeze it with its latents measured."""
+"""Stage 1: train an AutoencoderKL or a VQModel for reconstruction, then freeze it with its latents measured.
+
+`train_autoencoder` sets a run up. `AutoencoderTrainer.update` is one training step; `trainer.Trainer.run` repeats it.
+"""
 
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,89 +17,127 @@ from torch import Tensor, nn
 from latentdiff.config import AutoencoderConfig
 from latentdiff.data.shuffling import stream
 from latentdiff.errors import UserError
-from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, freeze, load_autoencoder, store_normaliser
+from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, load_autoencoder
 from latentdiff.models.codebook import CodeUsage, revive_dead_codes
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training import messages, state, trainer
+from latentdiff.training import messages, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
-from latentdiff.training.autoencoder_loss import Stage1Weights
-from latentdiff.training.autoencoder_report import LatentStatistics
-from latentdiff.training.autoencoder_step import Parts, Stage1, draw_noise, update
+from latentdiff.training.autoencoder_checkpoint import publish, save_reconstructions
+from latentdiff.training.autoencoder_loss import Stage1Weights, discriminator_terms, likeness_and_adversarial, stage1_terms
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.ema import Ema
-from latentdiff.training.images import Images, sweep
-from latentdiff.training.logging import RunLogger
-from latentdiff.training.loss_scale import LossScale
+from latentdiff.training.images import Images
+from latentdiff.training.logging import RunLogger, Values
 from latentdiff.training.micro_batch import find_micro_batch
-from latentdiff.training.optimizer import make_optimizer
+from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_learning_rate
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.run_folder import locked_run_folder, write_config
-from latentdiff.utils import atomic
-from latentdiff.utils.hashes import write_hashes
-from latentdiff.utils.random import derive_seed
+from latentdiff.training.trainer import Tensors, Trainer, accumulating, check_made_from, micro_batches
+from latentdiff.utils.random import derive_seed, randn
+
+Means = dict[str, tuple[Tensor, int]]  # name -> (mean over samples, how many samples)
 
 
 def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
-    """Train stage 1 as the config says; returns the folder of the finished autoencoder, <output>/autoencoder.
+    """Train stage 1 and return the folder of the finished autoencoder, <output>/autoencoder.
 
     Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, report.json and report.png.
+
+    Args:
+        config: of stage "autoencoder".
+        resume: continue the run in config.output from its newest training state.
+
+    Raises:
+        UserError: a mistake in the config, the data or the output folder. Nothing was written then.
     """
     output = Path(config.output)
     accelerator = start_accelerator(config.train)
-    with locked_run_folder(output, config, resume) as restores:
-        _train(config, restores, accelerator, output)
+    with locked_run_folder(output, config, resume) as resumes:
+        _train(config, resumes, accelerator)
     accelerator.end_training()
     return output / "autoencoder"
 
 
-def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, output: Path) -> None:
+def _train(config: AutoencoderConfig, resume: bool, accelerator: Any) -> None:
+    output = Path(config.output)
+
+    # 1. The network and the images. Their sides are padded to multiples of the network's factor.
     torch.manual_seed(derive_seed(config.seed, "initialise"))
     vae = make_autoencoder(config)
-    factor = LatentCodec(vae).factor
-    images = Images(config.data, factor)
-    to_train(config, vae)
+    images = Images(config.data, LatentCodec(vae).factor)
+
+    # 2. Precision and micro-batch, where the config says auto: measured by a few steps on random images.
     trial = partial(trial_steps, config, vae, (config.data.channels, *images.preprocess.padded_size))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
-    accelerator = start_accelerator(config.train)  # again: now at the precision that was chosen
-    parts = make_parts(config, vae, factor, accelerator)
+    accelerator = start_accelerator(config.train)  # again: now in the precision that was chosen
+
+    # 3. Optimizer, discriminator and averaged weights; then the state of the run that is resumed.
+    trainer = AutoencoderTrainer(config, vae, images, accelerator)
     if config.train.compile:
-        _compile(config, images, parts, accelerator)
-    work = _work(config, images, parts, accelerator, output)
-    progress = trainer.resume(output, work, accelerator, config.train.keep) if resume else trainer.Progress()
+        trainer.compile()
+    if resume:
+        trainer.resume()
+
+    # 4. Print what the run has, record the config, then train.
     warnings = [*messages.length_warnings(config), *messages.data_warnings(config, len(images.train))]
     announcement(accelerator, config.train, precision, lines=messages.as_warnings(warnings))()
     images.say()
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
-    with RunLogger(output, config.train.steps, progress.step, accelerator.is_main_process) as log:
-        trainer.run_loop(config, work, accelerator, log, output, progress)
-    parts.ema.copy_to(parts.bare.vae)
-    publish(config, images, parts.bare.vae, accelerator, output / "autoencoder", {"steps": progress.step, **work.meta()})
+    with RunLogger(output, config.train.steps, trainer.progress.step, accelerator, config.train.trackers) as log:
+        trainer.run(log)
+
+    # 5. Publish the averaged weights.
+    trainer.ema.copy_to(vae)
+    meta = {"steps": trainer.progress.step, **trainer.state_meta()}
+    publish(config, images, vae, accelerator, output / "autoencoder", meta)
     wait_for_everyone(accelerator)
 
 
+def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
+    """Publish the averaged weights of a training state or snapshot, as the run would have done had it ended there.
+
+    Args:
+        config: the run's recorded config.
+        folder: the folder to write.
+        tensors, meta: of the state, from `state.load_folder`.
+        output: the run's folder, for messages.
+    """
+    accelerator = start_accelerator(config.train)
+    vae = make_autoencoder(config)
+    images = Images(config.data, LatentCodec(vae).factor)
+    check_made_from(output, meta.get("made_of"), {"data": images.train.fingerprint()})
+    state.load_into(vae, tensors["ema"], str(output))
+    vae.to(accelerator.device)
+    publish(config, images, vae, accelerator, folder, {"steps": meta["step"], "ema_updates": meta["ema_updates"]})
+
+
 def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int, int], alone: OneProcess) -> Step:
-    """Steps of a copy of the autoencoder on random images of this shape [C, H, W], as most of the run's steps are."""
-    vae = copy.deepcopy(vae)
-    factor = LatentCodec(vae).factor
-    to_train(config, vae)
-    parts = make_parts(config, vae, factor, alone)
-    start, steps = config.loss.adversarial_start, config.train.steps
-    number = start if config.loss.adversarial > 0 and 2 * start < steps else 0
+    """step(precision, batch): training steps of a copy of the autoencoder on random images [C, H, W], to be timed.
+
+    They are with the discriminator where it takes part in more than half of the run.
+    """
+    trainer = AutoencoderTrainer(config, copy.deepcopy(vae), None, alone)
+    start = config.loss.adversarial_start
+    number = start if config.loss.adversarial > 0 and 2 * start < config.train.steps else 0
 
     def step(precision: str, batch: int) -> None:
         alone.precision = precision
-        x = torch.rand(batch, *shape, device=alone.device) * 2 - 1
-        update(named(config, precision, batch), parts, alone, x, number, config.optimizer.lr)
+        trainer.config = named(config, precision, batch)
+        trainer.update(torch.rand(batch, *shape, device=alone.device) * 2 - 1, number, config.optimizer.lr)
 
     return step
 
 
 def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
-    """The autoencoder that training starts from: a new one, or the one of model.pretrained. UserError where neither fits."""
+    """The autoencoder that a config trains: a new one, or model.pretrained.
+
+    Raises:
+        UserError: the config names none, or a pretrained one of another kind or with other channels.
+    """
     if config.model.pretrained is not None:
         vae = load_autoencoder(config.model.pretrained)
         if type(vae).__name__ not in TRAINABLE or vae.config.in_channels != config.data.channels:
@@ -111,58 +153,336 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
     return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
 
 
-def to_train(config: AutoencoderConfig, vae: nn.Module) -> None:
-    """Have gradients reach what the config trains: everything, or all behind the latents."""
-    vae.train().requires_grad_(True)
-    if config.freeze_encoder:
-        for name in ("encoder", "quant_conv", "quantize"):
+class Reconstruction(nn.Module):
+    """The whole reconstruction as one forward pass, so that DDP averages the gradients of encoder and decoder together."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+        self.discrete = hasattr(vae, "quantize")
+        if self.discrete:
+            # |sg(z) - e|^2 + beta |z - sg(e)|^2, VQ-VAE (arXiv:1711.00937) eq. 3, beta 0.25. Diffusers' default, kept for
+            # old weights, has beta on the first term, which is the codebook's
+            vae.quantize.legacy = False
+
+    def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+        """The reconstruction [B, C, H, W] of images [B, C, H, W], and what the loss needs of the latents.
+
+        Of an AutoencoderKL: the posterior's mean and logvar; noise [B, c, h, w] draws from it. Of a VQModel, which takes no
+        noise: commitment (a scalar), codes [n] and the latents [B, c, h, w] before quantisation.
+        """
+        if self.discrete:
+            latents = self.vae.encode(images).latents
+            quantised, commitment, (_, _, codes) = self.vae.quantize(latents.float())
+            image = self.vae.decode(quantised, force_not_quantize=True).sample
+            return {"reconstruction": image, "commitment": commitment, "codes": codes.flatten(), "latents": latents}
+        posterior = self.vae.encode(images).latent_dist
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        z = mean + torch.exp(0.5 * logvar) * noise
+        return {"reconstruction": self.vae.decode(z).sample, "mean": mean, "logvar": logvar}
+
+
+class AutoencoderTrainer(Trainer):
+    """Stage 1's data, networks and optimizers, and its training step.
+
+    Attributes:
+        images: the training and held-out images; None while steps are timed on random ones.
+        model: the autoencoder `model.vae` with its reconstruction as one forward pass.
+        parallel_model: `model` as accelerate wraps it (DDP); what a training step calls.
+        ema: running averages of the autoencoder's weights.
+        weights: the weights of the loss's terms.
+        perceptual: the network of the perceptual term, frozen, or None.
+        discriminator: the patch discriminator, or None.
+        parallel_discriminator: `discriminator` as accelerate wraps it.
+        code_usage: of a VQModel, how often each code was used in this epoch, over all processes.
+        last_latents: of a VQModel, the last batch's latents, from which unused codes are revived.
+    """
+
+    config: AutoencoderConfig
+
+    def __init__(self, config: AutoencoderConfig, vae: nn.Module, images: Images | None, accelerator: Any):
+        super().__init__(config, accelerator)
+        loss = config.loss
+        if config.train.compile and loss.adversarial > 0 and loss.adaptive:
+            raise UserError("train.compile: a compiled decoder cannot weigh the adversary; set it or loss.adaptive to false")
+        if not (loss.l1 or loss.l2 or loss.perceptual):
+            raise UserError("loss: one of l1, l2 and perceptual must be above 0")
+        self.images = images
+        self._batches: Any = None
+        self.factor = LatentCodec(vae).factor  # image sides over latent sides; the codec freezes the network
+
+        # What is trained: everything, or whatever comes after the latents
+        vae.train().requires_grad_(True)
+        frozen = ("encoder", "quant_conv", "quantize") if config.freeze_encoder else ()
+        for name in frozen:
             if getattr(vae, name, None) is not None:
                 getattr(vae, name).requires_grad_(False)
+        self.model = Reconstruction(vae)
+        if self.model.discrete and loss.commitment == 0:
+            vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
+        if config.train.gradient_checkpointing:
+            vae.enable_gradient_checkpointing()
+        self.optimizer: Any = make_optimizer(self.model.parameters(), config.optimizer)
+
+        # The loss: the weights of its terms, the discriminator, the perceptual network
+        terms = ("l1", "l2", "perceptual", "kl", "commitment", "adversarial", "adversarial_start", "adaptive")
+        self.weights = Stage1Weights(**{name: getattr(loss, name) for name in terms})
+        self.discriminator: nn.Module | None = None
+        self.parallel_discriminator: nn.Module | None = None
+        self.discriminator_optimizer: Any = None
+        if loss.adversarial > 0:
+            widths = [loss.discriminator_channels * 2**i for i in range(loss.discriminator_layers + 1)]
+            self.discriminator = PatchDiscriminator(config.data.channels, widths)
+            # Betas as in VQGAN (arXiv:2012.09841); eps is the autoencoder's
+            settings = {"lr": loss.discriminator_lr, "betas": (0.5, 0.9), "weight_decay": 0.0}
+            optimizer_config = config.optimizer.model_copy(update=settings)
+            self.discriminator_optimizer = make_optimizer(self.discriminator.parameters(), optimizer_config)
+        self.perceptual = None
+        if loss.perceptual > 0:
+            self.perceptual = _load_perceptual(loss.perceptual_network).to(accelerator.device)
+
+        # Several processes, averaged weights, usage of the codes
+        self.parallel_model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+        if self.discriminator is not None:
+            prepared = accelerator.prepare(self.discriminator, self.discriminator_optimizer)
+            self.parallel_discriminator, self.discriminator_optimizer = prepared
+        self.ema = Ema(vae, config.ema.decay, config.ema.power)
+        self.code_usage = CodeUsage(vae.quantize.n_e) if self.model.discrete else None
+        self.last_latents: Tensor | None = None
+
+    # A training step
+
+    def train_step(self, step: int, lr: float) -> tuple[Values, bool]:
+        """One update of the weights; see `Trainer.train_step`."""
+        return self.update(self.read_images(step), step, lr)
+
+    def update(self, images: Tensor, step: int, lr: float) -> tuple[Means, bool]:
+        """One update of the autoencoder on images [B, C, H, W] in [-1, 1], and of the discriminator once it takes part.
+
+        Returns (means for the log, whether every gradient was finite). Where one was not, neither network is changed.
+        """
+        config, count = self.config, len(images)
+        set_learning_rate(self.optimizer, lr)
+        noise = self.draw_noise(images, step)
+        pieces = [
+            (images[rows], None if noise is None else noise[rows]) for rows in micro_batches(count, config.train.micro_batch)
+        ]
+        # The adversarial term's weight follows from gradients of the whole batch. In pieces it is computed ahead of them.
+        adaptive_weight = self._adaptive_weight(pieces, step) if len(pieces) > 1 else None
+
+        # The autoencoder's gradient. Those of the pieces (train.micro_batch) add up to the batch's.
+        values: Means = {}
+        reconstructions, outputs = [], []
+        for k, (x, z_noise) in enumerate(pieces):
+            with accumulating([self.parallel_model], last=k + 1 == len(pieces)):
+                output = self.parallel_model(x, z_noise)
+                terms = self.loss_terms(x, output, step, adaptive_weight)
+                self.accelerator.backward(self.loss_scale.scaled(terms["total"] * (len(x) / count)))
+            reconstructions.append(output["reconstruction"].detach().float())
+            outputs.append({name: output[name].detach() for name in ("codes", "latents") if name in output})
+            _add_means(values, terms, len(x))
+        self.loss_scale.unscale(self.optimizer)
+        norm = clip_gradient(self.model, config.optimizer.clip)
+        values |= {**self.loss_scale.logged(), "gradient_norm": (torch.tensor(norm), 1)}
+        finite, optimizers = math.isfinite(norm), [self.optimizer]
+
+        # The discriminator's gradient, on the same reconstructions: it is computed before either network moves.
+        if finite and self.discriminator is not None and self.weights.adversarial_at(step):
+            finite = math.isfinite(self._discriminator_gradient(images, reconstructions, values))
+            optimizers.append(self.discriminator_optimizer)
+
+        # Update both networks and the average, unless a gradient is not finite.
+        for optimizer in optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.loss_scale.stepped()
+            self.ema.update(self.model.vae)
+            if self.code_usage is not None:
+                self.code_usage.update(self.accelerator.gather(torch.cat([output["codes"] for output in outputs])))
+                self.last_latents = torch.cat([output["latents"] for output in outputs])
+        return values, finite
+
+    def read_images(self, step: int) -> Tensor:
+        """This process's images of a step's batch, [B, C, H, W] on its device. The batches after it are read ahead."""
+        assert self.images is not None
+        size = self.config.train.batch_size
+        if self._batches is None or self._batches.position != step * size:  # at the first step, and after a roll-back
+            self.stop_reading()
+            self._batches = self.images.batches(self.config.seed, size, step, self.accelerator)
+        return next(self._batches)[0].to(self.accelerator.device)
+
+    def stop_reading(self) -> None:
+        """End the processes that read images ahead."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
+
+    def image_indices(self, step: int) -> Tensor:
+        """The training images of a step's global batch, int64 [batch_size]."""
+        assert self.images is not None
+        size, images = self.config.train.batch_size, self.images.train
+        return stream(len(images), self.config.seed, step * size, size, images.blocks)
+
+    def draw_noise(self, images: Tensor, step: int) -> Tensor | None:
+        """The noise [B, c, h, w] for this process's posteriors at a step: rows of what is drawn for the global batch.
+
+        None for a VQModel, which has no posterior.
+        """
+        if self.model.discrete:
+            return None
+        sides = (side // self.factor for side in images.shape[2:])
+        shape = (self.config.train.batch_size, self.model.vae.config.latent_channels, *sides)
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "posterior", step))
+        first = self.accelerator.process_index * len(images)
+        return randn(shape, generator)[first : first + len(images)].to(images.device)
+
+    def loss_terms(self, images: Tensor, output: dict[str, Tensor], step: int, adaptive_weight: Any) -> dict[str, Tensor]:
+        """The loss's terms and their `total`; see `autoencoder_loss.stage1_terms`. output: what `Reconstruction` gave."""
+
+        def mean_over_processes(value: Tensor) -> Tensor:
+            return self.accelerator.reduce(value, "mean")
+
+        with self.accelerator.autocast():
+            return stage1_terms(
+                images,
+                output["reconstruction"].float(),
+                self.weights,
+                step,
+                moments=None if self.model.discrete else (output["mean"], output["logvar"]),
+                commitment=output.get("commitment"),
+                perceptual=self.perceptual,
+                discriminator=self.discriminator,
+                last_layer=self.model.vae.decoder.conv_out.weight,
+                reduce=mean_over_processes if self.accelerator.num_processes > 1 else None,
+                factor=adaptive_weight,
+                scale=self.loss_scale.factor(),
+            )
+
+    def _adaptive_weight(self, pieces: list[tuple[Tensor, Tensor | None]], step: int) -> Tensor | None:
+        """The adversarial term's weight for a batch in pieces, or None where there is none.
+
+        It compares gradients of the whole batch at the last layer, before the first backward pass. So the pieces go through
+        the network once more.
+        """
+        weights, last_layer = self.weights, self.model.vae.decoder.conv_out.weight
+        if self.discriminator is None or not weights.adversarial_at(step) or not weights.adaptive:
+            return None
+        total = sum(len(x) for x, _ in pieces)
+        gradients = [torch.zeros_like(last_layer), torch.zeros_like(last_layer)]
+        with accumulating([self.parallel_model], last=False):
+            for x, noise in pieces:
+                reconstruction = self.parallel_model(x, noise)["reconstruction"].float()
+                with self.accelerator.autocast():
+                    both = likeness_and_adversarial(x, reconstruction, weights, self.discriminator, self.perceptual)
+                scale = self.loss_scale.factor()
+                for k, loss in enumerate(both):
+                    (gradient,) = torch.autograd.grad(loss * scale, last_layer, retain_graph=k == 0)
+                    gradients[k] += gradient * (len(x) / total / scale)
+        likeness, adversarial = (self.accelerator.reduce(gradient, "mean").norm() for gradient in gradients)
+        return (likeness / (adversarial + 1e-6)).clamp(0.0, weights.adaptive_max)
+
+    def _discriminator_gradient(self, images: Tensor, reconstructions: list[Tensor], values: Means) -> float:
+        """The norm of the discriminator's gradient on images and their reconstructions; the gradient is left clipped."""
+        assert self.discriminator is not None and self.parallel_discriminator is not None
+        reals = images.split([len(fake) for fake in reconstructions])
+        for k, (real, fake) in enumerate(zip(reals, reconstructions, strict=True)):
+            with accumulating([self.parallel_discriminator], last=k + 1 == len(reals)):
+                with self.accelerator.autocast():
+                    terms = discriminator_terms(self.parallel_discriminator, real, fake)
+                self.accelerator.backward(self.loss_scale.scaled(terms["total"] * (len(real) / len(images))))
+            _add_means(values, {f"discriminator_{name}": value for name, value in terms.items()}, len(real))
+        self.loss_scale.unscale(self.discriminator_optimizer)
+        return clip_gradient(self.discriminator, self.config.optimizer.clip)
+
+    def compile(self) -> None:
+        """Compile encoder and decoder. UserError where they then compute something else, on the first step's batch."""
+        x = self.read_images(0)
+        self.stop_reading()
+        rows = micro_batches(len(x), self.config.train.micro_batch)[0]
+        noise, vae = self.draw_noise(x, 0), self.model.vae
+        x, noise = x[rows], None if noise is None else noise[rows]
+
+        def loss() -> Tensor:
+            with self.accelerator.autocast():
+                out = self.model(x, noise)
+                extra = out["commitment"].float() if self.model.discrete else out["mean"].square().mean() + out["logvar"].mean()
+                return (out["reconstruction"].float() - x).square().mean() + 1e-3 * extra
+
+        compile_checked(self.model, [vae.encoder, vae.decoder], loss, self.config.train.precision)
+
+    # After a step
+
+    def after_step(self, done: int) -> dict[str, float]:
+        """At the end of an epoch, the usage of a VQModel's codes; a picture of reconstructions where it is due."""
+        assert self.images is not None
+        train, metrics = self.config.train, {}
+        if self.code_usage is not None and done % max(1, len(self.images.train) // train.batch_size) == 0:
+            metrics = self._end_of_epoch(done - 1)
+            self.code_usage.reset()
+        if done % train.picture_every == 0 and self.accelerator.is_main_process:
+            path = self.output / "pictures" / f"step-{done:06d}.png"
+            save_reconstructions(self.model.vae, self.images, path)
+            if self.log is not None:
+                self.log.picture(done, "reconstructions", path)
+        if done == train.steps:
+            self.stop_reading()
+        return metrics
+
+    def _end_of_epoch(self, step: int) -> dict[str, float]:
+        """Revive the codes that were not used in this epoch; returns how much of the codebook was used, and revived."""
+        usage = self.code_usage
+        assert usage is not None
+        values = {"codes/used": usage.usage(), "codes/perplexity": usage.perplexity(), "codes/revived": 0.0}
+        if self.config.revive_dead_codes and not self.config.freeze_encoder and self.last_latents is not None:
+            # Every process draws the same codes from the same latents, so the codebooks stay equal
+            latents = self.accelerator.gather(self.last_latents.float().contiguous())
+            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "revive", step))
+            values["codes/revived"] = float(revive_dead_codes(self.model.vae, usage.counts, latents, generator))
+        return values
+
+    # The training state
+
+    def state_tensors(self) -> Tensors:
+        """Weights, their averages, the optimizers' moments, the usage of codes and the loss scale, where there are."""
+        # The order of the data and all noise follow from (seed, step), so there is nothing to keep of them
+        tensors = {"model": self.model.vae.state_dict(), "ema": self.ema.state()}
+        tensors["optimizer"] = state.optimizer_tensors(self.optimizer)
+        if self.discriminator is not None:
+            tensors["discriminator"] = self.discriminator.state_dict()
+            tensors["discriminator_optimizer"] = state.optimizer_tensors(self.discriminator_optimizer)
+        if self.code_usage is not None:
+            tensors["codes"] = {"counts": self.code_usage.counts}
+        if self.loss_scale.enabled:
+            tensors["loss_scale"] = self.loss_scale.state()
+        return tensors
+
+    def state_meta(self) -> dict[str, Any]:
+        """Updates of the average, and the precision."""
+        return {"ema_updates": self.ema.updates, "precision": self.config.train.precision}
+
+    def made_from(self) -> dict[str, Any]:
+        """A checksum of the images."""
+        assert self.images is not None
+        return {"data": self.images.train.fingerprint()}
+
+    def load_state(self, tensors: Tensors, meta: dict[str, Any]) -> None:
+        """Continue from a state. UserError where it is of another precision or another network."""
+        check_state(meta, self.config, self.output)
+        state.load_into(self.model.vae, tensors["model"], str(self.output))
+        self.ema.restore(tensors["ema"], meta["ema_updates"])
+        state.restore_optimizer(self.optimizer, tensors["optimizer"])
+        if self.discriminator is not None:
+            state.load_into(self.discriminator, tensors["discriminator"], str(self.output))
+            state.restore_optimizer(self.discriminator_optimizer, tensors.get("discriminator_optimizer", {}))
+        if self.code_usage is not None:
+            self.code_usage.counts.copy_(tensors["codes"]["counts"])
+        self.loss_scale.restore(tensors.get("loss_scale", {}))
 
 
-def make_parts(config: AutoencoderConfig, vae: nn.Module, factor: int, accelerator) -> Parts:
-    """All that a step uses: networks, optimizers, loss and EMA. factor: image side / latent side. UserError for a bad loss."""
-    if config.train.compile and config.loss.adversarial > 0 and config.loss.adaptive:
-        raise UserError("train.compile: a compiled decoder cannot weigh the adversary; set it or loss.adaptive to false")
-    if not (config.loss.l1 or config.loss.l2 or config.loss.perceptual):
-        raise UserError("loss: one of l1, l2 and perceptual must be above 0")
-    bare = Stage1(vae)
-    if bare.discrete and config.loss.commitment == 0:
-        vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
-    if config.train.gradient_checkpointing:
-        vae.enable_gradient_checkpointing()
-    optimizer = make_optimizer(bare.parameters(), config.optimizer)
-    loss = config.loss
-    critic = critic_optimizer = perceptual = None
-    if loss.adversarial > 0:
-        widths = [loss.discriminator_channels * 2**i for i in range(loss.discriminator_layers + 1)]
-        critic = PatchDiscriminator(config.data.channels, widths)
-        own = {"lr": loss.discriminator_lr, "betas": (0.5, 0.9), "weight_decay": 0.0}  # as in 2012.09841; eps is shared
-        critic_optimizer = make_optimizer(critic.parameters(), config.optimizer.model_copy(update=own))
-    if loss.perceptual > 0:
-        perceptual = _perceptual(loss.perceptual_network).to(accelerator.device)
-    network, optimizer = accelerator.prepare(bare, optimizer)
-    critic_network = None
-    if critic is not None:
-        critic_network, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
-    fields = ("l1", "l2", "perceptual", "kl", "commitment", "adversarial", "adversarial_start", "adaptive")
-    return Parts(
-        network,
-        bare,
-        optimizer,
-        Ema(bare.vae, config.ema.decay, config.ema.power),
-        Stage1Weights(**{name: getattr(loss, name) for name in fields}),
-        perceptual,
-        critic_network,
-        critic,
-        critic_optimizer,
-        CodeUsage(vae.quantize.n_e) if bare.discrete else None,
-        factor,
-        LossScale(config.train.precision, accelerator.device),
-    )
-
-
-def _perceptual(network: str | None) -> nn.Module:
+def _load_perceptual(network: str | None) -> nn.Module:
+    """The network that loss.perceptual_network names. UserError where it names none."""
     from latentdiff.models.perceptual import Lpips, Perceptual
 
     if network is None:
@@ -175,179 +495,8 @@ def _perceptual(network: str | None) -> nn.Module:
     return Perceptual(load_features(resolve_model(network)))
 
 
-def _work(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any, output: Path) -> trainer.Work:
-    batch, reading = config.train.batch_size, _Reading(config, images, accelerator)
-    per_epoch = max(1, len(images.train) // batch)
-
-    def after(done: int) -> dict[str, float]:
-        metrics = {}
-        if parts.usage is not None and done % per_epoch == 0:
-            metrics = _end_of_epoch(config, parts, accelerator, done - 1)
-            parts.usage.reset()
-        if done % config.train.picture_every == 0 and accelerator.is_main_process:
-            picture(parts.bare.vae, images, output / "pictures" / f"step-{done:06d}.png")
-        if done == config.train.steps:
-            reading.close()
-        return metrics
-
-    def restore(tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        check_state(meta, config, output)
-        _restore(output, parts, tensors, meta)
-
-    return trainer.Work(
-        step=lambda step, lr: update(config, parts, accelerator, reading.at(step), step, lr),
-        after=after,
-        tensors=lambda: _tensors(parts),
-        meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision},
-        restore=restore,
-        samples=lambda step: stream(len(images.train), config.seed, step * batch, batch, images.train.blocks),
-        lowered=parts.scale.lowered,
-        made_of={"data": images.train.fingerprint()},
-    )
-
-
-def _compile(config: AutoencoderConfig, images: Images, parts: Parts, accelerator: Any) -> None:
-    """Compile encoder and decoder, held against eager on the first step's batch; UserError where they disagree."""
-    reading = _Reading(config, images, accelerator)
-    x = reading.at(0)
-    reading.close()
-    piece = trainer.shares(len(x), config.train.micro_batch)[0]
-    noise, vae = draw_noise(config, parts, accelerator, x, 0), parts.bare.vae
-    x, noise = x[piece], None if noise is None else noise[piece]
-
-    def loss() -> Tensor:
-        with accelerator.autocast():
-            out = parts.bare(x, noise)
-            extra = out["commitment"].float() if parts.bare.discrete else out["mean"].square().mean() + out["logvar"].mean()
-            return (out["reconstruction"].float() - x).square().mean() + 1e-3 * extra
-
-    compile_checked(parts.bare, [vae.encoder, vae.decoder], loss, config.train.precision)
-
-
-class _Reading:
-    """This process's images of each step, read ahead; from another step than the next one it starts anew."""
-
-    def __init__(self, config: AutoencoderConfig, images: Images, accelerator: Any):
-        self.config, self.images, self.accelerator = config, images, accelerator
-        self.batches: Any = None
-
-    def at(self, step: int) -> Tensor:
-        batch = self.config.train.batch_size
-        if self.batches is None or self.batches.position != step * batch:
-            self.close()
-            self.batches = self.images.batches(self.config.seed, batch, step, self.accelerator)
-        return next(self.batches)[0].to(self.accelerator.device)
-
-    def close(self) -> None:
-        if self.batches is not None:
-            self.batches.close()
-            self.batches = None
-
-
-def _end_of_epoch(config, parts: Parts, accelerator, step: int) -> dict[str, float]:
-    """Revive the codes that the epoch left unused, say how much was used and revived."""
-    usage = parts.usage
-    values = {"codes/used": usage.usage(), "codes/perplexity": usage.perplexity(), "codes/revived": 0.0}
-    if config.revive_dead_codes and not config.freeze_encoder and parts.latents is not None:
-        # Every process draws the same codes from the same latents, so the codebooks stay equal
-        shared = accelerator.gather(parts.latents.float().contiguous())
-        generator = torch.Generator().manual_seed(derive_seed(config.seed, "revive", step))
-        values["codes/revived"] = float(revive_dead_codes(parts.bare.vae, usage.counts, shared, generator))
-    return values
-
-
-def _tensors(parts: Parts) -> dict[str, dict[str, Tensor]]:
-    # Order of data and noise are functions of (seed, step), so the step is all there is to keep of them
-    tensors = {"model": parts.bare.vae.state_dict(), "ema": parts.ema.state()}
-    tensors["optimizer"] = state.optimizer_tensors(parts.optimizer)
-    if parts.critic is not None:
-        tensors["discriminator"] = parts.critic.state_dict()
-        tensors["discriminator_optimizer"] = state.optimizer_tensors(parts.critic_optimizer)
-    if parts.usage is not None:
-        tensors["codes"] = {"counts": parts.usage.counts}
-    if parts.scale.enabled:
-        tensors["loss_scale"] = parts.scale.state()
-    return tensors
-
-
-def _restore(output: Path, parts: Parts, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-    state.load_into(parts.bare.vae, tensors["model"], str(output))
-    parts.ema.restore(tensors["ema"], meta["ema_updates"])
-    state.restore_optimizer(parts.optimizer, tensors["optimizer"])
-    if parts.critic is not None:
-        state.load_into(parts.critic, tensors["discriminator"], str(output))
-        state.restore_optimizer(parts.critic_optimizer, tensors.get("discriminator_optimizer", {}))
-    if parts.usage is not None:
-        parts.usage.counts.copy_(tensors["codes"]["counts"])
-    parts.scale.restore(tensors.get("loss_scale", {}))
-
-
-@torch.no_grad()
-def picture(vae: nn.Module, images: Images, path: Path, count: int = 16) -> None:
-    """Held-out images above their reconstructions, written while training."""
-    from latentdiff.utils.images import save_rows
-
-    training, learning = vae.training, [parameter.requires_grad for parameter in vae.parameters()]
-    x, _ = images.held_out_batch(count)
-    device = next(vae.parameters()).device
-    codec = LatentCodec(vae)
-    crop = images.preprocess.crop_content
-    save_rows([crop(x), crop(codec.reconstruct(x.to(device)).cpu())], path)
-    vae.train(training)
-    for parameter, learns in zip(vae.parameters(), learning, strict=True):
-        parameter.requires_grad_(learns)
-
-
-def publish(
-    config: AutoencoderConfig, images: Images, vae: nn.Module, accelerator: Any, folder: Path, meta: dict[str, Any]
-) -> None:
-    """Measure the latents of averaged weights over the training set, store the normaliser, save to `folder`, report beside it.
-
-    Every process measures its share of the images; the main one writes. A frozen encoder keeps its normaliser. vae: holds
-    the averaged weights, and is frozen. meta: what latentdiff.json says besides the config and the data.
-    """
-    from latentdiff.training.autoencoder_report import stage1_report, write_report
-
-    freeze(vae)
-    if not config.freeze_encoder:
-        measured = _measure(config, images, LatentCodec(vae), accelerator)
-        store_normaliser(vae, measured.mean.float(), measured.std.float())
-    if not accelerator.is_main_process:
-        return
-    data = {"source": config.data.source, "images": len(images.train), "fingerprint": images.train.fingerprint()}
-    record = {"config": config.model_dump(mode="json"), **meta, "data": data}
-    with atomic.new_folder(folder) as new:
-        vae.save_pretrained(new, safe_serialization=True)
-        write_hashes(new)
-        atomic.write_json(new / "latentdiff.json", record)
-    codec = LatentCodec(load_autoencoder(str(folder)), refuse_non_finite=False)  # the report says it
-    report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
-    if images.nothing_held_out:
-        report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
-    write_report(folder.parent, report, pairs)
-    messages.save_report_lines(folder, report)
-    messages.print_lines(messages.autoencoder_finished(folder, report["lines"]))
-
-
-def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
-    """Publish the averaged weights of a state or snapshot as the run would have published them had it ended there."""
-    accelerator = start_accelerator(config.train)
-    vae = make_autoencoder(config)
-    images = Images(config.data, LatentCodec(vae).factor)
-    trainer.check_made_of(output, meta.get("made_of"), {"data": images.train.fingerprint()})
-    state.load_into(vae, tensors["ema"], str(output))
-    vae.to(accelerator.device)
-    publish(config, images, vae, accelerator, folder, {"steps": meta["step"], "ema_updates": meta["ema_updates"]})
-
-
-def _measure(config: AutoencoderConfig, images: Images, codec: LatentCodec, accelerator: Any) -> LatentStatistics:
-    """Mean and deviation of the raw latents of all training images, the same on every process."""
-    own = LatentStatistics(codec.latent_channels)
-    for x in sweep(images.train, config.train.batch_size, accelerator.process_index, accelerator.num_processes):
-        own.update(*codec.moments(x))
-    if accelerator.num_processes == 1:
-        return own
-    whole = LatentStatistics(codec.latent_channels)
-    for state_of_one in accelerator.gather(own.state()[None].to(accelerator.device)).cpu():
-        whole.merge(LatentStatistics.from_state(state_of_one))
-    return whole
+def _add_means(values: Means, terms: dict[str, Tensor], count: int) -> None:
+    """Add the means over one piece's `count` samples to those of the batch so far."""
+    for name, term in terms.items():
+        mean, before = values.get(name, (torch.zeros_like(term.detach()), 0))
+        values[name] = ((mean * before + term.detach() * count) / (before + count), before + count)

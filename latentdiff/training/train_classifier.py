@@ -105,7 +105,7 @@ def _fit(
     steps = config.train.steps
     optimizer, averages = make_optimizer(net.parameters(), config.optimizer), Averages()
     net.train()
-    with RunLogger(output, steps, 0, True) as log:
+    with RunLogger(output, steps, 0, accelerator, config.train.trackers) as log:
         for step in range(steps):
             lr = learning_rate(config.optimizer, step, steps)
             set_learning_rate(optimizer, lr)
@@ -122,7 +122,7 @@ def _fit(
             averages.add({"loss": loss, "gradient_norm": torch.tensor(norm)})
             log.advance()
             if (step + 1) % config.train.log_every == 0 or step + 1 == steps:
-                log.log(step + 1, {f"train/{k}": v for k, v in averages.take(accelerator).items()} | {"lr": lr})
+                log.metrics(step + 1, {f"train/{k}": v for k, v in averages.take(accelerator).items()} | {"lr": lr})
 
 
 def _batch(config: ClassifierConfig, latents: Latents, step: int) -> tuple[Tensor, Tensor, torch.Generator]:

@@ -1,11 +1,13 @@
-"""Stage 2: train a U-Net to denoise the latents of a frozen autoencoder, and publish the pipeline."""
+"""Stage 2: train a U-Net to denoise the latents of a frozen autoencoder, and publish it as a pipeline.
+
+`train_diffusion` sets a run up. `DiffusionTrainer.train_step` is one training step; `trainer.Trainer.run` repeats it.
+"""
 
 from __future__ import annotations
 
 import copy
 import math
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -22,125 +24,127 @@ from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.unet import check_latent_size, check_unet, make_unet
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
-from latentdiff.objective import Uncertainty, diffusion_loss, loss_weight
+from latentdiff.objective import Uncertainty, add_noise, diffusion_loss, loss_weight, weighted_error
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditioning, distributed, messages, monitor, state, trainer
+from latentdiff.training import conditioning, distributed, messages, monitor, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
-from latentdiff.training.diffusion_checkpoint import picture, pipeline_parts, publish, published_scheduler
-from latentdiff.training.dropout import SampleDropout, replace_dropout, set_keys
+from latentdiff.training.diffusion_checkpoint import pipeline_parts, publish, published_scheduler, save_picture
+from latentdiff.training.dropout import replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
 from latentdiff.training.latents import Latents, open_inputs, prepare_latents, progress_bar
-from latentdiff.training.logging import RunLogger
-from latentdiff.training.loss_scale import LossScale
+from latentdiff.training.logging import RunLogger, Values
 from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_learning_rate
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.run_folder import locked_run_folder, write_config
+from latentdiff.training.trainer import Tensors, Trainer, accumulating, check_made_from, micro_batches
 from latentdiff.utils.random import derive_seed, randn
 
-VALIDATION = 2  # which definition of the validation loss a state's best value is of; 1 had posterior means and no weights
-BUCKETS = 4  # of the training time interval, for the loss by noise level
-
-
-@dataclass
-class Parts:
-    """Everything a step touches. `network` is what accelerate wrapped, `bare` the module in it (the U-Net, with its text
-    encoder where that is trained too), `average` a copy that validation and pictures look at, filled from the EMA.
-
-    In a sharded run `bare`, `ema` and the optimizer hold this process's rows; `average` is whole, and on the CPU meanwhile.
-
-    balance(loss [B], t [B]) -> [B] is what is minimised: the loss as it is, or weighed by `uncertainty`, which it wraps.
-    """
-
-    latents: Latents
-    conditions: conditioning.Conditions
-    schedule: NoiseSchedule
-    levels: NoiseLevels
-    network: nn.Module
-    bare: nn.Module
-    average: nn.Module
-    optimizer: Any
-    ema: Ema
-    denoiser: Denoiser
-    uncertainty: Uncertainty | None
-    balance: Callable[[Tensor, Tensor], Tensor]
-    dropout: list[SampleDropout]
-    scale: LossScale
+VALIDATION = 2  # version of the validation loss; 1 was computed on posterior means, without weights
+QUARTERS = 4  # parts of the time interval for which the loss is logged separately
 
 
 def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
-    """Train stage 2 as the config says; returns the folder of the published pipeline, <output>/model.
+    """Train stage 2 and return the folder of the published pipeline, <output>/model.
 
-    Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, and the latent cache where the
-    config puts it.
+    Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, and the latent cache.
+
+    Args:
+        config: of stage "diffusion".
+        resume: continue the run in config.output from its newest training state.
+
+    Raises:
+        UserError: a mistake in the config, the data or the output folder. Nothing was written then.
     """
     output = Path(config.output)
     config = conditioning.with_recorded_dropout(config, output) if resume else config
     check_config(config)
     accelerator = start_accelerator(config.train, shards=True)
-    with locked_run_folder(output, config, resume) as restores:
-        _train(config, restores, accelerator, output)
+    with locked_run_folder(output, config, resume) as resumes:
+        _train(config, resumes, accelerator)
     accelerator.end_training()
     return output / "model"
 
 
-def _train(config: DiffusionConfig, resume: bool, accelerator: Any, output: Path) -> None:
+def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
+    output = Path(config.output)
+
+    # 1. The frozen autoencoder and the images. The latents' shape follows from both.
     codec, images = open_inputs(config, accelerator.device)
     conditioning.check_data(config, images)
     latent_shape = codec.latent_shape(*images.preprocess.padded_size)
     check_latent_size(config, latent_shape, codec.factor)
+
+    # 2. Precision and micro-batch, where the config says auto: measured by a few steps on random data.
     trial = partial(trial_steps, config, codec, images, latent_shape, len(images.class_names))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
-    accelerator = start_accelerator(config.train, shards=True)  # again: now at the precision that was chosen
+    accelerator = start_accelerator(config.train, shards=True)  # again: now in the precision that was chosen
+
+    # 3. What reads the captions. From here on nothing is refused any more, so the run prints what it has.
     reader, cut = conditioning.open_text(config, images, accelerator, resume)
     warnings = [*messages.autoencoder_warnings(config.autoencoder), *messages.length_warnings(config)]
     warnings += [*messages.data_warnings(config, len(images.train)), *cut]
     announce = announcement(accelerator, config.train, precision, lines=messages.as_warnings(warnings))
-    with progress_bar("encoding", accelerator.is_main_process, announce) as progress:
-        latents = prepare_latents(config, accelerator, progress, (codec, images))
+
+    # 4. The latent cache: each image is encoded once, before training.
+    with progress_bar("encoding", accelerator.is_main_process, announce) as bar:
+        latents = prepare_latents(config, accelerator, bar, (codec, images))
         torch.manual_seed(derive_seed(config.seed, "initialise"))
-        told = conditioning.prepare_conditions(config, latents, accelerator, progress, reader)
-    parts = make_parts(config, latents, told, accelerator)
+        conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
+
+    # 5. The U-Net, its optimizer and its averaged weights; then the state of the run that is resumed.
+    trainer = DiffusionTrainer(config, latents, conditions, accelerator)
     if config.train.compile:
-        _compile(config, parts, accelerator)
-    work = _work(config, parts, accelerator, output)
-    progress = trainer.resume(output, work, accelerator, config.train.keep) if resume else trainer.Progress()
+        trainer.compile()
+    trainer.prepare_validation()
+    if resume:
+        trainer.resume()
+
+    # 6. Record the config, then train.
     announce()
     latents.images.say()
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
-    with RunLogger(output, config.train.steps, progress.step, accelerator.is_main_process) as log:
-        trainer.run_loop(config, work, accelerator, log, output, progress)
+    with RunLogger(output, config.train.steps, trainer.progress.step, accelerator, config.train.trackers) as log:
+        trainer.run(log)
+
+    # 7. Publish the averaged weights.
     accelerator.wait_for_everyone()
-    parts.ema.copy_to(parts.average)
+    trainer.ema.copy_to(trainer.ema_model)
     if accelerator.is_main_process:
-        publish(config, parts, output / "model", progress.step)
-        messages.print_lines(messages.model_finished(config, told.shown([None])[0] if told.text else None))
+        trainer.publish(output / "model", trainer.progress.step)
+        messages.print_lines(messages.model_finished(config, conditions.shown([None])[0] if conditions.text else None))
     wait_for_everyone(accelerator)
 
 
 def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
-    """Publish the averaged weights of a state or snapshot as the run would have published them had it ended there.
+    """Publish the averaged weights of a training state or snapshot, as the run would have done had it ended there.
 
-    The latent cache of the run is opened, or built again where it is not there any more.
+    The run's latent cache is opened, or built again where it is not there any more.
+
+    Args:
+        config: the run's recorded config.
+        folder: the folder to write.
+        tensors, meta: of the state, from `state.load_folder`.
+        output: the run's folder, for messages.
     """
     accelerator = start_accelerator(config.train)
-    with progress_bar("encoding", True, lambda: None) as progress:
-        latents = prepare_latents(config, accelerator, progress, open_inputs(config, accelerator.device))
+    with progress_bar("encoding", True, lambda: None) as bar:
+        latents = prepare_latents(config, accelerator, bar, open_inputs(config, accelerator.device))
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
-        told = conditioning.prepare_conditions(config, latents, accelerator, progress, reader)
-    parts = make_parts(config, latents, told, accelerator)
-    trainer.check_made_of(output, meta.get("made_of"), made_of(latents))
-    state.load_into(parts.average, tensors["ema"], str(output))
-    parts.ema.updates = meta["ema_updates"]
-    publish(config, parts, folder, meta["step"])
+        conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
+    trainer = DiffusionTrainer(config, latents, conditions, accelerator)
+    check_made_from(output, meta.get("made_of"), trainer.made_from())
+    state.load_into(trainer.ema_model, tensors["ema"], str(output))
+    trainer.ema.updates = meta["ema_updates"]
+    trainer.publish(folder, meta["step"])
 
 
 def trial_steps(
@@ -151,315 +155,368 @@ def trial_steps(
     class_count: int,
     alone: OneProcess,
 ) -> Step:
-    """Steps of a U-Net as the run will have it, on random latents [c, h, w], labels and captions: before any is encoded."""
-    told = random_conditions(config, images, class_count)
+    """step(precision, batch): training steps on random latents of shape (c, h, w), labels and captions, to be timed.
+
+    They need no latent cache, so they can run before any image is encoded. images: None where they are not there.
+    """
     cache: Any = RandomCache(shape, len(images.train) if images else STAND_IN)
-    parts = make_parts(config, Latents(codec, images, cache), told, alone)  # type: ignore[arg-type]
-    parts.network.train()
+    latents = Latents(codec, images, cache)  # type: ignore[arg-type]
+    trainer = DiffusionTrainer(config, latents, random_conditions(config, images, class_count), alone)
 
     def step(precision: str, batch: int) -> None:
         alone.precision = precision
-        train_step(named(config, precision, batch), parts, alone, 0, config.optimizer.lr)
+        trainer.config = named(config, precision, batch)
+        trainer.train_step(0, config.optimizer.lr)
 
     return step
 
 
-def made_of(latents: Latents) -> dict[str, Any]:
-    """What a state depends on besides the config: images, first stage and normaliser."""
-    identity, codec = latents.cache.manifest["identity"], latents.codec
-    normaliser = [codec.shift.flatten().tolist(), codec.scale.flatten().tolist()]
-    return {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
-
-
 def check_config(config: DiffusionConfig) -> None:
-    """Refuse, before anything is encoded, names and combinations that would fail only when the run builds or publishes."""
-    _noise(config)
+    """UserError, before anything is encoded, for names and combinations that would fail only later in the run."""
+    make_noise(config)
     monitor.check(config)
     conditioning.check(config)
     check_unet(config)
-    if config.train.compile and distributed.asked():
-        raise UserError("train.compile: a network sharded by accelerate launch --use_fsdp runs uncompiled; set it to false")
-    if config.train.precision == "float16" and distributed.asked():
+    if not distributed.asked():
+        return
+    by_fsdp = "sharded by accelerate launch --use_fsdp"
+    if config.train.compile:
+        raise UserError(f"train.compile: a network {by_fsdp} runs uncompiled; set it to false")
+    if config.train.precision == "float16":
         raise UserError("train.precision: float16 is not supported by accelerate launch --use_fsdp; use bfloat16 or float32")
-    if config.train.micro_batch == "auto" and distributed.asked():
+    if config.train.micro_batch == "auto":
         raise UserError(
-            "train.micro_batch: auto tries one process by itself, which a network sharded by accelerate launch --use_fsdp may "
-            "not fit; give a number"
+            f"train.micro_batch: auto tries one process by itself, which a network {by_fsdp} may not fit; give a number"
         )
 
 
-def _noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
+def make_noise(config: DiffusionConfig) -> tuple[NoiseSchedule, NoiseLevels]:
+    """(noise schedule, distribution of training times) of a config. UserError where they do not go with the rest of it."""
     schedule = make_schedule(config.schedule.name, **config.schedule.params)
     published_scheduler(config, schedule)
     check_learnable(config.prediction, schedule, config.weighting, config.schedule.name)
     return schedule, make_noise_levels(config.noise_levels.name, schedule, **config.noise_levels.params)
 
 
-def make_parts(config: DiffusionConfig, latents: Latents, told: conditioning.Conditions, accelerator) -> Parts:
-    """All that a step uses: networks, optimizer, EMA, schedule and noise levels."""
-    schedule, levels = _noise(config)
-    rows = told.classes.num_embeddings if told.classes else None
-    unet = make_unet(config, latents.cache.latent_shape, rows, told.text.prompt_encoder.width if told.text else None)
-    bare = conditioning.network_of(unet, told)
-    average = copy.deepcopy(bare).eval().requires_grad_(False)
-    if not distributed.sharded(accelerator):
-        average.to(accelerator.device)
-    dropout = replace_dropout(bare)
-    if config.train.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    uncertainty = Uncertainty(schedule) if config.weighting == "uncertainty" else None
-    network, balance, optimizer = _shared_out(config, bare, uncertainty, accelerator)
-    denoiser = Denoiser(unet_model(network, schedule), schedule, config.prediction)
-    ema = Ema(bare, config.ema.decay, config.ema.power)
-    return Parts(
-        latents,
-        told,
-        schedule,
-        levels,
-        network,
-        bare,
-        average,
-        optimizer,
-        ema,
-        denoiser,
-        uncertainty,
-        balance,
-        dropout,
-        LossScale(config.train.precision, accelerator.device),
-    )
+@dataclass
+class Batch:
+    """What one process trains on at a step, or a piece of it: B samples.
+
+    Attributes:
+        x0: normalised latents, [B, c, h, w].
+        noise: standard normal, of the same shape.
+        t: times, float64 [B]; 0 is data and 1 is noise.
+        conditioning: keyword arguments of the U-Net, each [B, ...].
+        rows: the samples' places in the global batch, int64 [B].
+    """
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    conditioning: dict[str, Tensor]
+    rows: Tensor
+
+    def piece(self, rows: slice, device: torch.device) -> Batch:
+        """These rows of the batch, with x0, noise and t on a device. The conditioning is there already."""
+        x0, noise, t = (values[rows].to(device) for values in (self.x0, self.noise, self.t))
+        return Batch(x0, noise, t, {name: value[rows] for name, value in self.conditioning.items()}, self.rows[rows])
 
 
-def _shared_out(
-    config: DiffusionConfig, bare: nn.Module, uncertainty: Uncertainty | None, accelerator: Any
-) -> tuple[nn.Module, Callable[[Tensor, Tensor], Tensor], Any]:
-    """(network, balance, optimizer) of `Parts`: DDP's copies, or sharded, where the optimizer has to be of the pieces."""
-    network: nn.Module = bare
-    balance: Any = uncertainty
-    sharded = distributed.sharded(accelerator)
-    if sharded:
-        network = distributed.shard(bare, accelerator)
-        balance = None if uncertainty is None else distributed.replicate(uncertainty, accelerator)
-    groups: list[dict[str, Any]] = [{"params": bare.parameters()}]
-    if uncertainty is not None:
-        groups.append({"params": uncertainty.parameters(), "weight_decay": 0.0})
-    optimizer: Any = make_optimizer(groups, config.optimizer)
-    if not sharded and uncertainty is None:
-        network, optimizer = accelerator.prepare(bare, optimizer)
-    elif not sharded:
-        network, balance, optimizer = accelerator.prepare(bare, uncertainty, optimizer)
-    return network, _unchanged if balance is None else balance, optimizer
+class DiffusionTrainer(Trainer):
+    """Stage 2's data, networks and optimizer, and its training step.
 
+    Attributes:
+        latents, conditions: the training data: latent cache with autoencoder and images; labels and captions.
+        schedule, levels: the noise schedule, and the distribution that training times are drawn from.
+        model: the U-Net, together with its text encoder where that is trained too.
+        parallel_model: `model` as accelerate (DDP) or FSDP2 wraps it; what a training step calls.
+        ema: running averages of the model's weights.
+        ema_model: a copy of the model for validation, pictures and publishing; filled from `ema`.
+        denoiser: the parallel model with its schedule and prediction.
+        uncertainty: the learned weight of the loss (weighting: uncertainty), or None.
+        parallel_uncertainty: `uncertainty` as accelerate wraps it.
+        dropout: the model's dropout layers, whose masks follow from seed, step and sample.
 
-def _unchanged(loss: Tensor, t: Tensor) -> Tensor:
-    return loss
+    In a sharded run (FSDP2) `model`, `ema` and `optimizer` hold this process's rows of each tensor. `ema_model` is whole, and
+    lies on the CPU while it is not used.
+    """
 
+    config: DiffusionConfig
 
-def _work(config: DiffusionConfig, parts: Parts, accelerator: Any, output: Path) -> trainer.Work:
-    held = _validation_set(config, parts)
-    net = monitor.load_net(config, accelerator.device)
-    watch = net and monitor.Monitor(config, parts.latents, parts.conditions, net, accelerator)
-    parts.network.train()
+    def __init__(self, config: DiffusionConfig, latents: Latents, conditions: conditioning.Conditions, accelerator: Any):
+        super().__init__(config, accelerator)
+        self.latents, self.conditions = latents, conditions
+        self.schedule, self.levels = make_noise(config)
+        self.uncertainty = Uncertainty(self.schedule) if config.weighting == "uncertainty" else None
 
-    def after(done: int) -> dict[str, float]:
+        # The network, and the copy that looks at the averaged weights
+        classes, text = conditions.classes, conditions.text
+        rows, width = classes and classes.num_embeddings, text and text.prompt_encoder.width
+        unet = make_unet(config, latents.cache.latent_shape, rows, width)
+        self.model = conditioning.network_of(unet, conditions)
+        self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if not distributed.sharded(accelerator):
+            self.ema_model.to(accelerator.device)
+        self.dropout = replace_dropout(self.model)
+        if config.train.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
+
+        # The optimizer, and one network for all processes
+        self._distribute()
+        self.denoiser = Denoiser(unet_model(self.parallel_model, self.schedule), self.schedule, config.prediction)
+        self.ema = Ema(self.model, config.ema.decay, config.ema.power)
+        self.parallel_model.train()
+
+    def _distribute(self) -> None:
+        """Wrap the networks for several processes, and make the optimizer: whole copies (DDP), or shards (FSDP2)."""
+        accelerator, uncertainty = self.accelerator, self.uncertainty
+        self.parallel_model: nn.Module = self.model
+        self.parallel_uncertainty: nn.Module | None = uncertainty
+        sharded = distributed.sharded(accelerator)
+        if sharded:  # before the optimizer is made, which has to be of the shards
+            self.parallel_model = distributed.shard(self.model, accelerator)
+            self.parallel_uncertainty = uncertainty and distributed.replicate(uncertainty, accelerator)
+        groups: list[dict[str, Any]] = [{"params": self.model.parameters()}]
+        if uncertainty is not None:
+            groups.append({"params": uncertainty.parameters(), "weight_decay": 0.0})
+        self.optimizer: Any = make_optimizer(groups, self.config.optimizer)
+        if not sharded and uncertainty is None:
+            self.parallel_model, self.optimizer = accelerator.prepare(self.model, self.optimizer)
+        elif not sharded:
+            prepared = accelerator.prepare(self.model, uncertainty, self.optimizer)
+            self.parallel_model, self.parallel_uncertainty, self.optimizer = prepared
+
+    # A training step
+
+    def train_step(self, step: int, lr: float) -> tuple[Values, bool]:
+        """One update of the weights; see `Trainer.train_step`. The loss is the weighted squared error of the prediction."""
+        config, device, schedule = self.config, self.accelerator.device, self.schedule
+        set_learning_rate(self.optimizer, lr)
+
+        # Draw this process's share of the batch: latents, noise, times and conditions.
+        batch = self.draw_batch(step)
+        count, losses, totals = len(batch.x0), [], []
+
+        # Take it through the network in pieces of train.micro_batch. Their gradients add up to those of the batch.
+        pieces = micro_batches(count, config.train.micro_batch)
+        wrapped = [module for module in (self.parallel_model, self.parallel_uncertainty) if module is not None]
+        for rows in pieces:
+            piece = batch.piece(rows, device)
+            x0, noise, t = piece.x0, piece.noise, piece.t
+            set_keys(self.dropout, config.seed, step, piece.rows)
+            with accumulating(wrapped, last=rows is pieces[-1]), self._attention():
+                # Add noise to the latents: x_t = alpha(t) x0 + sigma(t) noise.
+                x_t = add_noise(schedule, x0, noise, t)
+
+                # The network predicts the noise, or whatever config.prediction says, from x_t.
+                output = self.denoiser.output(x_t, t, **piece.conditioning)
+
+                # The loss of each sample. `correction` undoes that some times are drawn more often than others.
+                loss = weighted_error(self.denoiser, output, x0, noise, t, config.weighting, config.min_snr_gamma)  # [B]
+                loss = loss * self.levels.correction(batch.t[rows]).to(loss)
+                total = self._balance(loss, t).sum() / count
+                self.accelerator.backward(self.loss_scale.scaled(total))
+            losses.append(loss.detach())
+            totals.append(total.detach())
+
+        # Update the weights and their average, unless a gradient is not finite.
+        self.loss_scale.unscale(self.optimizer)
+        norm = clip_gradient(self.model, config.optimizer.clip)
+        learned = [p.grad for p in self.uncertainty.parameters()] if self.uncertainty is not None else []
+        finite = math.isfinite(norm) and all(bool(g.isfinite().all()) for g in learned if g is not None)
+        if finite:
+            self.optimizer.step()
+            self.loss_scale.stepped()
+            self.ema.update(self.model)
+        self.optimizer.zero_grad(set_to_none=True)
+
+        values = {"loss": (torch.stack(totals).sum(), count), "gradient_norm": (torch.tensor(norm), 1)}
+        return values | self.loss_scale.logged() | self._loss_by_quarter(batch.t, torch.cat(losses)), finite
+
+    def draw_batch(self, step: int) -> Batch:
+        """This process's share of a step's batch, on the CPU but for the conditioning.
+
+        Whatever is random is drawn for the global batch, from (seed, step) alone. So N processes together take the step
+        that one process takes with the whole batch, and a resumed run takes the step it would have taken.
+        """
+        config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
+        size, local = config.train.batch_size, config.train.batch_size // world
+        mine = slice(rank * local, (rank + 1) * local)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
+        shape = (size, *self.latents.cache.latent_shape)
+        posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]
+        t = self.levels.sample(size, generator)[mine]
+        draws = {name: values[mine] for name, values in self.conditions.draw(size, generator).items()}
+        indices = self.image_indices(step)[mine]
+        flips = coin_flips(config.seed, step * size, size)[mine] if config.data.flips else False
+        x0 = self.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
+        conditioning = self.conditions(indices, draws, self.accelerator.device)
+        return Batch(x0, noise, t, conditioning, torch.arange(size)[mine])
+
+    def image_indices(self, step: int) -> Tensor:
+        """The training images of a step's global batch, int64 [batch_size]."""
+        size = self.config.train.batch_size
+        return stream(len(self.latents.cache), self.config.seed, step * size, size)
+
+    def _balance(self, loss: Tensor, t: Tensor) -> Tensor:
+        """What is minimised for losses [B] at times t [B]: themselves, or balanced by the learned uncertainty."""
+        return loss if self.parallel_uncertainty is None else self.parallel_uncertainty(loss, t)
+
+    def _attention(self) -> AbstractContextManager[None]:
+        height, width = self.latents.cache.latent_shape[1:]
+        return attention_kernel(self.accelerator.device, self.config.train.precision, height * width)
+
+    def _loss_by_quarter(self, t: Tensor, loss: Tensor) -> dict[str, tuple[Tensor, int]]:
+        """For each quarter of the usable time interval: the mean loss of its samples, and how many there are."""
+        place = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
+        quarter = (place * QUARTERS).long().clamp(0, QUARTERS - 1)
+        inside = [loss.cpu()[quarter == k] for k in range(QUARTERS)]
+        return {f"loss_quarter{k + 1}": (losses.mean(), len(losses)) for k, losses in enumerate(inside)}
+
+    def compile(self) -> None:
+        """Compile the network. UserError where it then computes something else than before, on the first step's batch."""
+        batch, config = self.draw_batch(0), self.config
+        piece = batch.piece(micro_batches(len(batch.x0), config.train.micro_batch)[0], self.accelerator.device)
+        set_keys(self.dropout, config.seed, 0, piece.rows)
+        denoiser = Denoiser(unet_model(self.model.train(), self.schedule), self.schedule, config.prediction)
+
+        def loss() -> Tensor:
+            with self.accelerator.autocast():
+                return diffusion_loss(denoiser, piece.x0, piece.t, piece.noise, **piece.conditioning).mean()
+
+        with self._attention():  # as in a training step, so that what is compiled is what was compared
+            compile_checked(self.model, [self.model], loss, config.train.precision)
+
+    # Validation and pictures
+
+    def prepare_validation(self) -> None:
+        """Make what `after_step` needs: the validation set, and the feature network of evaluate.every."""
+        config, device = self.config, self.accelerator.device
+        self.validation = self.validation_set()
+        net = monitor.load_net(config, device)
+        self.monitor = net and monitor.Monitor(config, self.latents, self.conditions, net, self.accelerator)
+
+    def after_step(self, done: int) -> dict[str, float]:
+        """Where it is due: the validation loss, a distance of pictures from the data, and a grid of pictures."""
+        config, device = self.config, self.accelerator.device
         periods = config.train.picture_every, config.evaluate.every
-        pictured, measured = (every and (done % every == 0 or done == config.train.steps) for every in periods)
-        if not pictured and not measured:
+        draw, measure = (every and (done % every == 0 or done == config.train.steps) for every in periods)
+        if not draw and not measure:
             return {}
-        parts.average.to(accelerator.device)
-        metrics = _validate(config, parts, accelerator, held)  # leaves the averaged weights in `average`
-        if watch and measured:
-            metrics |= watch.measure(pipeline_parts(config, parts))
-        if pictured:
-            picture(config, parts, accelerator, output / "pictures" / f"step-{done:06d}.png")
-        if distributed.sharded(accelerator):
-            parts.average.to("cpu")
+        self.ema_model.to(device)
+        metrics = self.validate()  # leaves the averaged weights in ema_model
+        if self.monitor and measure:
+            metrics |= self.monitor.measure(self.pipeline_parts())
+        if draw:
+            self.draw_pictures(done)
+        if distributed.sharded(self.accelerator):
+            self.ema_model.to("cpu")
         return metrics
 
-    def tensors() -> dict[str, dict[str, Tensor]]:
-        found = {"model": parts.bare.state_dict(), "ema": parts.ema.state()}
-        found["optimizer"] = state.optimizer_tensors(parts.optimizer)
-        found |= {"uncertainty": parts.uncertainty.state_dict()} if parts.uncertainty is not None else {}
-        return found | ({"loss_scale": parts.scale.state()} if parts.scale.enabled else {})
+    def draw_pictures(self, done: int) -> None:
+        """Write a grid of samples of the weights in `ema_model` to <output>/pictures, and give it to the trackers."""
+        path = self.output / "pictures" / f"step-{done:06d}.png"
+        save_picture(self.config, self.pipeline_parts(), self.conditions, self.accelerator, path)
+        if self.log is not None:
+            self.log.picture(done, "samples", path)
 
-    def restore(found: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> None:
-        check_state(meta, config, output)
-        state.load_into(parts.bare, found["model"], str(output))
-        parts.ema.restore(found["ema"], meta["ema_updates"])
-        if parts.uncertainty is not None:
-            state.load_into(parts.uncertainty, found["uncertainty"], str(output))
-        state.restore_optimizer(parts.optimizer, found["optimizer"])
-        parts.scale.restore(found.get("loss_scale", {}))
-        watched = config.train.best or ""
-        if watched.startswith("validation/") and meta.get("validation") != VALIDATION and meta.get("best") is not None:
-            # Held against the new numbers, the old ones would say that nothing improves any more, or that everything does
+    def validation_set(self) -> dict[str, Tensor]:
+        """Held-out latents x0 [N, c, h, w], with noise, t [N] and the conditioning. They are the same at every validation.
+
+        The latents are drawn from the posteriors as in training. The times are spread evenly over those of training.
+        """
+        config, images, codec = self.config, self.latents.images, self.latents.codec
+        pixels, labels = images.held_out_batch(config.validation_images)
+        generator = torch.Generator().manual_seed(derive_seed("validation"))
+        posterior = torch.Generator().manual_seed(derive_seed("validation", "posterior"))
+        x0 = torch.cat([codec.latents(chunk, posterior, config.cache.use_mean).cpu() for chunk in pixels.split(128)])
+        t = self.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
+        texts = images.held_out_captions(config.validation_images)
+        return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **self.conditions.of(labels, texts, "cpu")}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The loss on the validation set of the raw weights (loss_raw) and of the averaged ones (loss_ema).
+
+        It is what training minimises: weighted, corrected for the distribution of times, and balanced by the learned
+        uncertainty. Where that differs from the plain squared error of the prediction, error_raw and error_ema are the
+        latter. Each process computes its share. `ema_model` computes both, the averaged weights last: a sharded network
+        would have to run on all processes in step.
+        """
+        accelerator, count, metrics = self.accelerator, len(self.validation["x0"]), {}
+        names = ("loss", "error") if self._loss_is_weighted() else ("loss",)
+        mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
+        denoiser = Denoiser(unet_model(self.ema_model, self.schedule), self.schedule, self.config.prediction)
+        for weights_name, weights in (("raw", self.model.state_dict()), ("ema", self.ema.state())):
+            distributed.fill(self.ema_model, weights)
+            results = torch.zeros(len(names), count, device=accelerator.device)
+            for rows in mine.split(128) if len(mine) else ():
+                batch = {key: value[rows].to(accelerator.device) for key, value in self.validation.items()}
+                x0, t, noise = (batch.pop(key) for key in ("x0", "t", "noise"))
+                with accelerator.autocast():
+                    error = diffusion_loss(denoiser, x0, t, noise, **batch)
+                results[:, rows.to(results.device)] = torch.stack([self.weighted_loss(error, t), error])[: len(names)]
+            for name, mean in zip(names, accelerator.reduce(results, "sum").mean(1).tolist(), strict=True):
+                metrics[f"validation/{name}_{weights_name}"] = mean
+        return metrics
+
+    def weighted_loss(self, error: Tensor, t: Tensor) -> Tensor:
+        """What training minimises, [B], for squared errors of the prediction [B] at times t [B]."""
+        config = self.config
+        weight = loss_weight(config.weighting, config.prediction, self.schedule, t, config.min_snr_gamma)
+        loss = error * weight.to(error) * self.levels.correction(t).to(error)
+        return loss if self.uncertainty is None else self.uncertainty(loss, t)
+
+    def _loss_is_weighted(self) -> bool:
+        """Whether what is minimised differs from the squared error of the prediction."""
+        t = self.levels.midpoints(2)
+        return self.config.weighting != "none" or not bool((self.levels.correction(t) == 1).all())
+
+    # Publishing, and the training state
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        """The components of a LatentDiffusionPipeline with the weights that are in `ema_model`."""
+        return pipeline_parts(self.config, self.ema_model, self.schedule, self.latents, self.conditions)
+
+    def publish(self, folder: Path, step: int) -> None:
+        """Write the weights in `ema_model`, those of this step, as a pipeline's folder."""
+        publish(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step)
+
+    def state_tensors(self) -> Tensors:
+        """Weights, their averages, the optimizer's moments; the learned uncertainty and the loss scale, where there are."""
+        tensors = {"model": self.model.state_dict(), "ema": self.ema.state()}
+        tensors["optimizer"] = state.optimizer_tensors(self.optimizer)
+        if self.uncertainty is not None:
+            tensors["uncertainty"] = self.uncertainty.state_dict()
+        if self.loss_scale.enabled:
+            tensors["loss_scale"] = self.loss_scale.state()
+        return tensors
+
+    def made_from(self) -> dict[str, Any]:
+        """Checksums of images and autoencoder weights, and the latents' normaliser."""
+        identity, codec = self.latents.cache.manifest["identity"], self.latents.codec
+        normaliser = [codec.shift.flatten().tolist(), codec.scale.flatten().tolist()]
+        return {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
+
+    def state_meta(self) -> dict[str, Any]:
+        """Updates of the average, the precision, and the version of the validation loss."""
+        return {"ema_updates": self.ema.updates, "precision": self.config.train.precision, "validation": VALIDATION}
+
+    def load_state(self, tensors: Tensors, meta: dict[str, Any]) -> None:
+        """Continue from a state. UserError where it is of another precision or another network."""
+        check_state(meta, self.config, self.output)
+        state.load_into(self.model, tensors["model"], str(self.output))
+        self.ema.restore(tensors["ema"], meta["ema_updates"])
+        if self.uncertainty is not None:
+            state.load_into(self.uncertainty, tensors["uncertainty"], str(self.output))
+        state.restore_optimizer(self.optimizer, tensors["optimizer"])
+        self.loss_scale.restore(tensors.get("loss_scale", {}))
+        metric = self.config.train.best or ""
+        if metric.startswith("validation/") and meta.get("validation") != VALIDATION and meta.get("best") is not None:
+            # Beside the new numbers the old one would say that nothing improves any more, or that everything does
             meta["best"] = None
-            if accelerator.is_main_process:
+            if self.accelerator.is_main_process:
                 print(
-                    f"warning: {watched} was computed otherwise when this state was saved; train.best begins anew",
+                    f"warning: {metric} was computed otherwise when this state was saved; train.best begins anew",
                     file=sys.stderr,
                 )
-
-    return trainer.Work(
-        step=lambda step, lr: train_step(config, parts, accelerator, step, lr),
-        after=after,
-        tensors=tensors,
-        meta=lambda: {"ema_updates": parts.ema.updates, "precision": config.train.precision, "validation": VALIDATION},
-        restore=restore,
-        samples=lambda step: _indices(config, parts, step),
-        lowered=parts.scale.lowered,
-        made_of=made_of(parts.latents),
-    )
-
-
-def _compile(config: DiffusionConfig, parts: Parts, accelerator: Any) -> None:
-    """Compile the network, held against eager on the first step's batch; UserError where they disagree."""
-    drawn, device = _draw(config, parts, accelerator, 0), accelerator.device
-    piece = trainer.shares(len(drawn["x0"]), config.train.micro_batch)[0]
-    conditioning = {name: value[piece] for name, value in drawn["conditions"].items()}
-    set_keys(parts.dropout, config.seed, 0, drawn["rows"][piece])
-    denoiser = Denoiser(unet_model(parts.bare.train(), parts.schedule), parts.schedule, config.prediction)
-
-    def loss() -> Tensor:
-        x0, noise, t = (drawn[name][piece].to(device) for name in ("x0", "noise", "t"))
-        with accelerator.autocast():
-            return diffusion_loss(denoiser, x0, t, noise, **conditioning).mean()
-
-    with _attention(config, parts, accelerator):  # as in a step, or what is compiled there was not held against eager
-        compile_checked(parts.bare, [parts.bare], loss, config.train.precision)
-
-
-def _attention(config: DiffusionConfig, parts: Parts, accelerator: Any) -> AbstractContextManager[None]:
-    height, width = parts.latents.cache.latent_shape[1:]
-    return attention_kernel(accelerator.device, config.train.precision, height * width)
-
-
-def _indices(config: DiffusionConfig, parts: Parts, step: int) -> Tensor:
-    """The training images of a step's global batch, int64 [batch_size]."""
-    batch = config.train.batch_size
-    return stream(len(parts.latents.cache), config.seed, step * batch, batch)
-
-
-def _draw(config: DiffusionConfig, parts: Parts, accelerator: Any, step: int) -> dict[str, Any]:
-    """This process's rows of a step's batch. All that is random is drawn for the global batch from (seed, step).
-
-    So N processes together take the step that one process with the whole batch takes, and a resumed run the step it
-    would have taken.
-    """
-    batch, local = config.train.batch_size, config.train.batch_size // accelerator.num_processes
-    mine = slice(accelerator.process_index * local, (accelerator.process_index + 1) * local)
-    generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
-    shape = (batch, *parts.latents.cache.latent_shape)
-    posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]
-    t = parts.levels.sample(batch, generator)[mine]
-    draws = {name: values[mine] for name, values in parts.conditions.draw(batch, generator).items()}
-    indices = _indices(config, parts, step)[mine]
-    flips = coin_flips(config.seed, step * batch, batch)[mine] if config.data.flips else False
-    x0 = parts.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
-    return {
-        "x0": x0,
-        "noise": noise,
-        "t": t,
-        "rows": torch.arange(batch)[mine],
-        "conditions": parts.conditions(indices, draws, accelerator.device),
-    }
-
-
-def train_step(
-    config: DiffusionConfig, parts: Parts, accelerator: Any, step: int, lr: float
-) -> tuple[dict[str, tuple[Tensor, int]], bool]:
-    """One update, its batch taken through the network in pieces of train.micro_batch; none where it is not finite."""
-    set_learning_rate(parts.optimizer, lr)
-    drawn, device = _draw(config, parts, accelerator, step), accelerator.device
-    count, losses, totals = len(drawn["x0"]), [], []
-    pieces = trainer.shares(count, config.train.micro_batch)
-    wrapped = [parts.network, *([parts.balance] if isinstance(parts.balance, nn.Module) else [])]
-    for piece in pieces:
-        x0, noise, t = (drawn[name][piece] for name in ("x0", "noise", "t"))
-        conditions = {name: value[piece] for name, value in drawn["conditions"].items()}
-        set_keys(parts.dropout, config.seed, step, drawn["rows"][piece])
-        with trainer.accumulating(wrapped, piece is pieces[-1]), _attention(config, parts, accelerator):
-            loss = diffusion_loss(
-                parts.denoiser,
-                x0.to(device),
-                t.to(device),
-                noise.to(device),
-                config.weighting,
-                config.min_snr_gamma,
-                **conditions,
-            )  # [B], B samples in this piece
-            loss = loss * parts.levels.correction(t).to(loss)
-            total = parts.balance(loss, t.to(device)).sum() / count
-            accelerator.backward(parts.scale.scaled(total))
-        losses.append(loss.detach())
-        totals.append(total.detach())
-    parts.scale.unscale(parts.optimizer)
-    norm = clip_gradient(parts.bare, config.optimizer.clip)
-    learnt = [p.grad for p in parts.uncertainty.parameters()] if parts.uncertainty is not None else []
-    if good := math.isfinite(norm) and all(bool(g.isfinite().all()) for g in learnt if g is not None):
-        parts.optimizer.step()
-        parts.scale.stepped()
-        parts.ema.update(parts.bare)
-    parts.optimizer.zero_grad(set_to_none=True)
-    values = {"loss": (torch.stack(totals).sum(), count), "gradient_norm": (torch.tensor(norm), 1)}
-    values |= parts.scale.logged()
-    return values | _by_noise_level(parts.schedule, drawn["t"], torch.cat(losses)), good
-
-
-def _by_noise_level(schedule: NoiseSchedule, t: Tensor, loss: Tensor) -> dict[str, tuple[Tensor, int]]:
-    """Mean loss in each quarter of the usable time interval, and of how many samples."""
-    share = (t - schedule.t_min) / (schedule.t_max - schedule.t_min)
-    bucket = (share * BUCKETS).long().clamp(0, BUCKETS - 1)
-    losses = loss.cpu()
-    inside = [losses[bucket == k] for k in range(BUCKETS)]
-    return {f"loss_quarter{k + 1}": (some.mean(), len(some)) for k, some in enumerate(inside)}
-
-
-def _validation_set(config: DiffusionConfig, parts: Parts) -> dict[str, Tensor]:
-    """Held-out latents, drawn as those of training are, with fixed noises and stratified t: the same numbers at every step."""
-    images, labels = parts.latents.images.held_out_batch(config.validation_images)
-    codec, generator = parts.latents.codec, torch.Generator().manual_seed(derive_seed("validation"))
-    posterior = torch.Generator().manual_seed(derive_seed("validation", "posterior"))
-    x0 = torch.cat([codec.latents(chunk, posterior, config.cache.use_mean).cpu() for chunk in images.split(128)])
-    t = parts.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
-    texts = parts.latents.images.held_out_captions(config.validation_images)
-    return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **parts.conditions.of(labels, texts, "cpu")}
-
-
-@torch.no_grad()
-def _validate(config: DiffusionConfig, parts: Parts, accelerator, held: dict[str, Tensor]) -> dict[str, float]:
-    """Validation loss of the raw and of the averaged weights; each process computes its share of the samples.
-
-    validation/loss_raw and loss_ema are means of what training minimises: weighted, corrected for the levels' density, and
-    balanced by the learned uncertainty where there is one. validation/error_raw and error_ema are the plain squared error
-    of the prediction, logged where that is another number.
-    Both are computed by `average`, the averaged weights last: a sharded network would have to be run alike on all processes.
-    """
-    values, count = {}, len(held["x0"])
-    names = ("loss", "error") if _weighs(config, parts) else ("loss",)
-    mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
-    denoiser = Denoiser(unet_model(parts.average, parts.schedule), parts.schedule, config.prediction)
-    for name, weights in (("raw", parts.bare.state_dict()), ("ema", parts.ema.state())):
-        distributed.fill(parts.average, weights)
-        found = torch.zeros(len(names), count, device=accelerator.device)
-        for rows in mine.split(128) if len(mine) else ():
-            batch = {key: value[rows].to(accelerator.device) for key, value in held.items()}
-            x0, t, noise = (batch.pop(key) for key in ("x0", "t", "noise"))
-            with accelerator.autocast():
-                error = diffusion_loss(denoiser, x0, t, noise, **batch)
-            found[:, rows.to(found.device)] = torch.stack([_minimised(config, parts, error, t), error])[: len(names)]
-        for kind, mean in zip(names, accelerator.reduce(found, "sum").mean(1).tolist(), strict=True):
-            values[f"validation/{kind}_{name}"] = mean
-    return values
-
-
-def _minimised(config: DiffusionConfig, parts: Parts, error: Tensor, t: Tensor) -> Tensor:
-    """What training minimises, [B], for the prediction's squared errors [B] at t [B]."""
-    weight = loss_weight(config.weighting, config.prediction, parts.schedule, t, config.min_snr_gamma)
-    loss = error * weight.to(error) * parts.levels.correction(t).to(error)
-    return loss if parts.uncertainty is None else parts.uncertainty(loss, t)
-
-
-def _weighs(config: DiffusionConfig, parts: Parts) -> bool:
-    """Whether what is minimised is another number than the squared error of the prediction."""
-    t = parts.levels.midpoints(2)
-    return config.weighting != "none" or not bool((parts.levels.correction(t) == 1).all())

@@ -103,10 +103,9 @@ def our_stage2(setting: Setting) -> Contender:
     from latentdiff.training import conditioning, train_diffusion
 
     config, latents, accelerator = setting.ours()
-    told = conditioning.prepare_conditions(config, latents, accelerator)
-    parts = train_diffusion.make_parts(config, latents, told, accelerator)
-    work = train_diffusion._work(config, parts, accelerator, setting.folder / "stage2")
-    return Contender(lambda number: work.step(number, 1e-4), parts.bare)
+    conditions = conditioning.prepare_conditions(config, latents, accelerator)
+    trainer = train_diffusion.DiffusionTrainer(config, latents, conditions, accelerator)
+    return Contender(lambda number: trainer.train_step(number, 1e-4), trainer.model)
 
 
 def plain_stage2(setting: Setting, encode: bool = False) -> Contender:
@@ -151,11 +150,8 @@ def our_stage1(setting: Setting) -> Contender:
     config = load_config(CONFIGS / "autoencoder-kl.yaml", settings)
     vae = train_autoencoder.make_autoencoder(config)
     accelerator = start_accelerator(config.train)
-    vae.train().requires_grad_(True)
-    parts = train_autoencoder.make_parts(config, vae, 4, accelerator)
-    images = Images(config.data, 4)
-    work = train_autoencoder._work(config, images, parts, accelerator, setting.folder / "stage1")
-    return Contender(lambda number: work.step(number, 1e-4), parts.bare)
+    trainer = train_autoencoder.AutoencoderTrainer(config, vae, Images(config.data, 4), accelerator)
+    return Contender(lambda number: trainer.train_step(number, 1e-4), trainer.model)
 
 
 def plain_stage1(setting: Setting) -> Contender:

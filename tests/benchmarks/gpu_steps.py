@@ -86,8 +86,8 @@ def config_of(name: str, clock: Any, folder: Path, **overrides: Any) -> Any:
     return parse_config(tree | {"train": tree["train"] | overrides})
 
 
-def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """(config, parts, accelerator, latent shape) of the trainer on random latents and conditions."""
+def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, tuple[int, ...]]:
+    """(the trainer on random latents and conditions, the latents' shape)."""
     from latentdiff.training import train_diffusion
     from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import Latents
@@ -96,47 +96,43 @@ def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, A
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
     shape = SHAPES[next(key for key in SHAPES if key in name)]
     accelerator = start_accelerator(config.train)
-    told = random_conditions(config, None, 10)
+    conditions = random_conditions(config, None, 10)
     codec: Any = SimpleNamespace(normalise=lambda z: z)  # random latents are of unit variance already
     images: Any = None
     cache: Any = RandomCache(shape, STAND_IN)
     latents = Latents(codec, images, cache)
-    parts = train_diffusion.make_parts(config, latents, told, accelerator)
-    parts.network.train()
-    return config, parts, accelerator, shape
+    return train_diffusion.DiffusionTrainer(config, latents, conditions, accelerator), shape
 
 
-def our_step(config: Any, parts: Any, accelerator: Any) -> Step:
-    from latentdiff.training import train_diffusion
-
-    return lambda number: train_diffusion.train_step(config, parts, accelerator, number, 1e-4)
+def our_step(trainer: Any) -> Step:
+    return lambda number: trainer.train_step(number, 1e-4)
 
 
-def plain_stage2(parts: Any, config: Any, accelerator: Any, shape: tuple[int, ...], batch: int) -> Step:
+def plain_stage2(trainer: Any, shape: tuple[int, ...], batch: int) -> Step:
     """The loop of diffusers' examples at a copy of the same network, with what conditions it."""
     from diffusers import DDPMScheduler
 
-    network, device = copy.deepcopy(parts.bare).train(), accelerator.device
+    network, device = copy.deepcopy(trainer.model).train(), trainer.accelerator.device
     network.to(device)
     scheduler, finish = DDPMScheduler(), finisher(network, 0.999)
     generator = torch.Generator().manual_seed(0)
-    drawn = parts.conditions.draw(batch, generator)
-    told = parts.conditions(torch.zeros(batch, dtype=torch.int64), drawn, device)
+    draws = trainer.conditions.draw(batch, generator)
+    conditioning = trainer.conditions(torch.zeros(batch, dtype=torch.int64), draws, device)
     source = torch.randn(4 * batch, *shape, device=device)
 
     def step(number: int) -> None:
         x0 = source[torch.randint(0, len(source), (batch,), device=device)]
         noise, t = torch.randn_like(x0), torch.randint(0, 1000, (batch,), device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            output = network(scheduler.add_noise(x0, noise, t), t, **told).sample
+            output = network(scheduler.add_noise(x0, noise, t), t, **conditioning).sample
             loss = F.mse_loss(output.float(), noise)
         finish(loss)
 
     return step
 
 
-def stage1(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, Any, tuple[int, ...]]:
-    """(config, parts, accelerator, picture shape) of the trainer."""
+def stage1(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, tuple[int, ...]]:
+    """(the trainer, the pictures' shape)."""
     from latentdiff.models.codec import LatentCodec
     from latentdiff.training import train_autoencoder
     from latentdiff.training.accelerator import start_accelerator
@@ -144,15 +140,14 @@ def stage1(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, Any, A
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
     vae = train_autoencoder.make_autoencoder(config)
     factor = LatentCodec(vae).factor
-    train_autoencoder.to_train(config, vae)
     accelerator = start_accelerator(config.train)
     unit = math.lcm(factor, config.data.multiple_of)
     sides = [-(-side // unit) * unit for side in config.data.size]
-    return config, train_autoencoder.make_parts(config, vae, factor, accelerator), accelerator, (config.data.channels, *sides)
+    return train_autoencoder.AutoencoderTrainer(config, vae, None, accelerator), (config.data.channels, *sides)
 
 
-def plain_stage1(parts: Any, accelerator: Any, pictures: Tensor, batch: int) -> Step:
-    vae, device = copy.deepcopy(parts.bare.vae).train(), accelerator.device
+def plain_stage1(trainer: Any, pictures: Tensor, batch: int) -> Step:
+    vae, device = copy.deepcopy(trainer.model.vae).train(), trainer.accelerator.device
     finish = finisher(vae, 0.995)
 
     def step(number: int) -> None:
@@ -235,8 +230,8 @@ class Table:
         )
 
 
-def not_fused(parts: Any, config: Any) -> None:
-    groups = parts.optimizer.param_groups
+def not_fused(trainer: Any) -> None:
+    groups = trainer.optimizer.param_groups
     for group in groups:
         group["fused"] = False
         group["foreach"] = True
@@ -261,50 +256,47 @@ def measure(name: str, device: torch.device, clock: Any, results: Any) -> None:
 
 
 def measure_stage2(name: str, device: torch.device, clock: Any, folder: Path, batch: int, table: Table, slot: float) -> None:
-    config, parts, accelerator, shape = stage2(name, clock, folder, batch)
-    step = our_step(config, parts, accelerator)
-    table.row("latentdiff", lambda: step, slot, parts.bare)
-    table.row("plain diffusers loop", lambda: plain_stage2(parts, config, accelerator, shape, batch), slot)
-    not_fused(parts, config)
+    trainer, shape = stage2(name, clock, folder, batch)
+    step = our_step(trainer)
+    table.row("latentdiff", lambda: step, slot, trainer.model)
+    table.row("plain diffusers loop", lambda: plain_stage2(trainer, shape, batch), slot)
+    not_fused(trainer)
     table.row("latentdiff, optimizer not fused", lambda: step, slot)
-    for group in parts.optimizer.param_groups:
+    for group in trainer.optimizer.param_groups:
         group["fused"], group["foreach"] = True, None
-    parts.bare.to(memory_format=torch.channels_last)
+    trainer.model.to(memory_format=torch.channels_last)
     table.row("latentdiff, channels_last", lambda: step, slot)
     if device.type == "cuda":
-        parts.bare.compile(backend="cudagraphs")
+        trainer.model.compile(backend="cudagraphs")
         table.row("latentdiff, channels_last, CUDA graphs", lambda: step, slot)
 
 
 def measure_compiled(name: str, device: torch.device, clock: Any, folder: Path, batch: int, table: Table, slot: float) -> None:
     """torch.compile, held against eager by the trainer's own check; a refusal is a result."""
     from latentdiff.errors import UserError
-    from latentdiff.training import train_diffusion
 
-    config, parts, accelerator, _ = stage2(name, clock, folder, batch)
-    step = our_step(config, parts, accelerator)
-    table.row("latentdiff", lambda: step, slot, parts.bare)
+    trainer, _ = stage2(name, clock, folder, batch)
+    step = our_step(trainer)
+    table.row("latentdiff", lambda: step, slot, trainer.model)
     began = time.perf_counter()
     try:
-        train_diffusion._compile(config, parts, accelerator)
+        trainer.compile()
     except UserError as error:
         table.results.add("latentdiff, train.compile", note=str(error)[:200])
         return
     table.results.add("compiling and checking it, seconds", seconds=time.perf_counter() - began)
-    parts.network.train()
+    trainer.parallel_model.train()
     table.row("latentdiff, train.compile", lambda: step, slot)
 
 
 def measure_stage1(name: str, clock: Any, folder: Path, batch: int, table: Table, slot: float) -> None:
-    from latentdiff.training.autoencoder_step import update
-
-    config, parts, accelerator, shape = stage1(name, clock, folder, batch)
-    pictures = torch.rand(2 * batch, *shape, device=accelerator.device) * 2 - 1
+    trainer, shape = stage1(name, clock, folder, batch)
+    pictures = torch.rand(2 * batch, *shape, device=trainer.accelerator.device) * 2 - 1
 
     def step(number: int) -> None:
-        update(config, parts, accelerator, pictures[:batch], number, 1e-4)
+        trainer.update(pictures[:batch], number, 1e-4)
 
-    table.row("latentdiff", lambda: step, slot, parts.bare)
-    table.row("plain diffusers loop", lambda: plain_stage1(parts, accelerator, pictures, batch), slot)
-    parts.bare.to(memory_format=torch.channels_last)
+    table.row("latentdiff", lambda: step, slot, trainer.model)
+    table.row("plain diffusers loop", lambda: plain_stage1(trainer, pictures, batch), slot)
+    trainer.model.to(memory_format=torch.channels_last)
     table.row("latentdiff, channels_last", lambda: step, slot)

@@ -124,10 +124,9 @@ def seconds_of_a_step(config: Any) -> float:
     accelerator = start_accelerator(config.train)
     latents = prepare_latents(config, accelerator)
     reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=False)
-    told = conditioning.prepare_conditions(config, latents, accelerator, None, reader)
-    parts = train_diffusion.make_parts(config, latents, told, accelerator)
-    parts.network.train()
-    found = seconds_a_step(our_step(config, parts, accelerator), accelerator.device, 3.0)[0]
+    conditions = conditioning.prepare_conditions(config, latents, accelerator, None, reader)
+    trainer = train_diffusion.DiffusionTrainer(config, latents, conditions, accelerator)
+    found = seconds_a_step(our_step(trainer), accelerator.device, 3.0)[0]
     shutil.rmtree(config.output, ignore_errors=True)  # the tokenizer was written there
     return found
 

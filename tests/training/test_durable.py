@@ -19,7 +19,7 @@ from tiny_runs import autoencoder_config, autoencoder_tree, diffusion_config, di
 
 import latentdiff
 from latentdiff.errors import UserError
-from latentdiff.training import state, train, trainer
+from latentdiff.training import autoencoder_checkpoint, state, train, trainer
 from latentdiff.training import train_autoencoder as stage1
 from latentdiff.utils import locks, signals
 
@@ -195,7 +195,9 @@ def test_a_full_disk_leaves_the_finished_autoencoder_whole(tmp_path, stripe_fold
     before = tree(output / "autoencoder")
     config = autoencoder_config(stripe_folder, output, **{**OFTEN, "train__steps": 5})
     with monkeypatch.context() as patch:
-        patch.setattr(stage1, "write_hashes", lambda folder: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+        patch.setattr(
+            autoencoder_checkpoint, "write_hashes", lambda folder: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left"))
+        )
         said = refusal(lambda: train(config, True))
     assert said == f"{output / 'autoencoder'}: cannot be written (No space left)"
     assert tree(output / "autoencoder") == before and not list(output.glob(".*"))
@@ -232,7 +234,7 @@ ENDINGS = (signals.Stopped, signals.Interrupted)
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_before_the_first_step_leaves_nothing_and_says_how_to_start(tmp_path, stripe_folder, sending, name, capsys):
-    sending(name, stage1, "_work")
+    sending(name, stage1, "AutoencoderTrainer")
     with pytest.raises(ENDINGS):
         train(autoencoder_config(stripe_folder, tmp_path / "run"))
     by = "Ctrl-C" if name == "SIGINT" else name
@@ -242,7 +244,7 @@ def test_a_signal_before_the_first_step_leaves_nothing_and_says_how_to_start(tmp
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
 def test_a_signal_after_the_last_step_loses_nothing(tmp_path, stripe_folder, run_1, sending, name, capsys):
-    sending(name, stage1, "_measure")
+    sending(name, autoencoder_checkpoint, "_measure_latents")
     config = autoencoder_config(stripe_folder, tmp_path / "run", **OFTEN)
     with pytest.raises(ENDINGS):
         train(config)
@@ -254,7 +256,7 @@ def test_a_signal_after_the_last_step_loses_nothing(tmp_path, stripe_folder, run
 
 
 def test_a_signal_in_a_step_stops_after_it(tmp_path, stripe_folder, sending, capsys):
-    sending("SIGINT", stage1, "update")
+    sending("SIGINT", stage1.AutoencoderTrainer, "update")
     config = autoencoder_config(stripe_folder, tmp_path / "run", train__steps=100)
     with pytest.raises(signals.Interrupted):
         train(config)

@@ -236,7 +236,7 @@ def test_too_little_memory_is_said_and_other_errors_are_raised(plan, stripe_fold
     def full(*arguments):
         raise torch.OutOfMemoryError("no memory for that")
 
-    monkeypatch.setattr("latentdiff.training.estimate.update", full)
+    monkeypatch.setattr("latentdiff.training.train_autoencoder.AutoencoderTrainer.update", full)
     facts = plan(autoencoder_tree(stripe_folder, tmp_path / "run"))
     assert facts["warnings"] == ["train.batch_size 8: no memory for that"] and "memory" in facts["unknown"]["step"]
     assert facts["parameters"]["autoencoder"] > 1000 and "hours" not in facts

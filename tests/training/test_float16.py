@@ -8,7 +8,7 @@ from tiny_runs import autoencoder_config, diffusion_config
 
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
-from latentdiff.training import autoencoder_step, micro_batch, state, train, train_diffusion, trainer
+from latentdiff.training import micro_batch, state, train, train_diffusion, trainer
 from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.loss_scale import LEAST, LossScale
 
@@ -68,15 +68,15 @@ def test_other_precisions_have_no_factor():
 
 def test_a_step_that_overflows_is_taken_again_and_none_is_lost(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
     tries = []
-    real = train_diffusion.train_step
+    real = train_diffusion.DiffusionTrainer.train_step
 
-    def counted(config, parts, accelerator, step, lr):
+    def counted(trainer, step, lr):
         if not tries:
-            parts.scale.restore({"factor": torch.tensor(2.0**120, dtype=torch.float64), "growth": torch.tensor(0)})
+            trainer.loss_scale.restore({"factor": torch.tensor(2.0**120, dtype=torch.float64), "growth": torch.tensor(0)})
         tries.append(step)
-        return real(config, parts, accelerator, step, lr)
+        return real(trainer, step, lr)
 
-    monkeypatch.setattr(train_diffusion, "train_step", counted)
+    monkeypatch.setattr(train_diffusion.DiffusionTrainer, "train_step", counted)
     train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=3, train__precision="float16"))
     assert tries.count(0) > 50 and tries.count(1) == tries.count(2) == 1
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -124,11 +124,10 @@ def test_the_adversary_is_weighed_alike_in_pieces_and_at_any_scale(tmp_path, str
         torch.manual_seed(0)
         changed = config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
         vae = train_autoencoder.make_autoencoder(config)
-        train_autoencoder.to_train(config, vae)
-        parts = train_autoencoder.make_parts(changed, vae, 2, accelerator)
-        parts.scale.factor = lambda factor=factor: factor
+        stage_1 = train_autoencoder.AutoencoderTrainer(changed, vae, None, accelerator)
+        stage_1.loss_scale.factor = lambda factor=factor: factor
         x = torch.rand(8, 1, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-        values, good = autoencoder_step.update(changed, parts, accelerator, x, 3, 1e-3)
+        values, good = stage_1.update(x, 3, 1e-3)
         assert good
         weights[name] = float(values["adaptive_weight"][0])
     assert weights["scaled"] == weights["whole"] and weights["pieces"] == pytest.approx(weights["whole"], rel=1e-4)

@@ -13,7 +13,9 @@ from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 
 from latentdiff.cli import main
 from latentdiff.cli.info import info
+from latentdiff.config import TrainConfig
 from latentdiff.training import messages, train, train_autoencoder, train_diffusion
+from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.estimate import Progress
 from latentdiff.training.logging import RunLogger
 from latentdiff.training.precision import OneProcess, plain_steps
@@ -267,7 +269,9 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
     assert kinds == [(torch.float32, 2), (torch.bfloat16, 4)]
     kinds.clear()
     monkeypatch.setattr(
-        train_diffusion, "train_step", lambda config, parts, alone, *rest: kinds.append((config.train, alone.precision))
+        train_diffusion.DiffusionTrainer,
+        "train_step",
+        lambda trainer, *rest: kinds.append((trainer.config.train, trainer.accelerator.precision)),
     )
     config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run)
     codec = train_autoencoder.LatentCodec(train_autoencoder.load_autoencoder(str(autoencoder_run)))
@@ -281,7 +285,7 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
 def test_names_from_files_do_not_drive_the_terminal(capsys, tmp_path):
     """An escape code in a class or file name is written out by each of the trainer's own lines."""
     messages.print_lines(["a\x1b[2Jb"])
-    with RunLogger(tmp_path, 1, 0, True) as log:
-        log.say("c\x1b[2Jd\r")
+    with RunLogger(tmp_path, 1, 0, start_accelerator(TrainConfig(steps=1)), []) as log:
+        log.print("c\x1b[2Jd\r")
     err = capsys.readouterr().err
     assert "a\\u001b[2Jb" in err and "c\\u001b[2Jd\\r" in err and "\x1b[2J" not in err

@@ -15,6 +15,7 @@ from tiny_runs import autoencoder_config, diffusion_config, write_stripes
 from latentdiff import checkpoints
 from latentdiff.config import DataConfig
 from latentdiff.data.latent_cache import open_cache
+from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.codec import LatentCodec
@@ -206,14 +207,19 @@ def test_without_a_condition_the_model_is_unconditional(tmp_path, stripe_folder,
 def seen(monkeypatch):
     """What each training step gives to the loss: a list of {t, labels, x0, weighting}."""
     steps: list[dict] = []
-    real = stage2.diffusion_loss
+    network, loss = Denoiser.output, stage2.weighted_error
 
-    def spy(denoiser, x0, t, noise, weighting="none", gamma=5.0, **conditioning):
+    def network_spy(denoiser, x, t, **conditioning):
         if torch.is_grad_enabled():
-            steps.append({"t": t, "labels": conditioning.get("class_labels"), "x0": x0, "weighting": weighting})
-        return real(denoiser, x0, t, noise, weighting, gamma, **conditioning)
+            steps.append({"labels": conditioning.get("class_labels")})
+        return network(denoiser, x, t, **conditioning)
 
-    monkeypatch.setattr(stage2, "diffusion_loss", spy)
+    def loss_spy(denoiser, output, x0, noise, t, weighting="none", gamma=5.0):
+        steps[-1] |= {"t": t, "x0": x0, "weighting": weighting}
+        return loss(denoiser, output, x0, noise, t, weighting, gamma)
+
+    monkeypatch.setattr(Denoiser, "output", network_spy)
+    monkeypatch.setattr(stage2, "weighted_error", loss_spy)
     return steps
 
 

@@ -134,7 +134,7 @@ def poison(monkeypatch, module, name, calls):
 
 
 def test_a_bad_step_is_skipped_counted_and_written_down(tmp_path, stripe_folder, autoencoder_run, monkeypatch, curves, capsys):
-    poison(monkeypatch, stage2, "diffusion_loss", {2})
+    poison(monkeypatch, stage2, "weighted_error", {2})
     train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run))
     saved, meta = state.load_state(tmp_path / "run")
     assert all(bool(v.isfinite().all()) for group in ("model", "ema", "optimizer") for v in saved[group].values())
@@ -148,9 +148,7 @@ def test_a_bad_step_is_skipped_counted_and_written_down(tmp_path, stripe_folder,
 
 
 def test_a_bad_step_of_stage_1_is_skipped(tmp_path, stripe_folder, monkeypatch):
-    from latentdiff.training import autoencoder_step
-
-    poison(monkeypatch, autoencoder_step, "stage1_terms", {1, 3})
+    poison(monkeypatch, stage1, "stage1_terms", {1, 3})
     train(autoencoder_config(stripe_folder, tmp_path / "run"))
     saved, meta = state.load_state(tmp_path / "run")
     assert meta["skipped"] == 2 and meta["ema_updates"] == 4
@@ -159,7 +157,7 @@ def test_a_bad_step_of_stage_1_is_skipped(tmp_path, stripe_folder, monkeypatch):
 
 
 def test_too_many_bad_steps_stop_the_run(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
-    poison(monkeypatch, stage2, "diffusion_loss", set(range(3, 100)))
+    poison(monkeypatch, stage2, "weighted_error", set(range(3, 100)))
     config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=30, train__bad_steps=2)
     said = refusal(lambda: train(config))
     assert "skipped.jsonl: 3 steps in a row had no finite loss or gradient" in said and "train.on_bad=rollback" in said
@@ -171,7 +169,7 @@ def rolling(stripe_folder, output, autoencoder_run, **changes):
 
 
 def test_a_roll_back_goes_on_at_half_the_rate(tmp_path, stripe_folder, autoencoder_run, monkeypatch, curves):
-    poison(monkeypatch, stage2, "diffusion_loss", {4, 5})
+    poison(monkeypatch, stage2, "weighted_error", {4, 5})
     train(rolling(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=8))
     saved, meta = state.load_state(tmp_path / "run")
     assert meta["step"] == 8 and meta["rate"] == 0.5 and meta["skipped"] == 2
@@ -182,22 +180,20 @@ def test_a_roll_back_goes_on_at_half_the_rate(tmp_path, stripe_folder, autoencod
 
 
 def test_roll_backs_come_to_an_end(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
-    poison(monkeypatch, stage2, "diffusion_loss", set(range(4, 10000)))
+    poison(monkeypatch, stage2, "weighted_error", set(range(4, 10000)))
     said = refusal(lambda: train(rolling(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=50)))
     assert "after so many roll-backs" in said
     assert [p.name for p in state.state_folders(tmp_path / "run")][-1] == "step-4"
 
 
 def test_a_roll_back_needs_a_state(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
-    poison(monkeypatch, stage2, "diffusion_loss", set(range(100)))
+    poison(monkeypatch, stage2, "weighted_error", set(range(100)))
     said = refusal(lambda: train(rolling(stripe_folder, tmp_path / "run", autoencoder_run)))
     assert "before the first state was saved" in said
 
 
 def test_a_bad_adversary_leaves_the_autoencoder_where_it_was(tmp_path, stripe_folder, monkeypatch):
-    from latentdiff.training import autoencoder_step
-
-    poison(monkeypatch, autoencoder_step, "discriminator_terms", set(range(100)))
+    poison(monkeypatch, stage1, "discriminator_terms", set(range(100)))
     adversary = {"loss__adversarial": 0.5, "loss__discriminator_channels": 4, "loss__discriminator_layers": 1}
     train(autoencoder_config(stripe_folder, tmp_path / "run", **adversary, loss__adversarial_start=2))
     saved, meta = state.load_state(tmp_path / "run")
@@ -220,8 +216,8 @@ def test_ways_to_run_that_neither_copy_nor_shard_the_weights_are_refused():
 
 
 def test_pieces_cover_the_batch():
-    assert trainer.shares(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
-    assert trainer.shares(4, None) == trainer.shares(4, 9) == [slice(0, 4)]
+    assert trainer.micro_batches(7, 3) == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert trainer.micro_batches(4, None) == trainer.micro_batches(4, 9) == [slice(0, 4)]
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
@@ -240,8 +236,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(tmp_path, stripe_fold
 
 def test_the_best_state_is_kept(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
     losses = iter([float("nan"), 1.0, float("nan"), 4.0])
-    monkeypatch.setattr(stage2, "_validate", lambda *a: {"validation/loss_ema": next(losses)})
-    monkeypatch.setattr(stage2, "picture", lambda *a: None)
+    monkeypatch.setattr(stage2.DiffusionTrainer, "validate", lambda self: {"validation/loss_ema": next(losses)})
+    monkeypatch.setattr(stage2.DiffusionTrainer, "draw_pictures", lambda self, done: None)
     changes = {"train__steps": 4, "train__picture_every": 1, "train__best": "validation/loss_ema", "train__keep": 1}
     train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, **changes))
     assert [p.name for p in state.state_folders(tmp_path / "run")] == ["step-2", "step-4"]

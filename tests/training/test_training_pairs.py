@@ -199,9 +199,9 @@ def test_training_refuses_before_anything_is_written(stripe_folder, autoencoder_
 def test_a_trainer_without_the_check_is_seen(stripe_folder, autoencoder_run, tmp_path):
     check = "    check_learnable(config.prediction, schedule, config.weighting, config.schedule.name)\n"
     config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, schedule="cosine")
-    planted(stage2._noise, (check, ""))(config)
+    planted(stage2.make_noise, (check, ""))(config)
     with pytest.raises(UserError):
-        stage2._noise(config)
+        stage2.make_noise(config)
 
 
 def test_a_foreign_pipeline_is_opened_with_a_warning(recwarn):

@@ -77,8 +77,8 @@ def trivial(config, held) -> float:
 def test_every_schedule_trains_is_published_and_samples(
     tmp_path, stripe_folder, autoencoder_run, latents, curves, monkeypatch, name
 ):
-    validation_set, held = stage2._validation_set, {}
-    monkeypatch.setattr(stage2, "_validation_set", lambda *arguments: held.setdefault("set", validation_set(*arguments)))
+    validation_set, held = stage2.DiffusionTrainer.validation_set, {}
+    monkeypatch.setattr(stage2.DiffusionTrainer, "validation_set", lambda self: held.setdefault("set", validation_set(self)))
     config = diffusion_config(
         stripe_folder,
         tmp_path / "run",
@@ -137,15 +137,15 @@ def test_importance_sampling_reaches_the_step_with_its_correction(
     tmp_path, stripe_folder, autoencoder_run, latents, monkeypatch, curves, weighting
 ):
     seen = []
-    real = stage2.diffusion_loss
+    real = stage2.weighted_error
 
-    def spy(denoiser, x0, t, *args, **kwargs):
-        loss = real(denoiser, x0, t, *args, **kwargs)
+    def spy(denoiser, output, x0, noise, t, *args):
+        loss = real(denoiser, output, x0, noise, t, *args)
         if torch.is_grad_enabled():
             seen.append((t, loss.detach()))
         return loss
 
-    monkeypatch.setattr(stage2, "diffusion_loss", spy)
+    monkeypatch.setattr(stage2, "weighted_error", spy)
     folder = run(
         tmp_path / "run",
         stripe_folder,
@@ -177,23 +177,23 @@ def test_strata_are_of_the_global_batch_whatever_the_number_of_processes(
     class Stop(Exception):
         pass
 
-    def spy(denoiser, x0, t, *args, **kwargs):
+    def spy(denoiser, output, x0, noise, t, *args):
         drawn.append(t)
         raise Stop
 
-    monkeypatch.setattr(stage2, "diffusion_loss", spy)
+    monkeypatch.setattr(stage2, "weighted_error", spy)
     accelerator = start_accelerator(config.train)
     with stage2.progress_bar("encoding", False, lambda: None) as progress:
         held = stage2.prepare_latents(config, accelerator, progress)
-        told = stage2.conditioning.prepare_conditions(config, held, accelerator, progress)
-    parts = stage2.make_parts(config, held, told, accelerator)
+        conditions = stage2.conditioning.prepare_conditions(config, held, accelerator, progress)
+    trainer = stage2.DiffusionTrainer(config, held, conditions, accelerator)
     shares = [(1, 0), (2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)]
     for count, index in shares:
-        one = SimpleNamespace(device=accelerator.device, num_processes=count, process_index=index)
+        trainer.accelerator = SimpleNamespace(device=accelerator.device, num_processes=count, process_index=index)
         with pytest.raises(Stop):
-            stage2.train_step(config, parts, one, 5, 1e-3)
+            trainer.train_step(5, 1e-3)
     assert torch.equal(torch.cat(drawn[1:3]), drawn[0]) and torch.equal(torch.cat(drawn[3:]), drawn[0])
-    place = ((drawn[0].sort().values - parts.schedule.t_min) / (parts.schedule.t_max - parts.schedule.t_min) * 8).long()
+    place = ((drawn[0].sort().values - trainer.schedule.t_min) / (trainer.schedule.t_max - trainer.schedule.t_min) * 8).long()
     assert place.tolist() == list(range(8))
 
 

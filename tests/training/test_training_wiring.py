@@ -6,6 +6,7 @@ Every check is run on the code as it stands, and once more on a twin with one li
 import json
 import math
 import shutil
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +20,7 @@ from latentdiff.data.captions import Captions
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import NULL_PROMPT, ClassCondition
 from latentdiff.objective import add_noise
-from latentdiff.training import autoencoder_step, conditioning, state, train
+from latentdiff.training import conditioning, state, train
 from latentdiff.training import train_autoencoder as stage1
 from latentdiff.training import train_diffusion as stage2
 from latentdiff.training.accelerator import start_accelerator
@@ -50,7 +51,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def stage_2(stripe_folder, autoencoder_run, cache, tmp_path):
-    """stage_2(**changes) -> (config, parts, accelerator) of a stage-2 run before its first step."""
+    """stage_2(**changes) -> the trainer of a stage-2 run before its first step."""
 
     def build(**changes):
         config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run, cache__folder=cache, **changes)
@@ -58,24 +59,24 @@ def stage_2(stripe_folder, autoencoder_run, cache, tmp_path):
         with stage2.progress_bar("encoding", False, lambda: None) as progress:
             latents = stage2.prepare_latents(config, accelerator, progress)
         torch.manual_seed(0)
-        told = conditioning.prepare_conditions(config, latents, accelerator)
-        return config, stage2.make_parts(config, latents, told, accelerator), accelerator
+        conditions = conditioning.prepare_conditions(config, latents, accelerator)
+        trainer = stage2.DiffusionTrainer(config, latents, conditions, accelerator)
+        trainer.prepare_validation()
+        return trainer
 
     return build
 
 
 @pytest.fixture
 def stage_1(stripe_folder, tmp_path):
-    """stage_1(**changes) -> (config, images, parts, accelerator) of a stage-1 run before its first step."""
+    """stage_1(**changes) -> the trainer of a stage-1 run before its first step."""
 
     def build(**changes):
         config = autoencoder_config(stripe_folder, tmp_path / "run", **changes)
         torch.manual_seed(0)
         vae = stage1.make_autoencoder(config)
-        factor = stage1.LatentCodec(vae).factor
-        stage1.to_train(config, vae)
-        accelerator = start_accelerator(config.train)
-        return config, Images(config.data, factor), stage1.make_parts(config, vae, factor, accelerator), accelerator
+        images = Images(config.data, stage1.LatentCodec(vae).factor)
+        return stage1.AutoencoderTrainer(config, vae, images, start_accelerator(config.train))
 
     return build
 
@@ -92,96 +93,96 @@ def five_errors(count: int) -> float:
 # Stage 2: noise and validation
 
 
-def check_two_noises(draw, config, parts, accelerator):
-    drawn = draw(config, parts, accelerator, 3)
-    mean, std = parts.latents.cache.moments(stage2._indices(config, parts, 3), False)
-    posterior = (parts.latents.codec.denormalise(drawn["x0"]) - mean) / std
+def check_two_noises(draw_batch, trainer):
+    batch = draw_batch(trainer, 3)
+    mean, std = trainer.latents.cache.moments(trainer.image_indices(3), False)
+    posterior = (trainer.latents.codec.denormalise(batch.x0) - mean) / std
     assert abs(float(posterior.std()) - 1) < five_errors(posterior.numel())
-    assert abs(correlation(posterior, drawn["noise"])) < five_errors(posterior.numel())
+    assert abs(correlation(posterior, batch.noise)) < five_errors(posterior.numel())
 
 
 def test_the_posterior_has_a_noise_of_its_own(stage_2):
-    made = stage_2(train__batch_size=32)
-    check_two_noises(stage2._draw, *made)
+    trainer = stage_2(train__batch_size=32)
+    check_two_noises(stage2.DiffusionTrainer.draw_batch, trainer)
     one = "posterior_noise = noise = randn(shape, generator)[mine]"
     both = "posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]"
     with pytest.raises(AssertionError):
-        check_two_noises(planted(stage2._draw, (both, one)), *made)
+        check_two_noises(planted(stage2.DiffusionTrainer.draw_batch, (both, one)), trainer)
 
 
-def check_validation_set(make, config, parts, draws):
+def check_validation_set(make, trainer, draws):
     """What is validated on are posterior draws (or means) of the held-out images."""
-    images, _ = parts.latents.images.held_out_batch(config.validation_images)
-    mean, std = parts.latents.codec.moments(images)
-    held = make(config, parts)
-    noise = (parts.latents.codec.denormalise(held["x0"]) - mean) / std
+    images, _ = trainer.latents.images.held_out_batch(trainer.config.validation_images)
+    mean, std = trainer.latents.codec.moments(images)
+    held = make(trainer)
+    noise = (trainer.latents.codec.denormalise(held["x0"]) - mean) / std
     spread, count = float(noise.square().mean().sqrt()), noise.numel()
     assert len(images) == 12 and abs(spread - draws) < (five_errors(count) if draws else 1e-4)
     assert abs(correlation(noise, held["noise"])) < five_errors(count) or not draws
-    assert torch.equal(held["x0"], make(config, parts)["x0"])
+    assert torch.equal(held["x0"], make(trainer)["x0"])
 
 
 def test_validation_is_on_draws_of_held_out_images(stage_2):
-    config, parts, _ = stage_2()
-    check_validation_set(stage2._validation_set, config, parts, 1)
-    means = config.model_copy(update={"cache": config.cache.model_copy(update={"use_mean": True})})
-    check_validation_set(stage2._validation_set, means, parts, 0)
-    held_out = "parts.latents.images.held_out_batch(config.validation_images)"
+    trainer = stage_2()
+    config, validation_set = trainer.config, stage2.DiffusionTrainer.validation_set
+    check_validation_set(validation_set, trainer, 1)
+    trainer.config = config.model_copy(update={"cache": config.cache.model_copy(update={"use_mean": True})})
+    check_validation_set(validation_set, trainer, 0)
+    trainer.config = config
     for bug in (
-        (held_out, "parts.latents.images.train.batch(torch.arange(12))"),
+        ("images.held_out_batch(config.validation_images)", "images.train.batch(torch.arange(12))"),
         ("posterior, config.cache.use_mean", "posterior, True"),
     ):
         with pytest.raises(AssertionError):
-            check_validation_set(planted(stage2._validation_set, bug), config, parts, 1)
+            check_validation_set(planted(validation_set, bug), trainer, 1)
 
 
-def check_validation_loss(validate, config, parts, accelerator):
+def check_validation_loss(trainer):
     """By the formula of the config: min(SNR, 0.5) / (SNR + 1) of v's squared error, importance-sampled times corrected."""
-    held, schedule = stage2._validation_set(config, parts), parts.schedule
-    found = validate(config, parts, accelerator, held)
-    for name, weights in (("raw", parts.bare.state_dict()), ("ema", parts.ema.state())):
-        parts.average.load_state_dict(weights)
+    held, schedule = trainer.validation, trainer.schedule
+    found = trainer.validate()
+    for name, weights in (("raw", trainer.model.state_dict()), ("ema", trainer.ema.state())):
+        trainer.ema_model.load_state_dict(weights)
         x_t = add_noise(schedule, held["x0"], held["noise"], held["t"])
         steps = (held["t"] * 1000 - 1).round()
         with torch.no_grad():
-            v = parts.average(x_t, steps.float(), class_labels=held["class_labels"]).sample
+            v = trainer.ema_model(x_t, steps.float(), class_labels=held["class_labels"]).sample
         alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in (schedule.alpha(held["t"]), schedule.sigma(held["t"])))
         error = (v - (alpha * held["noise"] - sigma * held["x0"])).square().flatten(1).mean(1)
         snr = (schedule.alpha(held["t"]) / schedule.sigma(held["t"])) ** 2
-        loss = error * snr.clamp(max=0.5) / (snr + 1) * parts.levels.correction(held["t"])
+        loss = error * snr.clamp(max=0.5) / (snr + 1) * trainer.levels.correction(held["t"])
         assert found[f"validation/loss_{name}"] == pytest.approx(float(loss.mean()), rel=1e-4)
         assert found[f"validation/error_{name}"] == pytest.approx(float(error.mean()), rel=1e-4)
 
 
 def test_the_validation_loss_is_the_one_minimised(stage_2):
-    config, parts, accelerator = stage_2(**MIN_SNR, noise_levels="importance")
+    trainer = stage_2(**MIN_SNR, noise_levels="importance")
     # Whole timesteps, which are what the network is fed
-    parts.levels.midpoints = lambda n: torch.linspace(100, 900, n, dtype=torch.float64).round() / 1000
-    stage2.train_step(config, parts, accelerator, 0, 1e-2)  # raw and averaged weights are no longer the same
-    check_validation_loss(stage2._validate, config, parts, accelerator)
+    trainer.levels.midpoints = lambda n: torch.linspace(100, 900, n, dtype=torch.float64).round() / 1000
+    trainer.validation = trainer.validation_set()
+    trainer.train_step(0, 1e-2)  # raw and averaged weights are no longer the same
+    check_validation_loss(trainer)
     for bug in (
         (" * weight.to(error)", ""),
-        (" * parts.levels.correction(t).to(error)", ""),
+        (" * self.levels.correction(t).to(error)", ""),
         (", config.min_snr_gamma", ""),
     ):
-        twin = planted(stage2._validate, _minimised=planted(stage2._minimised, bug))
+        trainer.weighted_loss = partial(planted(stage2.DiffusionTrainer.weighted_loss, bug), trainer)
         with pytest.raises(AssertionError):
-            check_validation_loss(twin, config, parts, accelerator)
+            check_validation_loss(trainer)
 
 
 def test_the_plain_error_is_logged_only_where_it_is_another_number(stage_2):
     for changes, names in (({}, {"loss"}), ({"noise_levels": "importance"}, {"loss", "error"})):
-        config, parts, accelerator = stage_2(**changes)
-        found = stage2._validate(config, parts, accelerator, stage2._validation_set(config, parts))
+        found = stage_2(**changes).validate()
         assert {key.removeprefix("validation/").split("_")[0] for key in found} == names
-    config, parts, accelerator = stage_2(weighting="uncertainty")
-    parts.uncertainty.weight.data.fill_(0.2)
-    held = stage2._validation_set(config, parts)
-    found = stage2._validate(config, parts, accelerator, held)
-    u = parts.uncertainty.log_variance(held["t"]).detach()
+    trainer = stage_2(weighting="uncertainty")
+    trainer.uncertainty.weight.data.fill_(0.2)
+    found = trainer.validate()
+    u = trainer.uncertainty.log_variance(trainer.validation["t"]).detach()
     assert found["validation/loss_raw"] != pytest.approx(found["validation/error_raw"], rel=1e-2)
-    parts.uncertainty.weight.data.zero_()
-    plain = stage2._validate(config, parts, accelerator, held)
+    trainer.uncertainty.weight.data.zero_()
+    plain = trainer.validate()
     assert plain["validation/loss_raw"] == pytest.approx(plain["validation/error_raw"], rel=1e-5)
     assert float(u.abs().max()) > 0.1
 
@@ -206,41 +207,42 @@ def test_the_best_value_of_another_definition_is_not_kept(stripe_folder, autoenc
 # Stage 2: a step
 
 
-def check_gamma(step, config, parts, accelerator):
-    drawn, schedule = stage2._draw(config, parts, accelerator, 0), parts.schedule
+def check_gamma(train_step, trainer):
+    batch, schedule = trainer.draw_batch(0), trainer.schedule
     with torch.no_grad():
-        x_t = add_noise(schedule, drawn["x0"], drawn["noise"], drawn["t"])
-        v = parts.denoiser.output(x_t, drawn["t"], **drawn["conditions"])
-    alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in (schedule.alpha(drawn["t"]), schedule.sigma(drawn["t"])))
-    error = (v - (alpha * drawn["noise"] - sigma * drawn["x0"])).square().flatten(1).mean(1)
-    snr = (schedule.alpha(drawn["t"]) / schedule.sigma(drawn["t"])) ** 2
+        x_t = add_noise(schedule, batch.x0, batch.noise, batch.t)
+        v = trainer.denoiser.output(x_t, batch.t, **batch.conditioning)
+    alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in (schedule.alpha(batch.t), schedule.sigma(batch.t)))
+    error = (v - (alpha * batch.noise - sigma * batch.x0)).square().flatten(1).mean(1)
+    snr = (schedule.alpha(batch.t) / schedule.sigma(batch.t)) ** 2
     expected = float((error * snr.clamp(max=0.5) / (snr + 1)).mean())
-    values, good = step(config, parts, accelerator, 0, 0.0)
+    values, good = train_step(trainer, 0, 0.0)
     assert good and float(values["loss"][0]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_min_snr_gamma_reaches_the_step(stage_2):
-    made = stage_2(**MIN_SNR)
-    check_gamma(stage2.train_step, *made)
+    trainer, train_step = stage_2(**MIN_SNR), stage2.DiffusionTrainer.train_step
+    check_gamma(train_step, trainer)
     with pytest.raises(AssertionError):
-        check_gamma(planted(stage2.train_step, ("config.weighting, config.min_snr_gamma,", "config.weighting,")), *made)
+        check_gamma(planted(train_step, ("config.weighting, config.min_snr_gamma)", "config.weighting)")), trainer)
 
 
-def check_average(step, config, parts, accelerator):
-    before = {key: value.clone() for key, value in parts.bare.state_dict().items()}
-    step(config, parts, accelerator, 0, 1e-2)
-    after, rate = parts.bare.state_dict(), 1 - parts.ema.decay_at(1)
+def check_average(train_step, trainer):
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    train_step(trainer, 0, 1e-2)
+    after, rate = trainer.model.state_dict(), 1 - trainer.ema.decay_at(1)
     assert max(float((after[key] - before[key]).abs().max()) for key in before) > 5e-3
-    for key, value in parts.ema.state().items():
+    for key, value in trainer.ema.state().items():
         torch.testing.assert_close(value, torch.lerp(before[key], after[key], rate), rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_is_of_the_weights_after_the_step(stage_2):
-    check_average(stage2.train_step, *stage_2())
-    right = "        parts.optimizer.step()\n        parts.ema.update(parts.bare)\n"
-    wrong = "        parts.ema.update(parts.bare)\n        parts.optimizer.step()\n"
+    train_step = stage2.DiffusionTrainer.train_step
+    check_average(train_step, stage_2())
+    step, scale, average = "self.optimizer.step()", "self.loss_scale.stepped()", "self.ema.update(self.model)"
+    right, wrong = ("\n        ".join(order) + "\n" for order in ((step, scale, average), (average, step, scale)))
     with pytest.raises(AssertionError):
-        check_average(planted(stage2.train_step, (right, wrong)), *stage_2())
+        check_average(planted(train_step, (right, wrong)), stage_2())
 
 
 # Stage 2: conditions
@@ -349,26 +351,26 @@ def test_a_run_from_before_the_joint_dropout_is_resumed_without_it(tmp_path):
 # Stage 1
 
 
-def check_posterior_noise(draw, config, images, parts, accelerator):
-    x = images.train.batch(torch.arange(8))[0]
-    first, second = (draw(config, parts, accelerator, x, step) for step in (0, 1))
+def check_posterior_noise(draw_noise, trainer):
+    x = trainer.images.train.batch(torch.arange(8))[0]
+    first, second = (draw_noise(trainer, x, step) for step in (0, 1))
     assert abs(correlation(first, second)) < five_errors(first.numel())
-    assert torch.equal(first, draw(config, parts, accelerator, x, 0))
+    assert torch.equal(first, draw_noise(trainer, x, 0))
 
 
 def test_stage_1_draws_its_posteriors_anew_at_every_step(stage_1):
-    made = stage_1()
-    check_posterior_noise(autoencoder_step.draw_noise, *made)
+    trainer, draw_noise = stage_1(), stage1.AutoencoderTrainer.draw_noise
+    check_posterior_noise(draw_noise, trainer)
     with pytest.raises(AssertionError):
-        check_posterior_noise(planted(autoencoder_step.draw_noise, ('"posterior", step', '"posterior"')), *made)
+        check_posterior_noise(planted(draw_noise, ('"posterior", step', '"posterior"')), trainer)
 
 
-def check_commitment(terms, config, images, parts, accelerator):
+def check_commitment(loss_terms, trainer):
     """VQ-VAE (1711.00937) eq. 3: the codebook's term has weight 1, commitment 0.25; values, sum and gradients."""
-    x = images.train.batch(torch.arange(8))[0]
-    out = parts.bare(x, None)
-    found = terms(parts, accelerator, x, out, 0, None)
-    z, codebook = out["latents"], parts.bare.vae.quantize.embedding.weight
+    x = trainer.images.train.batch(torch.arange(8))[0]
+    out = trainer.model(x, None)
+    found = loss_terms(trainer, x, out, 0, None)
+    z, codebook = out["latents"], trainer.model.vae.quantize.embedding.weight
     chosen = out["codes"].view(len(z), *z.shape[2:])
     e = codebook[chosen].movedim(-1, 1)
     distance = (z - e).square().mean()
@@ -386,14 +388,14 @@ def check_commitment(terms, config, images, parts, accelerator):
 
 
 def test_the_commitment_has_the_weights_of_the_paper(stage_1):
-    made = stage_1(**VQ)
-    check_commitment(autoencoder_step._terms, *made)
-    tenth = ('commitment=out.get("commitment")', 'commitment=0.1 * out["commitment"]')
+    trainer, loss_terms = stage_1(**VQ), stage1.AutoencoderTrainer.loss_terms
+    check_commitment(loss_terms, trainer)
+    tenth = ('commitment=output.get("commitment")', 'commitment=0.1 * output["commitment"]')
     with pytest.raises(AssertionError):
-        check_commitment(planted(autoencoder_step._terms, tenth), *made)
-    made[2].bare.vae.quantize.legacy = True
+        check_commitment(planted(loss_terms, tenth), trainer)
+    trainer.model.vae.quantize.legacy = True
     with pytest.raises(AssertionError):
-        check_commitment(autoencoder_step._terms, *made)
+        check_commitment(loss_terms, trainer)
 
 
 def check_usage(folder, data, curves):
@@ -405,6 +407,7 @@ def check_usage(folder, data, curves):
 
 def test_code_usage_begins_anew_with_each_epoch(tmp_path, stripe_folder, curves, monkeypatch):
     check_usage(tmp_path / "right", stripe_folder, curves)
-    monkeypatch.setattr(stage1, "_work", planted(stage1._work, ("parts.usage.reset()", "pass")))
+    after_step = planted(stage1.AutoencoderTrainer.after_step, ("self.code_usage.reset()", "pass"))
+    monkeypatch.setattr(stage1.AutoencoderTrainer, "after_step", after_step)
     with pytest.raises(AssertionError):
         check_usage(tmp_path / "wrong", stripe_folder, curves)
