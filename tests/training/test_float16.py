@@ -213,4 +213,6 @@ def test_auto_is_the_run_of_any_other_micro_batch(tmp_path, stripe_folder, autoe
     assert "train.micro_batch: 3 of 8 samples at a time (auto)" in capsys.readouterr().err
     train(config(tmp_path / "three", 3))
     assert_same(tmp_path / "auto", tmp_path / "three", 4)
-    assert trainer.shares(8, 3) == [slice(0, 3), slice(3, 6), slice(6, 8)] and trainer.shares(8, "auto") == [slice(0, 8)]
+    assert trainer.micro_batches(8, 3) == [slice(0, 3), slice(3, 6), slice(6, 8)] and trainer.micro_batches(8, "auto") == [
+        slice(0, 8)
+    ]
