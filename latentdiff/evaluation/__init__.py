@@ -1,3 +1,3 @@
-"""Honest numbers for generated images: features, streaming statistics, scores, and a report with its protocol."""
+"""Measure generated images, and compare checkpoints, samplers and denoisers."""
 
-DEFAULT_FEATURES = "weights/fashion-mnist-features"  # the feature network that the commands measure with
+DEFAULT_FEATURES = "weights/fashion-mnist-features"  # the feature network that ships

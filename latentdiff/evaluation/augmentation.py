@@ -1,6 +1,6 @@
-"""Pictures disturbed at random, for a judge that must see through a generated picture's small faults.
+"""Random changes to pictures, for training a judge that must tolerate the small faults of generated pictures.
 
-Colours keep their hue and nothing is mirrored: a blue heart is not a red one, nor a left arrow a right one.
+Colours keep their hue and nothing is mirrored: a blue heart is not a red one, and a left arrow is not a right one.
 """
 
 import math
@@ -10,21 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 ROTATION = math.radians(15)
-SCALE, SHIFT = 0.2, 0.12  # about 1; share of the side
+SCALE, SHIFT = 0.2, 0.12  # SCALE: around 1; SHIFT: share of the side
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.25, 0.3
-NOISE, BLOTCHES = 0.15, 0.25  # standard deviations at most, in units of [-1, 1]
-ERASED, ERASED_SIDE = 0.5, 0.4  # share of the pictures; side at most
+NOISE, BLOTCHES = 0.15, 0.25  # largest standard deviations, in units of [-1, 1]
+ERASED, ERASED_SIDE = 0.5, 0.4  # share of the pictures; largest side of the rectangle
 Strength = float | Tensor
 LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(images: Tensor, generator: torch.Generator, strength: Strength = 1.0) -> Tensor:
-    """Each of the images [B, 3, H, W] in [-1, 1] disturbed on its own.
+    """Change each of the images [B, 3, H, W] in [-1, 1] at random, independently of the others; same shape and range.
 
-    strength: 0 changes nothing, 1 is all of it; of all images, or of each, [B, 1, 1, 1].
+    They are turned, scaled and shifted on white; changed in brightness, contrast and saturation; blurred as an autoencoder
+    blurs; given noise of pixels and of blotches an eighth of the side wide; and half of them get a rectangle of one colour.
 
-    Turned, scaled and shifted on white; brightness, contrast and saturation; blurred as an autoencoder blurs; noise of
-    pixels and of blotches of an eighth of the side; a rectangle of one colour.
+    Args:
+        images: the pictures.
+        generator: of all draws.
+        strength: 0 changes nothing, 1 is everything; one for all images, or one for each, [B, 1, 1, 1].
     """
     images = _place(images, generator, strength)
     images = _colours(images, generator, strength)
@@ -45,7 +48,7 @@ def _place(images: Tensor, generator: torch.Generator, strength: Strength) -> Te
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
     theta = torch.stack([torch.stack([cos, -sin, right], 1), torch.stack([sin, cos, down], 1)], 1)  # [B, 2, 3]
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    # Zeros outside, so that white is what comes in
+    # Outside the picture are zeros, so it is shifted to make white zero
     return F.grid_sample(images - 1, grid, align_corners=False) + 1
 
 
@@ -57,10 +60,10 @@ def _colours(images: Tensor, generator: torch.Generator, strength: Strength) -> 
 
 
 def _blur(images: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
-    """Part of the way to the picture at half its resolution, and to that at a quarter."""
+    """Move part of the way to the picture at half its resolution, then part of the way to that at a quarter."""
     size = images.shape[2:]
     for factor in (2, 4):
-        # Squared: most are blurred a little
+        # The square makes most of them only a little blurred
         share = torch.rand(len(images), 1, 1, 1, generator=generator).square() * strength
         small = F.interpolate(images, size=[max(1, side // factor) for side in size], mode="area")
         images = images.lerp(F.interpolate(small, size=size, mode="bilinear"), share.expand_as(images))

@@ -1,12 +1,15 @@
-"""Bits per dimension of pixels through both stages: a bound, in three terms that stand apart.
+"""Bits per dimension of pixels through both stages of a model: an upper bound, as three terms.
 
 For an image x of 8-bit values, with z drawn from the encoder's posterior q(z | x),
     log p(x) >= E_q [ log p(x | z) + log p(z) - log q(z | x) ].
-Exact: log p(x | z), a probability of integers by a stated observation model, so that nothing is dequantised; log q, a
-diagonal Gaussian; and the volume of the latent normaliser.  log p(z) is the density of the denoiser's probability-flow
-ODE: unbiased with Hutchinson's estimator and exact up to the solver's tolerance.  A bound is made once, by Jensen's
-inequality over q; one z per image estimates it without bias.  For a class-conditional model all of it is given the true
-class, log p(x | y).
+
+- log p(x | z) is exact: a probability of integers under an observation model, so nothing is dequantised.
+- log q(z | x) is exact: a diagonal Gaussian. So is the volume of the latent normaliser.
+- log p(z) is the density of the denoiser's probability-flow ODE: unbiased with Hutchinson's estimator, and exact up to the
+  solver's tolerance.
+
+The only bound is Jensen's inequality over q; one z per image estimates it without bias. For a class-conditional model
+every term is given the true class, which makes it log p(x | y).
 """
 
 import math
@@ -27,8 +30,8 @@ from latentdiff.models.codec import LatentCodec
 from latentdiff.utils.random import Generators, derive_seed, generators, randn_like
 
 LEVELS, BANDS = 256, 32
-_SCALES = torch.logspace(-1, math.log10(LEVELS / 2), 48, dtype=torch.float64)  # tried in a fit, in levels
-_SHRINK = 100  # pixels of the channel's average that each band is given, so that a band rarely met has a sane scale
+_SCALES = torch.logspace(-1, math.log10(LEVELS / 2), 48, dtype=torch.float64)  # candidates of a fit, in levels
+_SHRINK = 100  # each band gets so many pixels of the channel's average, so that a rare band has a sane scale
 
 # (images, decoder's means), both [B, C, H, W] with levels 0 ... 255 at -1 ... 1 -> log p(x | z), nats, float64 [B]
 Observation = Callable[[Tensor, Tensor], Tensor]
@@ -36,11 +39,18 @@ Observation = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class DiscretisedLogistic:
-    """p(x | z): each value is a logistic around the decoder's mean m, cut into the 256 levels (1701.05517 eq. 2).
+    """p(x | z): each value is a logistic around the decoder's mean m, cut into 256 levels.
 
-    P(v) = F((v + 1/2 - m) / s) - F((v - 1/2 - m) / s), in levels; what lies beyond 0 and 255 belongs to them, so that
-    the 256 probabilities sum to one.  scales: s in levels, float64 [C, 32]: one for each channel and each of 32 equal
-    bands of m, as a decoder is surer of a dark background than of cloth.
+    This is PixelCNN++'s, arXiv 1701.05517, eq. 2:
+
+        P(v) = F((v + 1/2 - m) / s) - F((v - 1/2 - m) / s), in levels
+
+    The mass below 0 and above 255 belongs to these two, so the 256 probabilities sum to one. Calling it with images and the
+    decoder's means, both [B, C, H, W] in [-1, 1], gives log p(x | z) in nats, float64 [B].
+
+    Attributes:
+        scales: s in levels, float64 [C, BANDS]: one for each channel and each of 32 equal bands of m, because a decoder is
+            surer of some values (a dark background) than of others.
     """
 
     scales: Tensor
@@ -53,9 +63,12 @@ class DiscretisedLogistic:
 
 
 def fit_observation(codec: LatentCodec, batches: Iterable[tuple[Tensor, Generators]], crop=lambda x: x) -> DiscretisedLogistic:
-    """The observation model whose scales make training images likeliest, given z drawn as the bound draws it.
+    """Fit the observation model: the scales that make training images likeliest, with z drawn as in the bound.
 
-    batches: (images [B, C, H', W'] in [-1, 1], generators for z).  crop: takes the padding off images.
+    Args:
+        codec: the first stage.
+        batches: (images [B, C, H', W'] in [-1, 1], generators for z).
+        crop: takes the padding off images.
     """
     table = counts = torch.zeros(())
     for images, generator in batches:
@@ -79,20 +92,28 @@ def _bands(centre: Tensor) -> Tensor:
 
 
 def _log_logistic(values: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
-    """log P(v), elementwise: F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)) has no cancellation."""
+    """log P(v) in nats, elementwise. F(a) - F(b) = F(a) F(-b) (1 - exp(b - a)) has no cancellation."""
     above, below = (values + 0.5 - centre) / scale, (values - 0.5 - centre) / scale
     inside = logsigmoid(above) + logsigmoid(-below) + torch.log(-torch.expm1(-1 / scale))
     return torch.where(values <= 0, logsigmoid(above), torch.where(values >= LEVELS - 1, logsigmoid(-below), inside))
 
 
 class PixelTerms(NamedTuple):
-    """The three terms of log p(x) >= decoder + prior + encoder for one z each, nats, float64 [B]."""
+    """The terms of log p(x) >= decoder + prior + encoder for one z of each image, in nats, float64 [B].
 
-    decoder: Tensor  # log p(x | z)
-    prior: Tensor  # log p(z) of raw latents, the normaliser's volume included
-    encoder: Tensor  # -log q(z | x)
-    probe_stderr: Tensor  # of prior, over the probes; nan where one probe cannot tell
-    nfe: Tensor  # int64 [B]
+    Attributes:
+        decoder: log p(x | z).
+        prior: log p(z) of raw latents, the normaliser's volume included.
+        encoder: -log q(z | x).
+        probe_stderr: standard error of prior over the probes; nan for a single probe.
+        nfe: evaluations of the network, int64 [B].
+    """
+
+    decoder: Tensor
+    prior: Tensor
+    encoder: Tensor
+    probe_stderr: Tensor
+    nfe: Tensor
 
 
 def pixel_terms(
@@ -106,18 +127,28 @@ def pixel_terms(
     tolerance: float = 1e-2,
     divergence: str = "hutchinson",
 ) -> PixelTerms:
-    """The bound's terms for images [B, C, H', W'] in [-1, 1], z ~ q(z | x) once for each.
+    """The bound's terms for images, with one z ~ q(z | x) for each.
 
-    denoiser: over normalised latents, the class of each image built in (ClassifierFree at scale 1).  crop: takes the
-    padding off; the encoder sees it, but it is not data.  generator: for z and the probes, one, or one per image.
-    tolerance: rtol and atol of the ODE.  UserError for an autoencoder without a posterior.
+    Args:
+        codec: the first stage.
+        denoiser: over normalised latents, with the class of each image built in (ClassifierFree at scale 1).
+        images: [B, C, H', W'] in [-1, 1].
+        observation: the observation model.
+        generator: for z and the probes; one, or one per image.
+        crop: takes the padding off. The encoder sees the padding, but it is not data.
+        probes: random vectors of Hutchinson's estimator.
+        tolerance: rtol and atol of the ODE.
+        divergence: the estimator, as in `likelihood.log_prob`.
+
+    Raises:
+        UserError: the autoencoder has no posterior.
     """
     z, encoder = _draw(codec, images, generator)
     latents = codec.normalise(z)
-    found = log_prob(denoiser, latents, divergence, probes, tolerance, tolerance, generator)
+    density = log_prob(denoiser, latents, divergence, probes, tolerance, tolerance, generator)
     volume = codec.scale.double().abs().log().expand(z.shape[1]).sum() * math.prod(z.shape[2:])  # log |d normalised / d z|
     decoder = observation(crop(images).to(z.device), crop(codec.decode(latents)))
-    return PixelTerms(decoder, found.log_prob + volume.to(z.device), encoder, found.stderr, found.nfe)
+    return PixelTerms(decoder, density.log_prob + volume.to(z.device), encoder, density.stderr, density.nfe)
 
 
 def _draw(codec: LatentCodec, images: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
@@ -146,11 +177,30 @@ def pixel_bits(
     batch_size: int = 50,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Any]:
-    """The bound on `num_images` images of test, drawn by seed, as JSON values: total, terms, protocol.
+    """The bound on `num_images` images of test, drawn by seed.
 
-    denoiser_for(labels [B] or None, B) -> the denoiser of images of these classes.  The observation model is fitted on
-    fit_images of train.  An image's numbers depend on (seed, image), not on its batch.  stderr: of the mean over
-    images, with all that one z and the probes of each add to it; stderr_probes: the probes' share, with two or more.
+    An image's numbers depend on (seed, image), not on its batch.
+
+    Args:
+        codec: the first stage.
+        denoiser_for: (labels int64 [B] or None, B) -> the denoiser of images of these classes.
+        train: images on which the observation model is fitted.
+        test: images to measure.
+        num_images: how many.
+        probes: random vectors of Hutchinson's estimator for each image.
+        seed: of all draws.
+        tolerance: rtol and atol of the ODE.
+        fit_images: images of train for the fit.
+        batch_size: images in a batch.
+        progress: called with the number of images after each batch.
+
+    Returns:
+        JSON values: nats and bits_per_dim, means over images; stderr, the standard error of bits_per_dim over images, which
+        includes what the draw of z and the probes add; stderr_probes, the probes' share of it (None for one probe); terms,
+        the same for each term; protocol.
+
+    Raises:
+        UserError: a number is out of range, or the autoencoder has no posterior.
     """
     if not 1 <= num_images <= len(test):
         raise UserError(f"--num-images {num_images}: must be from 1 to {len(test)}, the images of this split")
@@ -158,17 +208,18 @@ def pixel_bits(
         raise UserError(f"--batch-size {batch_size} and --probes {probes}: must be at least 1")
     crop = test.preprocess.crop_content
     fit_rows = permutation(len(train), seed, "observation")[:fit_images]
-    batches = ((train.batch(rows)[0], _own(seed, "observation", rows)) for rows in fit_rows.split(batch_size))
+    batches = ((train.batch(rows)[0], _image_generators(seed, "observation", rows)) for rows in fit_rows.split(batch_size))
     observation = fit_observation(codec, batches, crop)
     parts = []
     for rows in permutation(len(test), seed, "likelihood")[:num_images].split(batch_size):
         images, labels = test.batch(rows)
-        own = _own(seed, "likelihood", rows)
-        parts.append(pixel_terms(codec, denoiser_for(labels, len(rows)), images, observation, own, crop, probes, tolerance))
+        generators_of_rows = _image_generators(seed, "likelihood", rows)
+        denoiser = denoiser_for(labels, len(rows))
+        parts.append(pixel_terms(codec, denoiser, images, observation, generators_of_rows, crop, probes, tolerance))
         progress(len(rows))
     terms = PixelTerms(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
     dims = math.prod(crop(images).shape[1:])
-    described = (
+    observation_text = (
         f"discretised logistic over {LEVELS} levels around the decoder's mean, one scale for each channel and each of "
         f"{BANDS} bands of the mean, fitted on {len(fit_rows)} training images"
     )
@@ -181,7 +232,7 @@ def pixel_bits(
             "seed": seed,
             "levels": LEVELS,
             "preprocessing": test.preprocess.describe(),
-            "observation": described,
+            "observation": observation_text,
             "scales_in_levels": [round(float(s), 2) for s in (observation.scales.min(), observation.scales.max())],
             "posterior_draws": 1,
             "solver": "dopri5 (torchode), a step of its own for each image",
@@ -194,12 +245,13 @@ def pixel_bits(
     }
 
 
-def _own(seed: int, purpose: str, rows: Tensor) -> Sequence[torch.Generator]:
+def _image_generators(seed: int, purpose: str, rows: Tensor) -> Sequence[torch.Generator]:
+    """A generator for each image, from the seed and the image's row."""
     return generators(derive_seed(seed, purpose), rows.tolist())
 
 
 def _summary(terms: PixelTerms, dims: int) -> dict[str, Any]:
-    """Means over images in nats an image and bits a dimension, with standard errors; None for what one image cannot tell."""
+    """Means over images in nats per image and bits per dimension, with standard errors; None where one image gives none."""
     count = len(terms.nfe)
 
     def entry(nats: Tensor) -> dict[str, float | None]:

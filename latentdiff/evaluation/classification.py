@@ -1,4 +1,4 @@
-"""What is measured on images: Fréchet distance, label accuracy, classification accuracy score (CAS)."""
+"""Is an image of its class? Label accuracy, and the classification accuracy score (CAS)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,20 +9,22 @@ from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.feature_statistics import feature_statistics, read_batches
 from latentdiff.models.feature_net import FeatureNet, FeatureSpace
 
-# Trains a classifier on labelled images from a seed. Training is a lower room, so the trainer is handed in; generated
-# and real images then certainly meet the same recipe.
+# Trains a classifier on labelled images from a seed. CAS uses one trainer for generated and for real images
 ClassifierTrainer = Callable[[ImageDataset, int], FeatureNet]
 
 
 def class_counts(dataset: ImageDataset) -> list[int]:
-    """Images of each class of a labelled data set."""
+    """Number of images of each class. ValueError for a data set without labels."""
     if dataset.labels is None:
         raise ValueError(f"data '{dataset.source.name}' has no labelled images")
     return torch.bincount(dataset.labels, minlength=len(dataset.class_names)).tolist()
 
 
 def label_accuracy(net: FeatureSpace, dataset: ImageDataset) -> float:
-    """Share of a labelled data set's images that net assigns to their labels; in [0, 1]."""
+    """Share of a labelled data set's images that net classifies as their label says, in [0, 1].
+
+    ValueError without labels, or for a network that is no classifier.
+    """
     accuracy = feature_statistics(net, read_batches(dataset)).accuracy
     if accuracy is None:
         raise ValueError(f"data '{dataset.source.name}' has no labelled images, or {net.name} tells no classes")
@@ -31,9 +33,11 @@ def label_accuracy(net: FeatureSpace, dataset: ImageDataset) -> float:
 
 @dataclass(frozen=True)
 class ClassificationAccuracy:
-    """Classification accuracy score (CAS, 1905.10887): test accuracies in [0, 1], one a seed.
+    """Classification accuracy score (Ravuri & Vinyals, "Classification Accuracy Score", arXiv 1905.10887).
 
-    generated: of classifiers trained on the generated images alone; real: of the same trained on as many real ones.
+    Attributes:
+        generated: test accuracies in [0, 1] of classifiers trained on the generated images alone, one for each seed.
+        real: the same after training on as many real images.
     """
 
     generated: tuple[float, ...]
@@ -46,7 +50,7 @@ class ClassificationAccuracy:
 
     @property
     def real_value(self) -> float:
-        """Mean accuracy after training on as many real images: what the generated ones stand beside."""
+        """Mean accuracy after training on as many real images."""
         return sum(self.real) / len(self.real)
 
     @property
@@ -62,10 +66,17 @@ def cas(
     test: ImageDataset,
     seeds: Sequence[int] = (0,),
 ) -> ClassificationAccuracy:
-    """Train on generated images, and with the same recipe on as many real ones; test both on held-out real images.
+    """Train classifiers on generated images, and in the same way on real ones; test both on held-out real images.
+
+    Args:
+        train: trains a classifier.
+        generated: labelled samples.
+        real: as many real images of each class.
+        test: held-out real images.
+        seeds: of the trainings; each seed trains one classifier on generated and one on real images.
 
     Raises:
-        ValueError: generated and real images differ in number within a class, so that more than the pictures differs.
+        ValueError: the numbers of generated and of real images of a class differ.
     """
     counts = [class_counts(data) for data in (generated, real)]
     if counts[0] != counts[1]:

@@ -1,8 +1,8 @@
-"""How well denoisers remove noise, level by level, and how far apart the answers of several are.
+"""`latentdiff agreement`: how well denoisers remove noise, by noise level, and how far apart the answers of several are.
 
-At one log-SNR and one noise, x_t / alpha = x0 + exp(-log_snr / 2) eps whatever the process, and E[x0 | x_t] is a
-function of that ratio (2107.00630 section 5.1, 2206.00364 eq. 4 and 6).  So denoisers trained as different processes
-are after one and the same function, and here are asked the same questions.
+At one log-SNR and one noise, x_t / alpha = x0 + exp(-log_snr / 2) eps for every process, and E[x0 | x_t] is a function of
+that ratio ("Variational Diffusion Models", arXiv 2107.00630, section 5.1; "EDM", arXiv 2206.00364, eq. 4 and 6). So denoisers
+trained on different processes estimate the same function, and can be compared on the same inputs.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import NotFiniteError, UserError
+from latentdiff.evaluation.tables import NONE, markdown_table
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 LOG_SNRS = (-6.0, -4.0, -2.0, 0.0, 2.0, 4.0, 6.0)
 
@@ -28,27 +29,27 @@ def agreement(
     seed: int = 0,
     batch_size: int = 100,
 ) -> dict[str, Any]:
-    """Compare how well models denoise at each noise level, and how far their answers are from the first model's.
+    """The mean squared error of each model's x0 estimate of held-out latents, and its distance from the first model's.
 
-    Held-out latents are noised to each log-SNR, and every model estimates x0. Latents are draws from the posteriors of test
-    images, as in training (means, where the models were trained on means), normalised to unit variance. Classes are given.
-    Draws and noise are the same for all models.
+    Latents are draws from the posteriors of test images, as in training (or means, if the models were trained on means),
+    normalised to unit variance. Classes are given. Draws and noise are the same for all models.
 
     Args:
-        models: one or more checkpoints over the same autoencoder.
-        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards. Its test images are denoised.
-        num_images: test images.
-        log_snrs: noise levels, as log(alpha^2 / sigma^2).
-        seed: chooses the images and draws latents and noise.
-        batch_size: images denoised at a time.
+        models: one or more checkpoints on the same autoencoder.
+        data: the data set whose test images are denoised.
+        num_images: how many, drawn by seed.
+        log_snrs: noise levels, log(alpha^2 / sigma^2).
+        seed: of all draws.
+        batch_size: images in a batch.
 
     Returns:
-        {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}. Errors are mean squared errors of x0, and
-        distances mean squared differences from the first model's x0; one for each log-SNR, as [mean, standard error over
-        images], or None where a log-SNR is beyond the model's process.
+        {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}. errors and distances have for each log-SNR
+        [mean over latent dimensions and images, its standard error over images], or None beyond a process's interval.
 
     Raises:
-        UserError: models of other autoencoders, preprocessing or classes, data of other classes, or numbers out of range.
+        UserError: the models differ in autoencoder, preprocessing or classes, the data have other classes, a model reads text,
+            or a number is out of range.
+        NotFiniteError: a model's estimate is NaN or infinite.
     """
     from latentdiff.data.shuffling import permutation
     from latentdiff.utils.random import derive_seed, generators, randn
@@ -58,6 +59,8 @@ def agreement(
     loaded, codec, use_mean, test = _load(models, data)
     if num_images > len(test):
         raise UserError(f"--num-images {num_images}: --data {data} has {len(test)} test images")
+
+    # [model][log-SNR] -> batches of values, one for each image
     errors: list[list[list[Tensor]]] = [[[] for _ in log_snrs] for _ in loaded]
     distances: list[list[list[Tensor]]] = [[[] for _ in log_snrs] for _ in loaded]
     for rows in permutation(len(test), seed, "agreement")[:num_images].split(batch_size):
@@ -67,28 +70,38 @@ def agreement(
         for j, log_snr in enumerate(log_snrs):
             first: Tensor | None = None
             for i, (pipeline, denoiser) in enumerate(loaded):
-                given = {"class_labels": labels.to(x0.device)} if pipeline.num_classes else {}
-                found = estimate_x0(denoiser, x0, noise, log_snr, **given)
-                if found is None:
+                conditioning = {"class_labels": labels.to(x0.device)} if pipeline.num_classes else {}
+                current = estimate_x0(denoiser, x0, noise, log_snr, **conditioning)
+                if current is None:
                     continue
-                if not bool(found.isfinite().all()):
+                if not bool(current.isfinite().all()):
                     raise NotFiniteError(f"{models[i]}: its U-Net's output is not finite at log-SNR {log_snr:g}")
-                first = found if i == 0 else first
-                errors[i][j].append((found - x0).square().flatten(1).mean(1))
+                first = current if i == 0 else first
+                errors[i][j].append((current - x0).square().flatten(1).mean(1))
                 if first is not None:
-                    distances[i][j].append((found - first).square().flatten(1).mean(1))
-    rows_of = [
-        {"model": str(name), "errors": [_mean(e) for e in errors[i]], "distances": [_mean(d) for d in distances[i]]}
+                    distances[i][j].append((current - first).square().flatten(1).mean(1))
+
+    results = [
+        {"model": str(name), "errors": [*map(_mean, errors[i])], "distances": [*map(_mean, distances[i])]}
         for i, name in enumerate(models)
     ]
     latents = "posterior means" if use_mean else "posterior draws"
     protocol = {"data": data, "images": num_images, "seed": seed, "latents": latents, "autoencoder": codec.fingerprint()}
-    return {"log_snrs": list(log_snrs), "models": rows_of, "protocol": protocol}
+    return {"log_snrs": list(log_snrs), "models": results, "protocol": protocol}
 
 
-@torch.no_grad()
 def estimate_x0(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **conditioning: Any) -> Tensor | None:
-    """E[x0 | x_t] as the denoiser has it at this log-SNR, [B, ...]; None beyond its schedule's usable interval."""
+    """A denoiser's estimate of E[x0 | x_t], [B, ...], at one log-SNR; None beyond its schedule's usable interval.
+
+    Args:
+        denoiser: a `Denoiser`.
+        x0: clean latents [B, ...].
+        noise: standard normal, [B, ...].
+        log_snr: log(alpha^2 / sigma^2).
+        conditioning: of the denoiser's call.
+    """
+    import torch
+
     from latentdiff.objective import add_noise
 
     schedule = denoiser.schedule
@@ -96,7 +109,8 @@ def estimate_x0(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **cond
     if not ends[0] <= log_snr <= ends[1]:
         return None
     t = float(schedule.time_from_log_snr(log_snr))
-    return denoiser(add_noise(schedule, x0, noise, t), t, **conditioning).x0
+    with torch.no_grad():
+        return denoiser(add_noise(schedule, x0, noise, t), t, **conditioning).x0
 
 
 def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]], Any, bool, Any]:
@@ -109,20 +123,21 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     loaded: list[tuple[Any, Any]] = []
     first: dict[str, Any] = {}
     for name in models:
-        pipeline = load(resolve_model(name))
+        folder = resolve_model(name)
+        pipeline = load(folder)
         if pipeline.text_encoder is not None:
-            raise UserError(f"{name}: is told by text, and agreement compares models of classes or of nothing")
+            raise UserError(f"{name}: reads text; agreement compares models with classes or without a condition")
         codec = LatentCodec(pipeline.vae)
-        told = {
+        facts = {
             "autoencoder": codec.fingerprint(),
-            "preprocessing and held-out share": data_rule(resolve_model(name), codec),
+            "preprocessing and held-out share": data_rule(folder, codec),
             "number of classes": pipeline.num_classes,
-            "cache.use_mean": trained_on_means(resolve_model(name)),
+            "cache.use_mean": trained_on_means(folder),
         }
-        first = told if not loaded else first
-        for what in told:
-            if told[what] != first[what]:
-                raise UserError(f"{name}: has another {what} than {models[0]}, so their answers cannot be compared")
+        first = first or facts
+        for key in facts:
+            if facts[key] != first[key]:
+                raise UserError(f"{name}: has another {key} than {models[0]}, so their answers cannot be compared")
         loaded.append((pipeline, Denoiser.from_pipeline(pipeline)))
     test = reference_sets(data, *first["preprocessing and held-out share"])[1]
     for pipeline, _ in loaded:
@@ -131,7 +146,9 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
 
 
 def _mean(parts: list[Tensor]) -> list[float] | None:
-    """[mean, standard error] over images."""
+    """[mean, standard error] over images; None without any."""
+    import torch
+
     if not parts:
         return None
     values = torch.cat(parts).double()
@@ -139,14 +156,14 @@ def _mean(parts: list[Tensor]) -> list[float] | None:
 
 
 def agreement_markdown(result: dict[str, Any]) -> str:
-    """Both tables, with the protocol below."""
-    head = "| model | " + " | ".join(f"{value:g}" for value in result["log_snrs"]) + " |"
-    lines: list[str] = []
+    """The result of `agreement` as Markdown: the errors, the distances, the protocol."""
+    header = ["model", *(f"{log_snr:g}" for log_snr in result["log_snrs"])]
     titles = {"errors": "Mean squared error of x0 by log-SNR", "distances": f"The same from {result['models'][0]['model']}"}
+    lines: list[str] = []
     for key, title in titles.items():
-        lines += [f"{title}:", "", head, "|---" * (len(result["log_snrs"]) + 1) + "|"]
-        for row in result["models"]:
-            cells = ["–" if cell is None else f"{cell[0]:.4f} ± {cell[1]:.4f}" for cell in row[key]]
-            lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
-        lines.append("")
+        rows = [
+            (each["model"], *(NONE if cell is None else f"{cell[0]:.4f} ± {cell[1]:.4f}" for cell in each[key]))
+            for each in result["models"]
+        ]
+        lines += [f"{title}:", "", *markdown_table(header, rows), ""]
     return "\n".join([*lines, ", ".join(f"{key} {value}" for key, value in result["protocol"].items())]) + "\n"

@@ -1,4 +1,4 @@
-"""Samplers side by side on one checkpoint: what each costs and how far its images are from the data, at several lengths."""
+"""`latentdiff compare MODEL`: what samplers cost on one checkpoint, and how far their images are from the data."""
 
 from __future__ import annotations
 
@@ -10,17 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from latentdiff.errors import UserError
 from latentdiff.evaluation import DEFAULT_FEATURES
+from latentdiff.evaluation.tables import NONE, markdown_table
 
 TABLE = "comparison"
 SCHEDULER = "scheduler"  # stands for the checkpoint's own diffusers scheduler
 
 
 class EvaluationCounter:
-    """Counts the samples that pass through a network, so that guidance and second-order steps are paid for as they are."""
+    """Counts the samples that pass through a network, so that guidance and second-order steps count as what they cost."""
 
     def __init__(self, network: Any):
         self.rows = 0
@@ -44,14 +43,31 @@ def compare(
     precision: str = "float32",
     batch_size: int = 128,
 ) -> dict[str, Any]:
-    """Fréchet distance, label accuracy, network evaluations and seconds per image of every sampler at every length.
+    """Measure every sampler at every number of steps: Fréchet distance, label accuracy, network evaluations, seconds.
 
-    guidance, guidance_interval: as in the pipeline's call; None: the checkpoint's.
-    samplers: names of `latentdiff.samplers`, or "scheduler" for the checkpoint's own. num_images: class-balanced, the same
-    seeds in every cell. Writes <out>/comparison.json after each cell and comparison.md beside it; a cell that is there
-    with the same protocol is not made again, so an interrupted comparison goes on. Seconds include decoding.
+    Writes comparison.json after each cell, and comparison.md beside it. A cell that is there with the same protocol is not
+    made again, so an interrupted comparison continues.
 
-    UserError for an unknown sampler, model or data set, or where <out> holds a comparison with another protocol.
+    Args:
+        model: a checkpoint.
+        data: a folder, fashion-mnist, a table or shards.
+        samplers: names of `latentdiff.samplers`, or scheduler for the checkpoint's own.
+        steps: numbers of steps.
+        num_images: images in each cell, class-balanced, from the same seeds in every cell.
+        out: the folder of the table.
+        features: the feature network, as in `evaluate`.
+        seed: of the images.
+        guidance: classifier-free guidance scale; None is the checkpoint's.
+        guidance_interval: guide only at t in this interval, 0 is data and 1 noise; None is the checkpoint's.
+        precision: of the U-Net: float32 or bfloat16.
+        batch_size: images in a batch.
+
+    Returns:
+        {"protocol", "cells", "floor"}. A cell has sampler, steps, evaluations and seconds per image (decoding included),
+        frechet and label_accuracy. floor: the Fréchet distance of as many real test images.
+
+    Raises:
+        UserError: an unknown sampler, model or data set, or `out` holds a comparison with another protocol.
     """
     from latentdiff.guidance import check_interval
     from latentdiff.utils.outputs import check_out_folder
@@ -61,22 +77,22 @@ def compare(
         raise UserError("compare: --steps and --batch-size must be at least 1, --num-images at least 2")
     check_out_folder(out)
     check_interval(guidance_interval, "--guidance-interval")
-    bench = SamplerBenchmark(model, data, num_images, features, precision, batch_size)
-    config = bench.pipeline.config
+    benchmark = SamplerBenchmark(model, data, num_images, features, precision, batch_size)
+    config = benchmark.pipeline.config
     interval = config.default_guidance_interval if guidance_interval is None else guidance_interval
-    protocol = bench.protocol | {
+    protocol = benchmark.protocol | {
         "seed": seed,
         "guidance": config.default_guidance_scale if guidance is None else guidance,
         "guidance_interval": None if interval is None else list(interval),
     }
     table = open_table(Path(out), TABLE, protocol)
-    table["floor"] = bench.yardstick.floor
+    table["floor"] = benchmark.reference.floor
     for sampler in samplers:
         for length in steps:
             if any((cell["sampler"], cell["steps"]) == (sampler, length) for cell in table["cells"]):
                 continue
             call = {"num_inference_steps": length, "guidance_scale": guidance, "guidance_interval": guidance_interval}
-            table["cells"].append({"sampler": sampler, "steps": length} | bench.measure(sampler, seed, call))
+            table["cells"].append({"sampler": sampler, "steps": length} | benchmark.measure(sampler, seed, call))
             write_table(Path(out), TABLE, table, comparison_markdown(table))
             print(f"compare: {json.dumps(table['cells'][-1])}", file=sys.stderr)
     write_table(Path(out), TABLE, table, comparison_markdown(table))
@@ -84,21 +100,33 @@ def compare(
 
 
 def check_samplers(names: Sequence[str]) -> None:
-    """UserError for a name that is neither a sampler of latentdiff nor the checkpoint's own scheduler."""
-    from latentdiff import samplers as rooms
+    """UserError for a name that is neither one of latentdiff's samplers nor "scheduler", the checkpoint's own."""
+    from latentdiff.samplers import names as valid_names
 
     for name in names:
-        if name != SCHEDULER and name not in rooms.names():
-            raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(rooms.names())}")
+        if name != SCHEDULER and name not in valid_names():
+            raise UserError(f"--samplers {name}: unknown; valid: {SCHEDULER}, {', '.join(valid_names())}")
 
 
 class SamplerBenchmark:
-    """A checkpoint before a data set: class-balanced images of any call, what they cost and how far they are from the data.
+    """Class-balanced images of a checkpoint with any sampler: what they cost, and how far they are from a data set.
 
-    protocol: what every number shares.  yardstick: its floor is the Fréchet distance of as many real test images.
+    Args:
+        model, data, num_images, features, precision, batch_size: as in `compare`.
+
+    Attributes:
+        folder: of the checkpoint.
+        pipeline: the loaded checkpoint.
+        rows: its classes, or [None].
+        protocol: what all measurements share.
+
+    Raises:
+        UserError: num_images is no multiple of the classes, or the data have other classes.
     """
 
     def __init__(self, model: str | Path, data: str, num_images: int, features: str | Path, precision: str, batch_size: int):
+        import numpy as np
+
         from latentdiff.checkpoints import load, resolve_model
         from latentdiff.evaluation.feature_spaces import open_features
         from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
@@ -125,32 +153,44 @@ class SamplerBenchmark:
             "reference": train.fingerprint(),
         }
         self._sets = net, train, test
-        self.counter = EvaluationCounter(self.pipeline.unet)
+        self._counter = EvaluationCounter(self.pipeline.unet)
 
     @cached_property
-    def yardstick(self) -> Any:
-        """Looks through the whole data set, so only once a table has been found to be of this protocol."""
+    def reference(self) -> Any:
+        """The `ReferenceStatistics`. They cost a pass over all data, so a table's protocol is checked before they are used."""
         from latentdiff.evaluation.feature_metrics import ReferenceStatistics
 
         return ReferenceStatistics(*self._sets, self.labels, self.num_images)
 
     def measure(self, sampler: str, seed: int, call: dict[str, Any]) -> dict[str, Any]:
-        """evaluations and seconds an image, frechet, label_accuracy (None where it says nothing); call: of the pipeline."""
+        """Generate the images and measure them.
+
+        Args:
+            sampler: its name, or "scheduler".
+            seed: of the images.
+            call: further arguments of the pipeline's call.
+
+        Returns:
+            {"evaluations" of the U-Net and "seconds" per image, "frechet", "label_accuracy" (None where the network was not
+            trained on these classes)}.
+        """
+        import numpy as np
+
         from latentdiff.generation import generate_batches
 
-        started, self.counter.rows = time.perf_counter(), 0
+        started, self._counter.rows = time.perf_counter(), 0
         call = {"sampler": None if sampler == SCHEDULER else sampler} | call
         per_row = self.num_images // len(self.rows)
         batches = generate_batches(self.pipeline, self.rows, per_row, seed, self.batch_size, **call)
         images = np.concatenate([images for images, _ in batches])
-        cell: dict[str, Any] = {"evaluations": self.counter.rows / self.num_images}
+        cell: dict[str, Any] = {"evaluations": self._counter.rows / self.num_images}
         cell["seconds"] = (time.perf_counter() - started) / self.num_images
-        cell["frechet"], cell["label_accuracy"] = self.yardstick.measure(images, self.labels)
+        cell["frechet"], cell["label_accuracy"] = self.reference.measure(images, self.labels)
         return cell
 
 
 def open_table(out: Path, name: str, protocol: dict[str, Any]) -> dict[str, Any]:
-    """The table begun in `out` under the same protocol, or an empty one; UserError where what is there is another."""
+    """The table that was begun in `out` under the same protocol, or an empty one. UserError for a table of another protocol."""
     path = out / f"{name}.json"
     if not path.is_file():
         return {"protocol": protocol, "cells": []}
@@ -165,20 +205,27 @@ def open_table(out: Path, name: str, protocol: dict[str, Any]) -> dict[str, Any]
 
 
 def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
-    """<out>/<name>.json and .md, each the old or the new one, never half of it."""
-    from latentdiff.utils.atomic import write_text
+    """Write <out>/<name>.json and <name>.md (text), each the old or the new file, never half of it."""
+    from latentdiff.utils.outputs import replace_text
 
     write_text(out / f"{name}.json", json.dumps(table, indent=1) + "\n")
     write_text(out / f"{name}.md", text)
 
 
 def comparison_markdown(table: dict[str, Any]) -> str:
-    """The comparison as a table, with its protocol below."""
-    head = "| sampler | steps | evaluations | seconds per image | Fréchet distance | label accuracy |"
-    lines = [head, "|---|---|---|---|---|---|"]
-    for cell in table["cells"]:
-        accuracy = "–" if cell["label_accuracy"] is None else f"{cell['label_accuracy']:.3f}"
-        cost = f"{cell['evaluations']:.0f} | {cell['seconds']:.3f}"
-        lines.append(f"| {cell['sampler']} | {cell['steps']} | {cost} | {cell['frechet']:.4f} | {accuracy} |")
-    lines.append(f"| real test images | – | – | – | {table['floor']:.4f} | – |")
-    return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in table["protocol"].items())]) + "\n"
+    """The result of `compare` as a Markdown table, with its protocol below."""
+    header = ("sampler", "steps", "evaluations", "seconds per image", "Fréchet distance", "label accuracy")
+    rows = [
+        (
+            cell["sampler"],
+            cell["steps"],
+            f"{cell['evaluations']:.0f}",
+            f"{cell['seconds']:.3f}",
+            f"{cell['frechet']:.4f}",
+            NONE if cell["label_accuracy"] is None else f"{cell['label_accuracy']:.3f}",
+        )
+        for cell in table["cells"]
+    ]
+    rows.append(("real test images", NONE, NONE, NONE, f"{table['floor']:.4f}", NONE))
+    protocol = ", ".join(f"{key} {value}" for key, value in table["protocol"].items())
+    return "\n".join([*markdown_table(header, rows), "", protocol]) + "\n"

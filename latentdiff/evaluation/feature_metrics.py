@@ -1,4 +1,7 @@
-"""What one pass of a feature network over samples, held-out and training images says, each value beside its floor."""
+"""Metrics from the features of samples, held-out images and training images, each value beside its floor.
+
+The floor of a metric is its value for held-out real images, measured in the same way.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,22 +16,22 @@ from latentdiff.errors import UserError
 from latentdiff.evaluation import kid, memorization
 from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_statistics, read_batches
 from latentdiff.evaluation.frechet import Moments, extrapolate_frechet, frechet_distance, smallest_sample
-from latentdiff.evaluation.precision_recall import NEIGHBOURS, precision_recall
+from latentdiff.evaluation.precision_recall import NEIGHBOURS, PrecisionRecall, precision_recall
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.models.feature_net import FeatureSpace
 
-SUPPORT_IMAGES = 10_000  # a side of precision and recall, whose cost grows with the square
-CLASS_ROWS = 2  # images of a class for each dimension of the features, or its covariance says nothing
+SUPPORT_IMAGES = 10_000  # most images on a side of precision and recall, whose cost grows with the square
+CLASS_ROWS = 2  # images that a class needs for each dimension of the features, or its covariance says nothing
 Entries = dict[str, dict[str, Any]]
 
 
-def settings(channels: int, size: Sequence[int]) -> dict[str, Any]:
-    """The constants that the values depend on: two records are alike only if these are."""
+def metric_settings(channels: int, size: Sequence[int]) -> dict[str, Any]:
+    """The constants that the metrics depend on, for images of this size (height, width). Records compare only if they agree."""
     side, height, width = memorization.compared_size(channels, *size)
     return {
         "version": 1,
         "kernel_subsets": kid.SUBSETS,
-        "kernel_subset_size": kid.SUBSET,
+        "kernel_subset_size": kid.SUBSET_SIZE,
         "neighbours": NEIGHBOURS,
         "support_images": SUPPORT_IMAGES,
         "pixels": [height, width],
@@ -38,10 +41,19 @@ def settings(channels: int, size: Sequence[int]) -> dict[str, Any]:
 
 
 class FeatureMetrics:
-    """What samples are held against: the training images, and held-out ones with the samples' class counts (the floor).
+    """Measures sets of samples against training images (the reference), beside held-out images (the floor).
 
-    reference, floor: seen with their features kept. train, held_out: the images that they were seen on. What could not be
-    measured is in `left_out`, by name, with the reason.
+    Args:
+        name: of the feature network; it becomes part of a metric's name, as in "kid[name]".
+        reference: statistics of the training images, with features.
+        floor: statistics of the held-out images, with features.
+        train: the training images.
+        held_out: the held-out images, with the samples' class counts.
+        seed: draws subsets of images.
+        log: gets lines of progress.
+
+    Attributes:
+        left_out: {metric: why it could not be measured}, filled as metrics are computed.
     """
 
     def __init__(
@@ -56,54 +68,59 @@ class FeatureMetrics:
     ):
         self.name, self.reference, self.floor, self.train, self.held_out = name, reference, floor, train, held_out
         self.seed, self.log, self.left_out = seed, log, dict[str, str]()
+        # Precision and recall need sets of one size: as many real images and samples as there are held-out ones here
         chosen = permutation(len(held_out), seed, "support")[:SUPPORT_IMAGES].sort().values
         self._labels = None if held_out.labels is None else held_out.labels[chosen]
         self._count = len(chosen)
-        self._real = reference.kept[self._rows(train)]
+        self._real = reference.features[self._rows(train)]
         log(f"evaluate: floors of {len(held_out)} held-out images")
         self._floor = self._measure(floor, chosen)
 
-    def distribution(self, seen: FeatureStatistics, samples: ImageDataset) -> Entries:
-        """Kernel distance, precision, recall, density, coverage, the distance of infinitely many, and the penalised one."""
+    def distribution(self, current: FeatureStatistics, samples: ImageDataset) -> Entries:
+        """Metrics of the samples' distribution: {"metric[network]": {value, floor, images, floor_images, errors ...}}.
+
+        Metrics: kid, precision, recall, density, coverage, frechet_of_infinite, penalised_frechet.
+        current: statistics of the samples, with features.
+        """
         self.log(f"evaluate: kernel distance, neighbours and extrapolation of {len(samples)} samples")
-        values = self._measure(seen, self._rows(samples))
         entries: Entries = {}
-        for name, entry in values.items():
-            floor = self._floor.get(name)
+        for metric, entry in self._measure(current, self._rows(samples)).items():
+            floor = self._floor.get(metric)
             if floor is None:
-                self.left_out.setdefault(name, "the held-out images are too few, so that there is no floor")
+                self.left_out.setdefault(metric, "the held-out images are too few, so that there is no floor")
                 continue
-            added = {"floor": floor["value"], "floor_images": floor["images"]}
-            added |= {f"floor_{key}": floor[key] for key in ("spread", "stderr") if key in floor}
-            entries[f"{name}[{self.name}]"] = entry | added
+            entry |= {"floor": floor["value"], "floor_images": floor["images"]}
+            entry |= {f"floor_{key}": floor[key] for key in ("spread", "stderr") if key in floor}
+            entries[f"{metric}[{self.name}]"] = entry
         return entries
 
     def _rows(self, images: ImageDataset) -> Tensor:
-        """As many of the images as the floor has, with its class counts where they have such classes."""
+        """As many images as the floor has, with its class counts where they have these classes."""
         try:
             return matching_rows(images, self._labels, self._count, self.seed)
         except UserError:
             return matching_rows(images, None, self._count, self.seed)
 
-    def _measure(self, seen: FeatureStatistics, rows: Tensor) -> Entries:
-        """{name: entry} of a set of images; rows: which of them stand for it where sets must be of one size."""
-        images, entries = seen.moments.count, dict[str, dict[str, Any]]()
-        value, spread = kid.kernel_distance(seen.kept, self.reference.kept, self.seed)
-        size = min(kid.SUBSET, images, self.reference.moments.count)
+    def _measure(self, current: FeatureStatistics, rows: Tensor) -> Entries:
+        """{metric: entry} of a set of images. rows: the subset used by metrics that need equally large sets."""
+        images, entries = current.moments.count, Entries()
+        value, spread = kid.kernel_distance(current.features, self.reference.features, self.seed)
+        size = min(kid.SUBSET_SIZE, images, self.reference.moments.count)
         entries["kid"] = {"value": value, "spread": spread, "images": images, "subsets": kid.SUBSETS, "subset_size": size}
-        if min(len(rows), len(self._real)) > NEIGHBOURS:
-            found = precision_recall(self._real, seen.kept[rows])._asdict()
-            entries |= {
-                name: {"value": share, "images": len(rows), "real_images": len(self._real), "neighbours": NEIGHBOURS}
-                for name, share in found.items()
-            }
+
+        smaller = min(len(rows), len(self._real))
+        if smaller > NEIGHBOURS:
+            manifold = precision_recall(self._real, current.features[rows])
+            counts = {"images": len(rows), "real_images": len(self._real), "neighbours": NEIGHBOURS}
+            entries |= {metric: {"value": share} | counts for metric, share in manifold._asdict().items()}
         else:
-            reason = f"{min(len(rows), len(self._real))} images of a kind; needs more than {NEIGHBOURS}"
-            self.left_out |= {name: reason for name in ("precision", "recall", "density", "coverage")}
-        limit = extrapolate_frechet(seen.kept, self.reference.moments, self.seed)
+            reason = f"{smaller} images of a kind; needs more than {NEIGHBOURS}"
+            self.left_out |= dict.fromkeys(PrecisionRecall._fields, reason)
+
+        limit = extrapolate_frechet(current.features, self.reference.moments, self.seed)
         if limit is None:
-            least = smallest_sample(seen.kept.shape[1])
-            self.left_out["frechet_of_infinite"] = f"{images} images; needs {least} for {seen.kept.shape[1]} features"
+            dim = current.features.shape[1]
+            self.left_out["frechet_of_infinite"] = f"{images} images; needs {smallest_sample(dim)} for {dim} features"
         else:
             entries["frechet_of_infinite"] = {
                 "value": limit.value,
@@ -111,82 +128,95 @@ class FeatureMetrics:
                 "images": images,
                 "sizes": list(limit.sizes),
             }
-        entries["penalised_frechet"] = self._penalised(seen, images)
+
+        distance = frechet_distance(current.moments, self.reference.moments)
+        cosine = memorization.cosine_distance(current.features, self.reference.features)
+        held_out = cosine if current is self.floor else self._floor["penalised_frechet"]["cosine_distance"]
+        entries["penalised_frechet"] = {
+            "value": memorization.penalized_distance(distance, cosine, held_out),
+            "images": images,
+            "cosine_distance": cosine,
+            "formula": memorization.FORMULA,
+        }
         return entries
 
-    def _penalised(self, seen: FeatureStatistics, images: int) -> dict[str, Any]:
-        near = memorization.cosine_distance(seen.kept, self.reference.kept)
-        real = near if seen is self.floor else self._floor["penalised_frechet"]["cosine_distance"]
-        distance = frechet_distance(seen.moments, self.reference.moments)
-        value = memorization.penalized_distance(distance, near, real)
-        return {"value": value, "images": images, "cosine_distance": near, "formula": memorization.FORMULA}
+    def memorisation(self, current: FeatureStatistics, samples: ImageDataset) -> dict[str, Any]:
+        """How close samples come to training images, compared with held-out images.
 
-    def memorisation(self, seen: FeatureStatistics, samples: ImageDataset) -> dict[str, Any]:
-        """How near samples come to training images in feature and in pixel space, beside the held-out images."""
+        Returns {"features": summary, "pixels": summary, "closest": [...]}: see `memorization.distance_summary` and
+        `memorization.closest_samples`.
+        """
         self.log(f"evaluate: nearest of {len(self.train)} training images in pixels and features")
-        train = self.reference.kept
-        in_features = [memorization.nearest_by_features(each.kept, train) for each in (seen, self.floor)]
-        in_pixels = memorization.nearest_by_pixels(samples, self.held_out, self.train)
-        spaces = {"features": in_features, "pixels": in_pixels}
-        found = {name: memorization.distance_summary(*(near.distances for near in pair)) for name, pair in spaces.items()}
-        ours = {name: (pair[0], found[name]["held_out_median"]) for name, pair in spaces.items()}
-        return {**found, "closest": memorization.closest_samples(ours["features"], ours["pixels"])}
+        by_features = [
+            memorization.nearest_by_features(each.features, self.reference.features) for each in (current, self.floor)
+        ]
+        by_pixels = memorization.nearest_by_pixels(samples, self.held_out, self.train)
+        report: dict[str, Any] = {}
+        units = []
+        for space, (nearest, floor) in {"features": by_features, "pixels": by_pixels}.items():
+            report[space] = memorization.distance_summary(nearest.distances, floor.distances)
+            units.append((nearest, report[space]["held_out_median"]))
+        return report | {"closest": memorization.closest_samples(*units)}
 
-    def per_class(self, seen: FeatureStatistics, samples: ImageDataset, told: bool = False) -> dict[str, Any] | None:
-        """The Fréchet distance of each class's samples to its training images, and the share classified right.
+    def per_class(
+        self, current: FeatureStatistics, samples: ImageDataset, with_accuracy: bool = False
+    ) -> dict[str, Any] | None:
+        """The Fréchet distance of each class's samples to its training images, and the share classified correctly.
 
-        The distance only of classes with CLASS_ROWS images a dimension; the others are in left_out, with their number of
-        samples. The share where told: the network knows these classes. None without labels.
+        Args:
+            current: statistics of the samples, with features.
+            samples: the samples.
+            with_accuracy: the network knows these classes, so label_accuracy is measured.
+
+        Returns:
+            {"fewest_images", "classes": {name: {value, images, floor, floor_images}}, "left_out": {name: images},
+            "label_accuracy": entries like those of classes}. A class with fewer than CLASS_ROWS images for each dimension
+            is in left_out. None without labels.
         """
         if samples.labels is None or self.train.labels is None or self.held_out.labels is None:
             return None
-        least = CLASS_ROWS * seen.kept.shape[1]
+        least = CLASS_ROWS * current.features.shape[1]
         table: dict[str, Any] = {"fewest_images": least, "classes": {}, "left_out": {}}
+        correct, floor_correct = current.correct, self.floor.correct
+        if with_accuracy and correct is not None and floor_correct is not None:
+            table["label_accuracy"] = {}
         for c, name in enumerate(self.train.class_names):
-            parts = [
-                each.kept[images.labels == c]
-                for each, images in ((seen, samples), (self.floor, self.held_out), (self.reference, self.train))
-                if images.labels is not None
-            ]
-            if not len(parts[0]):
+            chosen, held_out = samples.labels == c, self.held_out.labels == c
+            if not chosen.any():
                 continue
-            if min(len(parts[0]), len(parts[2])) < least:
-                table["left_out"][name] = min(len(parts[0]), len(parts[2]))
+            if "label_accuracy" in table:
+                real_correct = floor_correct[held_out]
+                table["label_accuracy"][name] = {
+                    "value": correct[chosen].double().mean().item(),
+                    "images": int(chosen.sum()),
+                    "floor": real_correct.double().mean().item() if len(real_correct) else None,
+                    "floor_images": len(real_correct),
+                }
+            features = current.features[chosen], self.floor.features[held_out], self.reference.features[self.train.labels == c]
+            generated, floor, reference = (Moments(rows.shape[1]).update(rows) for rows in features)
+            if min(generated.count, reference.count) < least:
+                table["left_out"][name] = min(generated.count, reference.count)
                 continue
-            ours, floor, real = (Moments(part.shape[1]).update(part) for part in parts)
             table["classes"][name] = {
-                "value": frechet_distance(ours, real),
-                "images": ours.count,
-                "floor": frechet_distance(floor, real) if floor.count >= least else None,
+                "value": frechet_distance(generated, reference),
+                "images": generated.count,
+                "floor": frechet_distance(floor, reference) if floor.count >= least else None,
                 "floor_images": floor.count,
             }
-        if told and seen.right is not None and self.floor.right is not None:
-            table["label_accuracy"] = self._recognised(seen.right, samples)
         return table
 
-    def _recognised(self, right: Tensor, samples: ImageDataset) -> Entries:
-        """{class: {value, images, floor, floor_images}}: shares of its samples and of held-out images classified right."""
-        found: Entries = {}
-        for c, name in enumerate(self.train.class_names):
-            ours, real = right[samples.labels == c], self.floor.right[self.held_out.labels == c]
-            if len(ours):
-                share = real.double().mean().item() if len(real) else None
-                found[name] = {"value": ours.double().mean().item(), "images": len(ours)}
-                found[name] |= {"floor": share, "floor_images": len(real)}
-        return found
 
+def mean_over_seeds(by_seed: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
+    """Merge the entries of several sets of samples: value is the mean over sets; by_seed has all values.
 
-def mean_over_seeds(found: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
-    """Entries of several sets of samples as one: value is the mean over seeds; by_seed and seed_spread say how they differ.
-
-    seed_spread: standard deviation. What is not a value is the first set's.
+    seed_spread: their standard deviation. Everything else in an entry is that of the first set.
     """
-    first, *others = found
+    first, *others = by_seed
     if not others:
         return {name: dict(entry) for name, entry in first.items()}
     merged: Entries = {}
     for name, entry in first.items():
-        values = torch.tensor([each[name]["value"] for each in found], dtype=torch.float64)
+        values = torch.tensor([entries[name]["value"] for entries in by_seed], dtype=torch.float64)
         merged[name] = entry | {
             "value": values.mean().item(),
             "by_seed": values.tolist(),
@@ -196,9 +226,18 @@ def mean_over_seeds(found: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
 
 
 class ReferenceStatistics:
-    """A data set seen once by a feature network, to measure many sets of samples against.
+    """A data set measured once by a feature network, to compare many sets of samples with.
 
-    floor: the distance of `count` real test images, with the class counts of labels (None: of any class).
+    Args:
+        net: the feature network.
+        train: the training images, the reference.
+        test: the held-out images.
+        labels: the classes of the samples to come, int64 [N]; None for samples without a class.
+        count: how many held-out images make the floor.
+        batch: images in a batch of the network.
+
+    Attributes:
+        floor: the Fréchet distance of `count` held-out images, with the class counts of labels.
     """
 
     def __init__(
@@ -213,16 +252,16 @@ class ReferenceStatistics:
         self.net, self.batch, self.train = net, batch, without_padding(train)
         rows = matching_rows(test, None if labels is None else torch.as_tensor(labels), count, 0)
         self.reference = feature_statistics(net, read_batches(self.train, batch))
-        self.floor = self._distance(subset(without_padding(test), rows))[0]
+        self.floor = self._compare(subset(without_padding(test), rows))[0]
 
     def measure(self, samples: np.ndarray, labels: np.ndarray | None) -> tuple[float, float | None]:
-        """(Fréchet distance to the whole of train, label accuracy) of uint8 samples [N, H, W, C].
+        """(Fréchet distance to all training images, label accuracy) of uint8 samples [N, H, W, C].
 
         The accuracy is None without labels, and where the network was trained on other classes.
         """
-        distance, accuracy = self._distance(sample_set(samples, labels, self.train))
+        distance, accuracy = self._compare(sample_set(samples, labels, self.train))
         return distance, accuracy if self.net.info.get("class_names") == list(self.train.class_names) else None
 
-    def _distance(self, images: ImageDataset) -> tuple[float, float | None]:
-        seen = feature_statistics(self.net, read_batches(images, self.batch))
-        return frechet_distance(seen.moments, self.reference.moments), seen.accuracy
+    def _compare(self, images: ImageDataset) -> tuple[float, float | None]:
+        current = feature_statistics(self.net, read_batches(images, self.batch))
+        return frechet_distance(current.moments, self.reference.moments), current.accuracy

@@ -1,8 +1,7 @@
-"""Feature spaces that others trained: the Inception of the literature's FID, and vision encoders by folder or Hub name."""
+"""Feature networks by others: the Inception of the literature's FID, and vision encoders from a folder or the Hub."""
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
@@ -16,21 +15,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from latentdiff.checkpoints import resolve_model
 from latentdiff.errors import UserError
 from latentdiff.models.feature_net import FeatureSpace, load_features
 from latentdiff.models.loading import quiet, refuse_code
+from latentdiff.utils.hashes import sha256_of
 from latentdiff.utils.weights import CONFIG_FILE, fingerprint
 
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"  # its name ends in the first digits of its sha256
-_VISION_KINDS = ("CLIPModel", "SiglipModel", "Siglip2Model")  # a text tower beside the vision tower
+_WITH_TEXT_TOWER = ("CLIPModel", "SiglipModel", "Siglip2Model")
+
+
+def open_features(what: str | Path) -> FeatureSpace:
+    """The feature network that --features names: one of those that ship, or whatever `open_space` opens."""
+    on_hub = not Path(what).exists() and HUB_NAME.fullmatch(str(what)) and Path(what).parts[0] != "weights"
+    return open_space(what if on_hub else resolve_model(what, "--features", "model.safetensors"))
 
 
 def open_space(what: str | Path) -> FeatureSpace:
-    """The feature space that --features names, frozen and in eval mode.
+    """A feature network, frozen and in eval mode.
 
-    what: a folder of a network trained here; a folder or Hub name of a transformers vision encoder (DINOv2, CLIP's or
-    SigLIP's vision tower, ViT ...); or INCEPTION_FILE's path.  UserError naming what would be valid.
+    Args:
+        what: a folder of a network trained by latentdiff; a folder or Hub name of a transformers vision encoder (DINOv2, the
+            vision tower of CLIP or SigLIP, ViT ...); or the path of INCEPTION_FILE.
+
+    Raises:
+        UserError: it is none of these; the message says what would be valid.
     """
     path = Path(what)
     if path.is_file():
@@ -46,6 +57,7 @@ def open_space(what: str | Path) -> FeatureSpace:
 
 
 def _is_encoder(folder: Path) -> bool:
+    """Whether a folder's config is one of transformers."""
     try:
         config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -54,10 +66,17 @@ def _is_encoder(folder: Path) -> bool:
 
 
 class VisionEncoder(FeatureSpace):
-    """pooler_output of a transformers vision encoder, on images scaled to its own side and normalised by its own constants.
+    """The pooled output of a transformers vision encoder.
 
-    Both sides of a distance are scaled alike, from what is compared: bicubic, antialiased, to side x side, corners not
-    aligned, rounded and clamped to 8 bits, as image processors work.  Grey images are repeated to three channels.
+    Images are scaled to the encoder's own side and normalised by its own constants. Scaling is bicubic and antialiased, to
+    side x side, then rounded and clamped to 8 bits, as image processors do. Grey images are repeated to three channels.
+
+    Args:
+        encoder: the vision model.
+        name: names the metrics measured in it.
+        side: height and width that the encoder takes, in pixels.
+        mean: of each channel, for images in [0, 1].
+        std: the same.
     """
 
     channels = 3
@@ -80,24 +99,25 @@ class VisionEncoder(FeatureSpace):
 
 
 def open_encoder(where: str | Path) -> VisionEncoder:
-    """The vision encoder in a folder or of a Hub name; UserError where it is none, or has no pooled output."""
+    """The vision encoder in a folder or of a Hub name. UserError if it is none, or has no pooled output."""
     import transformers
 
     try:
         with quiet():
             refuse_code(transformers.PretrainedConfig.get_config_dict(where)[0], f"--features {where}: config.json")
             model = transformers.AutoModel.from_pretrained(where, use_safetensors=True, trust_remote_code=False)
-        constants, _ = transformers.BaseImageProcessor.get_image_processor_dict(where)
+        processor, _ = transformers.BaseImageProcessor.get_image_processor_dict(where)
     except UserError:
         raise
     except Exception as error:  # OSError, ValueError, ImportError and the Hub's own
         raise UserError(f"--features {where}: not a transformers vision encoder that can be read ({_line(error)})") from None
-    encoder = model.vision_model if type(model).__name__ in _VISION_KINDS else model
-    side = _side(constants.get("crop_size") if constants.get("do_center_crop", True) else None) or _side(constants.get("size"))
-    mean, std = constants.get("image_mean"), constants.get("image_std")
+    encoder = model.vision_model if type(model).__name__ in _WITH_TEXT_TOWER else model
+    cropped = processor.get("crop_size") if processor.get("do_center_crop", True) else None
+    side = _side(cropped) or _side(processor.get("size"))
+    mean, std = processor.get("image_mean"), processor.get("image_std")
     if encoder.main_input_name != "pixel_values" or not side or not mean or not std or len(mean) != 3:
-        said = f"{type(model).__name__} is no encoder of RGB images with a preprocessor_config.json"
-        raise UserError(f"--features {where}: {said}")
+        reason = f"{type(model).__name__} is no encoder of RGB images with a preprocessor_config.json"
+        raise UserError(f"--features {where}: {reason}")
     name = Path(where).resolve().name if Path(where).is_dir() else str(where)
     space = VisionEncoder(encoder.eval().requires_grad_(False), name, side, list(mean), list(std)).eval()
     with torch.no_grad():
@@ -108,7 +128,7 @@ def open_encoder(where: str | Path) -> VisionEncoder:
 
 
 def _side(size: Any) -> int | None:
-    """The side of what a processor makes: of a number, of {height, width} that are equal, of {shortest_edge}."""
+    """The side of the images that a processor makes, from a number, from {height, width} if equal, or from {shortest_edge}."""
     if isinstance(size, dict):
         sides = set(size.values()) if size.keys() <= {"height", "width"} else {size.get("shortest_edge")}
         size = sides.pop() if len(sides) == 1 else None
@@ -116,9 +136,9 @@ def _side(size: Any) -> int | None:
 
 
 class Inception(FeatureSpace):
-    """The 2048 pooled activations of the 2015-12-05 Inception, by torch-fidelity: what FID in the literature means.
+    """The 2048 pooled activations of the Inception of 2015-12-05, by torch-fidelity: the features of the literature's FID.
 
-    Its own bilinear resize to 299 as TensorFlow 1 made it is inside; images are given to it in 8 bits.
+    It resizes images to 299 itself, bilinearly as TensorFlow 1 did. It is given images in 8 bits.
     """
 
     channels, dim, name = 3, 2048, "inception-2015-12-05"
@@ -137,17 +157,19 @@ class Inception(FeatureSpace):
 
 
 def open_inception(path: str | Path, sha256: str = "6726825d") -> Inception:
-    """The Inception whose weights lie in a file; sha256: how the file's hash begins.
+    """The Inception whose weights are in a file.
 
-    UserError for another file, and where torch-fidelity is not installed.  Nothing but tensors is read from the file: not
-    by torch-fidelity, which would take any pickle.
+    Only tensors are read from the file. torch-fidelity itself would load any pickle, so it does not read the file.
+
+    Args:
+        path: of INCEPTION_FILE.
+        sha256: how the file's hash must begin.
+
+    Raises:
+        UserError: it is another file, or torch-fidelity is not installed.
     """
     path = Path(path)
-    hashed = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            hashed.update(part)
-    digest = hashed.hexdigest()
+    digest = sha256_of(path)
     if not digest.startswith(sha256):
         raise UserError(f"--features {path}: its sha256 begins {digest[:8]}, that of {INCEPTION_FILE} {sha256}; give that file")
     module: Any = _fidelity()
@@ -164,28 +186,22 @@ def open_inception(path: str | Path, sha256: str = "6726825d") -> Inception:
 
 
 def _fidelity() -> ModuleType:
-    """torch-fidelity's Inception without its __init__, which imports torchvision for data sets that are not needed here."""
-    if "torch_fidelity" not in sys.modules:
-        spec = importlib.util.find_spec("torch_fidelity")
-        if spec is None:
-            raise UserError("--features: Inception needs torch-fidelity; install it by pip install 'latentdiff[fid]'")
-        package = ModuleType("torch_fidelity")
-        package.__path__ = list(spec.submodule_search_locations or [])
-        sys.modules["torch_fidelity"] = package
-        try:
-            return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
-        finally:
-            del sys.modules["torch_fidelity"]  # so that an import of the whole of it is that
-    return importlib.import_module("torch_fidelity.feature_extractor_inceptionv3")
+    """torch-fidelity's Inception without the package's __init__, which imports torchvision for its data sets."""
+    name = "torch_fidelity.feature_extractor_inceptionv3"
+    if "torch_fidelity" in sys.modules:
+        return importlib.import_module(name)
+    spec = importlib.util.find_spec("torch_fidelity")
+    if spec is None:
+        raise UserError("--features: Inception needs torch-fidelity; install it by pip install 'latentdiff[fid]'")
+    package = ModuleType("torch_fidelity")
+    package.__path__ = list(spec.submodule_search_locations or [])
+    sys.modules["torch_fidelity"] = package
+    try:
+        return importlib.import_module(name)
+    finally:
+        del sys.modules["torch_fidelity"]  # so that a later import gets the whole package
 
 
 def _line(error: Exception) -> str:
+    """An error's message in one line."""
     return " ".join(str(error).split())[:200]
-
-
-def open_features(what: str | Path) -> FeatureSpace:
-    """The feature space that --features names: by path, one that ships, or a vision encoder's Hub name; see `spaces`."""
-    from latentdiff.checkpoints import resolve_model
-
-    on_hub = not Path(what).exists() and HUB_NAME.fullmatch(str(what)) and Path(what).parts[0] != "weights"
-    return open_space(what if on_hub else resolve_model(what, "--features", "model.safetensors"))

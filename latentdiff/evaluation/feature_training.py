@@ -1,4 +1,4 @@
-"""Training of a feature network on labelled images; the classifier of the classification accuracy score is one."""
+"""Train a feature network on labelled images. The classifiers of the classification accuracy score are trained so too."""
 
 import sys
 import time
@@ -36,14 +36,24 @@ def train_features(
     precision: str = "float32",
     workers: int = 0,
 ) -> FeatureNet:
-    """Train a FeatureNet to tell the classes of dataset; return it folded, frozen and in eval mode.
+    """Train a FeatureNet to classify images; return it folded, frozen and in eval mode.
 
-    AdamW with one cycle of learning rate peaking at lr (1708.07120), label smoothing, and mild augmentation: shifts of
-    up to a pixel, and mirroring when flips. Weights and order are drawn from seed; the global generator is left alone.
+    AdamW with one cycle of the learning rate ("Super-Convergence", arXiv 1708.07120), label smoothing, and mild augmentation.
+    Weights, order and augmentation are drawn from seed; torch's global generator is left alone.
 
     Args:
-        test: labelled images not trained on; the share of them classified right is kept in info["test_accuracy"].
+        dataset: labelled images.
+        test: labelled images that are not trained on; the share classified correctly is kept in info["test_accuracy"].
+        steps: optimiser steps.
+        batch: images in a step.
+        lr: the peak of the learning rate.
+        seed: of all draws.
+        widths: channels of the network's stages.
+        flips: mirror images at random, besides shifting them by up to a pixel.
+        name: of the network; it names the metrics measured in it.
+        device: where to train.
         precision: of the forward pass: float32, or bfloat16 by autocast.
+        workers: processes that read images.
 
     Raises:
         UserError: the data have no class labels.
@@ -73,11 +83,11 @@ def train_features(
 
 
 def _fit(net: FeatureNet, data: Batches, steps: int, lr: float, generator: torch.Generator, precision: str) -> None:
-    """The steps of optimisation; generator draws the shifts."""
+    """The training loop. generator: draws the shifts."""
     device = net.head.weight.device
     optimizer = torch.optim.AdamW(_parameter_groups(net), lr=lr)
     cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=WARM_UP)
-    # Written to a file the bar is refreshed rarely, so that a log stays readable
+    # In a log file the bar is refreshed rarely, so that the log stays readable
     bar = tqdm(range(steps), desc=net.name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
     net.train()
     for _ in bar:
@@ -95,12 +105,12 @@ def _fit(net: FeatureNet, data: Batches, steps: int, lr: float, generator: torch
 
 
 def train_classifier(dataset: ImageDataset, seed: int, *, steps: int = 800) -> FeatureNet:
-    """The classifier of the classification accuracy score: one fixed recipe, for generated and real images alike."""
+    """Train a classifier for the classification accuracy score. The recipe is the same for generated and real images."""
     return train_features(dataset, steps=steps, seed=seed, name="classifier")
 
 
 def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> Tensor:
-    """Shift each image [B, C, H, W] by its own offset in [-max_shift, max_shift]^2 pixels, edges repeated."""
+    """Shift each of the images [B, C, H, W] by a random offset in [-max_shift, max_shift]^2 pixels of its own; edges repeat."""
     B, C, H, W = images.shape
     padded = F.pad(images, [max_shift] * 4, mode="replicate")  # [B, C, H+2m, W+2m]
     offset = torch.randint(0, 2 * max_shift + 1, (2, B), generator=generator)

@@ -1,4 +1,4 @@
-"""Pictures that show what a checkpoint's denoiser does: a trajectory, an interpolation, guidance at several scales."""
+"""`latentdiff gallery`: pictures that show what a checkpoint's denoiser does: trajectory, interpolation, guidance."""
 
 from __future__ import annotations
 
@@ -6,49 +6,47 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
 SCALES = (1.0, 1.5, 2.0, 3.0, 5.0, 8.0)
 STRENGTHS = (1.0, 2.0, 4.0)
 COLUMNS = 8
-CLASSIFIER = "classifier"  # the folder of a noise-aware classifier within a checkpoint
+CLASSIFIER = "classifier"  # the folder of a noise-aware classifier in a checkpoint
 
 
-@torch.no_grad()
 def gallery(
     model: str | Path, data: str, out: str | Path = "gallery", seed: int = 0, steps: int = 40, sampler: str = "dpmpp_2m"
 ) -> list[Path]:
-    """Draw what a class-conditional checkpoint's denoiser does: a trajectory, an interpolation and guidance at several scales.
+    """Write pictures of a class-conditional checkpoint into a folder. Every picture has a row for each class.
 
-    trajectory.png: the x0 estimate of one image of each class at 8 times from noise to data.
-    interpolation.png: for each class, two test images encoded by the probability-flow ODE, and what decodes from the arc
-    between their encodings. The outermost are the round trip of the two.
-    guidance.png: one image of each class from the same noise at several scales of classifier-free guidance.
-    classifier.png, where the checkpoint has a classifier/: images without a class; the noise-aware classifier on them at
-    several strengths; classifier-free guidance at scales 1, 1.5 and 3. A row has the same noise.
+    - trajectory.png: the x0 estimate of one image at 8 times from noise to data.
+    - interpolation.png: two test images are encoded to noise by the probability-flow ODE; the columns are decoded from the
+      arc between their encodings. The outermost columns are the two images through the first stage alone.
+    - guidance.png: one image from the same noise at several classifier-free guidance scales.
+    - classifier.png, if the checkpoint has a classifier: without a class; guided by the classifier at several strengths;
+      classifier-free guidance at scales 1, 1.5 and 3. All from the same noise.
 
     Args:
-        model: a checkpoint: a folder or a Hub name.
-        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
-            Its test images are interpolated between.
-        out: a folder.
-        seed: of the noise and of the choice of images.
-        steps: steps of the sampler.
-        sampler: one of latentdiff's samplers (latentdiff.samplers.names()).
+        model: a checkpoint with classes.
+        data: the data set whose test images are interpolated.
+        out: the folder to write to.
+        seed: of the noise.
+        steps: of the sampler.
+        sampler: one of latentdiff's samplers.
 
     Returns:
         The paths of the pictures.
 
     Raises:
-        UserError: an unconditional checkpoint, one that reads text, an unknown sampler, or data of other classes.
+        UserError: the checkpoint has no classes, the sampler is unknown, or the data have other classes.
     """
+    import torch
+
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.evaluation.reference_data import trained_on_means
@@ -61,118 +59,139 @@ def gallery(
     if not pipeline.num_classes or pipeline.config.null_class is None:
         raise UserError(f"{folder}: the gallery shows classes and guidance; this model has none to show")
     if pipeline.text_encoder is not None:
-        raise UserError(f"{folder}: is told by text too, and the gallery is of models of classes alone")
-    stage = GallerySampler(pipeline, seed, steps, sampler)
-    pairs = _pairs(folder, data, pipeline)  # data of other classes is refused before anything is written
-    # Each is written before the next one is made: one that fails, or a signal, costs no picture that is done
-    written = [
-        stage.save(trajectory(stage), out / "trajectory.png"),
-        stage.save(interpolation(stage, *pairs, trained_on_means(folder)), out / "interpolation.png"),
-        stage.save([stage.draw(stage.guided(scale)) for scale in SCALES], out / "guidance.png"),
-    ]
-    if (folder / CLASSIFIER).is_dir():
-        from latentdiff.guidance import load_classifier
+        raise UserError(f"{folder}: reads text; the gallery is for models with classes alone")
+    with torch.no_grad():
+        images = GallerySampler(pipeline, seed, steps, sampler)
+        pairs = _pairs(folder, data, pipeline)  # data of other classes are refused before anything is written
+        # Each picture is written before the next is made, so that an error or a signal loses no finished picture
+        written = [
+            images.save(trajectory(images), out / "trajectory.png"),
+            images.save(interpolation(images, *pairs, trained_on_means(folder)), out / "interpolation.png"),
+            images.save([images.draw(images.guided(scale)) for scale in SCALES], out / "guidance.png"),
+        ]
+        if (folder / CLASSIFIER).is_dir():
+            from latentdiff.guidance import load_classifier
 
-        classifier = load_classifier(folder / CLASSIFIER)
-        written.append(stage.save(classifier_columns(stage, classifier), out / "classifier.png"))
+            classifier = load_classifier(folder / CLASSIFIER)
+            written.append(images.save(classifier_columns(images, classifier), out / "classifier.png"))
     return written
 
 
 class GallerySampler:
-    """What every picture shares: one noise and one label a class, the denoiser, the sampler, the decoder."""
+    """Draws one image of each of K classes, always from the same noise.
+
+    Args:
+        pipeline: a checkpoint with classes.
+        seed: of the noise.
+        steps: of the sampler.
+        sampler: its name.
+
+    Attributes:
+        labels: the classes, int64 [K].
+        null: the null class, [K] times.
+        noise: [K, c, h, w].
+        denoiser: of the checkpoint.
+        codec: its first stage.
+    """
 
     def __init__(self, pipeline: LatentDiffusionPipeline, seed: int, steps: int, sampler: str):
+        import torch
+
         from latentdiff.denoiser import Denoiser
         from latentdiff.models.codec import LatentCodec
         from latentdiff.utils.random import generators, randn
 
         self.pipeline, self.codec, self.steps, self.sampler = pipeline, LatentCodec(pipeline.vae), steps, sampler
         self.seed = seed
-        self.labels = torch.arange(pipeline.num_classes)  # [K]
+        self.labels = torch.arange(pipeline.num_classes)
         self.null = torch.full_like(self.labels, pipeline.config.null_class)
         self.denoiser = Denoiser.from_pipeline(pipeline)
-        self.noise = randn((len(self.labels), *pipeline.latent_shape), generators(seed, self.labels.tolist()))  # [K, c, h, w]
+        self.noise = randn((len(self.labels), *pipeline.latent_shape), generators(seed, self.labels.tolist()))
 
     def guided(self, scale: float, labels: Tensor | None = None, interval: Sequence[float] | None = None) -> Any:
-        """The denoiser of each class at a classifier-free scale, within an interval of t; labels [K] for the classes'."""
+        """The denoiser with classifier-free guidance. labels: [K] in place of the classes; interval: of t, where to guide."""
         from latentdiff.guidance import ClassifierFree
 
         conditional = {"class_labels": self.labels if labels is None else labels}
         return ClassifierFree(self.denoiser, conditional, {"class_labels": self.null}, scale, interval=interval)
 
-    def draw(self, denoiser: Any, noise: Tensor | None = None, callback: Any = None) -> Tensor:
-        """One image a class from the same noise: [K, C, H, W]."""
+    def draw(self, denoiser: Any, callback: Any = None) -> Tensor:
+        """One image of each class, [K, C, H, W] in about [-1, 1]. callback: of the sampler."""
         from latentdiff.samplers import sample
 
-        start = self.noise if noise is None else noise
-        return self.decode(sample(denoiser, start, self.sampler, self.steps, callback=callback))
+        return self.decode(sample(denoiser, self.noise, self.sampler, self.steps, callback=callback))
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Images [K, C, H, W] in about [-1, 1] without the padded border."""
+        """Images [K, C, H, W] in about [-1, 1], without the padded border."""
         images = self.codec.decode(latents)
         height, width = self.pipeline.config.image_size or images.shape[-2:]
         top, left = (images.shape[-2] - height) // 2, (images.shape[-1] - width) // 2
         return images[..., top : top + height, left : left + width]
 
     def save(self, columns: Sequence[Tensor], path: Path) -> Path:
-        """A row a class, named; the columns are image batches [K, C, H, W]."""
+        """Write a PNG with a named row for each class; return its path. columns: batches of images [K, C, H, W]."""
         from latentdiff.utils.images import labelled_grid, save_png, to_uint8
 
         cells = [list(to_uint8(column.clamp(-1, 1))) for column in columns]
-        rows: list[list[np.ndarray]] = [list(row) for row in zip(*cells, strict=True)]
+        rows = [list(row) for row in zip(*cells, strict=True)]
         save_png(labelled_grid(rows, self.pipeline.class_names or [str(k) for k in self.labels.tolist()]), path)
         return path
 
 
-def trajectory(stage: GallerySampler) -> list[Tensor]:
-    """Decoded x0 estimates at COLUMNS of the sampler's steps, evenly spread, the last among them: [K, C, H, W] each."""
-    seen: list[Tensor] = []
-    config = stage.pipeline.config
-    denoiser = stage.guided(config.default_guidance_scale, interval=config.default_guidance_interval)
-    stage.draw(denoiser, callback=lambda _, __, ___, x0: seen.append(x0))
-    kept = np.linspace(0, len(seen) - 1, min(COLUMNS, len(seen))).round().astype(int)
-    return [stage.decode(seen[k]) for k in kept]
+def trajectory(images: GallerySampler) -> list[Tensor]:
+    """Decoded x0 estimates at COLUMNS of the sampler's steps, evenly spread, the last one included: [K, C, H, W] each."""
+    import numpy as np
+
+    estimates: list[Tensor] = []
+    config = images.pipeline.config
+    denoiser = images.guided(config.default_guidance_scale, interval=config.default_guidance_interval)
+    images.draw(denoiser, callback=lambda _, __, ___, x0: estimates.append(x0))
+    shown = np.linspace(0, len(estimates) - 1, min(COLUMNS, len(estimates))).round().astype(int)
+    return [images.decode(estimates[k]) for k in shown]
 
 
-def interpolation(stage: GallerySampler, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
-    """The two images [K, C, H, W] of each class at the ends, and decodings from the arc between their encodings.
+def interpolation(images: GallerySampler, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
+    """Two images of each class, [K, C, H, W] each, at the ends; between them decodings from the arc between their encodings.
 
-    What is encoded is a draw from each posterior, as the denoiser was trained on: the encodings of means are too small to be
-    noise.  use_mean: the means, where it was trained on those.
+    A draw from each image's posterior is encoded, as the denoiser was trained on: the encodings of means are too small to
+    be noise. use_mean: encode the means, for a denoiser that was trained on them.
     """
+    import numpy as np
+
     from latentdiff.samplers import encode, sample, slerp
     from latentdiff.utils.random import derive_seed, generators
 
-    denoiser = stage.guided(1.0)  # guidance has no inverse worth the name: the ODE of the conditional model itself
-    draws = [generators(derive_seed(stage.seed, "posterior", side), stage.labels.tolist()) for side in (0, 1)]
-    ends = [stage.codec.latents(images, draw, use_mean) for images, draw in zip((first, second), draws, strict=True)]
-    noises = [encode(denoiser, z, "heun", stage.steps) for z in ends]
+    denoiser = images.guided(1.0)  # guidance has no useful inverse: this is the ODE of the conditional model itself
+    draws = [generators(derive_seed(images.seed, "posterior", side), images.labels.tolist()) for side in (0, 1)]
+    ends = [images.codec.latents(x, draw, use_mean) for x, draw in zip((first, second), draws, strict=True)]
+    noises = [encode(denoiser, z, "heun", images.steps) for z in ends]
     arc = [slerp(noises[0], noises[1], w) for w in np.linspace(0, 1, COLUMNS - 2).tolist()]
-    between = [stage.decode(sample(denoiser, noise, "heun", stage.steps)) for noise in arc]
-    return [stage.decode(ends[0]), *between, stage.decode(ends[1])]
+    between = [images.decode(sample(denoiser, noise, "heun", images.steps)) for noise in arc]
+    return [images.decode(ends[0]), *between, images.decode(ends[1])]
 
 
-def classifier_columns(stage: GallerySampler, classifier: Any) -> list[Tensor]:
-    """No class; the classifier on the unconditional model; the conditional model and its classifier-free guidance."""
+def classifier_columns(images: GallerySampler, classifier: Any) -> list[Tensor]:
+    """Without a class; the classifier on the unconditional model; classifier-free guidance: [K, C, H, W] each."""
     from latentdiff.guidance import Classifier
 
-    unconditional = stage.guided(1.0, stage.null)
+    unconditional = images.guided(1.0, images.null)
 
     def log_prob(x: Tensor, t: Tensor) -> Tensor:
-        return classifier(x, t, stage.labels)
+        return classifier(x, t, images.labels)
 
-    by_classifier = [stage.draw(Classifier(unconditional, log_prob, strength)) for strength in STRENGTHS]
-    return [stage.draw(unconditional), *by_classifier, *(stage.draw(stage.guided(scale)) for scale in (1.0, 1.5, 3.0))]
+    by_classifier = [images.draw(Classifier(unconditional, log_prob, strength)) for strength in STRENGTHS]
+    return [images.draw(unconditional), *by_classifier, *(images.draw(images.guided(scale)) for scale in (1.0, 1.5, 3.0))]
 
 
 def _pairs(folder: Path, data: str, pipeline: LatentDiffusionPipeline) -> tuple[Tensor, Tensor]:
     """The first two test images of each class, preprocessed as in training: [K, C, H, W] each."""
-    from latentdiff.evaluation.reference_data import data_rule, reference_sets
+    import torch
+
+    from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
     from latentdiff.models.codec import LatentCodec
 
     _, test = reference_sets(data, *data_rule(folder, LatentCodec(pipeline.vae)))
-    if test.labels is None or (pipeline.class_names and list(test.class_names) != pipeline.class_names):
-        raise UserError(f"--data {data}: its classes are not the model's ({', '.join(pipeline.class_names)})")
+    check_classes(pipeline, test, data)
     rows = [(test.labels == k).nonzero()[:2, 0] for k in range(pipeline.num_classes)]
     if any(len(pair) < 2 for pair in rows):
         raise UserError(f"--data {data}: every class needs two held-out images to interpolate between")

@@ -1,4 +1,4 @@
-"""What guidance trades: distance, precision, recall and label accuracy of the same noises at several guidance scales."""
+"""What guidance trades: Fréchet distance, precision, recall and label accuracy at several guidance scales."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +11,10 @@ from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_
 from latentdiff.evaluation.frechet import frechet_distance
 from latentdiff.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
+from latentdiff.evaluation.tables import NONE, markdown_table
 from latentdiff.models.feature_net import FeatureSpace
+
+METRICS = {"frechet": "Fréchet distance", "label_accuracy": "label accuracy", "precision": "precision", "recall": "recall"}
 
 
 def guidance_curve(
@@ -25,45 +28,57 @@ def guidance_curve(
     batch: int = 250,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """{images, points, floor}: a point for each guidance scale, and real held-out images as many, measured alike.
+    """Measure sets of samples from the same noise at several guidance scales, and as many real images in the same way.
 
-    reference: train as the network sees it, with its features. sets: {scale: uint8 [N, H, W, C]}, all of one size and with
-    these labels [N] (None: of no class). A point has guidance, frechet, label_accuracy (None where the network was not
-    trained on these classes), precision and recall (None below NEIGHBOURS + 1 images; 1904.06991), all at this N: compare
-    them with the floor beside them and not with values of another N.
+    All values are at this number of images N. Compare them with the floor in the same result, not with values at another N.
+
+    Args:
+        net: the feature network.
+        reference: the statistics of train, with features.
+        train: the training images.
+        test: the held-out images, from which the floor is drawn.
+        sets: {guidance scale: samples, uint8 [N, H, W, C]}, all of one size.
+        labels: the classes of each set, int64 [N]; None for samples without a class.
+        seed: draws the real images.
+        batch: images in a batch of the network.
+        log: gets a line of progress for each scale.
+
+    Returns:
+        {"images": N, "points": [...], "floor": {...}, "floor_images"}. A point has guidance, frechet, label_accuracy (None
+        where the network was not trained on these classes), precision and recall (arXiv 1904.06991; None for NEIGHBOURS
+        images or fewer). The floor has the same metrics for held-out images.
     """
     train, test = without_padding(train), without_padding(test)
-    wanted = None if labels is None else torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+    classes = None if labels is None else torch.as_tensor(np.asarray(labels), dtype=torch.int64)
     count = len(next(iter(sets.values())))
-    real = reference.kept[matching_rows(train, wanted, count, seed)]
-    told = net.info.get("class_names") == list(train.class_names)
+    real = reference.features[matching_rows(train, classes, count, seed)]  # [n, D]
+    classifies = net.info.get("class_names") == list(train.class_names)
 
-    def point(images: ImageDataset) -> dict[str, Any]:
-        seen = feature_statistics(net, read_batches(images, batch), keep=True)
-        near = precision_recall(real, seen.kept) if min(len(real), len(seen.kept)) > NEIGHBOURS else None
+    def measure(images: ImageDataset) -> dict[str, Any]:
+        current = feature_statistics(net, read_batches(images, batch), keep_features=True)
+        enough = min(len(real), len(current.features)) > NEIGHBOURS
+        manifold = precision_recall(real, current.features) if enough else None
         return {
-            "frechet": frechet_distance(seen.moments, reference.moments),
-            "label_accuracy": seen.accuracy if told else None,
-            "precision": near and near.precision,
-            "recall": near and near.recall,
+            "frechet": frechet_distance(current.moments, reference.moments),
+            "label_accuracy": current.accuracy if classifies else None,
+            "precision": manifold and manifold.precision,
+            "recall": manifold and manifold.recall,
         }
 
     points = []
     for scale, images in sorted(sets.items()):
         log(f"evaluate: {count} samples at guidance {scale:g}")
-        points.append({"guidance": scale} | point(sample_set(images, labels, train)))
-    held_out = subset(test, matching_rows(test, wanted, count, seed))
-    return {"images": count, "points": points, "floor": point(held_out), "floor_images": len(held_out)}
+        points.append({"guidance": scale} | measure(sample_set(images, labels, train)))
+    held_out = subset(test, matching_rows(test, classes, count, seed))
+    return {"images": count, "points": points, "floor": measure(held_out), "floor_images": len(held_out)}
 
 
 def table(curve: Mapping[str, Any]) -> list[str]:
-    """The curve as lines of a Markdown table."""
-    lines = [
-        f"| guidance, {curve['images']} images | Fréchet distance | label accuracy | precision | recall |",
-        "|---|---|---|---|---|",
+    """A result of `guidance_curve` as the lines of a Markdown table."""
+    points = {f"{point['guidance']:g}": point for point in curve["points"]}
+    points[f"real images ({curve['floor_images']})"] = curve["floor"]
+    rows = [
+        (name, *(NONE if point[metric] is None else f"{point[metric]:.4f}" for metric in METRICS))
+        for name, point in points.items()
     ]
-    rows = [(f"{each['guidance']:g}", each) for each in curve["points"]]
-    for name, each in [*rows, (f"real images ({curve['floor_images']})", curve["floor"])]:
-        cells = (each[key] for key in ("frechet", "label_accuracy", "precision", "recall"))
-        lines.append(f"| {name} | {' | '.join('–' if cell is None else f'{cell:.4f}' for cell in cells)} |")
-    return lines
+    return markdown_table((f"guidance, {curve['images']} images", *METRICS.values()), rows)

@@ -1,4 +1,4 @@
-"""`latentdiff judge`: does a text-to-image model draw what its prompts say, as a judge trained on real pictures sees it?"""
+"""`latentdiff judge`: does a text-to-image model draw what its prompts say, as a judge network sees it?"""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from latentdiff.errors import UserError
 from latentdiff.utils import processes
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
     from latentdiff.data.pairs import Pairs
-    from latentdiff.evaluation.retrieval import PictureIndex
     from latentdiff.models.codec import LatentCodec
 
-GRID_COLUMNS, GRID_ROWS = 6, 2  # of each kind of prompt
-DRAW_SEED = 0  # of the ceiling and of chance: whatever seed draws the pictures, they stand beside the same floor
+GRID_COLUMNS, GRID_ROWS = 6, 2  # for each kind of prompt
+DRAW_SEED = 0  # of the ceiling and of chance, so that they are the same whatever seed draws the pictures
 PROMPT_FORM = "<style> style, <name>"
 FREE_PROMPTS = (
     "a red apple",
@@ -54,39 +52,38 @@ def judge(
     out: str | Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any] | None:
-    """Measure whether a model draws what prompts say, as a judge trained on real pictures sees it.
+    """Draw a picture of each pair of style and identity from its prompt, and find the real pictures nearest to it.
 
-    The model draws one picture of each pair of style and identity, from the prompt "<style> style, <name>", and the nearest
-    real pictures are looked up. `evaluation.retrieval` says what the numbers are.
+    The prompt is "<style> style, <name>". Drawn are num_prompts of the pairs whose pictures models are trained on, and all
+    held-out pairs. `latentdiff.evaluation.retrieval` explains the numbers. Several processes of a launcher share the drawing;
+    the first one judges.
 
     Args:
-        model: a checkpoint that reads text: a folder or a Hub name.
-        data: pictures with styles and identities, such as those of latentdiff prepare emoji.
-        judge: the folder that training a config with stage: judge made.
-        num_prompts: pairs that training has seen; all held-out pairs are drawn besides.
-        steps: steps of the sampler. By default the checkpoint's, or more where the sampler needs more.
-        sampler: one of latentdiff's samplers (latentdiff.samplers.names()). By default the checkpoint's own scheduler.
-        guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
-        guidance_interval: guide only at times t from LOW to HIGH, where 0 is data and 1 is noise; 0 1 is everywhere. By
-            default the checkpoint's.
+        model: a checkpoint that reads text.
+        data: a folder of pictures with styles and identities (of `latentdiff prepare emoji`).
+        judge: the folder of a judge network, which training a config with stage: judge makes.
+        num_prompts: pairs of the training part that are drawn; all held-out ones are drawn besides.
+        steps: of the sampler; None is the checkpoint's.
+        sampler: one of latentdiff's samplers; None is the checkpoint's.
+        guidance: classifier-free guidance scale; None is the checkpoint's.
+        guidance_interval: guide only at t in this interval, 0 is data and 1 noise; None is the checkpoint's.
         precision: of the U-Net: float32 or bfloat16.
-        seed: an image depends on the seed, its prompt and its number, not on the batch size.
-        batch_size: images made at a time.
-        out: a folder for judge.json and judge.md, the record metrics.json and the picture grid.png, which shows free prompts
-            too. Its pictures are not selected.
-        device: of the model and the judge: auto, cpu, cuda, cuda:1, mps or another of torch's names.
+        seed: of the pictures.
+        batch_size: pictures in a batch.
+        out: write judge.json, judge.md, metrics.json (the record) and grid.png to this folder. The grid shows pictures of
+            free prompts too, uncurated.
+        device: of model and judge: auto, cpu, or another of torch's names.
 
     Returns:
-        Scores, ceiling, chance, memorisation and the protocol. Several processes of a launcher share the drawing; the first
-        one judges, and the others return None.
+        {"protocol", "scores", "nearest_training_picture"} of `retrieval.judge_pictures`; None on all processes but the first.
 
     Raises:
         UserError: a model that reads no text, data without styles and identities, or a judge trained on other data.
     """
     from latentdiff.checkpoints import load, resolve_model, weights_of
-    from latentdiff.data.pairs import read_pairs
+    from latentdiff.data.pairs import read_pairs, to_images
     from latentdiff.evaluation.records import make_judge_record, sampling_protocol, write_record
-    from latentdiff.evaluation.retrieval import MILD, chosen_rows, index_pictures
+    from latentdiff.evaluation.retrieval import MILD, chosen_rows, index_pictures, judge_pictures
     from latentdiff.generation import place, set_precision
     from latentdiff.guidance import check_interval
     from latentdiff.models.codec import LatentCodec
@@ -101,44 +98,71 @@ def judge(
         check_out_folder(out)
     processes.pick_device(device)
     started = time.perf_counter()
+
+    # The judge, the model, and whether they go together
     net = load_judge(resolve_model(judge, "--judge", "model.safetensors"))
-    pipeline = load(resolve_model(model))
+    folder = resolve_model(model)
+    pipeline = load(folder)
     if pipeline.text_encoder is None:
         raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
-    found = place(pipeline, device, sampler)
-    index = index_pictures(net.to(found), read_pairs(data), str(judge))
+    chosen = place(pipeline, device, sampler)
+    index = index_pictures(net.to(chosen), read_pairs(data), str(judge))
     codec = LatentCodec(pipeline.vae)
     _check_pictures(pipeline, codec, index.pairs)
     rows = chosen_rows(index, num_prompts)
+    prompts = _prompts(index.pairs, rows)
+
+    # Draw
     pipeline.set_progress_bar_config(disable=True)
     set_precision(pipeline, precision)
-    call = {"num_inference_steps": steps, "sampler": sampler, "guidance_scale": guidance}
-    call["guidance_interval"] = guidance_interval
-    prompts = _prompts(index.pairs, rows, free=out is not None)
-    processes.announce("judge", found, max(map(len, prompts.values())), batch_size)
-    made = draw(pipeline, prompts, seed, batch_size, **call)
-    if made is None:
+    call = {
+        "num_inference_steps": steps,
+        "sampler": sampler,
+        "guidance_scale": guidance,
+        "guidance_interval": guidance_interval,
+    }
+    if out is not None:
+        prompts["free"] = list(FREE_PROMPTS)
+    processes.announce("judge", chosen, max(map(len, prompts.values())), batch_size)
+    pictures = draw(pipeline, prompts, seed, batch_size, **call)
+    if pictures is None:
         return None
     drawn = time.perf_counter()
-    protocol = sampling_protocol(pipeline, str(model), seed=seed, **call)
-    protocol |= {"precision": precision, "data": str(data), "prompts": PROMPT_FORM, "judge": net.fingerprint()[:16]}
-    protocol |= {"strength_of_augmentation": MILD, "trained_on_this_train_part": trained_on(resolve_model(model), str(data))}
+
+    # Judge
+    protocol = sampling_protocol(pipeline, str(model), seed=seed, **call) | {
+        "precision": precision,
+        "data": str(data),
+        "prompts": PROMPT_FORM,
+        "judge": net.fingerprint()[:16],
+        "strength_of_augmentation": MILD,
+        "trained_on_this_train_part": trained_on(folder, str(data)),
+    }
     whole = all(side % codec.factor == 0 for side in index.pairs.pictures.shape[1:3])  # else training padded them
-    table = {"protocol": protocol, **measure(index, made, rows, DRAW_SEED, codec.reconstruct if whole else None)}
+    generated = {kind: (to_images(pictures[kind]), rows[kind]) for kind in rows}
+    table = {"protocol": protocol, **judge_pictures(index, generated, DRAW_SEED, codec.reconstruct if whole else None)}
     if out is not None:
-        _write(Path(out), table, made, _prompts(index.pairs, rows, free=True))
+        _write(Path(out), table, pictures, prompts)
         seconds = {"loading_and_drawing": drawn - started, "judging": time.perf_counter() - drawn}
-        how = {**weights_of(resolve_model(model)), "device": str(found)}
-        write_record(make_judge_record(table, index.pairs.fingerprint(), net.fingerprint(), how, seconds), out)
+        made = {**weights_of(folder), "device": str(chosen)}
+        write_record(make_judge_record(table, index.pairs.fingerprint(), net.fingerprint(), made, seconds), out)
     return table
 
 
 def draw(
     pipeline: Any, prompts: Mapping[str, list[str]], seed: int, batch_size: int, **call: Any
 ) -> dict[str, np.ndarray] | None:
-    """One picture of each prompt, uint8 [Q, H, W, C] a kind of prompts: functions of seed and prompt alone.
+    """Draw one picture of each prompt. A picture depends on seed and prompt alone.
 
-    Several processes share them; on all but the first the result is None.
+    Args:
+        pipeline: the checkpoint.
+        prompts: {kind: prompts}.
+        seed: of the pictures.
+        batch_size: pictures in a batch.
+        call: further arguments of the pipeline's call.
+
+    Returns:
+        {kind: uint8 [Q, H, W, C]}. Several processes share the work; on all but the first the result is None.
     """
     from tqdm import tqdm
 
@@ -148,10 +172,9 @@ def draw(
     total, hidden = sum(part.stop - part.start for part in parts), processes.rank() > 0
     with tqdm(total=total, unit="image", desc="drawing", delay=0.5, disable=hidden) as bar:
         mine = [generate_share(pipeline, texts, 1, seed, batch_size, bar.update, **call) for texts in prompts.values()]
-    made = {}
-    for (kind, texts), images in zip(prompts.items(), mine, strict=True):  # they meet when everything is drawn
-        made[kind] = processes.gather(images, len(texts), batch_size)
-    return None if hidden else made
+    # The processes meet when everything is drawn
+    gathered = [processes.gather(images, len(texts), batch_size) for texts, images in zip(prompts.values(), mine, strict=True)]
+    return None if hidden else dict(zip(prompts, gathered, strict=True))
 
 
 def trained_on(folder: Path, data: str) -> bool:
@@ -161,19 +184,9 @@ def trained_on(folder: Path, data: str) -> bool:
     from latentdiff.data.sources import open_source
     from latentdiff.data.transforms import Preprocess
 
-    stated = read_meta(folder).get("data", {}) if (folder / META).is_file() else {}
+    recorded = read_meta(folder).get("data", {}) if (folder / META).is_file() else {}
     source = open_source(data, "train", 3)
-    return stated.get("fingerprint") == ImageDataset(source, Preprocess()).fingerprint()
-
-
-def measure(
-    index: PictureIndex, made: Mapping[str, np.ndarray], rows: Mapping[str, Tensor], seed: int = 0, reconstruct: Any = None
-) -> dict[str, Any]:
-    """`judge_pictures` of pictures made for these rows, uint8 [Q, H, W, 3] each."""
-    from latentdiff.data.pairs import to_images
-    from latentdiff.evaluation.retrieval import judge_pictures
-
-    return judge_pictures(index, {kind: (to_images(made[kind]), rows[kind]) for kind in rows}, seed, reconstruct)
+    return recorded.get("fingerprint") == ImageDataset(source, Preprocess()).fingerprint()
 
 
 def _check_sampler(name: str | None) -> None:
@@ -186,14 +199,14 @@ def _check_sampler(name: str | None) -> None:
 def _check_pictures(pipeline: Any, codec: LatentCodec, pairs: Pairs) -> None:
     """UserError where the model's pictures are not of the data's size and channels."""
     height, width = pipeline.config.image_size or [side * codec.factor for side in pipeline.latent_shape[1:]]
-    theirs, ours = (height, width, codec.image_channels), pairs.pictures.shape[1:]
-    if theirs != ours:
-        said = ["x".join(map(str, shape)) for shape in (theirs, ours)]
-        raise UserError(f"judge: the model's pictures are {said[0]}, those of --data {pairs.name} are {said[1]}")
+    shapes = (height, width, codec.image_channels), pairs.pictures.shape[1:]
+    if shapes[0] != shapes[1]:
+        made, expected = ("x".join(map(str, shape)) for shape in shapes)
+        raise UserError(f"judge: the model's pictures are {made}, those of --data {pairs.name} are {expected}")
 
 
-def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, list[str]]:
-    """{kind: prompts}: those of the pairs, and the free ones."""
+def _prompts(pairs: Pairs, rows: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """{kind: prompts of the pairs}. UserError for a pair without one."""
     prompts: dict[str, list[str]] = {}
     for kind, chosen in rows.items():
         texts = [pairs.prompts[row] for row in chosen.tolist()]
@@ -201,16 +214,19 @@ def _prompts(pairs: Pairs, rows: Mapping[str, Tensor], free: bool) -> dict[str, 
             identity = pairs.identity_names[int(pairs.identities[chosen[texts.index(None)]])]
             raise UserError(f"--data {pairs.name}: {identity} has no caption of the form '{PROMPT_FORM}'")
         prompts[kind] = [text for text in texts if text is not None]
-    return prompts | ({"free": list(FREE_PROMPTS)} if free else {})
+    return prompts
 
 
-def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
+def _write(out: Path, table: dict[str, Any], pictures: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
+    """Write grid.png, judge.json and judge.md."""
+    import numpy as np
+
     from latentdiff.evaluation.retrieval import judge_markdown
-    from latentdiff.utils.atomic import write_text
+    from latentdiff.utils import atomic
     from latentdiff.utils.images import captioned_grid, save_png
 
     rows, captions, names = [], [], []
-    for kind, images in made.items():
+    for kind, images in pictures.items():
         count = min(len(images), GRID_COLUMNS * GRID_ROWS)
         shown = np.linspace(0, len(images) - 1, count).round().astype(int)
         for start in range(0, count, GRID_COLUMNS):
@@ -219,6 +235,5 @@ def _write(out: Path, table: dict[str, Any], made: Mapping[str, np.ndarray], pro
             captions.append([prompts[kind][k] for k in part])
             names.append(kind if start == 0 else "")
     save_png(captioned_grid(rows, captions, names), out / "grid.png")
-    texts = {"judge.json": json.dumps(table, indent=1, ensure_ascii=False) + "\n", "judge.md": judge_markdown(table)}
-    for name, text in texts.items():
-        write_text(out / name, text)
+    atomic.write_text(out / "judge.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    atomic.write_text(out / "judge.md", judge_markdown(table))

@@ -1,20 +1,26 @@
-"""Kernel distance (KID, 1801.01401): the squared maximum mean discrepancy with a polynomial kernel, without bias."""
+"""Kernel Inception distance (KID): the squared maximum mean discrepancy with a polynomial kernel, without bias.
+
+"Demystifying MMD GANs", arXiv 1801.01401.
+"""
 
 import torch
 from torch import Tensor
 
 from latentdiff.data.shuffling import permutation
 
-SUBSETS, SUBSET = 100, 1000
+SUBSETS, SUBSET_SIZE = 100, 1000
 
 
 def kernel(a: Tensor, b: Tensor) -> Tensor:
-    """(a.b / D + 1)^3 of rows [m, D] and [n, D] as [m, n] (1801.01401 section 4)."""
+    """(a.b / D + 1)^3 of rows [m, D] and [n, D] as [m, n] (arXiv 1801.01401, section 4)."""
     return (a @ b.T / a.shape[1] + 1) ** 3
 
 
 def squared_mmd(x: Tensor, y: Tensor) -> float:
-    """The unbiased estimate of MMD^2 from rows [m, D] and [n, D], in float64 (1801.01401 eq. 4); it may be negative."""
+    """The unbiased estimate of MMD^2 from rows [m, D] and [n, D], in float64 (arXiv 1801.01401, eq. 4).
+
+    It may be negative. ValueError for fewer than two rows on a side.
+    """
     x, y = x.double(), y.double()
     m, n = len(x), len(y)
     if min(m, n) < 2:
@@ -24,12 +30,19 @@ def squared_mmd(x: Tensor, y: Tensor) -> float:
 
 
 def kernel_distance(
-    samples: Tensor, reference: Tensor, seed: int = 0, subsets: int = SUBSETS, size: int = SUBSET
+    samples: Tensor, reference: Tensor, seed: int = 0, subsets: int = SUBSETS, size: int = SUBSET_SIZE
 ) -> tuple[float, float]:
-    """(mean, standard deviation) of MMD^2 over seeded subsets of samples [M, D] and reference [N, D].
+    """Mean and standard deviation of MMD^2 over random subsets of samples [M, D] and reference [N, D].
 
-    size: of a subset, or as many as the smaller set has. Subsets are drawn without replacement, each anew; those of the
-    reference depend on (N, seed) alone, so that the same ones meet any samples.
+    Each subset is drawn without replacement. The subsets of the reference depend on (N, seed) alone, so that all sets of
+    samples meet the same ones.
+
+    Args:
+        samples: features of the samples.
+        reference: features of the reference.
+        seed: draws the subsets.
+        subsets: how many.
+        size: rows in a subset, at most as many as the smaller set has.
     """
     size = min(size, len(samples), len(reference))
     values = [
@@ -39,5 +52,5 @@ def kernel_distance(
         )
         for k in range(subsets)
     ]
-    found = torch.tensor(values, dtype=torch.float64)
-    return found.mean().item(), found.std(correction=1).item() if subsets > 1 else 0.0
+    distances = torch.tensor(values, dtype=torch.float64)
+    return distances.mean().item(), distances.std(correction=1).item() if subsets > 1 else 0.0

@@ -1,15 +1,15 @@
-"""Bits per dimension of a data set under a checkpoint: `latentdiff likelihood`."""
+"""`latentdiff likelihood`: bits per dimension of a data set under a checkpoint."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation.reference_data import check_classes, data_rule
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def measure_likelihood(
@@ -23,34 +23,34 @@ def measure_likelihood(
     unconditional: bool = False,
     batch_size: int = 50,
 ) -> dict[str, Any]:
-    """Bound the bits per dimension of a data set's pixels, through both stages.
+    """An upper bound on the bits per dimension of a data set's pixels, through both stages of a model.
 
-    `latentdiff.evaluation.bits_per_dim` says what the terms are, and what in them is exact. A model that reads text measures
-    every image under the empty prompt.
+    `latentdiff.evaluation.bits_per_dim` explains the terms of the bound and which of them are exact. Each image is measured
+    under its own class; a model that reads text is measured under the empty prompt.
 
     Args:
-        model: a checkpoint: a folder or a Hub name.
-        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
-        num_images: images of the split.
-        probes: probes of Hutchinson's estimator for each image.
-        seed: chooses the images and draws latents and probes.
-        rtol: tolerance of the probability-flow ODE, relative and absolute.
+        model: a checkpoint on an AutoencoderKL.
+        data: a folder, fashion-mnist, a table or shards.
+        num_images: images of the split, drawn by seed.
+        probes: random vectors of Hutchinson's divergence estimator for each image.
+        seed: draws images, latents and probes.
+        rtol: relative and absolute tolerance of the probability-flow ODE.
         split: test (or what training held out), or train.
-        unconditional: measure each image under the null class instead of its own.
-        batch_size: images measured at a time.
+        unconditional: measure under the null class instead of each image's own.
+        batch_size: images in a batch; it changes memory only.
 
     Returns:
-        The total in bits per dimension, its terms, their standard errors and the protocol.
+        {"nats", "bits_per_dim", "stderr", "stderr_probes", "terms", "protocol"}, as `bits_per_dim.pixel_bits` gives it.
 
     Raises:
-        UserError: a model or data that cannot be used or do not go together, or numbers out of range.
+        UserError: an argument is out of range, model and data do not go together, or the model has no likelihood.
     """
     from tqdm import tqdm
 
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.denoiser import Denoiser
     from latentdiff.evaluation.bits_per_dim import pixel_bits
-    from latentdiff.evaluation.reference_data import reference_sets
+    from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
     from latentdiff.guidance import ClassifierFree
     from latentdiff.models.codec import LatentCodec
 
@@ -58,9 +58,10 @@ def measure_likelihood(
         raise UserError(f"--split {split}: valid are test and train")
     if not 0 < rtol < math.inf or min(num_images, probes, batch_size) < 1:
         raise UserError("likelihood: --rtol must be finite and above 0, --num-images, --probes and --batch-size at least 1")
-    pipeline = load(resolve_model(model))
+    folder = resolve_model(model)
+    pipeline = load(folder)
     codec = LatentCodec(pipeline.vae)
-    train, test = reference_sets(data, *data_rule(resolve_model(model), codec))
+    train, test = reference_sets(data, *data_rule(folder, codec))
     images = test if split == "test" else train
     conditional = pipeline.num_classes > 0 and not unconditional
     if conditional:
@@ -71,7 +72,7 @@ def measure_likelihood(
     check_likelihood(pipeline, str(model))
     denoiser = Denoiser.from_pipeline(pipeline)
 
-    def denoiser_for(labels: torch.Tensor | None, count: int) -> Any:
+    def denoiser_for(labels: Tensor | None, count: int) -> Any:
         rows = labels.tolist() if conditional and labels is not None else [null] * count
         return ClassifierFree(denoiser, pipeline.conditioning([None] * count, rows), {}, 1.0)
 
@@ -79,11 +80,11 @@ def measure_likelihood(
         report = pixel_bits(
             codec, denoiser_for, train, images, num_images, probes, seed, rtol, batch_size=batch_size, progress=bar.update
         )
-    stated = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
-    return {**report, "protocol": {**stated, **report["protocol"]}}
+    protocol = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
+    return report | {"protocol": protocol | report["protocol"]}
 
 
 def check_likelihood(pipeline: Any, model: str) -> None:
-    """UserError for a model that has no likelihood of images without prompts."""
+    """UserError for a model that reads text and has no likelihood without a prompt. model: its name."""
     if pipeline.text_encoder is not None and pipeline.config.null_prompt is None:
         raise UserError(f"{model}: was trained without text dropout, so it has no likelihood without prompts")

@@ -1,68 +1,73 @@
-"""Did a model copy its training images? How near samples come to them, beside how near held-out real images come."""
+"""Did a model copy its training images? How close samples come to them, compared with held-out real images."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d
+from torch.nn.functional import avg_pool2d, normalize
 from tqdm import tqdm
 
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.precision_recall import BLOCK, nearest_rows
 
-PIXELS = 4096  # values of an image that are compared at most; larger ones are averaged over squares first
+PIXELS = 4096  # at most so many values of an image are compared; larger images are averaged over squares first
 PERCENTILES = (1, 5, 50)
-WORST = 8
-PENALTY = 1e-3  # of the held-out images' distance: keeps the penalty of perfect copies finite, at most 1000
+CLOSEST = 8  # samples that are named
+PENALTY = 1e-3  # times the held-out images' distance: keeps the penalty of perfect copies finite, at most 1000
 FORMULA = (
     "Fréchet distance x max(1, r / (s + r/1000)); s, r: mean cosine distance of samples and of held-out images to their "
     "nearest training image in feature space; after 2106.03062 section 3, whose factor is 1/s below a fixed threshold"
 )
 
 
-class NearestImages:
-    """Distances [N] to the nearest training image, and which one that is, int64 [N]."""
+class NearestImages(NamedTuple):
+    """For each of N images the distance to its nearest training image, [N], and that image's index, int64 [N]."""
 
-    def __init__(self, distances: Tensor, rows: Tensor):
-        self.distances, self.rows = distances, rows
+    distances: Tensor
+    rows: Tensor
 
 
 def nearest_by_features(features: Tensor, train: Tensor) -> NearestImages:
-    """Euclidean, of features [N, D] to those of the training images [T, D], in float64."""
+    """The nearest of the training features [T, D] to each of the features [N, D]; Euclidean distances in float64."""
     centre = train.double().mean(dim=0)
     rows = nearest_rows(features.double() - centre, (part.double() - centre for part in train.split(BLOCK)))
     return NearestImages((features.double() - train[rows].double()).norm(dim=1), rows)
 
 
 def cosine_distance(features: Tensor, train: Tensor) -> float:
-    """Mean over features [N, D] of 1 - cosine to the training features [T, D] that are nearest in this sense; float64.
+    """Mean over features [N, D] of 1 - cosine to the training features [T, D] that are nearest in this sense; float64, 0 to 2.
 
-    The memorisation distance of 2106.03062 (section 3), where features are not negative: it takes the cosine's modulus.
+    For features that are not negative this is the memorization distance of "Memorization-informed Fréchet Inception
+    Distance" (arXiv 2106.03062, section 3), which takes the modulus of the cosine.
     """
-    unit = [torch.nn.functional.normalize(rows.double(), dim=1) for rows in (features, train)]
-    found = nearest_rows(unit[0], unit[1].split(BLOCK))
-    return ((unit[0] - unit[1][found]).square().sum(dim=1) / 2).mean().item()
+    unit, unit_train = (normalize(rows.double(), dim=1) for rows in (features, train))
+    rows = nearest_rows(unit, unit_train.split(BLOCK))
+    return ((unit - unit_train[rows]).square().sum(dim=1) / 2).mean().item()
 
 
 def nearest_by_pixels(images: ImageDataset, others: ImageDataset, train: ImageDataset) -> tuple[NearestImages, NearestImages]:
-    """Of two sets of images in one pass through train: root mean square over pixels whose range is 1, in float32."""
+    """The nearest training images of two sets of images, found in one pass through train.
+
+    Distances are root mean square differences of pixels whose range is 1, in float32. Large images are averaged over
+    squares first, see `compared_size`.
+    """
     queries = torch.cat([rows for dataset in (images, others) for rows in pixel_rows(dataset)])  # [N, P]
-    found = nearest_rows(queries, pixel_rows(train, "nearest in pixels"))
+    nearest = nearest_rows(queries, pixel_rows(train, "nearest in pixels"))
     distances = torch.cat(
         [
             (part - _flat(train.batch(rows)[0])).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
-            for part, rows in zip(queries.split(BLOCK), found.split(BLOCK), strict=True)
+            for part, rows in zip(queries.split(BLOCK), nearest.split(BLOCK), strict=True)
         ]
     )
     count = len(images)
-    return NearestImages(distances[:count], found[:count]), NearestImages(distances[count:], found[count:])
+    return NearestImages(distances[:count], nearest[:count]), NearestImages(distances[count:], nearest[count:])
 
 
 def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
-    """Images as rows of at most PIXELS values in [-1, 1], BLOCK of them at a time: float32 [b, P].
+    """Yield images as rows of at most PIXELS values in [-1, 1], BLOCK at a time: float32 [b, P].
 
-    doing: shown with a bar on stderr where it takes a while.
+    doing: the text of a progress bar on stderr, shown if reading takes a while; "" shows none.
     """
     with tqdm(total=len(dataset), unit="image", desc=doing, delay=0.5, disable=not doing) as bar:
         for start in range(0, len(dataset), BLOCK):
@@ -72,7 +77,7 @@ def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
 
 
 def compared_size(channels: int, height: int, width: int) -> tuple[int, int, int]:
-    """(side of the squares that pixels are averaged over, height and width that are left)."""
+    """The side of the squares over which pixels are averaged, and the height and width of what is then compared."""
     side = 1
     while channels * -(-height // side) * -(-width // side) > PIXELS and side < max(height, width):
         side += 1
@@ -80,16 +85,19 @@ def compared_size(channels: int, height: int, width: int) -> tuple[int, int, int
 
 
 def _flat(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, P]"""
+    """[B, C, H, W] -> [B, P], averaged over squares."""
     side, _, _ = compared_size(*images.shape[1:])
     return (images if side == 1 else avg_pool2d(images, side, ceil_mode=True)).flatten(1)
 
 
 def distance_summary(samples: Tensor, held_out: Tensor) -> dict[str, Any]:
-    """How distances of samples [N] to training images stand against those of held-out images [n].
+    """Compare the distances of samples [N] to training images with those of held-out images [n].
 
-    share: of samples that are closer to a training image than so many per cent of the held-out images are.  A model that
-    copies nothing has about as many per cent; held_out: the held-out images' own share, which ties can move.
+    Returns:
+        {"images", "median", "held_out_images", "held_out_median", "closer_than_held_out"}. The last has for each percentile
+        p of PERCENTILES: distance, the p-th percentile of held_out; share, of the samples that are closer than that;
+        held_out, the same share of held-out images (ties can move it from p %). A model that copies nothing has a share of
+        about p %.
     """
     limits = [held_out.double().quantile(p / 100).item() for p in PERCENTILES]
     return {
@@ -110,14 +118,20 @@ def distance_summary(samples: Tensor, held_out: Tensor) -> dict[str, Any]:
 
 
 def closest_samples(
-    features: tuple[NearestImages, float], pixels: tuple[NearestImages, float], count: int = WORST
+    features: tuple[NearestImages, float], pixels: tuple[NearestImages, float], count: int = CLOSEST
 ) -> list[dict[str, Any]]:
-    """The samples that are closest to a training image in either space, in units of the held-out images' median.
+    """The `count` samples that are closest to a training image in either space, the closest first.
 
-    features, pixels: nearness of the samples, and that median.
+    Args:
+        features: the samples' nearest images by features, and the median distance of held-out images, which is the unit.
+        pixels: the same by pixels.
+        count: how many.
+
+    Returns:
+        For each: sample (its index), feature_distance, feature_neighbour (the training image's index), pixel_distance,
+        pixel_neighbour.
     """
-    scales = [median or 1.0 for _, median in (features, pixels)]
-    ratios = [near.distances.double() / scale for (near, _), scale in zip((features, pixels), scales, strict=True)]
+    ratios = [nearest.distances.double() / (median or 1.0) for nearest, median in (features, pixels)]
     order = torch.minimum(*ratios).sort(stable=True).indices[:count].tolist()
     return [
         {
@@ -132,5 +146,8 @@ def closest_samples(
 
 
 def penalized_distance(distance: float, samples: float, held_out: float) -> float:
-    """FORMULA: a Fréchet distance times what closeness to training images costs."""
+    """A Fréchet distance times a penalty for closeness to training images, by FORMULA.
+
+    samples, held_out: the mean cosine distances s and r.
+    """
     return distance * max(1.0, held_out / (samples + PENALTY * held_out)) if held_out > 0 else distance

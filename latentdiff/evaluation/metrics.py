@@ -1,8 +1,8 @@
-"""The evaluation of generated images: every number beside its floor and with the protocol that made it.
+"""All metrics of generated images: each value beside its floor, with the protocol that made it.
 
-A distance alone says little: it depends on the number of images, the reference, the classes drawn and the network.
-So a report holds all of these, what real held-out images score at the same N (the floor), and what the autoencoder's
-own reconstructions of them score, below which no denoiser in its latent space can be expected to go.
+A distance alone says little. It depends on the number of images, the reference, the classes and the feature network. So a
+report holds all of these. It also holds the floor: the value of real held-out images, as many as the samples. And it holds
+the value of the autoencoder's own reconstructions of them; no denoiser in its latent space can be expected to do better.
 """
 
 import sys
@@ -17,7 +17,7 @@ from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.evaluation import guidance_curve
 from latentdiff.evaluation.classification import ClassifierTrainer, cas, class_counts
-from latentdiff.evaluation.feature_metrics import FeatureMetrics, mean_over_seeds, settings
+from latentdiff.evaluation.feature_metrics import FeatureMetrics, mean_over_seeds, metric_settings
 from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_statistics, read_batches
 from latentdiff.evaluation.frechet import frechet_distance
 from latentdiff.evaluation.image_quality import psnr, ssim
@@ -25,11 +25,12 @@ from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset,
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.feature_net import FeatureSpace
 
-# What a reader needs to repeat a number; what the caller cannot tell stays null and is shown as "not stated".
+# What a reader needs to repeat a number. What the caller does not know stays None and is shown as "not stated"
 PROTOCOL_FIELDS = ("model", "sampler", "steps", "guidance", "seed")
 
 
 def say(line: str) -> None:
+    """Print a line of progress to stderr."""
     print(line, file=sys.stderr)
 
 
@@ -51,95 +52,120 @@ def evaluate_samples(
     guided: tuple[Mapping[float, np.ndarray], np.ndarray | None] | None = None,
     log: Callable[[str], None] = say,
 ) -> dict[str, Any]:
-    """Measure generated images against real ones; the report as JSON values.
+    """Measure generated images against real ones.
 
-    The reference of every Fréchet distance is the whole of train. The floor is the same distance of N real test
-    images with the samples' class counts (fewer where test has fewer: the report says how many), and the
-    reconstruction that of these images through codec. All are compared without padding, in 8 bits. Images are read
-    batch by batch; what grows with their number is the samples, and one float32 feature vector for each image.
-    "distribution": what `latentdiff.evaluation.feature_metrics` takes from these features; "per_class" and "memorisation" too.
+    The reference of every Fréchet distance is the whole of train. The floor is the same distance for N held-out images
+    with the samples' class counts (fewer where test has fewer; the report says how many). All images are compared without
+    padding, in 8 bits. Images are read batch by batch; memory holds the samples and one float32 feature vector per image.
 
     Args:
         samples: uint8 [N, H, W, C]; grey samples may come as RGB, as `generate` writes them.
-        labels: int64 [N], indices into train.class_names; None: unconditional samples, no label accuracy, no CAS.
-        protocol: how the samples were made: model, sampler, steps, guidance, seed, and whatever else is to stand there.
-        codec: the first stage, for the reconstruction row.
+        labels: int64 [N], indices into train.class_names; None for samples without a class: no label accuracy, no CAS.
+        train: the training images.
+        test: the held-out images.
+        net: the feature network.
+        protocol: how the samples were made: model, sampler, steps, guidance, seed, and whatever else the report should hold.
+        codec: the first stage, for the reconstructions; None leaves them out.
         train_classifier: trains a classifier from (data set, seed), for CAS; None leaves CAS out.
-        draw_seed: which real images make the floor and CAS's real side, and subsets of images.
-        more: further sets like samples, from other seeds: values are then means over all sets, with their spread; CAS,
-            per_class, memorisation and samples_sha256 are of the first alone.
-        reference: what net sees in train without padding, features kept, where that is known (`reference_statistics`).
-        guided: ({guidance scale: samples}, their labels), for "guidance_curve".
+        cas_seeds: seeds of CAS's classifiers.
+        draw_seed: draws the real images of the floor and of CAS, and subsets of images.
+        batch: images in a batch of the network.
+        more: further sets like samples, of other seeds. Values are then means over all sets, with their spread. CAS,
+            per_class, memorisation and samples_sha256 are of the first set alone.
+        reference: statistics of train without padding, with features (`feature_cache`); None: measured here.
+        guided: ({guidance scale: samples}, their labels) for a guidance curve; None leaves it out.
+        log: gets lines of progress.
+
+    Returns:
+        The report as JSON values: protocol, reference, metrics, distribution and memorisation (see `FeatureMetrics`),
+        settings, left_out; where measured also guidance_curve, per_class and reconstruction (psnr in dB, ssim).
 
     Raises:
         UserError: samples, labels and data do not go together; the message says how.
     """
+    # The sets of images
     train_content, test_content = without_padding(train), without_padding(test)
     sets = [sample_set(each, labels, train_content) for each in (samples, *more)]
     generated = sets[0]
     if any(len(each) != len(generated) for each in sets):
         raise UserError(f"sets of samples from several seeds must be equally large, got {[len(each) for each in sets]}")
     floor_rows = matching_rows(test, generated.labels, len(generated), draw_seed)
-    held_out_images = subset(test_content, floor_rows)
+    held_out = subset(test_content, floor_rows)
     log(f"evaluate: features of {len(train)} reference images, {len(generated)} samples, {len(floor_rows)} test images")
     if len(floor_rows) < min(len(generated), 2 * net.dim):
         few = f"{len(floor_rows)} held-out images beside {len(generated)} samples, for {net.dim} features"
         log(f"warning: the floor is of {few}: it is high for their number alone, so values under it say nothing")
-    reference = reference or feature_statistics(net, read_batches(train_content, batch), keep=True)
-    seen = [feature_statistics(net, read_batches(each, batch, "features of samples"), keep=True) for each in sets]
-    floor = feature_statistics(net, read_batches(held_out_images, batch, "features of test images"), keep=True)
-    metrics = mean_over_seeds([_metrics(net, train, reference, each, floor, log) for each in seen])
-    frechet = metrics[f"frechet[{net.name}]"]
+
+    # Features of all of them
+    reference = reference or feature_statistics(net, read_batches(train_content, batch), keep_features=True)
+    of_sets = [feature_statistics(net, read_batches(each, batch, "features of samples"), keep_features=True) for each in sets]
+    floor = feature_statistics(net, read_batches(held_out, batch, "features of test images"), keep_features=True)
+
+    # Metrics of each set, averaged
+    metrics = mean_over_seeds([_basic_metrics(net, train, reference, each, floor, log) for each in of_sets])
     if train_classifier is not None and generated.labels is not None:
         log(f"evaluate: training {2 * len(cas_seeds)} classifiers for CAS")
         metrics["cas"] = _cas(train_classifier, generated, train_content, test_content, cas_seeds, draw_seed)
-    around = FeatureMetrics(net.name, reference, floor, train_content, held_out_images, draw_seed, log)
+    measure = FeatureMetrics(net.name, reference, floor, train_content, held_out, draw_seed, log)
     report: dict[str, Any] = {
-        "protocol": _protocol(protocol, generated, seen[0], draw_seed, len(sets)),
-        "reference": _reference(train, reference, net) | {"held_out_sha256": floor.sha256, "held_out_images": len(floor_rows)},
+        "protocol": _protocol(protocol, generated, of_sets[0], draw_seed, len(sets)),
+        "reference": {
+            "data": train.source.name,
+            "images": len(train),
+            "sha256": reference.sha256,
+            "preprocessing": train.preprocess.describe(),
+            "class_names": list(train.class_names),
+            "features": net.name,
+            "features_sha256": net.fingerprint(),
+            "features_accuracy": net.info.get("test_accuracy"),
+            "held_out_sha256": floor.sha256,
+            "held_out_images": len(floor_rows),
+        },
         "metrics": metrics,
-        "distribution": mean_over_seeds([around.distribution(*each) for each in zip(seen, sets, strict=True)]),
-        "memorisation": around.memorisation(seen[0], generated),
-        "settings": settings(generated.preprocess.channels or 1, generated.preprocess.content[2:]),
-        "left_out": around.left_out,
+        "distribution": mean_over_seeds([measure.distribution(*each) for each in zip(of_sets, sets, strict=True)]),
+        "memorisation": measure.memorisation(of_sets[0], generated),
+        "settings": metric_settings(generated.preprocess.channels or 1, generated.preprocess.content[2:]),
+        "left_out": measure.left_out,
     }
+
+    # What is measured only where it is wanted, or where there are classes
     if guided is not None:
         report["guidance_curve"] = guidance_curve.guidance_curve(net, reference, train, test, *guided, draw_seed, batch, log)
-    classes = around.per_class(seen[0], generated, f"label_accuracy[{net.name}]" in metrics)
-    if classes is not None:
-        report["per_class"] = classes
+    per_class = measure.per_class(of_sets[0], generated, f"label_accuracy[{net.name}]" in metrics)
+    if per_class is not None:
+        report["per_class"] = per_class
     if codec is not None:
         log(f"evaluate: reconstructing {len(floor_rows)} test images")
-        report["reconstruction"] = _reconstruction(net, codec, subset(test, floor_rows), batch)
-        moments = report["reconstruction"].pop("moments")
-        frechet["reconstruction"] = frechet_distance(moments, reference.moments)
+        decoded, report["reconstruction"] = _reconstruction(net, codec, subset(test, floor_rows), batch)
+        metrics[f"frechet[{net.name}]"]["reconstruction"] = frechet_distance(decoded.moments, reference.moments)
     return report
 
 
-def _metrics(
+def _basic_metrics(
     net: FeatureSpace,
     train: ImageDataset,
     reference: FeatureStatistics,
-    seen: FeatureStatistics,
+    current: FeatureStatistics,
     floor: FeatureStatistics,
     log: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
-    """The Fréchet distance and the label accuracy."""
-    frechet: dict[str, Any] = {
-        "value": frechet_distance(seen.moments, reference.moments),
-        "floor": frechet_distance(floor.moments, reference.moments),
-        "images": seen.moments.count,
-        "floor_images": floor.moments.count,
+    """The Fréchet distance, and the label accuracy where the network knows the classes."""
+    metrics: dict[str, dict[str, Any]] = {
+        f"frechet[{net.name}]": {
+            "value": frechet_distance(current.moments, reference.moments),
+            "floor": frechet_distance(floor.moments, reference.moments),
+            "images": current.moments.count,
+            "floor_images": floor.moments.count,
+        }
     }
-    metrics: dict[str, Any] = {f"frechet[{net.name}]": frechet}
-    if seen.accuracy is not None and net.info.get("class_names") == list(train.class_names):
+    if current.accuracy is not None and net.info.get("class_names") == list(train.class_names):
         metrics[f"label_accuracy[{net.name}]"] = {
-            "value": seen.accuracy,
+            "value": current.accuracy,
             "real": floor.accuracy,
-            "images": seen.moments.count,
+            "images": current.moments.count,
             "real_images": floor.moments.count,
         }
-    elif seen.accuracy is not None:
+    elif current.accuracy is not None:
         log(f"evaluate: no label accuracy: {net.name!r} was not trained on the classes of data '{train.source.name}'")
     return metrics
 
@@ -152,7 +178,7 @@ def _cas(
     seeds: Sequence[int],
     draw_seed: int,
 ) -> dict[str, Any]:
-    """CAS beside that of as many real images; both sides shrink alike where train has too few of a class."""
+    """CAS beside that of as many real images. Both sides shrink alike where train has too few images of a class."""
     real = subset(train, matching_rows(train, generated.labels, len(generated), draw_seed))
     generated = subset(generated, matching_rows(generated, real.labels, len(real), draw_seed))
     score = cas(train_classifier, generated, real, test, seeds)
@@ -167,8 +193,10 @@ def _cas(
     }
 
 
-def _reconstruction(net: FeatureSpace, codec: LatentCodec, images: ImageDataset, batch: int) -> dict[str, Any]:
-    """Feature moments, PSNR in dB and SSIM of images decoded from their posterior mean, in 8 bits, without padding."""
+def _reconstruction(
+    net: FeatureSpace, codec: LatentCodec, images: ImageDataset, batch: int
+) -> tuple[FeatureStatistics, dict[str, Any]]:
+    """Images decoded from their posterior mean, in 8 bits, without padding: their statistics; mean PSNR in dB and SSIM."""
     errors: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
     crop = images.preprocess.crop_content
 
@@ -181,31 +209,24 @@ def _reconstruction(net: FeatureSpace, codec: LatentCodec, images: ImageDataset,
             errors["ssim"].append(ssim(y, x))
             yield y, None
 
-    moments = feature_statistics(net, decoded()).moments
+    statistics = feature_statistics(net, decoded())
     means = {name: torch.cat(parts).mean().item() for name, parts in errors.items()}
-    return {"moments": moments, "images": len(images), **means, "autoencoder_sha256": codec.fingerprint()}
+    return statistics, {"images": len(images), **means, "autoencoder_sha256": codec.fingerprint()}
 
 
 def _protocol(
-    stated: Mapping[str, Any] | None, generated: ImageDataset, seen: FeatureStatistics, draw_seed: int, seeds: int
+    protocol: Mapping[str, Any] | None, generated: ImageDataset, statistics: FeatureStatistics, draw_seed: int, seeds: int
 ) -> dict[str, Any]:
-    record: dict[str, Any] = {field: None for field in PROTOCOL_FIELDS} | dict(stated or {})
-    record |= {"images": len(generated), "image_size": list(generated.preprocess.size or ())}
-    record |= {"samples_sha256": seen.sha256, "draw_seed": draw_seed, "seeds": seeds}
+    """What the caller says of the samples, and what can be read off them."""
+    record: dict[str, Any] = dict.fromkeys(PROTOCOL_FIELDS) | dict(protocol or {})
+    record |= {
+        "images": len(generated),
+        "image_size": list(generated.preprocess.size or ()),
+        "samples_sha256": statistics.sha256,
+        "draw_seed": draw_seed,
+        "seeds": seeds,
+    }
     if generated.labels is not None:
         counts = class_counts(generated)
         record |= {"class_counts": counts, "class_balanced": len(set(counts)) == 1}
     return record
-
-
-def _reference(train: ImageDataset, seen: FeatureStatistics, net: FeatureSpace) -> dict[str, Any]:
-    return {
-        "data": train.source.name,
-        "images": len(train),
-        "sha256": seen.sha256,
-        "preprocessing": train.preprocess.describe(),
-        "class_names": list(train.class_names),
-        "features": net.name,
-        "features_sha256": net.fingerprint(),
-        "features_accuracy": net.info.get("test_accuracy"),
-    }

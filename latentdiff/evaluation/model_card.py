@@ -1,4 +1,4 @@
-"""The numbers of a model card, filled from a record, so that none stands there without the protocol that made it."""
+"""The numbers of a model card, filled in from a record, so that no number stands there without its protocol."""
 
 from __future__ import annotations
 
@@ -8,44 +8,41 @@ from typing import Any
 
 from yaml import YAMLError
 
-from latentdiff.checkpoints import weights_of
+from latentdiff.checkpoints import resolve_model, weights_of
 from latentdiff.errors import UserError
 from latentdiff.evaluation import guidance_curve
-from latentdiff.evaluation.markdown_report import format_value
 from latentdiff.evaluation.records import PROTOCOLS, read_record
-from latentdiff.utils.atomic import write_text
+from latentdiff.evaluation.tables import markdown_table, value_cells
+from latentdiff.utils.outputs import replace_text
 
 CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
-# Said in the line of how the samples were made; what only a machine compares (hashes) stays in the record
-_MADE = ("sampler", "steps", "guidance", "guidance_interval", "seed", "precision", "weights")
-_UNSAID = ("likelihood", "class_counts")
+# Facts on the samples that a reader needs; hashes and the like stay in the record
+MADE_FIELDS = ("sampler", "steps", "guidance", "guidance_interval", "seed", "precision", "weights")
+HIDDEN_FIELDS = ("likelihood", "class_counts")
 
 
-def card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
-    """Put the values and protocol of a record between two comments of a model's README.md.
+def fill_card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
+    """Put the values and the protocol of a record into MODEL's README.md.
 
-    They replace what stood between <!-- evaluation --> and <!-- /evaluation -->. A card without the comments gets them at its
-    end, and one that is not there is made.
+    They stand between <!-- evaluation --> and <!-- /evaluation --> and replace what stood there. A card without these
+    comments gets them at its end. A missing card is made.
 
     Args:
-        model: the checkpoint that was measured: a folder or a Hub name.
-        record: metrics.json of evaluate or judge, or the folder that holds it.
+        model: the checkpoint that was measured.
+        record: metrics.json of `evaluate --out` or `judge --out`, or its folder.
         metadata: put the values into the card's YAML front matter too, as the model-index that the Hub reads.
 
     Returns:
-        The path of README.md.
+        The path of the card.
 
     Raises:
-        UserError: the record is of other weights than the model's or names none, or the card has one comment without the
-            other.
+        UserError: the record is of other weights than the model's, or the card has one of the comments without the other.
     """
-    from latentdiff.checkpoints import resolve_model
-
-    folder, found = resolve_model(model), read_record(record)
-    ours, theirs = weights_of(folder)["weights_sha256"], found["made"].get("weights_sha256")
-    if theirs != ours:
-        said = f"is of other weights ({theirs[:12]}, not {ours[:12]})" if theirs and ours else "names no weights"
-        raise UserError(f"--record {record}: {said}; give what latentdiff {found['kind']} {model} --out wrote")
+    folder, current = resolve_model(model), read_record(record)
+    expected, found = weights_of(folder)["weights_sha256"], current["made"].get("weights_sha256")
+    if found != expected:
+        reason = f"is of other weights ({found[:12]}, not {expected[:12]})" if found and expected else "names no weights"
+        raise UserError(f"--record {record}: {reason}; give what latentdiff {current['kind']} {model} --out wrote")
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"
     marks = text.count(BEGIN), text.count(END)
@@ -54,16 +51,24 @@ def card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
     elif marks != (1, 1) or text.index(BEGIN) > text.index(END):
         raise UserError(f"{path}: needs {BEGIN} and after it {END}, each once, or neither")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    text = f"{before}{BEGIN}\n{section(found)}{END}{after}"
-    write_text(path, with_model_index(text, found, path) if metadata else text)
+    text = f"{before}{BEGIN}\n{section(current)}{END}{after}"
+    replace_text(path, with_model_index(text, current, path) if metadata else text)
     return path
 
 
 def with_model_index(text: str, record: Mapping[str, Any], path: Path) -> str:
-    """A card with the values of a record in its front matter's model-index, in the place of those that were put there before.
+    """A card's text with the values of a record in the model-index of its front matter.
 
-    Each has its number of images, its floor and which command made it as arguments of the metric. The rest of the front
-    matter stays, but for its comments. UserError, naming the card's path, where that is no YAML.
+    They replace the values that latentdiff put there before. Each value has its number of images, its floor and the command
+    that made it as arguments of the metric. The rest of the front matter stays, except comments.
+
+    Args:
+        text: the card.
+        record: of `read_record`.
+        path: the card's path, for errors and for the model's name.
+
+    Raises:
+        UserError: the front matter is not valid YAML.
     """
     from huggingface_hub import EvalResult, ModelCard
 
@@ -71,52 +76,46 @@ def with_model_index(text: str, record: Mapping[str, Any], path: Path) -> str:
         card = ModelCard(text if text.lstrip().startswith("---\n") else f"---\n{{}}\n---\n{text}")  # without one it warns
     except (ValueError, TypeError, AttributeError, YAMLError) as error:
         raise UserError(f"{path}: its front matter cannot be read ({' '.join(str(error).split())[:200]})") from None
-    by, name = f"latentdiff {record['kind']}", Path(str(record["made"].get("data"))).name
-    told = record["kind"] == "judge" or record["protocol"].get("prompts")
-    data: Any = card.data
-    task = "text-to-image" if told else "unconditional-image-generation"
-    where: dict[str, Any] = {"task_type": task, "dataset_type": name, "dataset_name": name}
-    others = [each for each in data.eval_results or [] if "'by': 'latentdiff " not in str(each.metric_args)]
-    ours = [
+    command, dataset = f"latentdiff {record['kind']}", Path(str(record["made"].get("data"))).name
+    reads_text = record["kind"] == "judge" or record["protocol"].get("prompts")
+    results = [
         EvalResult(
-            **where,
+            task_type="text-to-image" if reads_text else "unconditional-image-generation",
+            dataset_type=dataset,
+            dataset_name=dataset,
             metric_type=key.partition("[")[0],
             metric_name=key,
             metric_value=entry["value"],
-            metric_args={side: entry[side] for side in ("images", "floor") if entry.get(side) is not None} | {"by": by},
+            metric_args={side: entry[side] for side in ("images", "floor") if entry.get(side) is not None} | {"by": command},
         )
         for key, entry in record["values"].items()
     ]
-    data.eval_results, data.model_name = [*others, *ours], data.model_name or path.resolve().parent.name
+    data: Any = card.data
+    others = [each for each in data.eval_results or [] if "'by': 'latentdiff " not in str(each.metric_args)]
+    data.eval_results, data.model_name = [*others, *results], data.model_name or path.resolve().parent.name
     return str(card)
 
 
 def section(record: Mapping[str, Any]) -> str:
-    """The values of a record as Markdown: each with its number of images, its floor, and below them the protocol."""
+    """The values of a record as Markdown: each with its number of images and its floor; below them the protocol."""
     made, protocol = record["made"], record["protocol"]
-    lines = ["| | samples | real images | reconstructions | images |", "|---|---|---|---|---|"]
-    for name, entry in record["values"].items():
-        cells = [
-            format_value(entry),
-            format_value(entry, "floor"),
-            format_value(entry, "reconstruction"),
-            str(entry.get("images", "–")),
-        ]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    rows = [(name, *value_cells(entry)) for name, entry in record["values"].items()]
+    lines = markdown_table(("", "samples", "real images", "reconstructions", "images"), rows)
     if record.get("guidance_curve"):
         lines += ["", *guidance_curve.table(record["guidance_curve"])]
-    how = "; ".join(f"{key.replace('_', ' ')} {_said(made[key])}" for key in _MADE if made.get(key) is not None)
-    fields = (f for f in PROTOCOLS[record["kind"]] if not f.endswith("sha256") and f not in _UNSAID and protocol[f] != {})
-    what = "; ".join(f"{field.replace('_', ' ')} {_said(protocol[field], '×')}" for field in fields)
+    samples = "; ".join(f"{key.replace('_', ' ')} {_text(made[key])}" for key in MADE_FIELDS if made.get(key) is not None)
+    fields = [field for field in PROTOCOLS[record["kind"]] if not field.endswith("sha256") and field not in HIDDEN_FIELDS]
+    facts = "; ".join(f"{field.replace('_', ' ')} {_text(protocol[field], '×')}" for field in fields if protocol[field] != {})
     versions = ", ".join(f"{name} {version}" for name, version in made.get("versions", {}).items())
-    lines += ["", f"Samples: {how}.", "", f"Protocol: data {made.get('data')}; {what}. Versions: {versions}."]
-    left = record.get("left_out") or {}
-    lines += ["", *(f"Left out: {name} ({why})." for name, why in left.items())] if left else []
+    lines += ["", f"Samples: {samples}.", "", f"Protocol: data {made.get('data')}; {facts}. Versions: {versions}."]
+    if record.get("left_out"):
+        lines += ["", *(f"Left out: {name} ({reason})." for name, reason in record["left_out"].items())]
     return "\n".join(lines) + "\n"
 
 
-def _said(value: Any, between: str = " to ") -> str:
+def _text(value: Any, between: str = " to ") -> str:
+    """A fact as text: a mapping without its empty values and hashes, a pair as "a to b"."""
     if isinstance(value, Mapping):
-        parts = ((key, each) for key, each in value.items() if each is not None and not key.endswith("sha256"))
-        return ", ".join(f"{key.replace('_', ' ')} {_said(each, between)}" for key, each in parts)
+        facts = {key: each for key, each in value.items() if each is not None and not key.endswith("sha256")}
+        return ", ".join(f"{key.replace('_', ' ')} {_text(each, between)}" for key, each in facts.items())
     return between.join(map(str, value)) if isinstance(value, list) and len(value) == 2 else str(value)

@@ -1,44 +1,45 @@
-"""Images beside what a first stage makes of them: `latentdiff reconstruct`."""
+"""`latentdiff reconstruct`: images beside what a first stage makes of them."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-
 from latentdiff.errors import UserError
-from latentdiff.evaluation.reference_data import preprocessing
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from latentdiff.data.transforms import Preprocess
 
 
 def reconstruct(
-    model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
+    model: str | Path, images: Sequence[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
 ) -> dict[str, Any]:
-    """Show images beside what the model's first stage makes of them, in one PNG, with PSNR and SSIM of each.
+    """Encode and decode images by a model's first stage; write each beside its reconstruction, as a PNG.
 
     Images are read and brought to the model's size as in its training. Where training took images of one size alone, others
     are cropped to it.
 
     Args:
-        model: a checkpoint, a run of stage 1 or an autoencoder's folder.
+        model: a checkpoint, a run of stage 1, or an autoencoder's folder.
         images: image files.
-        out: a .png file: each image on the left, its reconstruction on the right.
-        own_size: take each image at its file's size, cropped at the bottom and right to a multiple of the autoencoder's
-            factor. So it is too where nothing says how the model was trained.
+        out: the PNG.
+        own_size: keep each file's own size, cropped at the bottom and right to a multiple of the autoencoder's factor. This is
+            done too where nothing says how the model was trained.
 
     Returns:
-        {"out", "images": [{"image", "prepared", "psnr_db", "ssim"}]}; prepared says how an image was brought to its size,
-        and ssim is None for images of fewer than 11 pixels.
+        {"out", "images": [{"image", "prepared": what was done to it, "psnr_db", "ssim" (None below 11 pixels)}]}.
 
     Raises:
-        UserError: an image that cannot be read, by name, or a model that cannot be used.
+        UserError: an image cannot be read; the message names it.
     """
+    import numpy as np
+
     from latentdiff.checkpoints import resolve_model
-    from latentdiff.evaluation.image_quality import psnr, ssim
+    from latentdiff.evaluation.image_quality import SSIM_MIN_SIDE, psnr, ssim
+    from latentdiff.evaluation.reference_data import preprocessing
     from latentdiff.models.autoencoder import load_autoencoder
     from latentdiff.models.codec import LatentCodec
     from latentdiff.utils.images import save_png, tile, to_uint8
@@ -58,17 +59,17 @@ def reconstruct(
         top, left, height, width = content
         x, y = (image[..., top : top + height, left : left + width] for image in (x, y))
         rows.append(np.concatenate([to_uint8(x)[0], to_uint8(y)[0]], axis=1))
-        score = ssim(y, x)[0].item() if min(height, width) >= 11 else None
+        score = ssim(y, x)[0].item() if min(height, width) >= SSIM_MIN_SIDE else None
         scores.append({"image": str(name), "prepared": prepared, "psnr_db": psnr(y, x)[0].item(), "ssim": score})
     save_png(tile([[row] for row in rows], scale=1), path)
     return {"out": str(path), "images": scores}
 
 
-def _prepare_image(
-    file: Path, rule: Preprocess | None, codec: Any
-) -> tuple[torch.Tensor, tuple[int, int, int, int], dict[str, Any]]:
-    """(float32 [1, C, H, W] in [-1, 1], (top, left, height, width) of the content, what was done) of one image file."""
+def _prepare_image(file: Path, rule: Preprocess | None, codec: Any) -> tuple[Tensor, tuple[int, int, int, int], dict[str, Any]]:
+    """One image file as float32 [1, C, H, W] in [-1, 1], its content as (top, left, height, width), and what was done to it."""
     from dataclasses import replace
+
+    import numpy as np
 
     from latentdiff.data.framing import framing_facts
     from latentdiff.data.image_files import DECODING_ERRORS, WHITE, decode, reason_of
@@ -102,7 +103,7 @@ def _prepare_image(
 
 
 def _data_of(folder: Path) -> dict[str, Any] | None:
-    """The data section that a model was trained with: of a checkpoint, of a run, or of the run that an autoencoder lies in."""
+    """The data section of a model's training config: of a checkpoint, of a run, or of an autoencoder's run."""
     from latentdiff.checkpoints import META, read_meta
     from latentdiff.models.loading import read_json
 

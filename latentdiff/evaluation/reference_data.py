@@ -1,4 +1,4 @@
-"""How a checkpoint's training data was read, and whether another data set goes with it."""
+"""The data set that a model is measured against, read as the model's training read its data."""
 
 from __future__ import annotations
 
@@ -6,55 +6,14 @@ import math
 from pathlib import Path
 from typing import Any
 
+from latentdiff.checkpoints import META, read_meta
 from latentdiff.data.datasets import ImageDataset
+from latentdiff.data.image_files import WHITE
 from latentdiff.data.image_source import Columns
 from latentdiff.data.sources import USUAL_COLUMNS, kind_of, open_source, splits, takes_columns
 from latentdiff.data.splits import held_out
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
-
-
-def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, bool, str, float]:
-    """How a checkpoint's images were read, from its latentdiff.json: the arguments of `reference_sets` after the data.
-
-    They are preprocessing, held-out share, columns, streaming, held-out rule and the share of unreadable images allowed.
-    """
-    from latentdiff.checkpoints import META, read_meta
-
-    meta = read_meta(folder) if (folder / META).is_file() else {}
-    if "config" not in meta:
-        raise UserError(f"{folder}: was not trained here, so nothing says how images are prepared for it")
-    data = meta["config"]["data"]
-    columns = (data.get(f"{name}_column") for name in ("image", "label", "text"))
-    split = data.get("held_out_rule", "random")  # the only one that earlier versions had
-    allowed = data.get("max_bad_share", 0.01)
-    return preprocessing(data, codec), data["held_out"], Columns(*columns), data.get("streaming", False), split, allowed
-
-
-def preprocessing(data: dict[str, Any], codec: Any) -> Preprocess:
-    """The preprocessing of a recorded data section, not resolved."""
-    from latentdiff.data.image_files import WHITE
-
-    size = data["size"] and tuple(data["size"])
-    framing = data["framing"] if "framing" in data else data["fit"]  # its name in earlier versions
-    background = tuple(data.get("background", WHITE))
-    return Preprocess(size, data["channels"], framing, math.lcm(codec.factor, data["multiple_of"]), background=background)
-
-
-def trained_on_means(folder: Path) -> bool:
-    """Whether a checkpoint's denoiser was trained on posterior means instead of draws (cache.use_mean)."""
-    from latentdiff.checkpoints import META, read_meta
-
-    meta = read_meta(folder) if (folder / META).is_file() else {}
-    return bool(meta.get("config", {}).get("cache", {}).get("use_mean", False))
-
-
-def check_classes(pipeline: Any, images: Any, data: str, advice: str = "") -> None:
-    """UserError where a data set's classes are not those of a model that has some, or its images have no labels."""
-    theirs, names, count = list(images.class_names), pipeline.class_names, pipeline.num_classes
-    if count and (images.labels is None or len(theirs) != count or (names and names != theirs)):
-        said = ", ".join(theirs) if images.labels is not None else images.source.unlabelled or "its images have none"
-        raise UserError(f"--data {data}: its classes ({said}) are not the model's ({', '.join(names) or count}){advice}")
 
 
 def reference_sets(
@@ -67,11 +26,22 @@ def reference_sets(
     max_bad_share: float = 0.01,
     split_seed: int = 0,
 ) -> tuple[ImageDataset, ImageDataset]:
-    """(train, test) images of a data set, as the autoencoder sees them (preprocess) or as they are (None).
+    """The training images and the held-out images of a data set.
 
-    test is the data set's own test split where it has one, else the share of its images that training held out.
-    columns: of data that has columns (see takes_columns). streaming: of a table (see open_source).
-    UserError where training could hold nothing out, because every class has one image.
+    The held-out images are the data set's own test split where it has one, else the share that training held out.
+
+    Args:
+        data: a folder, a table, shards, or the name of a data set.
+        preprocess: how images are prepared, as for the autoencoder; None leaves them as they are.
+        held_out_share: the share of images that training held out.
+        columns: names of columns, for data that has columns (see `takes_columns`).
+        streaming: read a table as a stream (see `open_source`).
+        held_out_rule: how images were held out.
+        max_bad_share: the share of unreadable images that is allowed.
+        split_seed: of the split.
+
+    Raises:
+        UserError: the data cannot be read, or nothing is held out because every class has one image.
     """
     preprocess = preprocess or Preprocess()
     channels, background = preprocess.channels, preprocess.background
@@ -88,3 +58,56 @@ def reference_sets(
             "give a folder with train/ and test/"
         )
     return ImageDataset(source, preprocess, kept), ImageDataset(source, preprocess, apart)
+
+
+def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, bool, str, float]:
+    """How a checkpoint's images were read: the arguments of `reference_sets` after the data, from its latentdiff.json.
+
+    They are preprocess, held_out_share, columns, streaming, held_out_rule and max_bad_share. UserError for a checkpoint that
+    was not trained by latentdiff.
+    """
+    config = _config(folder)
+    if config is None:
+        raise UserError(f"{folder}: was not trained here, so nothing says how images are prepared for it")
+    data = config["data"]
+    return (
+        preprocessing(data, codec),
+        data["held_out"],
+        Columns(*(data.get(f"{name}_column") for name in ("image", "label", "text"))),
+        data.get("streaming", False),
+        data.get("held_out_rule", "random"),  # the only rule of earlier versions
+        data.get("max_bad_share", 0.01),
+    )
+
+
+def preprocessing(data: dict[str, Any], codec: Any) -> Preprocess:
+    """The preprocessing of a recorded data section. Its size may still be open; codec: the first stage, for its factor."""
+    size = data["size"] and tuple(data["size"])
+    framing = data["framing"] if "framing" in data else data["fit"]  # its name in earlier versions
+    background = tuple(data.get("background", WHITE))
+    return Preprocess(size, data["channels"], framing, math.lcm(codec.factor, data["multiple_of"]), background=background)
+
+
+def trained_on_means(folder: Path) -> bool:
+    """Whether a checkpoint's denoiser was trained on posterior means instead of draws (cache.use_mean)."""
+    return bool((_config(folder) or {}).get("cache", {}).get("use_mean", False))
+
+
+def check_classes(pipeline: Any, images: ImageDataset, data: str, advice: str = "") -> None:
+    """UserError if a model has classes and a data set's classes are not the same, or its images have no labels.
+
+    Args:
+        pipeline: the model.
+        images: the data set.
+        data: the data set as the user named it.
+        advice: the end of the message.
+    """
+    names, expected, count = list(images.class_names), pipeline.class_names, pipeline.num_classes
+    if count and (images.labels is None or len(names) != count or (expected and expected != names)):
+        listed = ", ".join(names) if images.labels is not None else images.source.unlabelled or "its images have none"
+        raise UserError(f"--data {data}: its classes ({listed}) are not the model's ({', '.join(expected) or count}){advice}")
+
+
+def _config(folder: Path) -> dict[str, Any] | None:
+    """The training config in a checkpoint's latentdiff.json, if it has one."""
+    return read_meta(folder).get("config") if (folder / META).is_file() else None

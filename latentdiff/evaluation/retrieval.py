@@ -1,8 +1,9 @@
-"""Generated pictures judged by retrieval: which real picture is nearest, beside a ceiling, chance and memorisation.
+"""Judge generated pictures by retrieval: is the nearest real picture one of the wanted thing?
 
-Two groups of pairs (style, identity): seen, whose pictures models are trained on, and held-out, whose pictures they are
-not. A ceiling is what real pictures of the same pairs score with small faults put into them; chance is what the
-generated ones score against each other's pairs.
+There are two groups of pairs (style, identity): "seen", whose pictures models are trained on, and "held-out", whose pictures
+they are not trained on. The scores of generated pictures stand beside a ceiling and beside chance. The ceiling is the score
+of real pictures of the same pairs with small faults put into them. Chance is the score of the generated pictures against
+the prompts of other pairs. The distance to the nearest training picture shows memorisation.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ from latentdiff.data.pairs import Pairs
 from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
+from latentdiff.evaluation.tables import markdown_table
 from latentdiff.models.judge_net import JudgeNet, embed
 from latentdiff.utils.random import derive_seed
 
@@ -27,50 +29,68 @@ BATCH = 256
 
 @dataclass(frozen=True)
 class PictureIndex:
-    """All real pictures as a judge sees them: what queries are ranked against."""
+    """All real pictures of a data set with a judge's embeddings, against which pictures are ranked.
+
+    Attributes:
+        net: the judge.
+        pairs: the data set of N pictures.
+        embeddings: [N, D], of unit length.
+    """
 
     net: JudgeNet
     pairs: Pairs
-    embeddings: Tensor  # [N, D]
+    embeddings: Tensor
 
-    def ranks(self, embeddings: Tensor, wanted: Tensor) -> Tensor:
-        """How many other identities are as near to each query [Q, D] as the wanted one [Q], or nearer; int64 [Q].
+    def ranks(self, embeddings: Tensor, identities: Tensor) -> Tensor:
+        """How many other identities are as near to each picture as the right one, or nearer; int64 [Q].
 
-        An identity is as near as the nearest of its pictures, whatever its style. A tie counts against the query, so
-        that a judge that cannot tell anything apart scores nothing.
+        An identity is as near as the nearest of its pictures, in any style. A tie counts against the picture, so that a judge
+        that cannot tell anything apart scores nothing.
+
+        Args:
+            embeddings: of Q pictures, [Q, D].
+            identities: the right ones, int64 [Q].
         """
         index = self.pairs.identities.expand(len(embeddings), -1)  # [Q, N]
         nearness = torch.full((len(embeddings), len(self.pairs.identity_names)), -torch.inf)
         nearness = nearness.scatter_reduce(1, index, embeddings @ self.embeddings.T, "amax")  # [Q, identities]
-        return (nearness >= nearness.gather(1, wanted[:, None])).sum(dim=1) - 1
+        return (nearness >= nearness.gather(1, identities[:, None])).sum(dim=1) - 1
 
 
 def index_pictures(net: JudgeNet, pairs: Pairs, name: str = "") -> PictureIndex:
-    """The index of a data set. UserError where the judge, called `name`, was trained on other data.
+    """Embed all pictures of a data set.
 
-    Identities and styles alone do not show it: other pictures of the same things, or others of them held out, have the
-    same. A judge that keeps no record of its data is taken at its names.
+    The names of identities and styles do not show that a judge was trained on these pictures: others, or another held-out
+    part, can have the same names. So the data's fingerprint is compared too, if the judge has recorded one.
+
+    Args:
+        net: the judge.
+        pairs: the data set.
+        name: what the user called the judge, for errors.
+
+    Raises:
+        UserError: the judge was trained on other data.
     """
     flag = f"--judge {name}".rstrip()
     if net.identities != pairs.identity_names or net.styles != pairs.style_names:
-        theirs, ours = (
-            f"{len(i)} identities in {', '.join(s)}"
-            for i, s in ((net.identities, net.styles), (pairs.identity_names, pairs.style_names))
+        trained, current = (
+            f"{len(identities)} identities in {', '.join(styles)}"
+            for identities, styles in ((net.identities, net.styles), (pairs.identity_names, pairs.style_names))
         )
-        raise UserError(f"{flag}: was trained on other pairs ({theirs}) than those of --data {pairs.name} ({ours})")
-    trained, given = net.info.get("data_fingerprint"), pairs.fingerprint()
-    if trained not in (None, given):
+        raise UserError(f"{flag}: was trained on other pairs ({trained}) than those of --data {pairs.name} ({current})")
+    recorded, fingerprint = net.info.get("data_fingerprint"), pairs.fingerprint()
+    if recorded not in (None, fingerprint):
         raise UserError(
-            f"{flag}: was trained on data with fingerprint {str(trained)[:12]}, and --data {pairs.name} has {given[:12]}: "
-            "other pictures, or other pairs held out; give the data it was trained on, or train a judge on these"
+            f"{flag}: was trained on data with fingerprint {str(recorded)[:12]}, and --data {pairs.name} has "
+            f"{fingerprint[:12]}: other pictures, or other pairs held out; give the data it was trained on, or train a judge "
+            "on these"
         )
-    return PictureIndex(
-        net, pairs, torch.cat([embed(net, pairs.images(rows))[0] for rows in torch.arange(len(pairs)).split(256)])
-    )
+    parts = torch.arange(len(pairs)).split(BATCH)
+    return PictureIndex(net, pairs, torch.cat([embed(net, pairs.images(rows))[0] for rows in parts]))
 
 
 def chosen_rows(index: PictureIndex, num_seen: int) -> dict[str, Tensor]:
-    """Rows of the pairs to be drawn: num_seen of the seen ones (or all), evenly spread, and every held-out one."""
+    """The pairs to draw, as rows of the data set: num_seen of the seen ones (or all), evenly spread; all held-out ones."""
     seen, held_out = ((index.pairs.held_out == part).nonzero().flatten() for part in (False, True))
     spread = torch.linspace(0, len(seen) - 1, min(num_seen, len(seen))).round().long()
     return {SEEN: seen[spread], HELD_OUT: held_out}
@@ -82,61 +102,68 @@ def judge_pictures(
     seed: int = 0,
     reconstruct: Callable[[Tensor], Tensor] | None = None,
 ) -> dict[str, Any]:
-    """The scores of generated pictures, and how near they are to pictures that models are trained on.
+    """Score generated pictures, and measure how near they are to pictures that models are trained on.
 
-    drawn: {group: (images [Q, 3, H, W] in [-1, 1], rows [Q] of the pairs wanted)}. seed: of the ceiling's augmentation
-    and of the shuffle. reconstruct: the model's first stage, images to images; real pictures through it are a second
-    ceiling.
-    Returns {"scores": {group: {what: `scores`}}, "nearest_training_picture": {what: `nearest`}}.
+    Args:
+        index: the real pictures.
+        drawn: {group: (images [Q, 3, H, W] in [-1, 1], rows [Q] of the pairs they should show)}.
+        seed: of the ceiling's augmentation and of the shuffle.
+        reconstruct: the model's first stage, images to images; real pictures through it are a second ceiling. None: without.
+
+    Returns:
+        {"scores": {group: {kind of pictures: `retrieval_scores`}},
+        "nearest_training_picture": {kind of pictures: `nearest_training_distances`}}.
     """
-    table: dict[str, Any] = {"scores": {}, "nearest_training_picture": {}}
+    scores: dict[str, Any] = {}
+    distances: dict[str, Any] = {}
     for group, (images, rows) in drawn.items():
-        shuffled = _cycle(rows, seed)
-        table["scores"][group] = {
+        scores[group] = {
             GENERATED: retrieval_scores(index, images, rows),
             AUGMENTED: augmented_scores(index, rows, seed),
-            SHUFFLED: retrieval_scores(index, images, shuffled),
+            SHUFFLED: retrieval_scores(index, images, _cycle(rows, seed)),
         }
         if reconstruct is not None:
             real = torch.cat([reconstruct(index.pairs.images(part)).clamp(-1, 1) for part in rows.split(BATCH)])
-            table["scores"][group][RECONSTRUCTED] = retrieval_scores(index, real, rows)
-        table["nearest_training_picture"][f"{GENERATED}, {group}"] = nearest_training_distances(index, images)
-    real = index.pairs.images(index.pairs.held_out.nonzero().flatten())
-    table["nearest_training_picture"][f"real, {HELD_OUT}"] = nearest_training_distances(index, real)
-    return table
+            scores[group][RECONSTRUCTED] = retrieval_scores(index, real, rows)
+        distances[f"{GENERATED}, {group}"] = nearest_training_distances(index, images)
+    held_out = index.pairs.images(index.pairs.held_out.nonzero().flatten())
+    distances[f"real, {HELD_OUT}"] = nearest_training_distances(index, held_out)
+    return {"scores": scores, "nearest_training_picture": distances}
 
 
 def retrieval_scores(index: PictureIndex, images: Tensor, rows: Tensor) -> dict[str, Any]:
     """Shares of images [Q, 3, H, W] in [-1, 1] that show the pairs in `rows` [Q] of the data set.
 
-    top1, top5: the wanted identity, in any style, is the nearest, or among the five nearest. style: the style head says
-    the wanted one. top5_in_style: both at once.
+    Returns:
+        {"pictures": Q, "top1", "top5", "style", "top5_in_style"}. top1, top5: the right identity, in any style, is the nearest,
+        or among the five nearest. style: the judge recognises the right style. top5_in_style: top5 and style at once.
     """
-    embeddings, told = embed(index.net, images)
+    embeddings, styles = embed(index.net, images)
     ranks = index.ranks(embeddings, index.pairs.identities[rows])
-    styled = told == index.pairs.styles[rows]
-    hits = {"top1": ranks < 1, "top5": ranks < 5, "style": styled, "top5_in_style": (ranks < 5) & styled}
+    in_style = styles == index.pairs.styles[rows]
+    hits = {"top1": ranks < 1, "top5": ranks < 5, "style": in_style, "top5_in_style": (ranks < 5) & in_style}
     return {"pictures": len(ranks)} | {name: hit.double().mean().item() for name, hit in hits.items()}
 
 
 def augmented_scores(index: PictureIndex, rows: Tensor, seed: int, strength: float = MILD) -> dict[str, Any]:
-    """`scores` of the real pictures of these rows, augmented: what a perfect model with small faults would get."""
+    """`retrieval_scores` of the augmented real pictures of these rows: the score of a perfect model with small faults."""
     generator = torch.Generator().manual_seed(derive_seed(seed, "ceiling"))
     images = torch.cat([augment(index.pairs.images(part), generator, strength) for part in rows.split(BATCH)])
     return retrieval_scores(index, images, rows)
 
 
 def nearest_training_distances(index: PictureIndex, images: Tensor) -> dict[str, Any]:
-    """Medians over images [Q, 3, H, W] in [-1, 1] of the distance to the nearest picture of train/.
+    """The median over images [Q, 3, H, W] in [-1, 1] of the distance to the nearest training picture.
 
-    pixels: root mean square over pixels whose range is 1. embedding: between the judge's unit vectors, 0 to 2.
+    Returns:
+        {"pictures": Q, "pixels": root mean square of pixels whose range is 1, "embedding": between unit vectors, 0 to 2}.
     """
     train = (~index.pairs.held_out).nonzero().flatten()
     embeddings, _ = embed(index.net, images)
     cosine = (embeddings @ index.embeddings[train].T).amax(dim=1)
     flat, real = images.flatten(1), index.pairs.images(train).flatten(1)  # [Q, d], [T, d]
-    found = (real.square().sum(dim=1) - 2 * flat @ real.T).argmin(dim=1)  # [Q]; all of |q - r|^2 that depends on r
-    pixels = (flat - real[found]).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
+    nearest = (real.square().sum(dim=1) - 2 * flat @ real.T).argmin(dim=1)  # [Q]; the part of |q - r|^2 that depends on r
+    pixels = (flat - real[nearest]).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
     return {
         "pictures": len(images),
         "pixels": pixels.median().item(),
@@ -145,25 +172,27 @@ def nearest_training_distances(index: PictureIndex, images: Tensor) -> dict[str,
 
 
 def judge_markdown(table: Mapping[str, Any]) -> str:
-    """The scores and distances of `judge_pictures` as tables, with table["protocol"] below."""
-    lines = ["| pictures | pairs | number | identity, top 1 | identity, top 5 | style | top 5 in the right style |"]
-    lines.append("|---|---|---|---|---|---|---|")
-    groups = table["scores"]
-    for what in (GENERATED, AUGMENTED, RECONSTRUCTED, SHUFFLED):
-        for group, entries in groups.items():
-            if what in entries:
-                score = entries[what]
-                shares = " | ".join(f"{100 * score[key]:.1f} %" for key in ("top1", "top5", "style", "top5_in_style"))
-                lines.append(f"| {what} | {group} | {score['pictures']} | {shares} |")
-    lines += ["", "| median distance to the nearest training picture | pixels | embedding |", "|---|---|---|"]
-    for what, entry in table["nearest_training_picture"].items():
-        lines.append(f"| {what} | {entry['pixels']:.3f} | {entry['embedding']:.3f} |")
-    stated = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in table["protocol"].items())
-    return "\n".join([*lines, "", stated]) + "\n"
+    """The result of `judge` as Markdown: scores, distances, protocol."""
+    keys = ("top1", "top5", "style", "top5_in_style")
+    rows = [
+        (kind, group, entries[kind]["pictures"], *(f"{100 * entries[kind][key]:.1f} %" for key in keys))
+        for kind in (GENERATED, AUGMENTED, RECONSTRUCTED, SHUFFLED)
+        for group, entries in table["scores"].items()
+        if kind in entries
+    ]
+    header = ("pictures", "pairs", "number", "identity, top 1", "identity, top 5", "style", "top 5 in the right style")
+    distances = [
+        (kind, f"{entry['pixels']:.3f}", f"{entry['embedding']:.3f}")
+        for kind, entry in table["nearest_training_picture"].items()
+    ]
+    lines = markdown_table(header, rows)
+    lines += ["", *markdown_table(("median distance to the nearest training picture", "pixels", "embedding"), distances)]
+    protocol = "; ".join(f"{key.replace('_', ' ')}: {value}" for key, value in table["protocol"].items())
+    return "\n".join([*lines, "", protocol]) + "\n"
 
 
 def _cycle(rows: Tensor, seed: int) -> Tensor:
-    """rows [Q] in another order in which none stays where it was."""
+    """rows [Q] in another order, in which none stays in its place."""
     order = permutation(len(rows), seed, "shuffled prompts")
     shuffled = torch.empty_like(rows)
     shuffled[order] = rows[order.roll(1)]

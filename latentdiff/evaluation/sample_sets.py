@@ -1,4 +1,4 @@
-"""Images that are compared: samples as a data set, real images without padding, and some drawn with the samples' classes."""
+"""Sets of images to measure: samples read from files, data sets without padding, and real images with the samples' classes."""
 
 import hashlib
 import json
@@ -37,10 +37,20 @@ UNPACKING_ERRORS = (
     struct.error,
     zlib.error,
 )
+PARTS = {"test": "held-out", "train": "training"}
 
 
 def sample_set(samples: np.ndarray, labels: np.ndarray | None, train: ImageDataset) -> ImageDataset:
-    """The samples as a data set of train's size, channels and classes, after checking that they go with it."""
+    """Samples as a data set with train's size, channels and classes.
+
+    Args:
+        samples: uint8 [N, H, W, 1 or 3], N >= 2.
+        labels: indices into train.class_names, [N], or None.
+        train: the data set that they will be compared with.
+
+    Raises:
+        UserError: the samples or their labels do not fit to train.
+    """
     if samples.dtype != np.uint8 or samples.ndim != 4 or samples.shape[3] not in (1, 3) or len(samples) < 2:
         raise UserError(f"samples are {samples.dtype} {list(samples.shape)}: needs uint8 [N, H, W, 1 or 3] with N >= 2")
     rule = train.preprocess
@@ -49,26 +59,33 @@ def sample_set(samples: np.ndarray, labels: np.ndarray | None, train: ImageDatas
             f"samples are {samples.shape[1]}x{samples.shape[2]}, the images of data '{train.source.name}' "
             f"{rule.content[2]}x{rule.content[3]}: evaluate at the size the samples were made for"
         )
-    wanted = None
+    classes = None
     if labels is not None:
-        wanted = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
-        classes = len(train.class_names)
+        classes = torch.as_tensor(np.asarray(labels), dtype=torch.int64)
+        count = len(train.class_names)
         if train.labels is None:
             raise UserError(f"samples have labels, data '{train.source.name}' has none: give a data set with classes")
-        if wanted.shape != (len(samples),) or wanted.min() < 0 or wanted.max() >= classes:
+        if classes.shape != (len(samples),) or classes.min() < 0 or classes.max() >= count:
             raise UserError(
-                f"labels of the samples are {list(wanted.shape)} from {wanted.min()} to {wanted.max()}: "
-                f"needs {len(samples)} of them, each 0 to {classes - 1}, the classes of data '{train.source.name}'"
+                f"labels of the samples are {list(classes.shape)} from {classes.min()} to {classes.max()}: "
+                f"needs {len(samples)} of them, each 0 to {count - 1}, the classes of data '{train.source.name}'"
             )
-    source = ArraySource("samples", samples, wanted, train.class_names)
+    source = ArraySource("samples", samples, classes, train.class_names)
     return ImageDataset(source, Preprocess(size=rule.size, channels=rule.channels))
 
 
 def read_folder(folder: str | Path, class_names: Sequence[str]) -> tuple[np.ndarray, np.ndarray | None]:
-    """(uint8 [N, H, W, C], labels int64 [N] or None) of a folder of image files, in the order of their names.
+    """Read samples from a folder of image files, in the order of their names.
 
-    Labels are the sub-folders' names, which must be among class_names; without sub-folders there are none. UserError for
-    a file that cannot be read, images of several sizes, or a class that is none.
+    Args:
+        folder: images of one size. Names of sub-folders are their classes; without sub-folders they have none.
+        class_names: the names that sub-folders may have.
+
+    Returns:
+        Images uint8 [N, H, W, C], and labels int64 [N], indices into class_names, or None.
+
+    Raises:
+        UserError: a file cannot be read, images have several sizes, or a sub-folder is no class.
     """
     try:
         source = open_source(str(folder), max_bad_share=0.0)
@@ -90,47 +107,11 @@ def read_folder(folder: str | Path, class_names: Sequence[str]) -> tuple[np.ndar
     return images, rows[source.labels.numpy()]
 
 
-def without_padding(dataset: ImageDataset) -> ImageDataset:
-    """The same images without the border that a multiple_of asks for."""
-    rule = replace(dataset.preprocess, size=dataset.preprocess.content[2:], multiple_of=1)
-    return ImageDataset(dataset.source, rule, dataset.indices)
-
-
-def subset(dataset: ImageDataset, rows: Tensor) -> ImageDataset:
-    return ImageDataset(dataset.source, dataset.preprocess, dataset.indices[rows])
-
-
-def matching_rows(dataset: ImageDataset, labels: Tensor | None, count: int, seed: int) -> Tensor:
-    """Rows of dataset, ascending, drawn with the class counts of labels (None: any count rows), each at most once.
-
-    Where some class has too few images, all counts shrink by the same factor, so that the mix of classes stays.
-    """
-    order = permutation(len(dataset), seed, "evaluation")
-    if labels is None or dataset.labels is None:
-        return order[:count].sort().values
-    classes = len(dataset.class_names)
-    wanted = torch.bincount(labels, minlength=classes)
-    present = torch.bincount(dataset.labels, minlength=classes)
-    used = wanted > 0
-    share = min(1.0, (present[used] / wanted[used]).min().item())
-    shuffled = dataset.labels[order]
-    rows = [order[shuffled == c][: int(share * wanted[c] + 1e-9)] for c in range(classes)]
-    chosen = torch.cat(rows).sort().values
-    if len(chosen) < 2:
-        names = dataset.class_names
-        rare = used & (present <= share * wanted + 1e-9)  # those that all counts shrink for
-        scarce = [f"{names[c]} ({int(present[c])})" for c in rare.nonzero().flatten().tolist()]
-        few = f"{', '.join(scarce[:5])}{' …' if len(scarce) > 5 else ''}"
-        raise UserError(
-            f"data '{dataset.source.name}': {int(present.sum())} held-out images cannot be matched to the classes of "
-            f"{int(wanted.sum())} samples: too few of {few}; hold out more (a test/ folder beside train/, at least "
-            "two images of each class), or leave the scarce classes out of --data"
-        )
-    return chosen
-
-
 def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
-    """(arr_0 uint8 [N, H, W, C], arr_1 int64 [N] or None) of an npz file; UserError naming what is wrong with it."""
+    """Read samples from an npz file: arr_0, uint8 [N, H, W, C], and arr_1, int64 [N], or None.
+
+    Labels that are all below 0 stand for samples without a class. UserError naming what is wrong with the file.
+    """
     try:
         with np.load(str(path), allow_pickle=False) as file:
             images, labels = file["arr_0"], file["arr_1"] if "arr_1" in file else None
@@ -143,28 +124,95 @@ def read_npz(path: str | Path | None) -> tuple[np.ndarray, np.ndarray | None]:
     return images, None if labels is None or (labels < 0).all() else labels
 
 
-PARTS = {"test": "held-out", "train": "training"}
+def without_padding(dataset: ImageDataset) -> ImageDataset:
+    """The same images without the border that `multiple_of` adds."""
+    rule = replace(dataset.preprocess, size=dataset.preprocess.content[2:], multiple_of=1)
+    return ImageDataset(dataset.source, rule, dataset.indices)
 
 
-class Prompts(NamedTuple):
-    """Prompts [N], the class of each one's image, int64 [N], where images have such, and what a protocol says of them."""
+def subset(dataset: ImageDataset, rows: Tensor) -> ImageDataset:
+    """The images of these rows, int64 [n]."""
+    return ImageDataset(dataset.source, dataset.preprocess, dataset.indices[rows])
+
+
+def matching_rows(dataset: ImageDataset, labels: Tensor | None, count: int, seed: int) -> Tensor:
+    """Draw rows of a data set that have the class counts of samples, each row at most once.
+
+    Where a class has too few images, all counts shrink by the same factor, so that the mix of classes stays.
+
+    Args:
+        dataset: where to draw from.
+        labels: the samples' classes, int64 [N]; None draws any `count` rows.
+        count: the number of rows where there are no classes.
+        seed: of the draw.
+
+    Returns:
+        Rows in ascending order, int64 [n].
+
+    Raises:
+        UserError: fewer than two rows can be drawn.
+    """
+    order = permutation(len(dataset), seed, "evaluation")
+    if labels is None or dataset.labels is None:
+        return order[:count].sort().values
+    classes = len(dataset.class_names)
+    needed = torch.bincount(labels, minlength=classes)
+    present = torch.bincount(dataset.labels, minlength=classes)
+    used = needed > 0
+    share = min(1.0, (present[used] / needed[used]).min().item())
+    shuffled = dataset.labels[order]
+    rows = [order[shuffled == c][: int(share * needed[c] + 1e-9)] for c in range(classes)]
+    chosen = torch.cat(rows).sort().values
+    if len(chosen) < 2:
+        names = dataset.class_names
+        rare = used & (present <= share * needed + 1e-9)  # the classes for which all counts shrink
+        scarce = [f"{names[c]} ({int(present[c])})" for c in rare.nonzero().flatten().tolist()]
+        few = f"{', '.join(scarce[:5])}{' …' if len(scarce) > 5 else ''}"
+        raise UserError(
+            f"data '{dataset.source.name}': {int(present.sum())} held-out images cannot be matched to the classes of "
+            f"{int(needed.sum())} samples: too few of {few}; hold out more (a test/ folder beside train/, at least "
+            "two images of each class), or leave the scarce classes out of --data"
+        )
+    return chosen
+
+
+class CaptionPrompts(NamedTuple):
+    """Prompts drawn from the captions of images.
+
+    Attributes:
+        texts: N prompts.
+        labels: the class of each prompt's image, int64 [N], or None.
+        facts: how they were drawn, for the protocol: captions_of, captioned_images, different, sha256.
+    """
 
     texts: list[str]
     labels: Tensor | None
     facts: dict[str, Any]
 
 
-def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: int = 0) -> Prompts:
-    """`count` captions of a data set's images, of each image one of its captions, drawn as training draws them.
+def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: int = 0) -> CaptionPrompts:
+    """Draw `count` prompts from the captions of a data set: one caption of each image, drawn as training draws it.
 
-    Above the number of images, each comes as often as any other, or once more, its caption drawn anew.
-    part: which images these are, a key of PARTS.  UserError where they have no captions; data: what the user called them.
+    Where count is larger than the number of images, each image comes equally often or once more, with another draw of its
+    caption.
+
+    Args:
+        images: the data set.
+        count: how many prompts.
+        part: which part of the data the images are, a key of PARTS.
+        data: the data set as the user named it, for errors.
+        seed: of the draw.
+
+    Raises:
+        UserError: no image has a caption.
     """
     captions = images.captions()
     if captions is None or not any(any(texts) for texts in captions):
-        has = f"its {PARTS[part]} images have no captions, and this model is told by text what to draw"
-        raise UserError(f"--data {data}: {has}; add a metadata.jsonl with file_name and text, or name the text column")
-    captioned = [i for i, texts in enumerate(captions) if any(texts)]  # where some have none, theirs is the empty prompt
+        raise UserError(
+            f"--data {data}: its {PARTS[part]} images have no captions, and this model reads text; "
+            "add a metadata.jsonl with file_name and text, or name the text column"
+        )
+    captioned = [i for i, texts in enumerate(captions) if any(texts)]  # an image without caption has the empty prompt
     order = permutation(len(captioned), seed, "prompts")
     rounds, rest = divmod(count, len(captioned))
     places = [(i, n) for n in range(rounds) for i in captioned]
@@ -176,4 +224,4 @@ def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: i
         "different": len(set(texts)),
         "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }
-    return Prompts(texts, None if images.labels is None else images.labels[[i for i, _ in places]], facts)
+    return CaptionPrompts(texts, None if images.labels is None else images.labels[[i for i, _ in places]], facts)

@@ -118,11 +118,11 @@ def distances(draws: dict[str, Draw], count: int) -> dict[str, float]:
     from latentdiff.evaluation.compare_samplers import SamplerBenchmark
 
     bench = SamplerBenchmark(MODEL, "fashion-mnist", count, FEATURES, "float32", 100)
-    found = {REAL: bench.yardstick.floor}
+    found = {REAL: bench.reference.floor}
     for name, draw in draws.items():
         parts = [bench.labels[start : start + 100] for start in range(0, count, 100)]
         images = np.concatenate([draw(part.tolist(), 1000 + k) for k, part in enumerate(parts)])
-        found[name] = bench.yardstick.measure(images, bench.labels)[0]
+        found[name] = bench.reference.measure(images, bench.labels)[0]
     return found
 
 

@@ -23,18 +23,18 @@ from latentdiff.models.feature_net import load_features
 
 def test_a_point_of_the_curve_is_what_its_samples_score_alone(feature_folder):
     net, train, test = load_features(feature_folder), stripes(90, 1), stripes(60, 2)
-    reference = feature_statistics(net, read_batches(train), keep=True)
+    reference = feature_statistics(net, read_batches(train), keep_features=True)
     (good, labels), (other, _) = stripe_pixels(60, seed=3), stripe_pixels(60, seed=4)
     damaged = np.where(np.random.default_rng(0).random(other.shape) < 0.5, 255 - other, other)
     found = guidance_curve(net, reference, train, test, {4.0: damaged, 1.5: good}, labels.numpy())
     assert found["images"] == found["floor_images"] == 60 and [p["guidance"] for p in found["points"]] == [1.5, 4.0]
     first, second = found["points"]
-    seen = feature_statistics(net, read_batches(sample_set(good, labels.numpy(), train)), keep=True)
+    seen = feature_statistics(net, read_batches(sample_set(good, labels.numpy(), train)), keep_features=True)
     assert first["frechet"] == pytest.approx(frechet_distance(seen.moments, reference.moments), rel=1e-9)
     assert first["label_accuracy"] == seen.accuracy and second["frechet"] > 3 * first["frechet"]
     assert second["precision"] < first["precision"] and first["recall"] > 0.5
     same = guidance_curve(net, reference, train, test, {1.0: good}, None)["points"][0]
-    assert same["precision"] == precision_recall(reference.kept[matching_rows(train, None, 60, 0)], seen.kept).precision
+    assert same["precision"] == precision_recall(reference.features[matching_rows(train, None, 60, 0)], seen.features).precision
     drawn = guidance_plots(found)
     assert drawn.count("<circle") == 2 * 4 and "4: " in drawn and guidance_plots(None) == ""
 
@@ -67,8 +67,8 @@ def test_evaluate_adds_the_curve_and_the_bound(run, refused, here, model, featur
     assert "--curve-images 10: must be a multiple of the model's 3" in refused(*ask, *more[:3], "--curve-images", 10)
     assert "--guidance-curve 2 2: give different numbers" in refused(*ask, "--guidance-curve", 2, 2)
     without = ("evaluate", "--samples", "s.npz", "--data", data)
-    assert "--bits-images: of a MODEL" in refused(*without, "--bits-images", 3)
-    assert "--guidance-curve: of a MODEL" in refused(*without, "--guidance-curve", 3)
+    assert "--bits-images cannot be combined with --samples" in refused(*without, "--bits-images", 3)
+    assert "--guidance-curve cannot be combined with --samples" in refused(*without, "--guidance-curve", 3)
 
 
 def test_a_card_is_filled_from_the_record_of_its_own_weights(run, refused, here, model, feature_folder, data):

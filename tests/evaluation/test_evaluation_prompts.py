@@ -141,7 +141,7 @@ def test_what_goes_with_no_prompts_is_refused(refused, model, runs, stripe_folde
     ask = ("--data", stripe_folder, "--features", feature_folder)
     assert "--prompts train: this model reads no text" in refused("evaluate", model, *ask, "--prompts", "train")
     assert "--prompts other: valid are test and train" in refused("evaluate", model, *ask, "--prompts", "other")
-    assert "--prompts: of a MODEL" in refused("evaluate", "--samples", "x.npz", *ask, "--prompts", "test")
+    assert "--prompts cannot be combined with --samples" in refused("evaluate", "--samples", "x.npz", *ask, "--prompts", "test")
     assert "its held-out images have no captions" in refused("evaluate", runs[1], *ask, "--num-images", 4)
     both = "measure it by latentdiff evaluate or judge"
     assert both in refused("compare", runs[1], "--data", runs[0], "--samplers", "euler", "--features", feature_folder)

@@ -17,10 +17,10 @@ from tiny_shapes import SIDE, SMALL, STYLES, THINGS, judge_tree, shape, write_sh
 
 from latentdiff.checkpoints import load, publish
 from latentdiff.config import load_config
-from latentdiff.data.pairs import read_pairs
+from latentdiff.data.pairs import read_pairs, to_images
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
-from latentdiff.evaluation.judge import FREE_PROMPTS, _check_pictures, draw, measure
+from latentdiff.evaluation.judge import FREE_PROMPTS, _check_pictures, draw
 from latentdiff.evaluation.records import read_record
 from latentdiff.evaluation.retrieval import (
     PictureIndex,
@@ -109,8 +109,8 @@ def test_the_ceiling_falls_with_the_strength_of_the_augmentation(gallery):
 def test_identity_and_style_are_told_apart(gallery, change, top1, style):
     rows = chosen_rows(gallery, 99)
     prompts = {kind: [gallery.pairs.prompts[row] for row in part] for kind, part in rows.items()}
-    made = draw(FakePipeline(change), prompts, 0, 4)
-    for score in (entry["generated"] for entry in measure(gallery, made, rows)["scores"].values()):
+    drawn = {kind: (to_images(made), rows[kind]) for kind, made in draw(FakePipeline(change), prompts, 0, 4).items()}
+    for score in (entry["generated"] for entry in judge_pictures(gallery, drawn)["scores"].values()):
         assert (score["top1"], score["style"]) == (top1, style)
 
 

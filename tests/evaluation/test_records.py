@@ -335,7 +335,7 @@ def test_the_reference_is_looked_at_once(net, tmp_path, monkeypatch):
         )
 
     first, again = see(), see()
-    assert len(calls) == 1 and again.sha256 == first.sha256 and torch.equal(again.kept, first.kept)
+    assert len(calls) == 1 and again.sha256 == first.sha256 and torch.equal(again.features, first.features)
     assert torch.equal(again.moments.covariance, first.moments.covariance) and again.moments.count == 60
     see(seed=2), see(net=FeatureNet(1, 3, (8, 8, 16)).eval()), see(channels=3)
     assert len(calls) == 4 and len(list((tmp_path / "kept").iterdir())) == 4
@@ -363,7 +363,7 @@ def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, mon
         found = feature_cache.reference_statistics(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
         assert (found is None) == (place[0] > 0)
     assert sum(len(each[0]) for each in sent.values()) == 60 and len(sent[0][0]) == 25 * (2 if world == 2 else 1)
-    assert found.sha256 == alone.sha256 and torch.equal(found.kept, alone.kept)
+    assert found.sha256 == alone.sha256 and torch.equal(found.features, alone.features)
     assert torch.equal(found.moments.covariance, alone.moments.covariance) and found.moments.count == 60
     assert (
         feature_cache.reference_statistics(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256
@@ -386,7 +386,9 @@ def test_a_damaged_reference_is_made_again(net, tmp_path, damage):
         cut = {"truncated": whole[:-9], "flipped": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "nonsense": b"{}"}
         path.write_bytes(cut[damage])
     again = see(1)
-    assert any("damaged" in line for line in said) and torch.equal(again.kept, first.kept) and again.sha256 == first.sha256
+    assert (
+        any("damaged" in line for line in said) and torch.equal(again.features, first.features) and again.sha256 == first.sha256
+    )
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 
 
