@@ -206,7 +206,7 @@ def open_table(out: Path, name: str, protocol: dict[str, Any]) -> dict[str, Any]
 
 def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
     """Write <out>/<name>.json and <name>.md (text), each the old or the new file, never half of it."""
-    from latentdiff.utils.outputs import replace_text
+    from latentdiff.utils.atomic import write_text
 
     write_text(out / f"{name}.json", json.dumps(table, indent=1) + "\n")
     write_text(out / f"{name}.md", text)

@@ -18,6 +18,7 @@ from PIL import Image
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.sample_sets import sample_set, without_padding
 from latentdiff.evaluation.tables import format_setting, value_cells
+from latentdiff.utils.atomic import write_text
 from latentdiff.utils.images import captioned_grid, labelled_grid, save_png, to_uint8
 
 # The template names these files too
@@ -50,7 +51,7 @@ def write_page(
     generated = sample_set(samples, labels, real)
     save_png(_prompt_grid(generated, prompts) if prompts else _class_grid(generated), folder / GRID)
     save_png(_closest_grid(record["memorisation"]["closest"], generated, real), folder / CLOSEST)
-    replace_text(folder / PAGE, page(record))
+    write_text(folder / PAGE, page(record))
     return [folder / name for name in (PAGE, GRID, CLOSEST)]
 
 

@@ -222,7 +222,7 @@ def _write(out: Path, table: dict[str, Any], pictures: Mapping[str, np.ndarray],
     import numpy as np
 
     from latentdiff.evaluation.retrieval import judge_markdown
-    from latentdiff.utils import atomic
+    from latentdiff.utils.atomic import write_text
     from latentdiff.utils.images import captioned_grid, save_png
 
     rows, captions, names = [], [], []
@@ -235,5 +235,5 @@ def _write(out: Path, table: dict[str, Any], pictures: Mapping[str, np.ndarray],
             captions.append([prompts[kind][k] for k in part])
             names.append(kind if start == 0 else "")
     save_png(captioned_grid(rows, captions, names), out / "grid.png")
-    atomic.write_text(out / "judge.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
-    atomic.write_text(out / "judge.md", judge_markdown(table))
+    write_text(out / "judge.json", json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    write_text(out / "judge.md", judge_markdown(table))

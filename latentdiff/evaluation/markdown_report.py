@@ -7,7 +7,7 @@ from typing import Any
 
 from latentdiff.evaluation import guidance_curve
 from latentdiff.evaluation.tables import NONE, format_value, markdown_table
-from latentdiff.utils import atomic
+from latentdiff.utils.atomic import write_text
 
 REPORT_NAME = "evaluation"
 
@@ -20,8 +20,8 @@ def write_report(report: Mapping[str, Any], folder: str | Path) -> tuple[Path, P
         folder: where to write; it is made.
     """
     paths = Path(folder) / f"{REPORT_NAME}.json", Path(folder) / f"{REPORT_NAME}.md"
-    atomic.write_text(paths[0], json.dumps(report, indent=2) + "\n")
-    atomic.write_text(paths[1], report_markdown(report))
+    write_text(paths[0], json.dumps(report, indent=2) + "\n")
+    write_text(paths[1], report_markdown(report))
     return paths
 
 

@@ -13,7 +13,7 @@ from latentdiff.errors import UserError
 from latentdiff.evaluation import guidance_curve
 from latentdiff.evaluation.records import PROTOCOLS, read_record
 from latentdiff.evaluation.tables import markdown_table, value_cells
-from latentdiff.utils.outputs import replace_text
+from latentdiff.utils.atomic import write_text
 
 CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
 # Facts on the samples that a reader needs; hashes and the like stay in the record
@@ -52,7 +52,7 @@ def fill_card(model: str | Path, record: str | Path, metadata: bool = False) -> 
         raise UserError(f"{path}: needs {BEGIN} and after it {END}, each once, or neither")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
     text = f"{before}{BEGIN}\n{section(current)}{END}{after}"
-    replace_text(path, with_model_index(text, current, path) if metadata else text)
+    write_text(path, with_model_index(text, current, path) if metadata else text)
     return path
 
 

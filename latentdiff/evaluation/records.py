@@ -11,7 +11,7 @@ from typing import Any
 from latentdiff.checkpoints import library_versions
 from latentdiff.errors import UserError
 from latentdiff.evaluation.tables import NONE, format_setting, format_value, markdown_table
-from latentdiff.utils.outputs import replace_text
+from latentdiff.utils.atomic import write_text
 
 FILE, FORMAT = "metrics.json", 1
 # What a value depends on: records that differ in one of these fields cannot be compared. All else is what is being compared
