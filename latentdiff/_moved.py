@@ -136,6 +136,7 @@ NAMES = {
     "commands.trained_on_means": "evaluation.reference_data.trained_on_means",
     "comparison.Bench": "evaluation.compare_samplers.SamplerBenchmark",
     "comparison.RowCounter": "evaluation.compare_samplers.EvaluationCounter",
+    "comparison.compare": "evaluation.compare_samplers.compare_samplers",
     "comparison.markdown": "evaluation.compare_samplers.comparison_markdown",
     "conditioning.PromptedUNet": "models.text_encoder.UNetWithTextEncoder",
     "conditioning.Prompts": "models.text_encoder.PromptEncoder",

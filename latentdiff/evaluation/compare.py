@@ -51,8 +51,7 @@ def compare(
         UserError: records that do not go together; an unknown sampler, a model or data that cannot be used, or a comparison
             with another protocol in `out`.
     """
-    from latentdiff.evaluation.compare_samplers import compare as compare_samplers
-    from latentdiff.evaluation.compare_samplers import comparison_markdown
+    from latentdiff.evaluation.compare_samplers import compare_samplers, comparison_markdown
     from latentdiff.evaluation.records import compare_records, is_record
 
     if any(is_record(path) for path in what):

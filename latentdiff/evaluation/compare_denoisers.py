@@ -29,27 +29,27 @@ def agreement(
     seed: int = 0,
     batch_size: int = 100,
 ) -> dict[str, Any]:
-    """The mean squared error of each model's x0 estimate of held-out latents, and its distance from the first model's.
+    """Compare how well models denoise at each noise level, and how far their answers are from the first model's.
 
-    Latents are draws from the posteriors of test images, as in training (or means, if the models were trained on means),
-    normalised to unit variance. Classes are given. Draws and noise are the same for all models.
+    Held-out latents are noised to each log-SNR, and every model estimates x0. Latents are draws from the posteriors of test
+    images, as in training (means, where the models were trained on means), normalised to unit variance. Classes are given.
+    Draws and noise are the same for all models.
 
     Args:
-        models: one or more checkpoints on the same autoencoder.
-        data: the data set whose test images are denoised.
-        num_images: how many, drawn by seed.
-        log_snrs: noise levels, log(alpha^2 / sigma^2).
-        seed: of all draws.
-        batch_size: images in a batch.
+        models: one or more checkpoints over the same autoencoder.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards. Its test images are denoised.
+        num_images: test images.
+        log_snrs: noise levels, as log(alpha^2 / sigma^2).
+        seed: chooses the images and draws latents and noise.
+        batch_size: images denoised at a time.
 
     Returns:
-        {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}. errors and distances have for each log-SNR
-        [mean over latent dimensions and images, its standard error over images], or None beyond a process's interval.
+        {"log_snrs", "models": [{"model", "errors", "distances"}], "protocol"}. Errors are mean squared errors of x0, and
+        distances mean squared differences from the first model's x0; one for each log-SNR, as [mean, standard error over
+        images], or None where a log-SNR is beyond the model's process.
 
     Raises:
-        UserError: the models differ in autoencoder, preprocessing or classes, the data have other classes, a model reads text,
-            or a number is out of range.
-        NotFiniteError: a model's estimate is NaN or infinite.
+        UserError: models of other autoencoders, preprocessing or classes, data of other classes, or numbers out of range.
     """
     from latentdiff.data.shuffling import permutation
     from latentdiff.utils.random import derive_seed, generators, randn

@@ -29,7 +29,7 @@ class EvaluationCounter:
         self.rows += len(inputs[0] if inputs else keywords["sample"])
 
 
-def compare(
+def compare_samplers(
     model: str | Path,
     data: str,
     samplers: Sequence[str],
@@ -112,7 +112,7 @@ class SamplerBenchmark:
     """Class-balanced images of a checkpoint with any sampler: what they cost, and how far they are from a data set.
 
     Args:
-        model, data, num_images, features, precision, batch_size: as in `compare`.
+        model, data, num_images, features, precision, batch_size: as in `compare_samplers`.
 
     Attributes:
         folder: of the checkpoint.
@@ -213,7 +213,7 @@ def write_table(out: Path, name: str, table: dict[str, Any], text: str) -> None:
 
 
 def comparison_markdown(table: dict[str, Any]) -> str:
-    """The result of `compare` as a Markdown table, with its protocol below."""
+    """The result of `compare_samplers` as a Markdown table, with its protocol below."""
     header = ("sampler", "steps", "evaluations", "seconds per image", "Fréchet distance", "label accuracy")
     rows = [
         (

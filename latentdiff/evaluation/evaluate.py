@@ -51,6 +51,7 @@ class _Images(NamedTuple):
     prompts: Sequence[str] = ()
 
 
+@renamed(num_inference_steps="steps", guidance_scale="guidance")
 def evaluate(
     model: str | Path | None,
     data: str,
@@ -74,35 +75,45 @@ def evaluate(
     seed: int = 0,
     batch_size: int = 128,
 ) -> dict[str, Any] | None:
-    """Generate images of a model (or read `samples`) and measure them against a data set.
+    """Generate images, or read them, and measure them against a data set.
 
-    A model with classes draws equally many images of each class. A model that reads text draws captions of the data; if it
-    has classes too, each caption under the class of its image. Several processes of a launcher share the generating and the
-    reading of the reference; the first one measures.
+    A model of classes draws as many images of each class. A model that reads text draws captions of the data, each under
+    its image's class where the model takes classes too. The report holds the Fréchet distance in the feature network's
+    space with its floor (as many real images) and that of reconstructions, label accuracy, the classification accuracy score
+    (CAS), what `latentdiff.evaluation.feature_metrics` measures, and the protocol.
 
     Args:
-        model: a checkpoint; None to measure `samples`.
-        data: a folder, fashion-mnist, a table or shards.
-        num_images: how many images; a multiple of the number of classes.
-        samples: measure an npz, or a folder of images, instead of a model.
-        features: a feature network's folder, a vision encoder's folder or Hub name, or the file of Inception's weights.
-        out: write evaluation.json and .md, metrics.json (the record), index.html and its pictures to this folder.
-        cas_seeds: classifiers that CAS trains on each side; 0 leaves CAS out. They train on the CPU.
-        device: of the model and the feature network: auto, cpu, or another of torch's names.
-        seeds: sets of images, of seed, seed + 1 ...; values are means over them.
-        reference_cache: folder of the data's features; None is reference-cache next to `out`.
-        guidance_curve: guidance scales at which further images are generated and measured.
-        curve_images: images of each of these scales; None is num_images, but at most 1000.
-        bits_images: held-out images whose bits per dimension are bounded (see `measure_likelihood`), each under its own class,
-            or under the empty prompt for a model that reads text; 0 measures none.
-        prompts: whose captions a model that reads text draws: test (None is the same) or train.
-        call: seed, batch_size, num_inference_steps, guidance_scale, guidance_interval, sampler, precision.
+        model: a checkpoint: a folder or a Hub name. None where `samples` are measured.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+        num_images: images to draw, the same number of each class; or of captions.
+        samples: measure an .npz file or a folder of images instead of a model.
+        features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
+            the file of Inception's weights.
+        out: a folder for evaluation.json and evaluation.md, the record metrics.json and the page index.html.
+        cas_seeds: classifiers on each side of CAS; 0 leaves it out. They train on the CPU.
+        device: of the model and the feature network: auto, cpu, cuda, cuda:1, mps or another of torch's names.
+        seeds: sets of images, of seed, seed + 1 and so on. Values are means over them.
+        reference_cache: a folder that keeps features of the data. By default reference-cache beside `out`.
+        guidance_curve: guidance scales at which `curve_images` more are drawn and measured.
+        curve_images: images for each scale. By default num_images, but at most 1000, rounded down to whole classes.
+        bits_images: held-out images whose bits per dimension are bounded too, each under its own class (of a model that
+            reads text, under the empty prompt); some 1 s an image.
+        prompts: whose captions a model that reads text draws: test or train. By default test, the held-out images.
+        steps: steps of the sampler. By default the checkpoint's, or more where the sampler needs more.
+        sampler: one of latentdiff's samplers (latentdiff.samplers.names()). By default the checkpoint's own scheduler.
+        guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
+        guidance_interval: guide only at times t from LOW to HIGH, where 0 is data and 1 is noise; 0 1 is everywhere. By
+            default the checkpoint's.
+        precision: of the U-Net: float32 or bfloat16.
+        seed: an image depends on the seed, its class or prompt and its number, not on the batch size.
+        batch_size: images made at a time.
 
     Returns:
-        The report of `metrics.evaluate_samples`, as JSON values; None on all processes but the first.
+        The report. Several processes of a launcher share the generating and the features of the data; the first one
+        measures, and the others return None.
 
     Raises:
-        UserError: arguments do not go together, or model and data do not.
+        UserError: arguments that do not go together, or a model, data, samples or features that cannot be used.
     """
     from latentdiff.evaluation import metrics
     from latentdiff.evaluation.feature_cache import reference_statistics
@@ -119,10 +130,9 @@ def evaluate(
         "precision": precision,
         "batch_size": batch_size,
     }
-    counts = num_images, batch_size, seeds, cas_seeds
-    reference_cache = _check(model, samples, counts, out, reference_cache)
+    reference_cache = _check(model, samples, (num_images, batch_size, seeds, cas_seeds), out, reference_cache)
     _check_further(model, guidance_curve, curve_images, bits_images, prompts)
-    started, seed = time.perf_counter(), call.pop("seed", 0)
+    started = time.perf_counter()
 
     # The images
     net = open_features(features)

@@ -22,28 +22,29 @@ CLASSIFIER = "classifier"  # the folder of a noise-aware classifier in a checkpo
 def gallery(
     model: str | Path, data: str, out: str | Path = "gallery", seed: int = 0, steps: int = 40, sampler: str = "dpmpp_2m"
 ) -> list[Path]:
-    """Write pictures of a class-conditional checkpoint into a folder. Every picture has a row for each class.
+    """Draw what a class-conditional checkpoint's denoiser does: a trajectory, an interpolation and guidance at several scales.
 
-    - trajectory.png: the x0 estimate of one image at 8 times from noise to data.
-    - interpolation.png: two test images are encoded to noise by the probability-flow ODE; the columns are decoded from the
-      arc between their encodings. The outermost columns are the two images through the first stage alone.
-    - guidance.png: one image from the same noise at several classifier-free guidance scales.
-    - classifier.png, if the checkpoint has a classifier: without a class; guided by the classifier at several strengths;
-      classifier-free guidance at scales 1, 1.5 and 3. All from the same noise.
+    trajectory.png: the x0 estimate of one image of each class at 8 times from noise to data.
+    interpolation.png: for each class, two test images encoded by the probability-flow ODE, and what decodes from the arc
+    between their encodings. The outermost are the round trip of the two.
+    guidance.png: one image of each class from the same noise at several scales of classifier-free guidance.
+    classifier.png, where the checkpoint has a classifier/: images without a class; the noise-aware classifier on them at
+    several strengths; classifier-free guidance at scales 1, 1.5 and 3. A row has the same noise.
 
     Args:
-        model: a checkpoint with classes.
-        data: the data set whose test images are interpolated.
-        out: the folder to write to.
-        seed: of the noise.
-        steps: of the sampler.
-        sampler: one of latentdiff's samplers.
+        model: a checkpoint: a folder or a Hub name.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+            Its test images are interpolated between.
+        out: a folder.
+        seed: of the noise and of the choice of images.
+        steps: steps of the sampler.
+        sampler: one of latentdiff's samplers (latentdiff.samplers.names()).
 
     Returns:
         The paths of the pictures.
 
     Raises:
-        UserError: the checkpoint has no classes, the sampler is unknown, or the data have other classes.
+        UserError: an unconditional checkpoint, one that reads text, an unknown sampler, or data of other classes.
     """
     import torch
 

@@ -52,30 +52,31 @@ def judge(
     out: str | Path | None = None,
     device: str = "auto",
 ) -> dict[str, Any] | None:
-    """Draw a picture of each pair of style and identity from its prompt, and find the real pictures nearest to it.
+    """Measure whether a model draws what prompts say, as a judge trained on real pictures sees it.
 
-    The prompt is "<style> style, <name>". Drawn are num_prompts of the pairs whose pictures models are trained on, and all
-    held-out pairs. `latentdiff.evaluation.retrieval` explains the numbers. Several processes of a launcher share the drawing;
-    the first one judges.
+    The model draws one picture of each pair of style and identity, from the prompt "<style> style, <name>", and the nearest
+    real pictures are looked up. `evaluation.retrieval` says what the numbers are.
 
     Args:
-        model: a checkpoint that reads text.
-        data: a folder of pictures with styles and identities (of `latentdiff prepare emoji`).
-        judge: the folder of a judge network, which training a config with stage: judge makes.
-        num_prompts: pairs of the training part that are drawn; all held-out ones are drawn besides.
-        steps: of the sampler; None is the checkpoint's.
-        sampler: one of latentdiff's samplers; None is the checkpoint's.
-        guidance: classifier-free guidance scale; None is the checkpoint's.
-        guidance_interval: guide only at t in this interval, 0 is data and 1 noise; None is the checkpoint's.
+        model: a checkpoint that reads text: a folder or a Hub name.
+        data: pictures with styles and identities, such as those of latentdiff prepare emoji.
+        judge: the folder that training a config with stage: judge made.
+        num_prompts: pairs that training has seen; all held-out pairs are drawn besides.
+        steps: steps of the sampler. By default the checkpoint's, or more where the sampler needs more.
+        sampler: one of latentdiff's samplers (latentdiff.samplers.names()). By default the checkpoint's own scheduler.
+        guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
+        guidance_interval: guide only at times t from LOW to HIGH, where 0 is data and 1 is noise; 0 1 is everywhere. By
+            default the checkpoint's.
         precision: of the U-Net: float32 or bfloat16.
-        seed: of the pictures.
-        batch_size: pictures in a batch.
-        out: write judge.json, judge.md, metrics.json (the record) and grid.png to this folder. The grid shows pictures of
-            free prompts too, uncurated.
-        device: of model and judge: auto, cpu, or another of torch's names.
+        seed: an image depends on the seed, its prompt and its number, not on the batch size.
+        batch_size: images made at a time.
+        out: a folder for judge.json and judge.md, the record metrics.json and the picture grid.png, which shows free prompts
+            too. Its pictures are not selected.
+        device: of the model and the judge: auto, cpu, cuda, cuda:1, mps or another of torch's names.
 
     Returns:
-        {"protocol", "scores", "nearest_training_picture"} of `retrieval.judge_pictures`; None on all processes but the first.
+        Scores, ceiling, chance, memorisation and the protocol. Several processes of a launcher share the drawing; the first
+        one judges, and the others return None.
 
     Raises:
         UserError: a model that reads no text, data without styles and identities, or a judge trained on other data.

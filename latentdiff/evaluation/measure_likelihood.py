@@ -23,27 +23,27 @@ def measure_likelihood(
     unconditional: bool = False,
     batch_size: int = 50,
 ) -> dict[str, Any]:
-    """An upper bound on the bits per dimension of a data set's pixels, through both stages of a model.
+    """Bound the bits per dimension of a data set's pixels, through both stages.
 
-    `latentdiff.evaluation.bits_per_dim` explains the terms of the bound and which of them are exact. Each image is measured
-    under its own class; a model that reads text is measured under the empty prompt.
+    `latentdiff.evaluation.bits_per_dim` says what the terms are, and what in them is exact. A model that reads text measures
+    every image under the empty prompt.
 
     Args:
-        model: a checkpoint on an AutoencoderKL.
-        data: a folder, fashion-mnist, a table or shards.
-        num_images: images of the split, drawn by seed.
-        probes: random vectors of Hutchinson's divergence estimator for each image.
-        seed: draws images, latents and probes.
-        rtol: relative and absolute tolerance of the probability-flow ODE.
+        model: a checkpoint: a folder or a Hub name.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+        num_images: images of the split.
+        probes: probes of Hutchinson's estimator for each image.
+        seed: chooses the images and draws latents and probes.
+        rtol: tolerance of the probability-flow ODE, relative and absolute.
         split: test (or what training held out), or train.
-        unconditional: measure under the null class instead of each image's own.
-        batch_size: images in a batch; it changes memory only.
+        unconditional: measure each image under the null class instead of its own.
+        batch_size: images measured at a time.
 
     Returns:
-        {"nats", "bits_per_dim", "stderr", "stderr_probes", "terms", "protocol"}, as `bits_per_dim.pixel_bits` gives it.
+        The total in bits per dimension, its terms, their standard errors and the protocol.
 
     Raises:
-        UserError: an argument is out of range, model and data do not go together, or the model has no likelihood.
+        UserError: a model or data that cannot be used or do not go together, or numbers out of range.
     """
     from tqdm import tqdm
 

@@ -21,22 +21,23 @@ MADE_FIELDS = ("sampler", "steps", "guidance", "guidance_interval", "seed", "pre
 HIDDEN_FIELDS = ("likelihood", "class_counts")
 
 
-def fill_card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
-    """Put the values and the protocol of a record into MODEL's README.md.
+def card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
+    """Put the values and protocol of a record between two comments of a model's README.md.
 
-    They stand between <!-- evaluation --> and <!-- /evaluation --> and replace what stood there. A card without these
-    comments gets them at its end. A missing card is made.
+    They replace what stood between <!-- evaluation --> and <!-- /evaluation -->. A card without the comments gets them at its
+    end, and one that is not there is made.
 
     Args:
-        model: the checkpoint that was measured.
-        record: metrics.json of `evaluate --out` or `judge --out`, or its folder.
+        model: the checkpoint that was measured: a folder or a Hub name.
+        record: metrics.json of evaluate or judge, or the folder that holds it.
         metadata: put the values into the card's YAML front matter too, as the model-index that the Hub reads.
 
     Returns:
-        The path of the card.
+        The path of README.md.
 
     Raises:
-        UserError: the record is of other weights than the model's, or the card has one of the comments without the other.
+        UserError: the record is of other weights than the model's or names none, or the card has one comment without the
+            other.
     """
     folder, current = resolve_model(model), read_record(record)
     expected, found = weights_of(folder)["weights_sha256"], current["made"].get("weights_sha256")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,25 +14,26 @@ if TYPE_CHECKING:
 
 
 def reconstruct(
-    model: str | Path, images: Sequence[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
+    model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
 ) -> dict[str, Any]:
-    """Encode and decode images by a model's first stage; write each beside its reconstruction, as a PNG.
+    """Show images beside what the model's first stage makes of them, in one PNG, with PSNR and SSIM of each.
 
     Images are read and brought to the model's size as in its training. Where training took images of one size alone, others
     are cropped to it.
 
     Args:
-        model: a checkpoint, a run of stage 1, or an autoencoder's folder.
+        model: a checkpoint, a run of stage 1 or an autoencoder's folder.
         images: image files.
-        out: the PNG.
-        own_size: keep each file's own size, cropped at the bottom and right to a multiple of the autoencoder's factor. This is
-            done too where nothing says how the model was trained.
+        out: a .png file: each image on the left, its reconstruction on the right.
+        own_size: take each image at its file's size, cropped at the bottom and right to a multiple of the autoencoder's
+            factor. So it is too where nothing says how the model was trained.
 
     Returns:
-        {"out", "images": [{"image", "prepared": what was done to it, "psnr_db", "ssim" (None below 11 pixels)}]}.
+        {"out", "images": [{"image", "prepared", "psnr_db", "ssim"}]}; prepared says how an image was brought to its size,
+        and ssim is None for images of fewer than 11 pixels.
 
     Raises:
-        UserError: an image cannot be read; the message names it.
+        UserError: an image that cannot be read, by name, or a model that cannot be used.
     """
     import numpy as np
 

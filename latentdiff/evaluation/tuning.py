@@ -47,32 +47,35 @@ def tune(
     precision: str = "float32",
     batch_size: int = 128,
 ) -> dict[str, Any]:
-    """Search sampler, steps, guidance and guidance interval of a checkpoint for a small Fréchet distance at a low cost.
+    """Search sampler, steps, guidance and its interval for the best images at a given cost.
 
-    The choice is a setting that the checkpoint can hold. A checkpoint with a scheduler keeps it, so its steps and guidance are
-    chosen; one without has one of latentdiff's samplers chosen too. Writes tuning.json, tuning.md and tuning.png to `out`; a
-    search that is there with the same protocol continues.
+    What the search finds is measured again, on other seeds, beside the checkpoint's present default, and is chosen only if it
+    is better there too. A checkpoint with a scheduler keeps it, so that only its steps and guidance are chosen; one without
+    may be given another of latentdiff's samplers. `out` gets tuning.json, tuning.md and tuning.png. A search that is there
+    with the same protocol goes on.
 
     Args:
-        model: a checkpoint.
-        data: a folder, fashion-mnist, a table or shards.
-        budget: U-Net evaluations per image of the search in all; a guided step takes two.
-        num_images: class-balanced images in a trial.
-        samplers: what is searched; scheduler is the checkpoint's own. None is SAMPLERS, as far as the checkpoint has them.
-        confirm_seeds: other seeds with which the finalists and the default are measured again; two or more.
-        max_evaluations: most evaluations per image of the choice; None is what the present default takes.
-        out: the folder of the table.
+        model: a checkpoint: a folder or a Hub name.
+        data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
+        budget: U-Net evaluations for an image, summed over the trials of the search; a guided step takes two.
+        num_images: images of a trial, the same number of each class.
+        samplers: the samplers to search; "scheduler" is the checkpoint's own. By default scheduler (where there is one),
+            dpmpp_2m, dpmpp_3m, heun, euler and euler_maruyama.
+        confirm_seeds: how many other seeds measure the finalists and the default again; two or more.
+        max_evaluations: most U-Net evaluations for an image of the choice. By default what the present default takes.
+        out: a folder.
         write: make the choice the checkpoint's default.
-        features: the feature network, as in `evaluate`.
-        seed: of the search and of its images.
+        features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
+            the file of Inception's weights.
+        seed: of the search and its images.
         precision: of the U-Net: float32 or bfloat16.
-        batch_size: images in a batch.
+        batch_size: images made at a time.
 
     Returns:
-        {"protocol", "cells": the trials, "floor", "confirmed": default and finalists, "chosen": a setting}.
+        The table of trials, confirmed settings and the choice, with the protocol.
 
     Raises:
-        UserError: an unknown sampler, model or data set, or `out` holds a search with another protocol.
+        UserError: an unknown sampler, a model or data that cannot be used, or a search with another protocol in `out`.
     """
     from latentdiff.utils.outputs import check_out_folder
 

@@ -44,7 +44,7 @@ def test_an_interrupted_comparison_goes_on_and_another_protocol_is_refused(
     cells = json.loads(path.read_text())["cells"]
     assert cells[0] == first[0] and [cell["steps"] for cell in cells] == [2, 3]
     ask = ("compare", model, "--data", stripe_folder, "--features", feature_folder, *BASE, "--samplers", "euler", "--steps", 2)
-    assert "--guidance-interval: [0.8, 0.2] is not (low, high)" in refused(*ask, "--guidance-interval", 0.8, 0.2)
+    assert "--guidance-interval: (0.8, 0.2) is not (low, high)" in refused(*ask, "--guidance-interval", 0.8, 0.2)
     assert "made with another guidance_interval" in refused(*ask, "--guidance-interval", 0.2, 0.8)
     assert "made with another seed" in refused(*ask, "--seed", 1)
     assert "--samplers eular: unknown; valid: scheduler, " in refused(*ask[:-4], "--samplers", "eular")
