@@ -1,28 +1,28 @@
-"""The exceptions that stand for a user's mistake, or for files and weights that are damaged."""
+"""The exceptions for mistakes of a user, and for damaged files and weights."""
 
 import json
 
 
 class UserError(ValueError):
-    """A mistake in usage or input, said in one line.
+    """A mistake in usage or input, in one line that names the file, field or flag at fault and what would be valid.
 
-    The message names the file, field or flag at fault and what would be valid. The command line prints it
-    without a traceback and exits with status 2; library callers may catch it as a ValueError.
+    The command line prints the line without a traceback and exits with status 2. Callers of the library may catch it as a
+    ValueError.
     """
 
 
 class ReportedElsewhere(UserError):
-    """The same mistake in the other processes of a launch: the first one prints it, and these end with status 2 in silence."""
+    """A mistake that process 0 of a launch prints. The other processes raise this, print nothing and exit with status 2."""
 
 
 class NotFiniteError(UserError, FloatingPointError):
-    """A result that holds NaN or infinity, so that nothing may be made of it; the line names what gave it."""
+    """A result that holds NaN or infinity and must not be used. The line names what produced it."""
 
 
 def printable(text: str, keep: str = "") -> str:
-    """Text with control characters written as JSON writes them, so that no name from a file drives the terminal.
+    """The text with control characters escaped as in JSON, so that a name from a file cannot drive the terminal.
 
-    A name may hold an escape code, a line break or a change of direction. keep: characters that are left as they are.
+    Such characters are escape codes, line breaks and changes of direction. keep: characters that are not escaped.
     """
     fine = f"{keep}\u200c\u200d"  # these two join letters and emoji
     return "".join(each if each.isprintable() or each in fine else json.dumps(each)[1:-1] for each in text)

@@ -1,7 +1,8 @@
-"""Densities of a denoiser: the log-density of its probability-flow ODE, and the bound of its reverse SDE, both in nats.
+"""Log-densities of a denoiser, in nats: the density of its probability-flow ODE, and a lower bound of that of its reverse SDE.
 
-Two models share one denoiser (2101.09258): the ODE, whose density `log_prob` computes, and the SDE, whose density
-`variational_bound` bounds from below.  With an exact score the two are one, up to what the ends of time leave out.
+Two models share one denoiser (Maximum likelihood training, arXiv 2101.09258): the ODE, whose density `log_prob` computes, and
+the SDE, whose density `variational_bound` bounds from below. With an exact score they are the same, up to what [t_min, t_max]
+leaves out.
 """
 
 import math
@@ -13,21 +14,24 @@ from torch import Tensor
 from latentdiff.denoiser import DenoiserLike
 from latentdiff.errors import NotFiniteError, UserError
 from latentdiff.samplers import adaptive
+from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.random import Generators, rand, randn, randn_like
 from latentdiff.utils.tensors import per_sample, widen
 
 DIVERGENCES = ("hutchinson", "exact")
 NOISES = ("rademacher", "gaussian")
-_STEP = 0.03  # of the finite difference that the derivative is checked against, in units of x_t's width
-_CHUNK = 16  # rows of the Jacobian at a time: memory of that many backward passes
+_STEP = 0.03  # of the finite difference in the check of derivatives, in units of the standard deviation of x_t
+_CHUNK = 16  # rows of the Jacobian at a time, which need the memory of so many backward passes
 
 
 class LogProb(NamedTuple):
-    """What `log_prob` found.
+    """The result of `log_prob`.
 
-    log_prob: nats, float64 [B].  latent: where the ODE took x0, at t_max, [B, ...].  nfe: evaluations of the denoiser
-    that each sample needed, int64 [B].  stderr: of log_prob over the probes, nats [B]; 0 for the exact divergence, and
-    nan for a single probe, which cannot tell.
+    Attributes:
+        log_prob: nats, float64 [B].
+        latent: where the ODE takes x0, at t_max, [B, ...].
+        nfe: evaluations of the denoiser that each sample needed, int64 [B].
+        stderr: standard error of log_prob over the probes, nats [B]; 0 for the exact divergence, nan for a single probe.
     """
 
     log_prob: Tensor
@@ -37,13 +41,21 @@ class LogProb(NamedTuple):
 
 
 class Bound(NamedTuple):
-    """What `bound_terms` found, nats, float64 [B] each: bound = prior + reconstruction + diffusion."""
+    """The result of `bound_terms`, in nats, each float64 [B]: bound = prior + reconstruction + diffusion.
+
+    Attributes:
+        bound: the lower bound on log p(x0), an estimate.
+        prior: -KL(q(x at t_max | x0) || prior), exact.
+        reconstruction: E log p(x0 | x at t_min), an estimate.
+        diffusion: what the reverse process loses between t_max and t_min, an estimate; its expectation is not above 0.
+        stderr: standard error of the bound over the draws.
+    """
 
     bound: Tensor
-    prior: Tensor  # -KL(q(x at t_max | x0) || prior), exact
-    reconstruction: Tensor  # E log p(x0 | x at t_min), estimated
-    diffusion: Tensor  # what the reverse process loses in between, estimated; not above 0 in expectation
-    stderr: Tensor  # of the bound, over the draws
+    prior: Tensor
+    reconstruction: Tensor
+    diffusion: Tensor
+    stderr: Tensor
 
 
 def log_prob(
@@ -57,30 +69,36 @@ def log_prob(
     noise: str = "rademacher",
     max_steps: int = 1000,
 ) -> LogProb:
-    """The log-density that the probability-flow ODE gives to x0 [B, ...] (2011.13456 eq. 39); D is all but B.
+    """The log-density of x0 under the probability-flow ODE (Score SDE, arXiv 2011.13456, eq. 39), as `LogProb`.
 
-    log p(x0) = log prior(x at t_max) + the integral over [t_min, t_max] of the divergence of dx/dt.  x0 is taken to be
-    x at t_min, as is usual: the density is that of data with the noise of t_min (sigma(t_min), 1e-3 on the straight
-    path), and its prior is N(0, prior_std^2 I), which the forward process ends close to, not on.  Both belong to the
-    model, whose density this is, exact but for rtol and atol.
-    divergence: "exact" takes the Jacobian's trace from D vector-Jacobian products; "hutchinson" estimates it without
-        bias as v^T J v (1810.01367), with a v that stays the same along the solve.
-    probes: how many such v, each with an integral of its own beside one shared trajectory: 1 forward and `probes`
-        backward passes per evaluation, where as many solves would repeat the forward too.  noise: what v is drawn from,
-        "rademacher" or "gaussian".  generator: one, or B of them (a sample's v is then the same at any batch size).
-    rtol, atol, max_steps: see `samplers.adaptive.solve`; the state is kept in float64, the denoiser sees x0's dtype,
-        float32 at least.
-    denoiser: a Denoiser or guidance, differentiable in x (conditioning: ClassifierFree at scale 1).  No graph outlives
-        one evaluation.  UserError for an unknown divergence or noise, probes < 1 or probes of the exact divergence, an
-        ODE that cannot be solved, or a denoiser whose derivative is not that of its values, as with a network under
-        no_grad: that is looked for once, with three evaluations that nfe does not count.
+    log p(x0) = log prior(x at t_max) + the integral over [t_min, t_max] of the divergence of dx/dt. x0 is taken to be x at
+    t_min, as is usual: the density is that of data with the noise of t_min (sigma(t_min), 1e-3 on the straight path). The prior
+    is N(0, prior_std^2 I), which the forward process ends close to, not on. Both belong to the model, whose density is computed
+    exactly but for rtol and atol.
 
-    The variable is the angle atan(sigma / alpha) and the state x / sqrt(alpha^2 + sigma^2): so every schedule has the
-    same ODE, smooth throughout, where in t a DDPM schedule has a thousand kinks and VE grows by four decades.
+    The ODE is solved in the angle atan(sigma / alpha), for the state x / sqrt(alpha^2 + sigma^2). So every schedule has the
+    same, smooth ODE. In t, a DDPM schedule would have a thousand kinks, and VE would grow by four decades.
+
+    Args:
+        denoiser: a `Denoiser` or guidance, differentiable in x (for conditioning: `ClassifierFree` at scale 1).
+        x0: data [B, ...]; D is the number of its entries per sample. The denoiser is called in its dtype, float32 at least; the
+            state is float64.
+        divergence: "exact" takes the trace of the Jacobian from D vector-Jacobian products. "hutchinson" estimates it without
+            bias as v^T J v (FFJORD, arXiv 1810.01367), with a v that stays the same along the solution.
+        probes: how many such v. They share one trajectory: 1 forward and `probes` backward passes per evaluation.
+        rtol, atol, max_steps: as in `latentdiff.samplers.adaptive.solve`.
+        generator: draws v: one, or a list of B (the v of a sample is then the same at any batch size).
+        noise: the distribution of v, "rademacher" or "gaussian".
+
+    Raises:
+        UserError: an unknown divergence or noise, a wrong number of probes, an ODE that needs more than max_steps, or a
+            denoiser whose derivative is not that of its values, such as a network under no_grad. The last is checked once, with
+            three evaluations that nfe does not count.
+        NotFiniteError: a result that is not finite.
     """
     _check(divergence, noise, probes)
     try:
-        with torch.inference_mode(False), torch.no_grad():  # derivatives cannot be had of what inference mode makes
+        with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no derivatives
             x0 = x0.clone() if x0.is_inference() else x0
             x0 = x0.to(torch.promote_types(x0.dtype, torch.float32))
             if x0.shape[0] == 0:
@@ -112,41 +130,42 @@ def _integrated(
         return torch.cat([drift.reshape(batch, dims).double(), traces], dim=1)  # [B, D + P]
 
     def norm(ratios: Tensor) -> Tensor:
-        # The integrals apart: among D entries of a state their error would pass for next to nothing.  Weighed by four,
-        # the default tolerance leaves it below 1e-3 nats on mixtures in 16 dimensions.
+        # The integrals are weighed separately: among the D entries of a state their error would hardly count. With a weight of
+        # 4 and the default tolerance the error is below 1e-3 nats on mixtures in 16 dimensions
         state, integrals = (part.square().mean(dim=1).sqrt() for part in (ratios[:, :dims], ratios[:, dims:]))
         return torch.maximum(state, 4 * integrals)
 
     count = 1 if vectors is None else len(vectors)
     state = torch.cat([x0.reshape(batch, dims).double() / first, x0.new_zeros((batch, count), dtype=torch.float64)], 1)
-    found = adaptive.solve(dynamics, state, start, end, rtol, atol, max_steps, norm, variable="angle")
-    latent, integrals = last * found.y[:, :dims].reshape(x0.shape), found.y[:, dims:]
+    solution = adaptive.solve(dynamics, state, start, end, rtol, atol, max_steps, norm, variable="angle")
+    latent, integrals = last * solution.y[:, :dims].reshape(x0.shape), solution.y[:, dims:]
     stderr = integrals.std(dim=1) / math.sqrt(count) if count > 1 else torch.full((batch,), math.nan).to(integrals)
     density = schedule.prior_log_prob(latent) + dims * math.log(last / first) + integrals.mean(dim=1)
     require_finite(density, "log_prob")
-    return LogProb(density, latent.to(x0.dtype), found.nfe, torch.zeros_like(stderr) if vectors is None else stderr)
+    return LogProb(density, latent.to(x0.dtype), solution.nfe, torch.zeros_like(stderr) if vectors is None else stderr)
 
 
 def require_finite(nats: Tensor, what: str) -> None:
-    """NotFiniteError where one of nats [B] is NaN or infinite, so that no such number is taken for a density."""
+    """NotFiniteError, naming `what`, where one of nats [B] is NaN or infinite."""
     if wrong := int((~nats.isfinite()).sum()):
         raise NotFiniteError(f"{what}: not finite for {wrong} of {len(nats)} samples; the network or its weights have diverged")
 
 
 def drift_and_divergence(denoiser: DenoiserLike, u: Tensor, angle: Tensor, vectors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """(du/d angle [B, ...], its divergence in u float64 [B, P]) at angles [B], from one forward of the denoiser.
+    """(du/d angle [B, ...], its divergence in u, float64 [B, P]) at angles [B], from one forward of the denoiser.
 
     u = x / sqrt(alpha^2 + sigma^2) = cos(angle) x0 + sin(angle) eps, whose probability-flow ODE is
     du/d angle = cos(angle) eps - sin(angle) x0.
-    vectors: [P, B, ...] for P estimates v^T J v; None for the exact trace, P = 1.
+
+    vectors: [P, B, ...] for P estimates v^T J v; None for the exact trace, with P = 1.
     """
     schedule = denoiser.schedule
     t = schedule.time_from_log_snr(-2 * angle.tan().log()).clamp(schedule.t_min, schedule.t_max)
     scale = torch.hypot(schedule.alpha(t), schedule.sigma(t))
     with torch.enable_grad():
         u = u.detach().requires_grad_()
-        seen = denoiser(widen(scale, u) * u, t)
-        drift = widen(angle.cos(), u) * seen.eps - widen(angle.sin(), u) * seen.x0
+        out = denoiser(widen(scale, u) * u, t)
+        drift = widen(angle.cos(), u) * out.eps - widen(angle.sin(), u) * out.x0
         if vectors is None:
             return drift.detach(), _exact_trace(drift, u)[:, None]
         traces = []
@@ -157,7 +176,7 @@ def drift_and_divergence(denoiser: DenoiserLike, u: Tensor, angle: Tensor, vecto
 
 
 def _exact_trace(drift: Tensor, x: Tensor) -> Tensor:
-    """The sum of d drift_i / d x_i, float64 [B]: rows of the Jacobian, _CHUNK at a time, of every sample at once."""
+    """The sum of d drift_i / d x_i, float64 [B], from rows of the Jacobian: _CHUNK rows of every sample at a time."""
     batch, dims = x.shape[0], math.prod(x.shape[1:])
     trace = torch.zeros(batch, dtype=torch.float64, device=x.device)
     rows = torch.eye(dims, dtype=drift.dtype, device=x.device)
@@ -170,21 +189,22 @@ def _exact_trace(drift: Tensor, x: Tensor) -> Tensor:
 
 
 def _products(drift: Tensor, x: Tensor, seeds: Tensor) -> Tensor:
-    """v^T (d drift / d x) for each v of seeds [k, B, ...], in one batched backward pass where torch has it: [k, B, ...]."""
+    """v^T (d drift / d x) for each v of seeds [k, B, ...], [k, B, ...]; in one batched backward pass where torch can."""
     try:
         return torch.autograd.grad(drift, x, seeds, retain_graph=True, is_grads_batched=True)[0]
-    except RuntimeError:  # not for every kernel: attention on the CPU is one without
+    except RuntimeError:  # some kernels have no batched backward pass, such as attention on the CPU
         return torch.stack([torch.autograd.grad(drift, x, seed, retain_graph=True)[0] for seed in seeds])
 
 
 def _probe(x0: Tensor, noise: str, generator: Generators) -> Tensor:
-    """One v like x0 with E v v^T = I."""
+    """One v of the shape of x0, with E v v^T = I."""
     if noise == "gaussian":
         return randn_like(x0, generator)
     return 2.0 * (rand(x0.shape, generator, x0.device, x0.dtype) < 0.5).to(x0.dtype) - 1.0
 
 
 def _check(divergence: str, noise: str, probes: int) -> None:
+    """UserError for an unknown divergence or noise, or a wrong number of probes."""
     if divergence not in DIVERGENCES:
         raise UserError(f"divergence: {divergence!r} is unknown; valid: {', '.join(DIVERGENCES)}")
     if noise not in NOISES:
@@ -196,11 +216,11 @@ def _check(divergence: str, noise: str, probes: int) -> None:
 
 
 def _check_derivative(denoiser: DenoiserLike, x0: Tensor) -> None:
-    """UserError if v^T J v from autograd is not what differences of the drift say, for most of the samples.
+    """UserError if, for most of the samples, v^T J v from autograd differs from finite differences of the drift.
 
-    A network under no_grad leaves a derivative all the same, that of the formulas around it.  The place is where alpha
-    and sigma are alike: at t_min a density may turn within any step.  Loose, for networks in low precision: 5 % of the
-    unit Jacobian's, and what the second difference shows of curvature and rounding.  Draws from no generator given.
+    A network under no_grad still leaves a derivative: that of the formulas around it. The check is where alpha and sigma are
+    equal; at t_min a density may change direction within any step. The tolerance is loose, for networks in low precision: 5 %
+    of the unit Jacobian's, and what the second difference shows of curvature and rounding. It uses a generator of its own.
     """
     schedule, own = denoiser.schedule, torch.Generator().manual_seed(0)
     w, v = (randn(x0.shape[1:], own, x0.device, x0.dtype) for _ in range(2))
@@ -210,8 +230,8 @@ def _check_derivative(denoiser: DenoiserLike, x0: Tensor) -> None:
     times = t.to(x0.device).expand(len(x0))
 
     def drift(u: Tensor) -> Tensor:
-        seen = denoiser(float(scale) * u, times)
-        return alpha * seen.eps - sigma * seen.x0
+        out = denoiser(float(scale) * u, times)
+        return alpha * out.eps - sigma * out.x0
 
     def along_v(change: Tensor) -> Tensor:
         return (change.detach() * v).flatten(1).double().sum(1)  # [B]
@@ -232,22 +252,30 @@ def _check_derivative(denoiser: DenoiserLike, x0: Tensor) -> None:
 
 
 def variational_bound(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator: Generators = None) -> Tensor:
-    """An unbiased estimate of a lower bound on log p(x0) of the reverse SDE, nats [B]; see `bound_terms`."""
+    """An unbiased estimate of a lower bound on log p(x0) of the reverse SDE, in nats, float64 [B]. See `bound_terms`."""
     return bound_terms(denoiser, x0, samples, generator).bound
 
 
 @torch.no_grad()
 def bound_terms(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator: Generators = None) -> Bound:
-    """The continuous-time evidence lower bound of x0 [B, ...] by its terms (2107.00630 eq. 11-17), and its error.
+    """The continuous-time evidence lower bound of x0 and its terms (VDM, arXiv 2107.00630, eq. 11-17), as `Bound`.
 
-    bound = -KL(q(x_T | x0) || prior) + E log p(x0 | x_t at t_min) - 1/2 integral of E |eps - eps^(x_t)|^2 d lambda,
-    lambda = log-SNR, which falls from t_min to t_max; p(x0 | x_t) = N(x0^(x_t), (sigma / alpha)^2 I).
-    Here x0 is data, not x at t_min as in `log_prob`.  With an exact score the bound is tight, up to the prior's misfit
-    and a gap of second order in (sigma(t_min) / spread of the data)^2.
-    samples: evaluations spent on the integral, an even number; lambda is uniform, which makes every weight in it equal,
-        and stratified: two draws in each of samples / 2 intervals, whose difference gives the standard error.  Two more
-        evaluations go to the reconstruction.
-    generator: one, or B of them.  UserError for fewer than 2 samples or an odd number.
+    bound = -KL(q(x_T | x0) || prior) + E log p(x0 | x_t at t_min) - 1/2 integral of E |eps - eps_hat(x_t)|^2 d lambda, where
+    lambda is the log-SNR, which falls from t_min to t_max, and p(x0 | x_t) = N(x0_hat(x_t), (sigma / alpha)^2 I). Here x0 is
+    data, not x at t_min as in `log_prob`. With an exact score the bound is tight, up to the error of the prior and a gap of
+    second order in (sigma(t_min) / spread of the data)^2.
+
+    Args:
+        denoiser: a `Denoiser` or guidance.
+        x0: data [B, ...].
+        samples: evaluations for the integral, an even number. lambda is uniform, so all weights are equal, and stratified: two
+            draws in each of samples / 2 intervals, whose difference gives the standard error. The reconstruction takes two
+            more.
+        generator: one, a list of B, or None.
+
+    Raises:
+        UserError: fewer than 2 samples, or an odd number.
+        NotFiniteError: a result that is not finite.
     """
     if samples < 2 or samples % 2:
         raise UserError(f"samples: must be even and at least 2, not {samples}")
@@ -275,33 +303,42 @@ def bound_terms(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator
     return Bound(bound, prior, reconstruction, diffusion, spread.sqrt())
 
 
-def _time_within(schedule, low: float, high: float, k: int, strata: int, x0: Tensor, generator: Generators) -> Tensor:
-    """One t per sample [B], its log-SNR uniform in the k-th of equal intervals between low and high."""
+def _time_within(
+    schedule: NoiseSchedule, low: float, high: float, k: int, strata: int, x0: Tensor, generator: Generators
+) -> Tensor:
+    """One t per sample [B], whose log-SNR is uniform in interval k of `strata` equal ones between low and high."""
     place = (k + rand((x0.shape[0],), generator, x0.device, torch.float64)) / strata
     return schedule.time_from_log_snr(low + (high - low) * place).clamp(schedule.t_min, schedule.t_max)
 
 
 def _noise_error(denoiser: DenoiserLike, x0: Tensor, t: Tensor, generator: Generators) -> Tensor:
-    """An unbiased draw of E |eps - eps^(x_t)|^2 at t [B], nats [B].
+    """An unbiased draw of E |eps - eps_hat(x_t)|^2 at t [B]: [B].
 
-    Where alpha is large eps^ is small and the draw is mostly |eps|^2, whose mean is known; share^2 (|eps|^2 - D) is
-    taken away, share being what a denoiser of unit-variance Gaussian data leaves of eps.  That never changes the mean.
+    Where alpha is large eps_hat is small, and the draw is mostly |eps|^2, whose mean is known. So share^2 (|eps|^2 - D) is
+    subtracted, where share is what a denoiser of unit-variance Gaussian data leaves of eps. This does not change the mean.
     """
     eps = randn(x0.shape, generator, x0.device, x0.dtype)
     alpha, sigma = (widen(value, x0) for value in (denoiser.schedule.alpha(t), denoiser.schedule.sigma(t)))
-    found = denoiser(alpha * x0 + sigma * eps, t).eps
+    estimate = denoiser(alpha * x0 + sigma * eps, t).eps
     share = torch.sigmoid(denoiser.schedule.log_snr(t))
     size = eps.double().square().flatten(1).sum(1) - math.prod(x0.shape[1:])
-    return (eps - found).double().square().flatten(1).sum(1) - share**2 * size
+    return (eps - estimate).double().square().flatten(1).sum(1) - share**2 * size
 
 
 def bits_per_dim(nats: Tensor, dims: int, levels: int = 256, data_range: tuple[float, float] = (-1.0, 1.0)) -> Tensor:
-    """Bits per dimension of data with `levels` levels (256: 8 bits), from log-densities in nats of any shape.
+    """Bits per dimension of data with `levels` levels (256 for 8 bits), from log-densities in nats: a tensor of the same shape.
 
-    nats: log-density of data that were dequantised by uniform noise, so that the `levels` bins fill data_range: a level
-    then has probability density * (high - low) / levels, and bits = -nats / (dims ln 2) - log2((high - low) / levels).
-    data_range (0, levels) is for the log-probability of the levels themselves.  dims: numbers per sample.
-    UserError for dims or levels below 1, or a range without width.
+    bits = -nats / (dims ln 2) - log2((high - low) / levels).
+
+    Args:
+        nats: log-densities of data that were dequantised by uniform noise, so that the `levels` bins fill data_range. A level
+            then has the probability density * (high - low) / levels in each dimension.
+        dims: numbers per sample.
+        levels: values that each number can take.
+        data_range: (low, high). (0, levels) is for log-probabilities of the levels themselves.
+
+    Raises:
+        UserError: dims or levels below 1, or a range without width.
     """
     low, high = data_range
     if dims < 1 or levels < 1 or not high > low:

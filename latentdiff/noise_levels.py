@@ -1,4 +1,4 @@
-"""Which times are trained: distributions over [t_min, t_max] of a schedule, given by their quantile function."""
+"""Which times are trained: distributions of t over [t_min, t_max] of a schedule, given by their quantile functions."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,12 +12,14 @@ from latentdiff.utils.random import Generators, rand
 
 
 class NoiseLevels:
-    """A distribution of t within the schedule's usable interval.
+    """A distribution of t over [t_min, t_max] of a schedule.
 
-    quantile(u): t [..] below which a share u [..] of the draws lie, float64.
-    density(t): where given, the density, which `correction` divides out again; None: drawing some levels more often is
-    meant to weigh them more.
-    in_strata: whether the draws of a batch are spread evenly over the distribution.
+    Args:
+        schedule: gives t_min and t_max.
+        quantile: quantile(u) -> the t below which a share u of the draws lie, float64, of the shape of u.
+        density: density(t) of the distribution, where `correction` is to divide it out of the loss. None: levels that are drawn
+            more often are meant to have more weight.
+        in_strata: spread the draws of a batch evenly over the distribution.
     """
 
     def __init__(
@@ -30,14 +32,22 @@ class NoiseLevels:
         self.schedule, self._quantile, self._density, self.in_strata = schedule, quantile, density, in_strata
 
     def quantile(self, u: Tensor) -> Tensor:
-        """t below which a share u of the draws lie: u float64 in [0, 1] -> t in [t_min, t_max]."""
+        """The t in [t_min, t_max] below which a share u of the draws lie. u: float64 in [0, 1], of any shape."""
         return self._quantile(u).clamp(self.schedule.t_min, self.schedule.t_max)
 
     def sample(self, batch: int, generator: Generators = None, device: torch.device | str | None = None) -> Tensor:
-        """t [batch], float64; generator: None, one, or (where not in strata) one per sample.
+        """Draw t [batch], float64.
 
-        Independent draws; in strata, one from each of `batch` parts of equal probability, in random order: every t has
-        the same distribution, and the batch's mean loss a smaller variance (2107.00630 appendix I.1 does it too).
+        The draws are independent. In strata, one is from each of `batch` parts of equal probability, in random order: every t
+        has the same distribution, but the mean loss of the batch has a smaller variance (VDM, arXiv 2107.00630, appendix I.1).
+
+        Args:
+            batch: how many.
+            generator: None, one, or (not in strata) a list with one per sample.
+            device: of the result.
+
+        Raises:
+            ValueError: a list of generators in strata.
         """
         u = rand((batch,), generator, device, torch.float64)
         if self.in_strata:
@@ -48,13 +58,13 @@ class NoiseLevels:
         return self.quantile(u)
 
     def midpoints(self, n: int, device: torch.device | str | None = None) -> Tensor:
-        """t [n], float64, rising: the midpoints of n strata of equal probability.  For a repeatable validation loss."""
+        """t [n], float64, rising: the midpoints of n strata of equal probability. For a repeatable validation loss."""
         return self.quantile((torch.arange(n, dtype=torch.float64, device=device) + 0.5) / n)
 
     def correction(self, t: Tensor) -> Tensor:
-        """What a loss at t [B] is multiplied by, float64: uniform density / own density where levels are importance-sampled.
+        """The factor on a loss at t [B], float64 [B]: uniform density / own density for importance sampling, else 1.
 
-        The mean loss is then that of uniform times, whatever the levels; else 1.
+        With it the mean loss is that of uniform times, whatever the levels.
         """
         if self._density is None:
             return torch.ones_like(t, dtype=torch.float64)
@@ -70,13 +80,13 @@ def _logit_normal(s: NoiseSchedule, mean: float, std: float) -> NoiseLevels:
 
 
 def _log_normal(s: NoiseSchedule, mean: float, std: float) -> NoiseLevels:
-    """Cut off at the usable interval: the normal's own quantiles between those of t_min and t_max."""
+    """ln(sigma/alpha) is normal, cut off at t_min and t_max: the normal's own quantiles between these."""
     low, high = torch.special.ndtr((_log_ratio_ends(s) - mean) / std)
     return NoiseLevels(s, lambda u: s.time_from_log_snr(-2 * (mean + std * torch.special.ndtri(low + (high - low) * u))))
 
 
 def _importance(s: NoiseSchedule) -> NoiseLevels:
-    """Density proportional to g^2/sigma^2 = -d log-SNR/dt, so its quantile is a straight line in log-SNR."""
+    """Density proportional to g^2/sigma^2 = -d log-SNR/dt, so the quantile is a straight line in log-SNR."""
     low, high = _log_ratio_ends(s)
     span = 2 * (high - low)  # of the log-SNR
     return NoiseLevels(
@@ -101,21 +111,28 @@ _LEVELS: dict[str, tuple[Callable[..., NoiseLevels], dict[str, Any]]] = {
 
 
 def names() -> list[str]:
-    """The names `make_noise_levels` knows."""
+    """The names that `make_noise_levels` takes."""
     return list(_LEVELS)
 
 
 def make_noise_levels(name: str, schedule: NoiseSchedule, **params: Any) -> NoiseLevels:
     """A distribution of t over [schedule.t_min, schedule.t_max], by name.
 
-    uniform.
-    log_normal(mean=-0.5, std=1.2): ln(sigma/alpha) normal (2206.00364 table 1; its mean of -1.2 is for data of standard
-    deviation 0.5, and is -0.5 for latents, whose is 1).
-    logit_normal(mean=0, std=1) over t stretched to [0, 1] (2403.03206 eq. 19).
-    importance: importance sampling for the likelihood weighting, density ~ g^2/sigma^2 (2101.09258 section 5); the
-    loss is corrected for it, so that its mean stays that of uniform times.
-    stratified: uniform, each batch spread evenly; any other is with stratified=True.
-    UserError for an unknown name or parameter.
+    Args:
+        name: one of these. All but "stratified" have a parameter stratified=False.
+            "uniform".
+            "log_normal": mean=-0.5, std=1.2; ln(sigma/alpha) is normal (EDM, arXiv 2206.00364, table 1). The paper's mean of
+                -1.2 is for data of standard deviation 0.5; for latents, of standard deviation 1, that is -0.5.
+            "logit_normal": mean=0, std=1, over t stretched to [0, 1] (Stable Diffusion 3, arXiv 2403.03206, eq. 19).
+            "importance": importance sampling for the likelihood weighting, with a density proportional to g^2/sigma^2 (Maximum
+                likelihood training, arXiv 2101.09258, section 5). The loss is corrected for it, so that its mean stays that of
+                uniform times.
+            "stratified": uniform, with each batch spread evenly.
+        schedule: gives t_min and t_max.
+        params: the distribution's parameters, by keyword.
+
+    Raises:
+        UserError: an unknown name or parameter, or a value out of range.
     """
     if name not in _LEVELS:
         raise UserError(f"noise_levels: {name!r} is unknown; valid: {', '.join(_LEVELS)}")

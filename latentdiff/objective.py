@@ -16,22 +16,33 @@ WEIGHTINGS = ("none", "min_snr", "edm", "likelihood", "uncertainty")
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-    """x_t = alpha(t) x0 + sigma(t) noise, [B, ...]; t: float or [B]."""
+    """x_t = alpha(t) x0 + sigma(t) noise, [B, ...]. x0, noise: [B, ...]. t: a float or [B], in [0, 1]."""
     return widen(schedule.alpha(t), x0) * x0 + widen(schedule.sigma(t), x0) * noise
 
 
 def loss_weight(weighting: str, prediction: str, schedule: NoiseSchedule, t: float | Tensor, gamma: float = 5.0) -> Tensor:
-    """What the squared error of the prediction is multiplied by at t; float64, of t's shape.
+    """The weight of the squared error of the prediction at t: float64 of the shape of t.
 
-    none: 1.  uncertainty: 1, as the learned weight is `Uncertainty`'s.
-    The others weigh the error of x0, that is the same loss in every parameterization: at a given x_t the error of
-    y = A x0 + B eps is (A - B alpha/sigma) times that of x0, so their weight is divided by its square.
-    min_snr: min(SNR, gamma) (2303.09556 eq. 6): min(SNR, gamma)/SNR for epsilon, min(SNR, gamma)/(SNR + 1) for
-    v_prediction, min(SNR, gamma) sigma^2 for flow on the straight path.
-    edm: SNR + 1/sigma_data^2 (2206.00364 table 1): 1 for the edm prediction, and for v_prediction where
-    alpha^2 + sigma^2 = 1.
-    likelihood: g^2 alpha^2/sigma^4, which is g^2 on the error of the score (2101.09258 theorem 1): half its integral
-    over t bounds the divergence from the data.
+    All but "none" and "uncertainty" weigh the error of x0, which makes them the same loss in every parameterization: at a given
+    x_t the error of y = A x0 + B eps is (A - B alpha/sigma) times that of x0, so the weight is divided by the square of this.
+
+    Args:
+        weighting: one of these.
+            "none": 1.
+            "min_snr": min(SNR, gamma) on x0 (Min-SNR, arXiv 2303.09556, eq. 6): min(SNR, gamma)/SNR for epsilon,
+                min(SNR, gamma)/(SNR + 1) for v_prediction, min(SNR, gamma) sigma^2 for flow on the straight path.
+            "edm": SNR + 1/sigma_data^2 on x0 (EDM, arXiv 2206.00364, table 1): 1 for the edm prediction, and for v_prediction
+                where alpha^2 + sigma^2 = 1.
+            "likelihood": g^2 alpha^2/sigma^4 on x0, which is g^2 on the error of the score (Maximum likelihood training, arXiv
+                2101.09258, theorem 1). Half its integral over t bounds the divergence from the data.
+            "uncertainty": 1; the learned weight is `Uncertainty`'s.
+        prediction: one of `latentdiff.prediction.names()`.
+        schedule: the noise schedule.
+        t: a float or a tensor, in [0, 1].
+        gamma: the largest weight of min_snr.
+
+    Raises:
+        UserError: an unknown weighting or prediction.
     """
     if weighting not in WEIGHTINGS:
         raise UserError(f"weighting: {weighting!r} is unknown; valid: {', '.join(WEIGHTINGS)}")
@@ -48,14 +59,14 @@ def loss_weight(weighting: str, prediction: str, schedule: NoiseSchedule, t: flo
 
 
 class Uncertainty(nn.Module):
-    """A learned log-variance u(t) of the loss: loss / e^u + u (2312.02696 eq. 21), trained beside the network.
+    """A learned log-variance u(t) of the loss, trained with the network: loss / e^u + u (EDM2, arXiv 2312.02696, eq. 21).
 
-    At its optimum e^u is the mean loss at t, so that every noise level contributes the same and whatever other
-    weight there is cancels.  u is a sum of cosines in the place of t's log-SNR between the schedule's ends, and starts at 0.
+    At its optimum e^u is the mean loss at t. Then every noise level contributes the same, and any other weight cancels. u is a
+    sum of cosines in the position of t's log-SNR between those of t_min and t_max, and starts at 0.
     """
 
     TERMS = 12
-    GAIN = 4.0  # how much faster u moves than a weight of the network: one optimizer serves both
+    GAIN = 4.0  # how much faster u changes than a weight of the network, with the same optimizer
 
     def __init__(self, schedule: NoiseSchedule):
         super().__init__()
@@ -65,14 +76,14 @@ class Uncertainty(nn.Module):
         self.weight = nn.Parameter(torch.zeros(self.TERMS))
 
     def log_variance(self, t: Tensor) -> Tensor:
-        """u [B] for t [B], float32."""
+        """u(t), float32 [B], for t [B]."""
         place = (self._high - self.schedule.log_snr(t)) / (self._high - self._low)  # 0 at t_min, 1 at t_max
         order = torch.arange(self.TERMS, dtype=torch.float64, device=place.device)
         terms = torch.cos(math.pi * order * place[:, None]).float() * self.weight  # [B, TERMS]; no matmul: autocast
         return self.GAIN * terms.sum(1)
 
     def forward(self, loss: Tensor, t: Tensor) -> Tensor:
-        """loss / e^u + u for a loss [B] at t [B]."""
+        """loss / e^u + u, [B], for a loss [B] at t [B]."""
         u = self.log_variance(t)
         return loss * torch.exp(-u) + u
 
@@ -86,9 +97,18 @@ def diffusion_loss(
     gamma: float = 5.0,
     **conditioning: Any,
 ) -> Tensor:
-    """The weighted squared error of the network's own prediction at x_t, averaged over all but the batch: [B], float32.
+    """The weighted squared error of the network's own prediction at x_t, averaged over all axes but the batch: float32 [B].
 
-    x0, noise: [B, ...]; t: float or [B]; gamma: the cap of min_snr; conditioning: passed to the model.
+    Args:
+        denoiser: the network with its schedule and prediction.
+        x0: data [B, ...].
+        t: a float or [B], in [0, 1].
+        noise: unit-variance noise [B, ...].
+        weighting, gamma: as in `loss_weight`.
+        conditioning: keyword arguments of the network.
+
+    Raises:
+        UserError: an unknown weighting.
     """
     x0, noise = x0.float(), noise.float()
     output = denoiser.output(add_noise(denoiser.schedule, x0, noise, t), t, **conditioning)

@@ -1,10 +1,15 @@
 """Parameterizations: what a network predicts is one row y = A(t) x0 + B(t) eps.
 
-epsilon (0, 1)   sample (1, 0)   v_prediction (-sigma, alpha), 2202.00512 appendix D
-score (0, -1/sigma)   flow (alpha', sigma')
-edm (sigma/s, -alpha s) / sqrt(sigma^2 + alpha^2 s^2), s the data's standard deviation: F of 2206.00364 table 1,
-    x0 = c_skip x + c_out F, in the coordinates x/alpha and sigma/alpha; with s = 1 on a variance-preserving
-    schedule it is -v_prediction
+name            A                        B
+epsilon         0                        1                       the noise
+sample          1                        0                       x0
+v_prediction    -sigma                   alpha                   Progressive Distillation (arXiv 2202.00512), appendix D
+score           0                        -1/sigma                grad log p_t(x_t)
+flow            alpha'                   sigma'                  dx_t/dt at fixed x0 and eps
+edm             sigma / (s c)            -alpha s / c            c = sqrt(sigma^2 + alpha^2 s^2), s = schedule.sigma_data
+
+edm is F of EDM (arXiv 2206.00364, table 1), x0 = c_skip x + c_out F, for x/alpha and sigma/alpha in the place of the paper's x
+and sigma. With s = 1 on a variance-preserving schedule it is minus v_prediction.
 """
 
 import math
@@ -29,28 +34,34 @@ _ROWS: Mapping[str, Callable[[NoiseSchedule, Tensor], tuple[Tensor, Tensor]]] = 
 
 
 def _edm(signal: Tensor, sigma: Tensor, std: float) -> tuple[Tensor, Tensor]:
-    """A = (1 - c_skip) / c_out and B = -c_skip sigma / c_out; signal is alpha std."""
+    """A = (1 - c_skip) / c_out and B = -c_skip sigma / c_out of EDM. signal is alpha std; std is that of the data."""
     spread = torch.hypot(signal, sigma)
     return sigma / (std * spread), -signal / spread
 
 
 def names() -> list[str]:
-    """The predictions there are."""
+    """The names of the predictions."""
     return list(_ROWS)
 
 
 def row(prediction: str, schedule: NoiseSchedule, t: float | Tensor) -> tuple[Tensor, Tensor]:
-    """A(t) and B(t), float64, of t's shape.  UserError for an unknown prediction."""
+    """(A(t), B(t)) of y = A x0 + B eps, each float64 of the shape of t. UserError for an unknown prediction."""
     if prediction not in _ROWS:
         raise UserError(f"prediction: {prediction!r} is unknown; valid: {', '.join(_ROWS)}")
     return _ROWS[prediction](schedule, torch.as_tensor(t, dtype=torch.float64))
 
 
 def solve(prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: float | Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0, eps) from x_t = alpha x0 + sigma eps and y = A x0 + B eps, by the inverse of the 2x2 matrix.
+    """(x0, eps), each [B, ...], from x_t = alpha x0 + sigma eps and y = A x0 + B eps, by the inverse of the 2x2 matrix.
 
-    x_t, y: [B, ...]; t: float or [B].  Where the matrix is singular (epsilon or score at alpha = 0, sample at
-    sigma = 0) the result is not finite.
+    Args:
+        prediction: what y is; one of `names()`.
+        schedule: gives alpha and sigma.
+        x_t: noisy data [B, ...].
+        t: a float or [B], in [0, 1].
+        y: the network's output [B, ...].
+
+    Where the matrix is singular (epsilon or score at alpha = 0, sample at sigma = 0), the result is not finite.
     """
     a, b = row(prediction, schedule, t)
     alpha, sigma = schedule.alpha(t), schedule.sigma(t)
@@ -61,27 +72,34 @@ def solve(prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: float | Tens
 
 
 def target(prediction: str, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
-    """y = A(t) x0 + B(t) eps [B, ...], what the network should say at x_t."""
+    """y = A(t) x0 + B(t) eps [B, ...]: what the network should predict for data x0 [B, ...] and noise eps [B, ...].
+
+    t: a float or [B], in [0, 1]. UserError for an unknown prediction.
+    """
     a, b = row(prediction, schedule, t)
     return widen(a, x0) * x0 + widen(b, x0) * eps
 
 
-# An error of the prediction may be this much larger in x0: 316, which for epsilon is an SNR of 1e-5.  DDPM's own schedules
-# end at 4e-5 and work.  Below 4e-6 the rounding of an output in bfloat16, 2^-9, is in x0 as large as the data.
+# The largest allowed `error_gain`: 316, which for epsilon is an SNR of 1e-5. The schedules of DDPM end at 4e-5 and work. Below
+# 4e-6 the rounding of an output to bfloat16, 2^-9, is as large in x0 as the data
 LARGEST_GAIN = 10**2.5
-# Of a target's size over the noise levels. A score of 5,000 (VE) can be learnt, as its weights make up for it, one of 40,000
-# (EDM) cannot, nor can flow of 5,000 (VE), which is smallest where most of the data's detail is; the others span 100 at most.
+# The largest allowed ratio of a target's sizes over the noise levels. A score with a ratio of 5,000 (VE) can be learnt, because
+# its weights balance it; one of 40,000 (EDM) cannot, nor can flow of 5,000 (VE), which is smallest where most of the detail of
+# the data is. The others have at most 100
 LARGEST_SPAN = {"score": 1e4}
 OTHER_SPAN = 1e3
 
 
 def error_gain(prediction: str, schedule: NoiseSchedule, unweighted: bool = False) -> float:
-    """How much larger a network's error is in x0 than in its prediction, at t_max, where sampling starts; inf at alpha = 0.
+    """By how much an error of the network's prediction is larger in x0, at t_max, where sampling starts; inf at alpha = 0.
 
-    By x0 = (B x_t - sigma y) / (alpha B - sigma A) an error of y counts sigma / |alpha B - sigma A| times: sigma / alpha for
-    epsilon, 1 for sample.  A network's error is taken as a share of its target's size, sqrt(A^2 + B^2) for data of unit
-    variance.  unweighted: of the largest of that at t_max and its root mean square over t, because a loss without weights
-    is as content with the same absolute error everywhere; a score is 1 / sigma in size, and at high noise drowns in that.
+    From x0 = (B x_t - sigma y) / (alpha B - sigma A), an error of y is multiplied by sigma / |alpha B - sigma A| in x0: by
+    sigma / alpha for epsilon, by 1 for sample. The network's error is taken as a share of the target's size, sqrt(A^2 + B^2)
+    for data of unit variance.
+
+    unweighted: the loss has no weights. Then the size is the larger of that at t_max and its root mean square over t, because
+    such a loss accepts the same absolute error at every t. A score has the size 1 / sigma, and is lost in that error at high
+    noise.
     """
     t = torch.linspace(schedule.t_min, schedule.t_max, 1001, dtype=torch.float64)
     a, b = row(prediction, schedule, t)
@@ -93,9 +111,9 @@ def error_gain(prediction: str, schedule: NoiseSchedule, unweighted: bool = Fals
 
 
 def check_learnable(prediction: str, schedule: NoiseSchedule, weighting: str, name: str) -> None:
-    """UserError unless a network can learn this prediction well enough to sample from; `name` is what the schedule is called.
+    """UserError unless a network can learn this prediction well enough to sample from; it says what would be valid.
 
-    weighting: of the loss, as in latentdiff.objective.loss_weight.
+    weighting: of the loss, one of `latentdiff.objective.WEIGHTINGS`. name: of the schedule, for the message.
     """
     fault = _fault(prediction, schedule, weighting == "none")
     if fault is None:
@@ -111,7 +129,7 @@ def check_learnable(prediction: str, schedule: NoiseSchedule, weighting: str, na
 
 
 def _fault(prediction: str, schedule: NoiseSchedule, unweighted: bool) -> str | None:
-    """Why no network learns this prediction well enough, None where one does. tests/training/test_training_pairs.py tries."""
+    """Why no network learns this prediction well enough, or None. tests/training/test_training_pairs.py trains such pairs."""
     t = torch.linspace(schedule.t_min, schedule.t_max, 1001, dtype=torch.float64)
     gain = error_gain(prediction, schedule, unweighted)
     if gain > LARGEST_GAIN:
@@ -128,7 +146,10 @@ def _fault(prediction: str, schedule: NoiseSchedule, unweighted: bool) -> str | 
 
 
 def from_scheduler(scheduler: Any) -> str:
-    """The prediction that a diffusers scheduler's config stands for.  UserError for EDM's v_prediction."""
+    """The prediction of a diffusers scheduler, read from its config: one of `names()`.
+
+    UserError for an EDM scheduler with any prediction_type but epsilon.
+    """
     kind = scheduler.config.get("prediction_type", "flow")
     if "sigma_data" in scheduler.config:
         if kind != "epsilon":

@@ -1,9 +1,9 @@
-"""Guidance: denoisers made of denoisers.  Samplers never know.
+"""Guidance: denoisers made of denoisers. A sampler takes any of them in the place of a `Denoiser`.
 
-Each has .schedule and answers (x, t, **conditioning) with a Denoised, so they nest.  Classifier and Reconstruction know
-the label or the observation of each of the B samples: they stand outside of ClassifierFree, which shows what it holds
-more than B samples at a time.  All of them leave each sample to itself, take an interval of t outside of which they do
-nothing, and cost nothing beyond the denoiser where they are off: at scale 1, at strength 0, outside of the interval.
+Each has a .schedule and maps (x, t, **conditioning) to `Denoised`, so they nest. `Classifier` and `Reconstruction` hold the
+label or observation of each of the B samples. So they must be around `ClassifierFree`, not in it: it calls what it holds with
+more than B samples at a time. Every guidance treats each sample alone, has an interval of t outside of which it does nothing,
+and costs no evaluation where it is off: at scale 1, at strength 0, or outside of the interval.
 """
 
 from latentdiff.guidance.autoguidance import Autoguidance

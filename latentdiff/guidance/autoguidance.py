@@ -12,13 +12,18 @@ from latentdiff.utils.tensors import per_sample
 
 
 class Autoguidance:
-    """Autoguidance (2406.02507 eq. 3, w = scale): weak + scale (denoiser - weak).
+    """Autoguidance (Karras et al., arXiv 2406.02507, eq. 3 with w = scale): weak + scale (denoiser - weak), on x0 and eps.
 
-    weak: a denoiser of the same noise schedule that is worse in the same way: an earlier checkpoint of the same run, or
-    a smaller network.  Its prediction may be another.  It gets the same conditioning.
-    scale: 1 is off, and weak is not evaluated; 0 is weak alone.
-    interval: (low, high) in t outside of which a sample is not guided.  rescale: as in ClassifierFree, to the standard
-    deviation of denoiser's x0.
+    Args:
+        denoiser: a `Denoiser` or another guidance.
+        weak: a denoiser with the same noise schedule that has the same faults, but larger: an earlier checkpoint of the same
+            run, or a smaller network. Its prediction may be another. It gets the same conditioning.
+        scale: 1 is off, and weak is not evaluated; 0 is weak alone.
+        interval: (low, high) in t outside of which a sample is not guided; None: guide at every t.
+        rescale: as in `ClassifierFree`, to the standard deviation of the denoiser's x0.
+
+    Raises:
+        UserError: another schedule of weak, or an interval or rescale out of range.
     """
 
     def __init__(
@@ -36,12 +41,12 @@ class Autoguidance:
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
-        """x: [B, ...]; t: float or [B]; conditioning: given to both."""
+        """The guided estimates at x [B, ...] and t (a float or [B]), as `Denoised`. conditioning: given to both denoisers."""
         times = per_sample(t, x)
-        seen = self.denoiser(x, times, **conditioning)
+        denoised = self.denoiser(x, times, **conditioning)
         rows = touched(times, self.scale != 1, self.interval)
         if not bool(rows.any()):
-            return seen
-        worse = self.weak(x, times, **conditioning)
-        x0, eps = torch.lerp(worse.x0, seen.x0, self.scale), torch.lerp(worse.eps, seen.eps, self.scale)
-        return replaced(x, seen, x0, eps, rows, self.rescale)
+            return denoised
+        weaker = self.weak(x, times, **conditioning)
+        x0, eps = torch.lerp(weaker.x0, denoised.x0, self.scale), torch.lerp(weaker.eps, denoised.eps, self.scale)
+        return replaced(x, denoised, x0, eps, rows, self.rescale)

@@ -13,16 +13,23 @@ from latentdiff.utils.tensors import per_sample
 
 
 class ClassifierFree:
-    """Classifier-free guidance (2207.12598 eq. 6 with scale = 1 + w): uncond + scale (cond - uncond), every channel.
+    """Classifier-free guidance (Ho & Salimans, arXiv 2207.12598, eq. 6 with scale = 1 + w): uncond + scale (cond - uncond).
 
-    denoiser: a Denoiser or another guidance, called with `conditional` or `unconditional` (the same keys; tensors are
-    [B, ...], in a dict too, as SDXL's added_cond_kwargs has them; anything else must be equal in both).  Both go through
-    it in one forward of 2 B samples.
-    scale: 1 is off, one forward of B samples, and `unconditional` is not looked at.
-    interval: (low, high) in t, 2404.07724; a sample whose t is outside gets the conditional prediction alone, and costs
-    one forward.
-    rescale: phi of 2305.08891 eq. 15-16 in [0, 1], applied to x0: its standard deviation, per sample, goes from the
-    guided one (0) to the conditional one (1).
+    It acts on x0 and eps, on every channel.
+
+    Args:
+        denoiser: a `Denoiser` or another guidance. It is called with `conditional` or `unconditional`, both in one forward of
+            at most 2 B samples.
+        conditional, unconditional: keyword arguments with the same keys. Tensors are [B, ...], also within a dict, such as
+            SDXL's added_cond_kwargs. Anything else must be equal in both.
+        scale: 1 is off: one forward of B samples, and `unconditional` is not used.
+        interval: (low, high) in t (Kynkäänniemi et al., arXiv 2404.07724). Outside of it a sample gets the conditional
+            prediction, and costs one evaluation. None: guide at every t.
+        rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891, eq. 15-16), in [0, 1], applied to x0: the standard
+            deviation of each sample goes from the guided one (0) to the conditional one (1).
+
+    Raises:
+        UserError: different keys, or an interval or rescale out of range.
     """
 
     def __init__(
@@ -45,7 +52,10 @@ class ClassifierFree:
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
-        """x: [B, ...]; t: float or [B]; conditioning: given to both branches, [B, ...] where it is a tensor."""
+        """The guided estimates at x [B, ...] and t (a float or [B]), as `Denoised`.
+
+        conditioning: given to both branches; tensors are [B, ...].
+        """
         times = per_sample(t, x)
         conditional = {**conditioning, **self.conditional}
         rows = touched(times, self.scale != 1, self.interval)
@@ -58,14 +68,15 @@ class ClassifierFree:
             torch.cat([times, times[guided]]),
             **{key: _joined(key, conditional[key], unconditional[key], guided) for key in conditional},
         )
-        seen = Denoised(both.x0[: len(x)], both.eps[: len(x)], self.schedule, times)
-        x0 = torch.lerp(both.x0[len(x) :], seen.x0[guided], self.scale)  # [G, ...]
-        eps = torch.lerp(both.eps[len(x) :], seen.eps[guided], self.scale)
-        x0, eps = seen.x0.index_copy(0, guided, x0), seen.eps.index_copy(0, guided, eps)
-        return replaced(x, seen, x0, eps, rows, self.rescale)
+        denoised = Denoised(both.x0[: len(x)], both.eps[: len(x)], self.schedule, times)
+        x0 = torch.lerp(both.x0[len(x) :], denoised.x0[guided], self.scale)  # [G, ...]
+        eps = torch.lerp(both.eps[len(x) :], denoised.eps[guided], self.scale)
+        x0, eps = denoised.x0.index_copy(0, guided, x0), denoised.eps.index_copy(0, guided, eps)
+        return replaced(x, denoised, x0, eps, rows, self.rescale)
 
 
 def _joined(key: str, conditional: Any, unconditional: Any, guided: Tensor) -> Any:
+    """The values of one keyword argument for the conditional rows, then for the guided ones of the unconditional rows."""
     if isinstance(conditional, Tensor) and isinstance(unconditional, Tensor):
         return torch.cat([conditional, unconditional[guided.to(unconditional.device)]])
     if isinstance(conditional, dict) and isinstance(unconditional, dict) and conditional.keys() == unconditional.keys():

@@ -1,4 +1,4 @@
-"""What every guidance does: which samples it touches, and how its x0 and eps take the place of the denoiser's."""
+"""What all guidance shares: which samples are guided, and how their x0 and eps replace the denoiser's."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,20 +14,20 @@ Interval = tuple[float, float] | None
 
 
 def check_interval(interval: Sequence[float] | None, name: str) -> None:
-    """UserError, which begins with `name`, unless interval is (low, high) in t, 0 <= low <= high <= 1, or None."""
+    """UserError unless interval is None or (low, high) in t with 0 <= low <= high <= 1. name: how the message begins."""
     if interval is not None and (len(interval) != 2 or not 0 <= interval[0] <= interval[1] <= 1):
         raise UserError(f"{name}: {interval} is not (low, high) in t with 0 <= low <= high <= 1, 0 data and 1 noise")
 
 
 def check_options(interval: Interval, rescale: float) -> None:
-    """UserError unless interval is (low, high) in t, 0 <= low <= high <= 1, or None, and rescale is in [0, 1]."""
+    """UserError unless interval is None or (low, high) with 0 <= low <= high <= 1, and rescale is in [0, 1]."""
     check_interval(interval, "guidance interval")
     if not 0 <= rescale <= 1:
         raise UserError(f"guidance rescale: {rescale} is not in [0, 1]")
 
 
 def check_same_path(schedule: NoiseSchedule, other: NoiseSchedule, what: str) -> None:
-    """UserError unless `other`, the schedule of `what`, has the same alpha and sigma: its t means the same noise."""
+    """UserError unless `other`, the schedule of `what`, has the same alpha and sigma: the same t must mean the same noise."""
     low, high = max(schedule.t_min, other.t_min), min(schedule.t_max, other.t_max)
     t = torch.linspace(low, high, 9, dtype=torch.float64)
     for one, two in ((schedule.alpha(t), other.alpha(t)), (schedule.sigma(t), other.sigma(t))):
@@ -39,43 +39,44 @@ def check_same_path(schedule: NoiseSchedule, other: NoiseSchedule, what: str) ->
 
 
 def touched(times: Tensor, on: bool, interval: Interval) -> Tensor:
-    """Which samples are guided at their t: bool [B]."""
+    """Which samples are guided at their times [B]: bool [B]."""
     inside = torch.full_like(times, on, dtype=torch.bool)
     if interval is not None:
         inside &= (times >= interval[0]) & (times <= interval[1])
     return inside
 
 
-def replaced(x: Tensor, seen: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, rescale: float) -> Denoised:
-    """`seen` with the guided x0 and eps [B, ...] in the rows [B] that are guided.
+def replaced(x: Tensor, denoised: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, rescale: float) -> Denoised:
+    """`denoised` with the guided x0 and eps [B, ...] in the rows that are guided, bool [B].
 
-    rescale: phi of 2305.08891 eq. 15-16, applied to x0: its standard deviation, per sample, goes from the guided one
-    (0) to that of seen.x0 (1); eps follows from x0, so that x_t = alpha x0 + sigma eps still holds.
+    rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891, eq. 15-16), applied to x0. The standard deviation of each
+    sample's x0 goes from the guided one (0) to that of denoised.x0 (1). eps then follows from x0, so that x_t = alpha x0 +
+    sigma eps still holds.
     """
     if rescale > 0:
         wide = flat_std(x0)
-        ratio = torch.where(wide > 0, flat_std(seen.x0) / wide.clamp_min(1e-30), torch.ones_like(wide))  # [B]
+        ratio = torch.where(wide > 0, flat_std(denoised.x0) / wide.clamp_min(1e-30), torch.ones_like(wide))  # [B]
         x0 = x0 * widen(1 + rescale * (ratio - 1), x0)
-        alpha, sigma = seen.schedule.alpha(seen.t), seen.schedule.sigma(seen.t)
+        alpha, sigma = denoised.schedule.alpha(denoised.t), denoised.schedule.sigma(denoised.t)
         eps = (x.to(x0.dtype) - widen(alpha, x0) * x0) / widen(sigma, x0)
     if not bool(rows.all()):
         mask = rows.reshape(-1, *(1,) * (x0.ndim - 1))  # [B, 1, ...]
-        x0, eps = torch.where(mask, x0, seen.x0), torch.where(mask, eps, seen.eps)
-    return Denoised(x0, eps, seen.schedule, seen.t)
+        x0, eps = torch.where(mask, x0, denoised.x0), torch.where(mask, eps, denoised.eps)
+    return Denoised(x0, eps, denoised.schedule, denoised.t)
 
 
-def tilted(x: Tensor, seen: Denoised, shift: Tensor, rows: Tensor, rescale: float) -> Denoised:
-    """`seen` with `shift` [B, ...] added to its score: eps - sigma shift, and by Tweedie x0 + (sigma^2 / alpha) shift."""
-    alpha, sigma = seen.schedule.alpha(seen.t), seen.schedule.sigma(seen.t)
-    x0 = seen.x0 + widen(sigma**2 / alpha, shift) * shift
-    return replaced(x, seen, x0, seen.eps - widen(sigma, shift) * shift, rows, rescale)
+def tilted(x: Tensor, denoised: Denoised, shift: Tensor, rows: Tensor, rescale: float) -> Denoised:
+    """`denoised` with `shift` [B, ...] added to its score: eps - sigma shift and, by Tweedie, x0 + (sigma^2 / alpha) shift."""
+    alpha, sigma = denoised.schedule.alpha(denoised.t), denoised.schedule.sigma(denoised.t)
+    x0 = denoised.x0 + widen(sigma**2 / alpha, shift) * shift
+    return replaced(x, denoised, x0, denoised.eps - widen(sigma, shift) * shift, rows, rescale)
 
 
 def variable(x: Tensor) -> tuple[Tensor, bool]:
-    """(x as the variable of a derivative, in float32 at least; whether the caller wants to differentiate that again).
+    """(x as the variable of a derivative, in float32 at least; whether the caller will differentiate the result again).
 
-    Samplers call under no_grad: then the variable is cut off from what made x.  A caller that follows gradients, such
-    as another guidance around this one or the divergence of a likelihood, gets them through.
+    Samplers call under no_grad; the variable is then detached. A caller that follows gradients, such as another guidance around
+    this one or the divergence of a likelihood, gets them through.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if torch.is_grad_enabled() and x.requires_grad:
@@ -84,23 +85,23 @@ def variable(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def gradient(value: Tensor, of: Tensor, again: bool, retain: bool = False) -> Tensor:
-    """The gradient [B, ...] of value [B], row i of which depends on row i of `of` [B, ...] alone."""
+    """The gradient [B, ...] of value [B] in `of` [B, ...]. Row i of value depends on row i of `of` alone."""
     (result,) = torch.autograd.grad(value.sum(), of, create_graph=again, retain_graph=again or retain)
     return result
 
 
 def differentiable(value: Tensor, what: str) -> Tensor:
-    """value itself; UserError where it does not depend on x as far as autograd knows."""
+    """The value itself. UserError, naming it by `what`, where autograd finds no dependence on x."""
     if not value.requires_grad:
         raise UserError(f"guidance: {what} must depend on x through autograd; is it under no_grad, detached or constant?")
     return value
 
 
 def conjugate_gradient(apply: Callable[[Tensor], Tensor], b: Tensor, steps: int) -> Tensor:
-    """u [B, ...] of apply(u) = b, for a symmetric positive apply that leaves each sample to itself.
+    """u [B, ...] with apply(u) = b, by conjugate gradients. apply is symmetric and positive, and treats each sample alone.
 
-    A sample stops when its residual has fallen to rounding, or when apply turns out not to be positive for it, as may
-    be with a network's covariance; at most `steps` applications.  Samples do not wait for nor change one another.
+    A sample stops when its residual is at rounding level, or when apply is not positive for it, as may happen with the
+    covariance of a network. There are at most `steps` applications. Samples do not influence one another.
     """
 
     def dot(a: Tensor, c: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ from latentdiff.schedules import make_schedule
 from latentdiff.utils.tensors import per_sample, widen
 from latentdiff.utils.weights import SavedNetwork
 
-GROUPS = 8  # of the normalisation; never over the batch, as a gradient must be of one sample
-WAVES = 8
+GROUPS = 8  # of the normalisation, which is never over the batch: a gradient must belong to one sample
+WAVES = 8  # sines and cosines of the noise level
 
 
 class Block(nn.Module):
-    """Two convolutions around a skip, the noise level coming in between. [B, c, h, w] -> [B, c, h, w]."""
+    """Two convolutions with a skip connection, scaled by the noise level in between. [B, c, h, w] -> [B, c, h, w]."""
 
     def __init__(self, width: int, embedding: int):
         super().__init__()
@@ -33,16 +33,20 @@ class Block(nn.Module):
 
 
 class LatentClassifier(SavedNetwork):
-    """classifier(x, t, labels) -> log p(label | x_t, t) [B], of normalised latents [B, channels, h, w].
+    """A classifier of noised, normalised latents [B, channels, h, w]: classifier(x, t, labels) -> log p(label | x_t, t) [B].
 
-    A stage at full and one at half resolution, a mean over positions, a linear head.  It sees x_t / sqrt(alpha^2 +
-    sigma^2) and the angle atan(sigma / alpha) of the noise level, so that it is made for every schedule alike.
+    A stage at full resolution, one at half, a mean over positions, and a linear head. Its inputs are x_t / sqrt(alpha^2 +
+    sigma^2) and the angle atan(sigma / alpha) of the noise level, so it is built alike for every schedule.
 
     Args:
-        channels, classes: of the latents, and how many there are.
-        schedule: {"name": ..., parameters} of `make_schedule`: what t means.
+        channels: of the latents.
+        classes: how many there are.
+        schedule: {"name": ..., parameters} of `make_schedule`, which give t its meaning.
         widths: channels of the two stages, multiples of 8.
-        info: facts kept beside the weights (class names, accuracy, how trained); JSON values.
+        info: facts that are stored with the weights (class names, accuracy, training); JSON values.
+
+    Raises:
+        UserError: wrong widths, or an unknown schedule.
     """
 
     kind = "classifier"
@@ -59,7 +63,7 @@ class LatentClassifier(SavedNetwork):
         super().__init__()
         if len(widths) != 2 or any(width < 1 or width % GROUPS for width in widths):
             raise UserError(f"classifier: widths needs two multiples of {GROUPS}, one a stage, got {list(widths)}")
-        with torch.device("cpu"):  # it holds numbers, also where the network is made without memory
+        with torch.device("cpu"):  # a schedule holds numbers, also where the network is made on the meta device
             self.schedule = make_schedule(**schedule)
         self.config = {"channels": channels, "classes": classes, "schedule": dict(schedule), "widths": list(widths)}
         self.info = dict(info or {})
@@ -72,7 +76,7 @@ class LatentClassifier(SavedNetwork):
         self.norm, self.head = nn.GroupNorm(GROUPS, second), nn.Linear(second, classes)
 
     def log_probs(self, x: Tensor, t: float | Tensor) -> Tensor:
-        """log p(class | x_t, t) of every class, [B, classes], float32.  x: [B, channels, h, w]; t: float or [B]."""
+        """log p(class | x_t, t) of every class, float32 [B, classes]. x: x_t [B, channels, h, w]. t: a float or [B]."""
         times = per_sample(t, x)
         alpha, sigma = self.schedule.alpha(times), self.schedule.sigma(times)
         angle = torch.atan2(sigma, alpha)[:, None] * torch.arange(1, WAVES + 1, dtype=torch.float64, device=x.device)
@@ -85,7 +89,7 @@ class LatentClassifier(SavedNetwork):
         return F.log_softmax(self.head(pooled).float(), dim=1)
 
     def forward(self, x: Tensor, t: float | Tensor, labels: Tensor) -> Tensor:
-        """log p(labels | x_t, t), [B].  labels: int64 [B]."""
+        """log p(label | x_t, t), float32 [B], for labels int64 [B]. x: x_t [B, channels, h, w]. t: a float or [B]."""
         return self.log_probs(x, t).gather(1, labels.to(x.device)[:, None])[:, 0]
 
     def saved_arguments(self) -> dict[str, Any]:
@@ -94,8 +98,8 @@ class LatentClassifier(SavedNetwork):
 
 
 def load_classifier(folder: str | Path, device: str | torch.device = "cpu") -> LatentClassifier:
-    """The frozen classifier saved in folder: classifier(x, t, labels) -> log p(labels | x_t, t) [B].
+    """The `LatentClassifier` saved in a folder, frozen: classifier(x, t, labels) -> log p(label | x_t, t) [B].
 
-    UserError where a file is missing, damaged, or does not describe a LatentClassifier; it names the file.
+    UserError, naming the file, where one is missing, damaged, or does not describe a LatentClassifier.
     """
     return LatentClassifier.load(folder, device)

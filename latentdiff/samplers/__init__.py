@@ -1,4 +1,4 @@
-"""Samplers: functions of (denoiser, x, grid, generator, callback) without memory, found by name."""
+"""Samplers: functions of (denoiser, x, grid, generator, callback) without state, that `sample` finds by name."""
 
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
@@ -57,19 +57,19 @@ _SAMPLERS: Mapping[str, Callable[..., Tensor]] = {
     "dpmpp_3m": dpmpp_3m,
     "dpmpp_2m_sde": dpmpp_2m_sde,
 }
-# Stochastic discretisations of first order leave noise in the image where a multistep ODE solver is done
+# With the steps that a multistep ODE solver needs, first-order discretisations of the SDE leave noise in the image
 _FEWEST_STEPS: Mapping[str, int] = {"euler_maruyama": 50, "reverse_diffusion": 100, "predictor_corrector": 50}
 _COMMON = ("denoiser", "x", "grid", "generator", "callback")
 
 
 def names() -> list[str]:
-    """The samplers there are."""
+    """The names of the samplers."""
     return list(_SAMPLERS)
 
 
-def default_steps(sampler: str, stated: int) -> int:
-    """How many steps a call takes that names none, for a checkpoint whose own default is `stated`: more where need be."""
-    return max(stated, _FEWEST_STEPS.get(sampler, 1))
+def default_steps(sampler: str, checkpoint_steps: int) -> int:
+    """The number of steps where a call gives none: the checkpoint's default, or more for samplers that need more."""
+    return max(checkpoint_steps, _FEWEST_STEPS.get(sampler, 1))
 
 
 @torch.no_grad()
@@ -86,21 +86,29 @@ def sample(
     start: str = "noise",
     **options: Any,
 ) -> Tensor:
-    """Draws from the prior and runs a sampler down to data: [B, ...], the x0 estimate at the grid's last time.
+    """Draw samples: from noise, by a sampler, to the x0 estimate at the last time of the grid, [B, ...].
 
-    noise_or_shape: unit-variance noise [B, ...], or a shape to draw it in (float32, on the generator's device, moved to
-    `device`).  It is scaled here, by the standard deviation that x has at the grid's first time (`schedule.start_std`,
-    which is prior_std at t_max).  Below float32 it is taken up to it.
-    start: "state" for a tensor that is no noise but x_t itself at the grid's first time, such as data with noise added up to
-    there; it is taken as it is.  "noise" is what the line above says.
-    sampler: one of `names()`.  steps: how many; each is one evaluation of the denoiser, two for heun and
-    predictor_corrector (unless told otherwise), inner_steps for annealed_langevin; dopri5 takes as many as it needs.
-    generator: one, or B of them (image i is then the same at any batch size).
-    callback(step, t, x, x0): called after each step (dopri5: once, at the end); may return a tensor to go on from.
-    grid: a name of latentdiff.samplers.grids, or descending times [n + 1] (steps is then not looked at).
-    grid_options: the named grid's own, such as {"rho": 5.0} for karras.  device: of noise that is drawn here.
-    options: the sampler's own, such as eta for ddim.  UserError for an unknown sampler, grid or option, and for samples
-    that are not finite.
+    Args:
+        denoiser: a `Denoiser`, or guidance around one.
+        noise_or_shape: unit-variance noise [B, ...], or a shape to draw it in (float32, on the generator's device, then moved
+            to `device`). It is scaled by the standard deviation of x at the grid's first time (`schedule.start_std`, which is
+            prior_std at t_max). A dtype below float32 becomes float32.
+        sampler: one of `names()`.
+        steps: steps of the grid. A step is one evaluation of the denoiser; two for heun, and for predictor_corrector by
+            default; inner_steps for annealed_langevin. dopri5 takes as many steps as it needs.
+        generator: one, or a list of B; sample i is then the same at any batch size. None for torch's default.
+        callback: callback(step, t, x, x0), called after each step (dopri5: once, at the end). It may return a tensor to
+            continue from in the place of x.
+        grid: a name of `latentdiff.samplers.grids`, or descending times [n + 1]; then `steps` is not used.
+        grid_options: options of the named grid, such as {"rho": 5.0} for karras.
+        device: of noise that is drawn here.
+        start: "noise", or "state" where the tensor is x_t itself at the grid's first time, such as data with noise added; it is
+            then not scaled.
+        options: options of the sampler, such as eta for ddim.
+
+    Raises:
+        UserError: an unknown sampler, grid or option.
+        NotFiniteError: samples that are not finite; it names the evaluation at fault.
     """
     if sampler not in _SAMPLERS:
         raise UserError(f"sampler: {sampler!r} is unknown; valid: {', '.join(_SAMPLERS)}")
@@ -121,7 +129,7 @@ def sample(
 
     x = draw(denoiser, callback)
     if not bool(torch.isfinite(x).all()):
-        reason = _first_non_finite(denoiser, lambda watched: draw(watched, None))
+        reason = _first_non_finite(denoiser, lambda checked: draw(checked, None))
         if float(schedule.alpha(times[0])) == 0:
             reason = f"the grid starts at t = {float(times[0]):g}, where alpha is 0; start at t_max = {schedule.t_max:g}"
         raise NotFiniteError(f"sampler {sampler}: the samples are not finite; {reason}")
@@ -129,30 +137,34 @@ def sample(
 
 
 def _first_non_finite(denoiser: DenoiserLike, run: Callable[[Any], object]) -> str:
-    """Where the denoiser first gives what is not finite: run(denoiser) is made once more, each output looked at."""
+    """Where the denoiser first gives a result that is not finite, found by a second run with every result checked.
+
+    run: run(denoiser) samples again.
+    """
     evaluations = 0
 
-    class Watched:
+    class Checked:
         schedule = denoiser.schedule
 
         def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Any:
             nonlocal evaluations
             evaluations += 1
-            found, largest = denoiser(x, t, **conditioning), float(x.abs().max())
-            if not bool(torch.isfinite(found.x0).all()):
+            out = denoiser(x, t, **conditioning)
+            if not bool(torch.isfinite(out.x0).all()):
+                largest = float(x.abs().max())
                 where = f"evaluation {evaluations}, t = {float(torch.as_tensor(t).max()):.4g}"
                 raise NotFiniteError(f"the network's output is not finite ({where}, input up to {largest:.3g})")
-            return found
+            return out
 
     try:
-        run(Watched())
+        run(Checked())
     except NotFiniteError as error:
         return str(error)
     return "the network's outputs are finite, so the steps are too long or the guidance too strong"
 
 
 def _check_options(sampler: str, run: Callable[..., Tensor], options: Mapping[str, Any]) -> None:
-    """UserError for an option the sampler does not have, or of another kind than its default."""
+    """UserError for an option that the sampler does not have, or of another type than its default."""
     defaults = {name: p.default for name, p in signature(run).parameters.items() if name not in _COMMON}
     for option, value in options.items():
         if option not in defaults:
@@ -173,11 +185,11 @@ def round_trip_error(
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Root mean square of decode(encode(x0)) - x0 over each sample's entries, [B]; arguments as in `encode`.
+    """Root mean square of decode(encode(x0)) - x0 over the entries of each sample, [B]. Arguments as in `encode`.
 
-    Three things make it: the solver's error both ways; the decoder's last step, which is the x0 estimate and not the
-    ODE (about sigma^2 |score| / 2 at the grid's last positive sigma: karras and log_snr end lower than angle); and what
-    of x0 is off the model's distribution.
+    It has three parts: the solver's error in both directions; the last step of decoding, which is the x0 estimate and not the
+    ODE (about sigma^2 |score| / 2 at the grid's last positive sigma; karras and log_snr end lower than angle); and the part of
+    x0 that is outside of the model's distribution.
     """
     noise = encode(denoiser, x0, sampler, steps, grid, grid_options=grid_options, **options)
     back = sample(denoiser, noise, sampler, steps, grid=grid, grid_options=grid_options, **options)

@@ -1,4 +1,4 @@
-"""The probability-flow ODE with steps chosen by an error estimate: `solve` for any ODE, `dopri5` the sampler.
+"""ODE solving with steps chosen by an error estimate: `solve` for any ODE, and the sampler `dopri5`.
 
 Each sample has steps of its own (torchode), so its result does not depend on the rest of the batch.
 """
@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from latentdiff.errors import NotFiniteError, UserError
-from latentdiff.samplers.common import Callback, DenoiserLike, report
+from latentdiff.samplers.common import Callback, DenoiserLike, apply_callback
 from latentdiff.samplers.ode import heun
 from latentdiff.utils.random import Generators
 from latentdiff.utils.tensors import widen
 
 
 class Solution(NamedTuple):
-    """y: the state at t1, [B, ...].  nfe: how often fn was needed for each sample, int64 [B]."""
+    """The result of `solve`.
+
+    y: the state at t1, [B, ...]. nfe: evaluations of fn that each sample needed, int64 [B].
+    """
 
     y: Tensor
     nfe: Tensor
@@ -35,18 +38,26 @@ def solve(
     norm: Callable[[Tensor], Tensor] | None = None,
     variable: str = "t",
 ) -> Solution:
-    """The solution of dy/dt = fn(t, y) at t1, started from y at t0; t1 may be below t0.
+    """The solution of dy/dt = fn(t, y) at t1, from y at t0, by Dormand-Prince 5(4). No gradient flows through.
 
-    fn(t, y) -> dy/dt: t is float64 [B], y and dy/dt are [B, ...]; it is always called with the whole batch.
-    y: [B, ...], float32 or float64; returned in its dtype.  No gradient flows through.
-    rtol, atol: a step is taken when the root mean square over a sample's entries of error / (atol + rtol max|y|) is
-    below 1.  Initial step, step sizes and acceptance are each sample's own (torchdiffeq shares them over the batch), so
-    a sample's solution is that of a batch of one, up to the rounding of fn's own kernels at another batch size; a
-    sample that has arrived waits with steps of length 0.
-    max_steps: the most steps of one sample, rejected ones included; six evaluations each, and two to begin with.
-    norm: what makes one number [B] of the ratios [B, D] that are to be below 1, the root mean square by default.
-    variable: what messages call t.
-    UserError if a sample needs more, or its state stops being finite, and for y of another dtype.
+    The initial step, the step sizes and their acceptance are each sample's own (torchdiffeq shares them over the batch). So the
+    solution of a sample is that of a batch of one, up to the rounding of fn's kernels at another batch size. A sample that has
+    arrived waits with steps of length 0.
+
+    Args:
+        fn: fn(t, y) -> dy/dt, with t float64 [B], y and dy/dt [B, ...]; always called with the whole batch.
+        y: the state at t0, [B, ...], float32 or float64; the result has its dtype.
+        t0, t1: the ends; t1 may be below t0.
+        rtol, atol: a step is accepted where the root mean square over a sample's entries of error / (atol + rtol max|y|) is
+            below 1.
+        max_steps: the most steps of one sample, rejected ones included. A step has six evaluations; two more come before the
+            first.
+        norm: what makes one number [B] of the ratios [B, D] that must be below 1; the root mean square by default.
+        variable: the name of t in messages.
+
+    Raises:
+        UserError: a sample needs more steps, a tolerance is not above 0, or y has another dtype.
+        NotFiniteError: a state that is not finite.
     """
     for name, value in (("rtol", rtol), ("atol", atol), ("max_steps", max_steps)):
         if not value > 0:
@@ -55,17 +66,17 @@ def solve(
         raise UserError(f"y: the ODE is solved in float32 or float64, not {str(y.dtype).removeprefix('torch.')}")
     if t0 == t1 or y.shape[0] == 0:
         return Solution(y, torch.zeros(y.shape[0], dtype=torch.long, device=y.device))
-    # Imported here: it brings sympy, start-up time that no other command should pay.
+    # Imported here: it imports sympy, which takes time that no other command should pay
     from torchode import AutoDiffAdjoint, Dopri5, InitialValueProblem, IntegralController, ODETerm
 
-    left = (
+    not_finite = (
         f"the ODE from {variable} = {t0:g} to {t1:g} leaves the finite numbers at rtol {rtol:g}, atol {atol:g}; "
         "the function is not finite there, or the tolerance lets too long a step through"
     )
 
     def flat(t: Tensor, state: Tensor) -> Tensor:
-        if not bool(torch.isfinite(t).all()):  # the length of a step comes from the values before it
-            raise NotFiniteError(left)
+        if not bool(torch.isfinite(t).all()):  # the length of a step depends on the values before it
+            raise NotFiniteError(not_finite)
         return fn(t, state.reshape(y.shape)).to(y.dtype).reshape(state.shape)
 
     ends = [torch.full((y.shape[0],), t, dtype=torch.float64, device=y.device) for t in (t0, t1)]
@@ -73,16 +84,16 @@ def solve(
     controller = IntegralController(atol=atol, rtol=rtol, norm=norm or _root_mean_square)
     solver = AutoDiffAdjoint(Dopri5(), controller, max_steps=max_steps + 1)
     problem = InitialValueProblem(y.reshape(y.shape[0], -1), *ends)
-    found = solver.solve(problem, ODETerm(flat, with_stats=False))
-    end, steps = found.ys[:, -1].reshape(y.shape), found.stats["n_steps"]
+    result = solver.solve(problem, ODETerm(flat, with_stats=False))
+    end, steps = result.ys[:, -1].reshape(y.shape), result.stats["n_steps"]
     if bool((steps > max_steps).any()):
         raise UserError(
             f"max_steps: {max_steps} steps from {variable} = {t0:g} to {t1:g} are too few at rtol {rtol:g}, atol {atol:g}; "
             "raise max_steps, or rtol and atol"
         )
-    if bool((found.status != 0).any()) or not bool(torch.isfinite(end).all()):
-        raise NotFiniteError(left)
-    return Solution(end, 2 + 6 * steps)  # its own count is of calls, which a slower neighbour adds to
+    if bool((result.status != 0).any()) or not bool(torch.isfinite(end).all()):
+        raise NotFiniteError(not_finite)
+    return Solution(end, 2 + 6 * steps)  # torchode counts calls, which include those for slower samples
 
 
 def dopri5(
@@ -95,16 +106,27 @@ def dopri5(
     atol: float = 1e-5,
     max_steps: int = 1000,
 ) -> Tensor:
-    """Dormand-Prince 5(4) on the probability-flow ODE (2011.13456 eq. 13, there RK45), per-sample steps; draws nothing.
+    """Dormand-Prince 5(4) on the probability-flow ODE (Score SDE, arXiv 2011.13456, eq. 13, there RK45), with per-sample steps.
 
-    Of the grid only the two ends count.  callback is called once, as step 0 with grid[0], the state at grid[-1] and the
-    x0 found there.
-    The variable is the angle atan(sigma/alpha): along it the path is smooth on every schedule, whereas in t it is not
-    at the knots of a DDPM schedule, nor at t = 0 on VP, where sigma' is infinite.  For the same reason an end at
-    sigma = 0 is reached from t_min: down by the x0 estimate there, up by a step of `heun`.
-    rtol, atol: of the local error of a step; max_steps: the most of a sample, as in `samplers.adaptive.solve`.  UserError
-    where it does not arrive.
-    x: the state [B, ...] at grid[0]; returns the state at grid[-1].
+    The variable is the angle atan(sigma/alpha). Along it the path is smooth on every schedule; in t it is not smooth at the
+    timesteps of a DDPM schedule, nor at t = 0 on VP, where sigma' is infinite. For the same reason an end at sigma = 0 is
+    reached from t_min: down by the x0 estimate there, up by a step of `heun`.
+
+    Args:
+        denoiser: a `Denoiser`, or guidance around one.
+        x: the state x_t [B, ...] at grid[0].
+        grid: times [n + 1], of which only the first and the last count, in [0, 1], float64; 0 is data.
+        generator: not used: this sampler draws nothing.
+        callback: called once, as step 0 with grid[0], the state at grid[-1] and the last x0 estimate; see
+            `latentdiff.samplers.common.Callback`.
+        rtol, atol: relative and absolute tolerance of the local error of a step.
+        max_steps: the most steps of one sample.
+
+    Returns:
+        The state [B, ...] at grid[-1].
+
+    Raises:
+        UserError: a sample does not arrive in max_steps.
     """
     schedule = denoiser.schedule
 
@@ -125,7 +147,7 @@ def dopri5(
     if not clean[1] and callback is None:
         return x
     x0 = denoiser(x, float(times[1])).x0
-    return report(callback, 0, float(grid[0]), float(schedule.alpha(grid[-1])) * x0 if clean[1] else x, x0)
+    return apply_callback(callback, 0, float(grid[0]), float(schedule.alpha(grid[-1])) * x0 if clean[1] else x, x0)
 
 
 def _root_mean_square(ratios: Tensor) -> Tensor:

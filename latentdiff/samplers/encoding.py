@@ -1,4 +1,4 @@
-"""Data to noise and back by the probability-flow ODE, and what to do with the noise."""
+"""From data to noise by the probability-flow ODE, and interpolation between noises."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from latentdiff.samplers.grids import make_grid
 from latentdiff.samplers.ode import euler, heun
 from latentdiff.utils.tensors import flat_mean, widen
 
-# Solvers that run in both directions, with the options that make sense upwards (churn would draw).
+# Solvers that run in both directions, with the options that make sense from data to noise (churn would draw)
 ENCODERS: Mapping[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     "heun": (heun, ()),
     "dopri5": (dopri5, ("rtol", "atol", "max_steps")),
@@ -32,13 +32,22 @@ def encode(
     grid_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Tensor:
-    """Data [B, ...] to the unit-variance noise [B, ...] that the probability-flow ODE ties to it (2011.13456 section 4.3).
+    """The unit-variance noise [B, ...] that the probability-flow ODE ties to data (Score SDE, arXiv 2011.13456, section 4.3).
 
-    `sample(denoiser, noise, sampler, steps, grid=grid)` decodes it; `samplers.round_trip_error` says how well.
-    x0: worked on, and returned, in float32 at least.
-    sampler: heun, dopri5 (options rtol, atol, max_steps) or euler (DDIM inversion), on the reversed grid.  Draws nothing.
-    The first step, from t = 0, takes E[eps | x0] = 0 there: a density's score is finite.
-    callback, grid_options: as in `sample`.  UserError for an unknown sampler, grid or option, and for noise that is not finite.
+    `sample(denoiser, noise, sampler, steps, grid=grid)` decodes it; `round_trip_error` measures how well. Nothing is drawn. The
+    first step, from t = 0, takes E[eps | x0] = 0 there, because the score of a density is finite.
+
+    Args:
+        denoiser: a `Denoiser`, or guidance around one.
+        x0: data [B, ...]. The result has its dtype, float32 at least.
+        sampler: "heun", "dopri5" (with the options rtol, atol, max_steps) or "euler" (DDIM inversion), on the reversed grid.
+        steps: steps of the grid; dopri5 takes as many as it needs.
+        grid, callback, grid_options: as in `sample`.
+        options: of the sampler.
+
+    Raises:
+        UserError: an unknown sampler, grid or option.
+        NotFiniteError: noise that is not finite.
     """
     if sampler not in ENCODERS:
         raise UserError(f"sampler: {sampler!r} does not encode; valid: {', '.join(ENCODERS)}")
@@ -55,12 +64,14 @@ def encode(
 
 
 def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
-    """Spherical interpolation from a (weight 0) to b (weight 1), sample by sample.
+    """Spherical interpolation from a to b [B, ...], for each sample on its own: [sin((1 - w) o) a + sin(w o) b] / sin(o).
 
-    [sin((1 - w) o) a + sin(w o) b] / sin(o), o the angle between the two samples: two draws of N(0, I) in many
-    dimensions give something of the same length all the way, which a straight line does not.
-    a, b: [B, ...]; weight: a float or [B].  Samples that are parallel (o < 1e-4) are interpolated straight; at o = pi
-    there is no way to prefer, and the result is not to be used.
+    o is the angle between the two samples. Two draws of N(0, I) in many dimensions then give something of the same length all
+    the way, which a straight line does not.
+
+    a, b: [B, ...]. weight: w, a float or [B]; 0 gives a and 1 gives b. Parallel samples (o < 1e-4) are interpolated on a
+    straight
+    line. At o = pi the path is not unique, and the result is meaningless.
     """
     w = torch.as_tensor(weight, dtype=a.dtype, device=a.device).expand(a.shape[0])  # [B]
     lengths = (flat_mean(a**2) * flat_mean(b**2)).sqrt()

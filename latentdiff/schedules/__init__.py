@@ -1,9 +1,9 @@
-"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, t in [0, 1], 0 is data and 1 is noise.
+"""Noise schedules: x_t = alpha(t) x0 + sigma(t) eps, with t in [0, 1]; t = 0 is data and t = 1 is noise.
 
-A schedule states alpha, sigma, their time derivatives and the inverse of its log-SNR.  The SDE follows for all of them
-(2011.13456, with the identity checked in tests/schedules/test_schedules.py):
+A schedule gives alpha, sigma, their derivatives in t and the inverse of its log-SNR. The forward SDE follows for all of them
+(Score SDE, arXiv 2011.13456; the identity is checked in tests/schedules/test_schedules.py):
     dx = f(t) x dt + g(t) dw,    f = alpha'/alpha,    g^2 = 2 sigma sigma' - 2 f sigma^2.
-All methods take a float or a tensor of times and return float64 tensors of the same shape.
+Methods take a float or a tensor of times and return a float64 tensor of the same shape, on the same device.
 """
 
 from collections.abc import Callable, Mapping
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _DISCRETE: Mapping[str, Any] = {"num_steps": 1000, "zero_terminal_snr": False}
-# name: (builder, parameters with their defaults)
+# name: (function that makes it, parameters with their defaults)
 _NAMED: Mapping[str, tuple[Callable[..., NoiseSchedule], Mapping[str, Any]]] = {
     "vp": (VP, {"beta_min": 0.1, "beta_max": 20.0}),
     "subvp": (SubVP, {"beta_min": 0.1, "beta_max": 20.0}),
@@ -51,14 +51,31 @@ _NAMED: Mapping[str, tuple[Callable[..., NoiseSchedule], Mapping[str, Any]]] = {
 
 
 def names() -> list[str]:
-    """The names `make_schedule` knows."""
+    """The names that `make_schedule` takes."""
     return list(_NAMED)
 
 
 def make_schedule(name: str, **params: float) -> NoiseSchedule:
-    """A schedule by name: vp, subvp, ve, cosine, flow, edm, ddpm-linear, ddpm-scaled-linear, ddpm-cosine.
+    """A noise schedule by name.
 
-    UserError for an unknown name or parameter, listing the valid ones.
+    Args:
+        name: one of these, with its parameters and their defaults:
+            "vp": `VP`, beta_min=0.1, beta_max=20.
+            "subvp": `SubVP`, beta_min=0.1, beta_max=20.
+            "ve": `VE`, sigma_min=0.01, sigma_max=50.
+            "cosine": `Cosine`.
+            "flow": `RectifiedFlow`.
+            "edm": `EDM`, sigma_min=0.002, sigma_max=80.
+            "ddpm-linear": `DiscreteVP`, beta_start=1e-4, beta_end=0.02, num_steps=1000, zero_terminal_snr=False.
+            "ddpm-scaled-linear": `DiscreteVP`, beta_start=0.00085, beta_end=0.012, num_steps=1000, zero_terminal_snr=False.
+            "ddpm-cosine": `DiscreteVP`, num_steps=1000, zero_terminal_snr=False.
+        params: the schedule's parameters, by keyword.
+
+    Returns:
+        A `NoiseSchedule`.
+
+    Raises:
+        UserError: an unknown name or parameter, or a value out of range; it lists what is valid.
     """
     if name not in _NAMED:
         raise UserError(f"schedule: {name!r} is unknown; valid: {', '.join(_NAMED)}")

@@ -1,4 +1,4 @@
-"""What every schedule is, and the variance-preserving family's meeting with diffusers."""
+"""The parent of all noise schedules, that of the variance-preserving ones, and how schedules become diffusers schedulers."""
 
 import inspect
 import math
@@ -12,7 +12,7 @@ from latentdiff.errors import UserError
 from latentdiff.utils.random import Generators, randn
 
 Time = float | Tensor
-# For schedules made of betas, with the predictions each takes
+# Schedulers for schedules made of betas, with the predictions that each takes
 VP_SCHEDULERS = {
     "DPMSolverMultistepScheduler": ("epsilon", "sample", "v_prediction"),
     "DDIMScheduler": ("epsilon", "sample", "v_prediction"),
@@ -20,27 +20,31 @@ VP_SCHEDULERS = {
     "EulerDiscreteScheduler": ("epsilon", "sample", "v_prediction"),
     "HeunDiscreteScheduler": ("epsilon", "v_prediction"),
 }
-# Schedulers whose steps have a second stage in sigma, and the options that give them another grid of sigmas
+# Schedulers whose steps have two stages, and the options that give them another grid of sigmas
 TWO_STAGE = ("HeunDiscreteScheduler",)
 SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
-# With less of the data left at t = 1, the first step of such a scheduler goes from sigma = 1000 or more to about 10
+# With a smaller alpha^2 at t = 1, the first step of a two-stage scheduler goes from sigma = 1000 or more to about 10
 LEAST_ALPHA_BAR = 1e-6
-# Every saved config says these, also for the schedulers that users swap in by from_config: the defaults of DDPM and DDIM
-# (clip_sample=True) would clip latents, which have no fixed range, to [-1, 1].
+# Every saved config has these, also for the schedulers that users make of it by from_config. By default DDPM and DDIM
+# (clip_sample=True) would clip latents to [-1, 1], but latents have no fixed range
 UNCLIPPED = {"clip_sample": False, "thresholding": False}
 SCHEDULERS = (*VP_SCHEDULERS, "EDMEulerScheduler", "FlowMatchEulerDiscreteScheduler")
 
 
 class NoiseSchedule:
-    """The parent of every schedule; a child gives alpha, sigma, d_alpha, d_sigma and time_from_log_snr.
+    """A Gaussian path x_t = alpha(t) x0 + sigma(t) eps, for t in [0, 1]. The parent of every schedule.
 
-    t_min, t_max: the interval in which the schedule may be trained and integrated.  At t_min the score is still
-    finite; at t_max alpha is still large enough that x0 can be recovered from x_t and eps.
-    prior_std: standard deviation of x at t_max for the prior N(0, prior_std^2), data of unit variance assumed.
-    num_steps: into how many timesteps diffusers cuts [0, 1].
-    counts_steps: whether `timestep` counts those, so that one a hair from an integer is meant to be that integer.
-    sigma_data: the data's standard deviation as EDM's preconditioning sees it; 1, as latents are normalised.
-    default_scheduler: the diffusers class `to_scheduler` makes when not told; None where diffusers has no equal.
+    A child gives `alpha`, `sigma`, `d_alpha`, `d_sigma` and `time_from_log_snr`. Methods of a time t take a float or a tensor
+    of any shape and return a float64 tensor of that shape, on the same device.
+
+    Attributes:
+        t_min, t_max: the interval of t in which a network is trained and the ODE is solved. At t_min the score is still finite;
+            at t_max alpha is still large enough that x0 can be computed from x_t and eps.
+        prior_std: standard deviation of x at t_max: the prior is N(0, prior_std^2 I), for data of unit variance.
+        num_steps: the number of timesteps into which diffusers divides [0, 1].
+        counts_steps: whether `timestep` counts those steps. A value that differs from an integer by rounding is then rounded.
+        sigma_data: standard deviation of the data in EDM's preconditioning; 1, because latents are normalised.
+        default_scheduler: name of the diffusers class that `to_scheduler` makes by default; None where diffusers has none.
     """
 
     t_min: float = 1e-3
@@ -52,9 +56,11 @@ class NoiseSchedule:
     default_scheduler: str | None = None
 
     def alpha(self, t: Time) -> Tensor:
+        """alpha(t), the scale of the data in x_t."""
         raise NotImplementedError
 
     def sigma(self, t: Time) -> Tensor:
+        """sigma(t), the standard deviation of the noise in x_t."""
         raise NotImplementedError
 
     def d_alpha(self, t: Time) -> Tensor:
@@ -66,59 +72,67 @@ class NoiseSchedule:
         raise NotImplementedError
 
     def time_from_log_snr(self, log_snr: Time) -> Tensor:
-        """The t at which log(alpha^2 / sigma^2) has this value."""
+        """The time t at which log(alpha^2 / sigma^2) has this value: the inverse of `log_snr`."""
         raise NotImplementedError
 
     def log_snr(self, t: Time) -> Tensor:
-        """log(alpha^2 / sigma^2): falls with t; +inf where sigma is 0."""
+        """log(alpha^2 / sigma^2), the log signal-to-noise ratio. It falls with t, and is +inf where sigma is 0."""
         return 2 * (self.alpha(t).log() - self.sigma(t).log())
 
     def drift(self, t: Time) -> Tensor:
-        """f(t) of the forward SDE."""
+        """f(t) = alpha'/alpha of the forward SDE dx = f(t) x dt + g(t) dw (Score SDE, arXiv 2011.13456, eq. 5)."""
         return self.d_alpha(t) / self.alpha(t)
 
     def diffusion(self, t: Time) -> Tensor:
-        """g(t) of the forward SDE."""
+        """g(t) of the forward SDE, g^2 = 2 sigma sigma' - 2 f sigma^2."""
         sigma = self.sigma(t)
         return (2 * sigma * self.d_sigma(t) - 2 * self.drift(t) * sigma**2).clamp_min(0).sqrt()
 
     def start_std(self, t: Time) -> Tensor:
-        """Standard deviation of the Gaussian from which sampling starts at t, float64 of t's shape: prior_std from t_max on.
+        """Standard deviation of the Gaussian from which sampling starts at time t.
 
-        Below it in proportion to that of x_t for data of unit variance, sqrt(alpha^2 + sigma^2): 1 wherever variance is
-        preserved, sigma (and a hair more, for the data) where alpha is 1.
+        It is prior_std from t_max on. Below t_max it shrinks in proportion to the standard deviation of x_t for data of unit
+        variance, sqrt(alpha^2 + sigma^2): it is 1 where variance is preserved, and close to sigma where alpha is 1.
         """
         t = f64(t).clamp(max=self.t_max)
         spread = torch.hypot(self.alpha(t), self.sigma(t))
         return self.prior_std * (spread / torch.hypot(self.alpha(self.t_max), self.sigma(self.t_max)))
 
     def prior_sample(self, shape: Sequence[int], generator: Generators = None) -> Tensor:
-        """x at t_max drawn from N(0, prior_std^2 I): float32 of the given shape; generator as in utils.random.randn."""
+        """Draws from the prior N(0, prior_std^2 I), float32 of the given shape [B, ...]: x at t_max.
+
+        generator: one, a list of B, or None; see `latentdiff.utils.random.randn`.
+        """
         return self.prior_std * randn(shape, generator)
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
-        """log N(x; 0, prior_std^2 I) in nats, [B] float64, for x [B, ...] at t_max."""
+        """log N(x; 0, prior_std^2 I) in nats, float64 [B], for x [B, ...] at t_max."""
         x = x.reshape(x.shape[0], -1).double()  # [B, D]
         constant = 0.5 * x.shape[1] * math.log(2 * math.pi * self.prior_std**2)
         return -0.5 * (x / self.prior_std).square().sum(1) - constant
 
     def input_scale(self, t: Time) -> Tensor:
-        """What x is multiplied by before the U-Net sees it: 1, unless x's spread changes by orders of magnitude."""
+        """The factor on x before the U-Net: 1, unless the scale of x changes by orders of magnitude over t."""
         return torch.ones_like(f64(t))
 
     def timestep(self, t: Time) -> Tensor:
-        """What the U-Net is fed for time t: 1000 t, unless a child says otherwise."""
+        """What the U-Net is given for time t: num_steps t, unless a child overrides it."""
         return self.num_steps * f64(t)
 
     def time_from_timestep(self, timestep: Time) -> Tensor:
-        """The inverse of `timestep`."""
+        """The time t of a timestep: the inverse of `timestep`."""
         return f64(timestep) / self.num_steps
 
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
-        """A diffusers scheduler of this schedule; see latentdiff.schedules.SCHEDULERS for the names.
+        """A diffusers scheduler with this noise schedule.
 
-        name: diffusers' class name, default_scheduler if None.  config: further entries of that class's config.
-        UserError where diffusers has no equal.
+        Args:
+            name: class name in diffusers, one of `latentdiff.schedules.SCHEDULERS`; None for default_scheduler.
+            prediction: what the network predicts; see `latentdiff.prediction`.
+            config: further entries of the scheduler's config.
+
+        Raises:
+            UserError: diffusers has no such scheduler for this schedule and prediction, or refuses the config.
         """
         raise UserError(
             f"schedule: {type(self).__name__} has no equal among diffusers' schedulers; "
@@ -127,11 +141,11 @@ class NoiseSchedule:
 
     @staticmethod
     def from_scheduler(scheduler: Any) -> "NoiseSchedule":
-        """The schedule of a diffusers scheduler, read from its config.
+        """The noise schedule of a diffusers scheduler, read from its config.
 
-        Schedulers made of betas (DDPM, DDIM, DPMSolverMultistep, EulerDiscrete, HeunDiscrete, zero terminal SNR
-        included) give DiscreteVP; EDMEuler gives EDM; FlowMatchEulerDiscrete and schedulers that run on flow sigmas
-        give RectifiedFlow (a time shift moves the sampling grid, not the path).  UserError for any other.
+        Schedulers made of betas (DDPM, DDIM, DPMSolverMultistep, EulerDiscrete, HeunDiscrete, also with zero terminal SNR) give
+        `DiscreteVP`. EDMEuler gives `EDM`. FlowMatchEulerDiscrete, and schedulers that run on flow sigmas, give
+        `RectifiedFlow`; a time shift changes the sampling grid, not the path. UserError for any other.
         """
         for read in _READERS:
             if (schedule := read(scheduler)) is not None:
@@ -140,12 +154,15 @@ class NoiseSchedule:
 
 
 class VariancePreserving(NoiseSchedule):
-    """alpha^2 + sigma^2 = 1.  The U-Net is fed N t - 1, so that diffusers' timestep k is t = (k + 1) / N."""
+    """A schedule with alpha^2 + sigma^2 = 1.
+
+    The U-Net is given N t - 1 with N = num_steps, so that timestep k of diffusers is t = (k + 1) / N.
+    """
 
     default_scheduler: str | None = "DPMSolverMultistepScheduler"
 
     def timestep(self, t: Time) -> Tensor:
-        """N t - 1: diffusers' k = 0 ... N - 1 at t = 1/N ... 1."""
+        """num_steps t - 1: timesteps k = 0 ... N - 1 of diffusers at t = 1/N ... 1."""
         return f64(t) * self.num_steps - 1
 
     def time_from_timestep(self, timestep: Time) -> Tensor:
@@ -154,7 +171,7 @@ class VariancePreserving(NoiseSchedule):
     def betas(self) -> dict[str, Any]:
         """The entries of a diffusers config that give this schedule at t = 1/N ... 1.
 
-        A continuous schedule is exact at these times, except that beta is kept below 0.999 as in diffusers.
+        They are exact at these times, except that beta is at most 0.999, as in diffusers.
         """
         t = torch.arange(1, self.num_steps + 1, dtype=torch.float64) / self.num_steps
         alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), self.alpha(t) ** 2])
@@ -176,26 +193,27 @@ class VariancePreserving(NoiseSchedule):
             **config,
         }
         if settings["timestep_spacing"] == "trailing":
-            settings.setdefault("steps_offset", 1)  # plays no part here, but Stable Diffusion's pipelines warn of 0
+            settings.setdefault("steps_offset", 1)  # has no effect here, but Stable Diffusion's pipelines warn of 0
         scheduler = make_scheduler(name, settings, beside=UNCLIPPED)
         if name in TWO_STAGE and not any(settings.get(key) for key in SIGMA_OPTIONS):
-            left = float(torch.cumprod(1 - scheduler.betas.double(), 0)[-1])
-            if left < LEAST_ALPHA_BAR:
+            alpha_bar = float(torch.cumprod(1 - scheduler.betas.double(), 0)[-1])
+            if alpha_bar < LEAST_ALPHA_BAR:
                 raise UserError(
-                    f"scheduler: {name} cannot start at alpha^2 = {left:.1e}, where {type(self).__name__} ends: its first step "
-                    f"is too long; set use_karras_sigmas=true in its config, or take {self.default_scheduler}"
+                    f"scheduler: {name} cannot start at alpha^2 = {alpha_bar:.1e}, where {type(self).__name__} ends: its first "
+                    f"step is too long; set use_karras_sigmas=true in its config, or take {self.default_scheduler}"
                 )
         return scheduler
 
 
+# Functions scheduler -> schedule, or None for a scheduler of another schedule: see `NoiseSchedule.from_scheduler`
 _Reader = Callable[[Any], NoiseSchedule | None]
 _READERS: list[_Reader] = []
 
 
 def reads_scheduler(read: _Reader) -> _Reader:
-    """A decorator: let `NoiseSchedule.from_scheduler` try `read`, which returns None for schedulers of another schedule.
+    """A decorator that lets `NoiseSchedule.from_scheduler` use `read`. At most one reader may take a scheduler.
 
-    So this module need not import the schedules that are built on it. At most one of the readers takes a scheduler.
+    So this module need not import the schedules that are built on it.
     """
     _READERS.append(read)
     return read
@@ -207,9 +225,11 @@ def f64(t: Time) -> Tensor:
 
 
 def make_scheduler(name: str, settings: dict[str, Any], beside: dict[str, Any] | None = None) -> Any:
-    """A diffusers scheduler; UserError with its own words where it refuses its settings.
+    """A diffusers scheduler by the name of its class. UserError, with diffusers' reason, where it refuses its settings.
 
-    beside: config entries for other classes, made of this one's config by from_config; this class takes those it knows.
+    settings: entries of the class's config. beside: entries that other classes read, when they are made from this one's config
+    by
+    from_config; this class takes those of them that it knows.
     """
     import diffusers
 

@@ -1,4 +1,4 @@
-"""Schedules given by a formula in t."""
+"""Noise schedules that are given by a formula in t."""
 
 import math
 from typing import Any
@@ -19,7 +19,10 @@ from latentdiff.schedules.base import (
 
 
 class VP(VariancePreserving):
-    """Variance preserving, beta(t) linear from beta_min to beta_max: 2011.13456 eq. 32-33."""
+    """Variance preserving, with beta(t) linear from beta_min to beta_max (Score SDE, arXiv 2011.13456, eq. 32-33).
+
+    alpha = exp(-t^2 (beta_max - beta_min) / 4 - t beta_min / 2). UserError unless 0 <= beta_min <= beta_max and beta_max > 0.
+    """
 
     def __init__(self, beta_min: float = 0.1, beta_max: float = 20.0):
         if not 0 <= beta_min <= beta_max or beta_max == 0:
@@ -46,7 +49,7 @@ class VP(VariancePreserving):
         return 0.5 * self._beta(t) * self.alpha(t) ** 2 / self.sigma(t)
 
     def diffusion(self, t: Time) -> Tensor:
-        t = f64(t)  # at 0 sigma' is infinite where sigma is 0, and g^2 is their product: beta_min
+        t = f64(t)  # at t = 0 sigma' is infinite and sigma is 0; g^2 is beta_min there
         return torch.where(t == 0, self._beta(t).sqrt(), super().diffusion(t))
 
     def _time_from_log_alpha(self, log_alpha: Tensor) -> Tensor:
@@ -59,7 +62,10 @@ class VP(VariancePreserving):
 
 
 class SubVP(VP):
-    """alpha as VP, sigma = 1 - alpha^2: 2011.13456 eq. 29 and appendix B.  The U-Net is fed 1000 t."""
+    """Sub-variance preserving: alpha as in `VP`, sigma = 1 - alpha^2 (Score SDE, arXiv 2011.13456, eq. 29 and appendix B).
+
+    The U-Net is given 1000 t. diffusers has no such scheduler.
+    """
 
     def sigma(self, t: Time) -> Tensor:
         return -torch.expm1(2 * self._log_alpha(t))
@@ -79,7 +85,10 @@ class SubVP(VP):
 
 
 class Exploding(NoiseSchedule):
-    """alpha = 1: x grows with sigma, so the U-Net sees x / sqrt(sigma^2 + sigma_data^2) (2206.00364 table 1, c_in)."""
+    """A schedule with alpha = 1.
+
+    x grows with sigma, so the U-Net is given x / sqrt(sigma^2 + sigma_data^2) (c_in of EDM, arXiv 2206.00364, table 1).
+    """
 
     def alpha(self, t: Time) -> Tensor:
         return torch.ones_like(f64(t))
@@ -92,9 +101,9 @@ class Exploding(NoiseSchedule):
 
 
 class VE(Exploding):
-    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t, 2011.13456 eq. 31.
+    """Variance exploding: alpha = 1, sigma = sigma_min (sigma_max / sigma_min)^t (Score SDE, arXiv 2011.13456, eq. 30-31).
 
-    sigma(0) is sigma_min, not 0: t_min is 0.
+    sigma(0) is sigma_min, not 0, and t_min is 0. UserError unless 0 < sigma_min < sigma_max.
     """
 
     t_min = 0.0
@@ -116,9 +125,10 @@ class VE(Exploding):
 
 
 class EDM(Exploding):
-    """alpha = 1, sigma = sigma_max t: 2206.00364 table 1.  The U-Net is fed ln(sigma) / 4.
+    """The schedule of EDM (arXiv 2206.00364, table 1): alpha = 1, sigma = sigma_max t. The U-Net is given ln(sigma) / 4.
 
-    Trained from sigma_min up; sigma(0) is 0, so that a last step may end on data as it does there.
+    A network is trained from sigma_min up. sigma(0) is 0, so the last step of sampling may end on data, as in the paper.
+    UserError unless 0 < sigma_min < sigma_max.
     """
 
     counts_steps = False
@@ -139,7 +149,7 @@ class EDM(Exploding):
         return torch.exp(-0.5 * f64(log_snr)) / self.sigma_max
 
     def timestep(self, t: Time) -> Tensor:
-        """ln(sigma) / 4, c_noise of 2206.00364 table 1, which diffusers' EDMEulerScheduler has for timesteps."""
+        """ln(sigma) / 4: c_noise of EDM (arXiv 2206.00364, table 1), which EDMEulerScheduler of diffusers has for timesteps."""
         return 0.25 * self.sigma(t).log()
 
     def time_from_timestep(self, timestep: Time) -> Tensor:
@@ -158,9 +168,12 @@ class EDM(Exploding):
 
 
 class Cosine(VariancePreserving):
-    """alpha = cos(pi t / 2), sigma = sin(pi t / 2): 2102.09672 eq. 17 without offset, 2301.11093 eq. 2."""
+    """The cosine schedule alpha = cos(pi t / 2), sigma = sin(pi t / 2).
 
-    t_max = 0.999  # alpha(1) is 0: x0 cannot be had from eps there
+    Improved DDPM (arXiv 2102.09672) eq. 17 without its offset; Simple Diffusion (arXiv 2301.11093) eq. 2.
+    """
+
+    t_max = 0.999  # alpha(1) is 0: x0 cannot be computed from eps there
 
     def alpha(self, t: Time) -> Tensor:
         return torch.cos(0.5 * math.pi * f64(t))
@@ -179,10 +192,13 @@ class Cosine(VariancePreserving):
 
 
 class RectifiedFlow(NoiseSchedule):
-    """The straight path alpha = 1 - t, sigma = t: 2209.03003, 2210.02747.  The U-Net is fed 1000 t."""
+    """The straight path alpha = 1 - t, sigma = t (Rectified Flow, arXiv 2209.03003; Flow Matching, arXiv 2210.02747).
 
-    t_max = 0.999  # alpha(1) is 0: x0 cannot be had from eps or a score there; from a flow prediction it can
-    # And not FlowMatchEuler: that one's grid does not fit what is trained, see `to_scheduler`
+    The U-Net is given num_steps t.
+    """
+
+    t_max = 0.999  # alpha(1) is 0: x0 cannot be computed from eps or a score there; from a flow prediction it can
+    # Not FlowMatchEuler: its grid does not fit what is trained, see `to_scheduler`
     default_scheduler = "DPMSolverMultistepScheduler"
 
     def __init__(self, num_steps: int = 1000):
@@ -204,12 +220,13 @@ class RectifiedFlow(NoiseSchedule):
         return torch.sigmoid(-0.5 * f64(log_snr))
 
     def to_scheduler(self, name: str | None = None, prediction: str = "flow", **config: Any) -> Any:
-        """DPMSolverMultistepScheduler on flow sigmas, or FlowMatchEulerDiscreteScheduler.
+        """DPMSolverMultistepScheduler on flow sigmas, or FlowMatchEulerDiscreteScheduler; see `NoiseSchedule.to_scheduler`.
 
-        The first has the grid 0.999 (1 - i/n), i = 0 ... n, which starts at t_max.  The second goes evenly from 1 to 0.001 in
-        n - 1 steps, and then to 0: it starts at t = 1, beyond what is trained, and its last step is next to nothing, so that
-        n = 2 is one step.  No entry of its config changes that; a caller may pass it `sigmas` of his own.
-        flow_shift or shift bend the grid (2403.03206 eq. 23); the path stays the straight one.
+        The first has the grid 0.999 (1 - i/n), i = 0 ... n, which starts at t_max. The second goes evenly from 1 to 0.001 in n
+        - 1 steps, and then to 0: it starts at t = 1, beyond what is trained, and its last step does almost nothing, so n = 2 is
+        one step. No entry of its config changes that; a caller may pass it `sigmas`.
+
+        flow_shift or shift bend the grid (Stable Diffusion 3, arXiv 2403.03206, eq. 23); the path stays straight.
         """
         name = name or self.default_scheduler
         if name not in _FLOW_SETTINGS or prediction != "flow":
@@ -219,18 +236,18 @@ class RectifiedFlow(NoiseSchedule):
             )
         settings = {"num_train_timesteps": self.num_steps, **_FLOW_SETTINGS[name], **config}
         other_grids = [key for key in (*SIGMA_OPTIONS, "use_lu_lambdas") if settings.get(key)]
-        if other_grids and name != "FlowMatchEulerDiscreteScheduler":  # diffusers then takes the sigmas of betas
+        if other_grids and name != "FlowMatchEulerDiscreteScheduler":  # diffusers would use the sigmas of betas
             raise UserError(f"scheduler: {name} does not run a flow with {', '.join(other_grids)}; leave it out")
         shift = settings.get("shift", settings.get("flow_shift", 1.0))
-        # What the flow's other schedulers call the same, so that from_config makes any of them of this one's config
+        # The same shift under the other schedulers' names, so that from_config makes any of them from this config
         others = {**_FLOW_SETTINGS["DPMSolverMultistepScheduler"], "flow_shift": shift, "shift": shift}
         return make_scheduler(name, settings, beside=others)
 
 
 _FLOW_SETTINGS: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {"shift": 1.0},
-    # final_sigmas_type: "sigma_min" would end on the first beta of a schedule that plays no part here; "zero" also makes
-    # the last step one of first order, which lands on its x0 whatever solver_order and lower_order_final are.
+    # final_sigmas_type "sigma_min" would end on the first beta of a schedule that is not used here. "zero" also makes the last
+    # step one of first order, which ends on its x0 whatever solver_order and lower_order_final are
     "DPMSolverMultistepScheduler": {
         "use_flow_sigmas": True,
         "prediction_type": "flow_prediction",

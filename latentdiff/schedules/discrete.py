@@ -1,4 +1,4 @@
-"""The schedule given by a list of betas, and the lists that have a name."""
+"""The noise schedule that is given by a list of betas, and the lists that have a name."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +12,12 @@ from latentdiff.schedules.base import Time, VariancePreserving, f64, reads_sched
 
 
 class DiscreteVP(VariancePreserving):
-    """The discrete chain of DDPM (2006.11239) as a continuous schedule.
+    """The discrete chain of DDPM (arXiv 2006.11239) as a schedule in continuous time.
 
-    alpha^2 at t = (k + 1)/N is prod_{i <= k} (1 - beta_i), exactly; between these N knots the log-SNR is linear in t.
-    Below t_min = 1/N sigma falls linearly to sigma(0) = 0, so that a last step may end on data.
+    alpha^2 at t = (k + 1)/N is prod_{i <= k} (1 - beta_i), exactly. Between these N times the log-SNR is linear in t. Below
+    t_min = 1/N sigma falls linearly to sigma(0) = 0, so that the last step of sampling may end on data.
+
+    betas: N numbers in (0, 1], at least two; else UserError.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor):
@@ -24,7 +26,7 @@ class DiscreteVP(VariancePreserving):
             raise UserError("betas: DiscreteVP needs at least two numbers in (0, 1]")
         alpha_bar = torch.cumprod(1 - betas, 0)
         self.zero_terminal_snr = float(alpha_bar[-1]) == 0
-        # Zero terminal SNR (2305.08891) has no log: diffusers' Euler and DPM-Solver put the same 2^-24 in its place.
+        # The log of a zero terminal SNR is infinite. diffusers' Euler and DPM-Solver use the same 2^-24 in its place
         alpha_bar = torch.where(alpha_bar > 0, alpha_bar, 2.0**-24)
         self.num_steps = len(betas)
         self.t_min = 1 / self.num_steps
@@ -41,9 +43,14 @@ class DiscreteVP(VariancePreserving):
         num_steps: int = 1000,
         zero_terminal_snr: bool = False,
     ) -> "DiscreteVP":
-        """One of diffusers' beta schedules, in float64: linear, scaled_linear or squaredcos_cap_v2.
+        """The schedule of one of diffusers' beta schedules, computed in float64.
 
-        zero_terminal_snr: rescaled so that nothing of the data is left at t = 1 (2305.08891 algorithm 1).
+        Args:
+            beta_schedule: "linear", "scaled_linear" or "squaredcos_cap_v2".
+            beta_start, beta_end: the first and the last beta; not used by squaredcos_cap_v2.
+            num_steps: N, the number of betas.
+            zero_terminal_snr: rescale the betas so that alpha is 0 at t = 1 (Lin et al., zero terminal SNR, arXiv 2305.08891,
+                algorithm 1).
         """
         betas = BETAS[beta_schedule](beta_start, beta_end, num_steps)
         schedule = cls(_without_signal(betas) if zero_terminal_snr else betas)
@@ -52,7 +59,7 @@ class DiscreteVP(VariancePreserving):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], betas: Tensor) -> "DiscreteVP":
-        """From the config of a diffusers scheduler: its formula in float64 if it names one, else its own betas."""
+        """The schedule of a diffusers config: by its formula, in float64, if it names one; else by the given betas [N]."""
         zero = bool(config.get("rescale_betas_zero_snr"))
         if config.get("trained_betas") is not None:
             betas = torch.as_tensor(config["trained_betas"], dtype=torch.float64)
@@ -62,7 +69,7 @@ class DiscreteVP(VariancePreserving):
         return cls.named(config["beta_schedule"], config["beta_start"], config["beta_end"], config["num_train_timesteps"], zero)
 
     def betas(self) -> dict[str, Any]:
-        # Rescaling betas that are so already changes nothing, and makes diffusers treat the last one apart too.
+        # Rescaling rescaled betas changes nothing, and makes diffusers handle the last one separately too
         return {**self._betas, **({"rescale_betas_zero_snr": True} if self.zero_terminal_snr else {})}
 
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
@@ -74,16 +81,17 @@ class DiscreteVP(VariancePreserving):
         return super().to_scheduler(name, prediction, **config)
 
     def _slot(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The knots' interval that holds t, and log_snr there: (index [..], log_snr [..])."""
-        knots = self._log_snr.to(t.device)
+        """(index of the interval between two trained times that holds t, log-SNR at t), each of the shape of t."""
+        nodes = self._log_snr.to(t.device)
         place = (t * self.num_steps - 1).clamp(0, self.num_steps - 1)
         index = place.floor().long().clamp(max=self.num_steps - 2)
-        return index, torch.lerp(knots[index], knots[index + 1], place - index)
+        return index, torch.lerp(nodes[index], nodes[index + 1], place - index)
 
     def _slope(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(log-SNR at t, its derivative in t), each of the shape of t."""
         index, log_snr = self._slot(t)
-        knots = self._log_snr.to(t.device)
-        return log_snr, (knots[index + 1] - knots[index]) * self.num_steps
+        nodes = self._log_snr.to(t.device)
+        return log_snr, (nodes[index + 1] - nodes[index]) * self.num_steps
 
     def log_snr(self, t: Time) -> Tensor:
         t = f64(t)
@@ -91,6 +99,7 @@ class DiscreteVP(VariancePreserving):
         return torch.where(t < self.t_min, below, self._slot(t)[1])
 
     def _below(self, t: Tensor) -> Tensor:
+        """sigma at t below t_min."""
         return self._sigma_min * (t / self.t_min).clamp(0, 1)
 
     def alpha(self, t: Time) -> Tensor:
@@ -129,7 +138,7 @@ def _discrete_of(scheduler: Any) -> DiscreteVP | None:
 
 
 def _without_signal(betas: Tensor) -> Tensor:
-    """Betas [N] whose last alpha_bar is 0 and whose first is as before: 2305.08891 algorithm 1."""
+    """Betas [N] whose last alpha_bar is 0 and whose first is unchanged (Lin et al., arXiv 2305.08891, algorithm 1)."""
     root = torch.cumprod(1 - betas, 0).sqrt()
     root = (root - root[-1]) * root[0] / (root[0] - root[-1])
     alpha_bar = torch.cat([torch.ones(1, dtype=torch.float64), root**2])
@@ -145,7 +154,7 @@ def _scaled_linear(start: float, end: float, n: int) -> Tensor:
 
 
 def _squared_cosine(start: float, end: float, n: int) -> Tensor:
-    """2102.09672 eq. 17 with s = 0.008 and beta <= 0.999; start and end play no part."""
+    """Improved DDPM (arXiv 2102.09672) eq. 17 with s = 0.008 and beta at most 0.999; start and end are not used."""
     edges = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2) ** 2
     return (1 - edges[1:] / edges[:-1]).clamp(max=0.999)
 

@@ -1,4 +1,4 @@
-"""Randomness as an argument: per-sample generators, and seeds derived from what they stand for."""
+"""Randomness as an argument: per-sample generators, and seeds that are derived from what they stand for."""
 
 import hashlib
 from collections.abc import Iterable, Sequence
@@ -17,10 +17,16 @@ def randn(
 ) -> Tensor:
     """Standard normal noise of the given shape [B, ...].
 
-    generator: None (torch's default), one generator for the whole batch, or B of them, one per sample: then sample i
-    is the same at any batch size and place in the batch.  Drawn on the generator's device and moved to `device`
-    (default: the generator's), so a CPU generator gives the same noise everywhere; drawn in float32 and cast, unless
-    float64 is asked for.  ValueError if the number of generators is not B.
+    Args:
+        shape: the first axis is the batch.
+        generator: None (torch's default), one for the whole batch, or a list of B, one per sample. With a list, sample i is the
+            same at any batch size and at any place in the batch.
+        device: of the result; by default the generator's. Noise is drawn on the generator's device and moved, so that a CPU
+            generator gives the same noise everywhere.
+        dtype: of the result. Noise is drawn in float32 and cast, unless this is float64.
+
+    Raises:
+        ValueError: the number of generators is not B.
     """
     return _draw(torch.randn, shape, generator, device, dtype)
 
@@ -31,23 +37,26 @@ def rand(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Uniform numbers in [0, 1); generators, devices and errors as in `randn`."""
+    """Uniform numbers in [0, 1) of the given shape [B, ...]. Arguments and errors as in `randn`."""
     return _draw(torch.rand, shape, generator, device, dtype)
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise with the shape, device and dtype of x [B, ...]."""
+    """Standard normal noise with the shape, device and dtype of x [B, ...]. generator: as in `randn`."""
     return randn(x.shape, generator, x.device, x.dtype)
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63) that is a fixed function of its parts, on every machine and in every Python process."""
+    """A seed in [0, 2**63): a fixed function of its parts, the same on every machine and in every process."""
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def generators(seed: int, indices: Iterable[int], device: torch.device | str = "cpu") -> list[torch.Generator]:
-    """One generator per sample, each seeded by (seed, index) alone: image i is the same in any batch."""
+    """One generator per index, each seeded by (seed, index) alone, so that image i is the same in any batch.
+
+    seed: any integer. indices: of the samples. device: where they draw.
+    """
     return [torch.Generator(device).manual_seed(derive_seed(seed, int(index))) for index in indices]
 
 
