@@ -69,9 +69,10 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     o is the angle between the two samples. Two draws of N(0, I) in many dimensions then give something of the same length all
     the way, which a straight line does not.
 
-    a, b: [B, ...]. weight: w, a float or [B]; 0 gives a and 1 gives b. Parallel samples (o < 1e-4) are interpolated on a
-    straight
-    line. At o = pi the path is not unique, and the result is meaningless.
+    a, b: [B, ...]. weight: w, a float or [B]; 0 gives a and 1 gives b.
+
+    Parallel samples (o < 1e-4) are interpolated on a straight line. At o = pi the path is not unique, and the result is
+    meaningless.
     """
     w = torch.as_tensor(weight, dtype=a.dtype, device=a.device).expand(a.shape[0])  # [B]
     lengths = (flat_mean(a**2) * flat_mean(b**2)).sqrt()

@@ -55,11 +55,10 @@ def predictor_corrector(
         corrector_steps: at least 0.
         snr: the paper's r, above 0.
         norms: "expected" takes |z| = sqrt(D) and |score| = sqrt(D) / sigma_s, their limits in high dimension D where noise
-            dominates: h = 2 a (snr sigma_s)^2. "measured" takes the norms of each sample. The paper's code takes their means
-                over the
-            batch, so that an image depends on the others. With the norms of a sample h depends on x and z, and Langevin
-            dynamics is no longer exact for p_t as h goes to 0: a Gaussian in D dimensions gets (1 + 2/D)^2 of its variance (2 %
-            too much at D = 200; useless at D = 1 or 2).
+            dominates: h = 2 a (snr sigma_s)^2. "measured" takes the norms of each sample. (The paper's code takes their means
+            over the batch, so that an image depends on the others.) With the norms of a sample, h depends on x and z, and
+            Langevin dynamics is no longer exact for p_t as h goes to 0: a Gaussian in D dimensions gets (1 + 2/D)^2 of its
+            variance (2 % too much at D = 200; useless at D = 1 or 2).
 
     Returns:
         The state [B, ...] at grid[-1].

@@ -166,6 +166,7 @@ class VariancePreserving(NoiseSchedule):
         return f64(t) * self.num_steps - 1
 
     def time_from_timestep(self, timestep: Time) -> Tensor:
+        """(timestep + 1) / num_steps: the inverse of `timestep`."""
         return (f64(timestep) + 1) / self.num_steps
 
     def betas(self) -> dict[str, Any]:
@@ -179,6 +180,7 @@ class VariancePreserving(NoiseSchedule):
         return {"trained_betas": betas.tolist()}
 
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
+        """A scheduler made of betas, one of `VP_SCHEDULERS`; see `NoiseSchedule.to_scheduler`."""
         name = name or str(self.default_scheduler)
         if prediction not in VP_SCHEDULERS.get(name, ()):
             raise UserError(
@@ -194,7 +196,7 @@ class VariancePreserving(NoiseSchedule):
         }
         if settings["timestep_spacing"] == "trailing":
             settings.setdefault("steps_offset", 1)  # has no effect here, but Stable Diffusion's pipelines warn of 0
-        scheduler = make_scheduler(name, settings, beside=UNCLIPPED)
+        scheduler = make_scheduler(name, settings, others=UNCLIPPED)
         if name in TWO_STAGE and not any(settings.get(key) for key in SIGMA_OPTIONS):
             alpha_bar = float(torch.cumprod(1 - scheduler.betas.double(), 0)[-1])
             if alpha_bar < LEAST_ALPHA_BAR:
@@ -224,22 +226,21 @@ def f64(t: Time) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64)
 
 
-def make_scheduler(name: str, settings: dict[str, Any], beside: dict[str, Any] | None = None) -> Any:
+def make_scheduler(name: str, settings: dict[str, Any], others: dict[str, Any] | None = None) -> Any:
     """A diffusers scheduler by the name of its class. UserError, with diffusers' reason, where it refuses its settings.
 
-    settings: entries of the class's config. beside: entries that other classes read, when they are made from this one's config
-    by
+    settings: entries of the class's config. others: entries for other classes, which may be made from this config by
     from_config; this class takes those of them that it knows.
     """
     import diffusers
 
     cls = getattr(diffusers, name)
-    beside = beside or {}
+    others = others or {}
     valid = inspect.signature(cls).parameters
-    own = {key: value for key, value in beside.items() if key in valid}
+    own = {key: value for key, value in others.items() if key in valid}
     try:
         scheduler = cls(**{**own, **settings})
     except (TypeError, ValueError, NotImplementedError) as error:
         raise UserError(f"scheduler: {name} refuses its config: {' '.join(str(error).split())}") from None
-    scheduler.register_to_config(**{key: value for key, value in beside.items() if key not in valid})
+    scheduler.register_to_config(**{key: value for key, value in others.items() if key not in valid})
     return scheduler

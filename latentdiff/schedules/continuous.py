@@ -153,9 +153,11 @@ class EDM(Exploding):
         return 0.25 * self.sigma(t).log()
 
     def time_from_timestep(self, timestep: Time) -> Tensor:
+        """exp(4 timestep) / sigma_max: the inverse of `timestep`."""
         return torch.exp(4 * f64(timestep)) / self.sigma_max
 
     def to_scheduler(self, name: str | None = None, prediction: str = "edm", **config: Any) -> Any:
+        """EDMEulerScheduler, for the prediction "edm"; see `NoiseSchedule.to_scheduler`."""
         name = name or self.default_scheduler
         if name != self.default_scheduler or prediction != "edm":
             raise UserError(
@@ -241,7 +243,7 @@ class RectifiedFlow(NoiseSchedule):
         shift = settings.get("shift", settings.get("flow_shift", 1.0))
         # The same shift under the other schedulers' names, so that from_config makes any of them from this config
         others = {**_FLOW_SETTINGS["DPMSolverMultistepScheduler"], "flow_shift": shift, "shift": shift}
-        return make_scheduler(name, settings, beside=others)
+        return make_scheduler(name, settings, others=others)
 
 
 _FLOW_SETTINGS: dict[str, dict[str, Any]] = {

@@ -73,6 +73,7 @@ class DiscreteVP(VariancePreserving):
         return {**self._betas, **({"rescale_betas_zero_snr": True} if self.zero_terminal_snr else {})}
 
     def to_scheduler(self, name: str | None = None, prediction: str = "epsilon", **config: Any) -> Any:
+        """As in `VariancePreserving`. UserError at zero terminal SNR for epsilon and for HeunDiscreteScheduler."""
         if self.zero_terminal_snr and (prediction == "epsilon" or name == "HeunDiscreteScheduler"):
             raise UserError(
                 f"scheduler: {name or self.default_scheduler} with prediction {prediction} is not possible at zero "
