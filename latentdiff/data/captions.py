@@ -31,7 +31,7 @@ from latentdiff.data.tensor_shards import (
 )
 from latentdiff.errors import UserError
 from latentdiff.models.loading import UNUSED
-from latentdiff.models.text_encoder import NULL_PROMPT, OWN_LENGTH, PromptEncoder, train_tokenizer, uses_mask
+from latentdiff.models.text_encoder import NULL_PROMPT, OWN_LENGTH, PromptEncoder, token_counts, train_tokenizer, uses_mask
 
 FORMAT = 2  # 1 had infinities where float16 cannot hold a number
 SHARD_SIZE = 4096
@@ -77,10 +77,7 @@ def token_facts(texts: Sequence[str], tokenizer: Any, limit: int) -> dict[str, A
 
     Returns {"captions", "longest", "limit", "cut", "longest_caption"}. A caption that comes twice counts twice.
     """
-    counts: list[int] = []
-    for start in range(0, len(texts), 4096):
-        part = list(texts[start : start + 4096])
-        counts += map(len, tokenizer(part, truncation=False, return_attention_mask=False, verbose=False)["input_ids"])
+    counts = token_counts(tokenizer, texts).tolist()
     longest = max(range(len(counts)), key=counts.__getitem__)
     return {
         "captions": len(counts),
