@@ -1,4 +1,4 @@
-"""Publish and load a checkpoint: a diffusers folder that plain diffusers opens, with latentdiff.json beside it.
+"""Save and load a checkpoint: a diffusers folder that plain diffusers opens, with latentdiff.json beside it.
 
 Layout: model_index.json, pipeline.py, unet/, vae/, [scheduler/], [text_encoder/, tokenizer/], latentdiff.json (how it was
 made) and README.md (the model card). Weights are safetensors files; nothing is ever unpickled. Training state (optimizers
@@ -36,7 +36,7 @@ IN_REPOSITORY = ("emoji", "emoji-judge")  # weights that are too large for a whe
 KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION)
 
 
-def publish(
+def save(
     folder: str | Path,
     unet: torch.nn.Module,
     vae: torch.nn.Module,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION, publish
+from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION, save
 from latentdiff.errors import UserError
 from latentdiff.models.loading import PICKLES, part_class, quiet, read_json, refuse_code, weight_names
 
@@ -48,7 +48,7 @@ def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> 
     pipeline = _convert(file, str(config), averaged)
     with safe_open(file, framework="pt") as tensors:
         kind = tensors.get_slice(next(name for name in names if name.startswith(PREFIXES["unet"]))).get_dtype()
-    return publish(
+    return save(
         out,
         unet=pipeline.unet,
         vae=pipeline.vae,

@@ -47,7 +47,7 @@ class Kind:
 
 def write_checkpoint(folder: Path) -> None:
     torch.manual_seed(0)
-    checkpoints.publish(
+    checkpoints.save(
         folder,
         unet=tiny_unet(),
         vae=tiny_vae(),

@@ -34,7 +34,7 @@ def publish(folder, **changes):
         default_guidance_scale=1.5,
         default_guidance_interval=(0.0, 1.0),
     )
-    return checkpoints.publish(folder, **{**arguments, **changes})
+    return checkpoints.save(folder, **{**arguments, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ def save_reconstructions(vae: nn.Module, images: Images, path: Path, count: int 
         parameter.requires_grad_(trains)
 
 
-def publish(
+def save_autoencoder(
     config: AutoencoderConfig, images: Images, vae: nn.Module, accelerator: Any, folder: Path, meta: dict[str, Any]
 ) -> None:
     """Publish an autoencoder: measure its latents, store the normaliser, write the folder, and a report beside it.

@@ -162,13 +162,13 @@ class TextCondition:
     prompt_encoder: PromptEncoder
     table: dict[str, Tensor] | CaptionStates
 
-    def rows(self, rows: Tensor) -> dict[str, Tensor]:
+    def look_up(self, rows: Tensor) -> dict[str, Tensor]:
         """Keyword arguments of the network for these rows [B] of the table, on the CPU."""
         if isinstance(self.table, dict):
             return {name: values[rows] for name, values in self.table.items()}
         return {"encoder_hidden_states": self.table[rows]}
 
-    def of(self, texts: Sequence[str]) -> dict[str, Tensor]:
+    def encode(self, texts: Sequence[str]) -> dict[str, Tensor]:
         """Keyword arguments of the network for any texts [B], on the CPU."""
         if isinstance(self.table, dict):
             return self.prompt_encoder.tokens(texts)
@@ -212,19 +212,19 @@ class Conditions:
             conditioning |= self.classes(labels, device)
         if self.text is not None:
             rows = self.text.captions.draw(indices, draws["caption"], (draws["text"] < self.text.dropout) | both)
-            conditioning |= {name: value.to(device) for name, value in self.text.rows(rows).items()}
+            conditioning |= {name: value.to(device) for name, value in self.text.look_up(rows).items()}
         return conditioning
 
-    def of(self, labels: Tensor | None, texts: Sequence[str] | None, device: Any) -> dict[str, Tensor]:
+    def encode(self, labels: Tensor | None, texts: Sequence[str] | None, device: Any) -> dict[str, Tensor]:
         """Keyword arguments of the network for labels [B] and texts [B]; nothing is dropped."""
         conditioning: dict[str, Tensor] = {}
         if self.classes is not None and labels is not None:
             conditioning |= self.classes(labels, device)
         if self.text is not None and texts is not None:
-            conditioning |= {name: value.to(device) for name, value in self.text.of(texts).items()}
+            conditioning |= {name: value.to(device) for name, value in self.text.encode(texts).items()}
         return conditioning
 
-    def shown(self, classes: Sequence[int | None]) -> list[str]:
+    def example_captions(self, classes: Sequence[int | None]) -> list[str]:
         """Captions for pictures of these classes: each of a training image of its class.
 
         Without classes, of images spread over the data; there may be fewer of them than classes were given.

@@ -78,7 +78,7 @@ def save_picture(
     classes: list[int | None] = list(range(min(10, pipeline.num_classes))) or [None] * PROMPTS
     prompts: list[str] | None = None
     if conditions.text:
-        prompts = config.sample.prompts or conditions.shown(classes)
+        prompts = config.sample.prompts or conditions.example_captions(classes)
         classes = [classes[k % len(classes)] for k in range(len(prompts))]
     rows, world, each = len(classes), accelerator.num_processes, config.sample.per_class
     share = -(-rows // world)
@@ -99,7 +99,7 @@ def save_picture(
         save_rows(list((images.cpu() * 2 - 1).split(each)), path)
 
 
-def publish(
+def save_checkpoint(
     config: DiffusionConfig, parts: dict[str, Any], latents: Latents, ema_updates: int, folder: Path, step: int
 ) -> None:
     """Write a pipeline as a diffusers folder, with a record of how it was made.
@@ -127,7 +127,7 @@ def publish(
             "posterior_share": statistics.posterior_share.tolist(),
         },
     }
-    checkpoints.publish(
+    checkpoints.save(
         folder,
         **parts,
         meta=meta,

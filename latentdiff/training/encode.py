@@ -60,7 +60,7 @@ def encode_dataset(
     shown = progress and accelerator.is_main_process
     with signals.watched(signals.again), progress_bar("encoding", shown, announce) as report:
         latents = prepare_latents(config, accelerator, report, opened)
-    latents.images.say()
+    latents.images.print_report()
     return cache_folder(config)
 
 

@@ -328,7 +328,8 @@ def _data_facts(
     if images is not None:
         count = len(images.train)
         facts |= images.facts() | {"classes": len(images.class_names)}
-        notes.warnings += [f"data {config.data.source}: {line}" for line in images.lines()[1:]]  # the first one only counts
+        # The first line only counts
+        notes.warnings += [f"data {config.data.source}: {line}" for line in images.report_lines()[1:]]
         facts["epochs"] = three_figures(config.train.steps * config.train.batch_size / count)
         notes.warnings += messages.data_warnings(config, count)
     return {"data": facts | ({"tensor": list(shape)} if shape else {})}

@@ -71,7 +71,7 @@ class Images:
         self._printed = False
         self._held_out_batches: dict[int, tuple[Tensor, Tensor | None]] = {}
 
-    def accounts(self) -> dict[str, FileReport]:
+    def file_reports(self) -> dict[str, FileReport]:
         """What happened to every file of the data set, by part: "train", and "test" where it has one."""
         sources = {"train": self.train.source, "test": self.held_out.source}
         return {
@@ -87,10 +87,10 @@ class Images:
             "held_out": 0 if self.nothing_held_out else len(self.held_out),
             "split": self.split,
             "framing": framing_facts(self.train.source, self.preprocess),
-            "files": {part: account.as_json() for part, account in self.accounts().items()},
+            "files": {part: report.as_json() for part, report in self.file_reports().items()},
         }
 
-    def lines(self) -> list[str]:
+    def report_lines(self) -> list[str]:
         """The same as `facts`, as short lines of text."""
         apart = f"{len(self.held_out)} held out ({self.split})"
         if self.nothing_held_out:
@@ -99,24 +99,24 @@ class Images:
         if self.split == "drawn per class" and not self.nothing_held_out:
             alone = int((torch.bincount(self.train.source.labels) == 1).sum())
             lines[0] += f"; {alone} classes have one image, which is trained on" if alone else ""
-        for part, account in self.accounts().items():
-            lines += [line if part == "train" else f"{part}/: {line}" for line in account.lines()]
+        for part, report in self.file_reports().items():
+            lines += [line if part == "train" else f"{part}/: {line}" for line in report.lines()]
         return lines + framing_lines(framing_facts(self.train.source, self.preprocess))
 
-    def say(self) -> None:
+    def print_report(self) -> None:
         """Print the lines on stderr, the first time that it is called, on the first process."""
         if processes.rank() == 0 and not self._printed:
-            for line in self.lines():
+            for line in self.report_lines():
                 tqdm.write(printable(f"data {self.train.source.name}: {line}"), file=sys.stderr)
         self._printed = True
 
-    def saying(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
-        """A progress(done, total) function that also calls `say`, which is when work has begun and nothing is refused."""
+    def then_print_report(self, progress: Callable[[int, int], None] | None) -> Callable[[int, int], None]:
+        """A progress(done, total) function that also calls `print_report`: then work has begun, and nothing is refused."""
 
         def report(done: int, total: int) -> None:
             if progress:
                 progress(done, total)
-            self.say()
+            self.print_report()
 
         return report
 

@@ -51,7 +51,7 @@ def encode_part(
         config.cache.batch_size,
         "float16",
         config.cache.shard_size,
-        images.saying(progress),
+        images.then_print_report(progress),
         rank,
         world,
     )
@@ -107,7 +107,7 @@ def prepare_latents(
         flips=config.data.flips,
         batch=config.cache.batch_size,
         shard_size=config.cache.shard_size,
-        progress=images.saying(progress),
+        progress=images.then_print_report(progress),
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         check=config.cache.check,

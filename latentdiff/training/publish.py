@@ -10,8 +10,9 @@ from typing import Any
 from latentdiff.config import AutoencoderConfig, DiffusionConfig, Section
 from latentdiff.errors import UserError
 from latentdiff.training import state
-from latentdiff.training.accelerator import torch_settings_restored
+from latentdiff.training.accelerator import start_accelerator, torch_settings_restored
 from latentdiff.training.run_folder import first_difference, recorded_config
+from latentdiff.training.trainer import check_made_from
 from latentdiff.utils import locks, processes, signals
 
 STAGES: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
@@ -53,16 +54,46 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
         print(f"publishing step {meta['step']} of {output}", file=sys.stderr)
         try:
             if isinstance(config, AutoencoderConfig):
-                from latentdiff.training.train_autoencoder import publish_state as publish_autoencoder
-
-                publish_autoencoder(config, folder, tensors, meta, output)
+                _publish_autoencoder(config, folder, tensors, meta)
             else:
-                from latentdiff.training.train_diffusion import publish_state as publish_diffusion
-
-                publish_diffusion(config, folder, tensors, meta, output)
+                _publish_diffusion(config, folder, tensors, meta)
         except KeyError as error:
             raise UserError(f"{source}: damaged ({error} is missing)") from error
     return folder
+
+
+def _publish_autoencoder(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Write a stage-1 run's averaged weights to `folder`. tensors, meta: of a state or snapshot."""
+    from latentdiff.models.codec import LatentCodec
+    from latentdiff.training.autoencoder_checkpoint import save_autoencoder
+    from latentdiff.training.images import Images
+    from latentdiff.training.train_autoencoder import make_autoencoder
+
+    output, accelerator = Path(config.output), start_accelerator(config.train)
+    vae = make_autoencoder(config)
+    images = Images(config.data, LatentCodec(vae).factor)
+    check_made_from(output, meta.get("made_of"), {"data": images.train.fingerprint()})
+    state.load_into(vae, tensors["ema"], str(output))
+    vae.to(accelerator.device)
+    save_autoencoder(config, images, vae, accelerator, folder, {"steps": meta["step"], "ema_updates": meta["ema_updates"]})
+
+
+def _publish_diffusion(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+    """The same for stage 2. The run's latent cache is opened, or built again where it is not there any more."""
+    from latentdiff.training import conditioning
+    from latentdiff.training.latents import open_inputs, prepare_latents, progress_bar
+    from latentdiff.training.train_diffusion import DiffusionTrainer
+
+    output, accelerator = Path(config.output), start_accelerator(config.train)
+    with progress_bar("encoding", True, lambda: None) as bar:
+        latents = prepare_latents(config, accelerator, bar, open_inputs(config, accelerator.device))
+        reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
+        conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
+    trainer = DiffusionTrainer(config, latents, conditions, accelerator)
+    check_made_from(output, meta.get("made_of"), trainer.made_from())
+    state.load_into(trainer.ema_model, tensors["ema"], str(output))
+    trainer.ema.updates = meta["ema_updates"]
+    trainer.publish(folder, meta["step"])
 
 
 def _config(output: Path) -> AutoencoderConfig | DiffusionConfig:

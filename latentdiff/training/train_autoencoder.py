@@ -23,7 +23,7 @@ from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training import messages, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
-from latentdiff.training.autoencoder_checkpoint import publish, save_reconstructions
+from latentdiff.training.autoencoder_checkpoint import save_autoencoder, save_reconstructions
 from latentdiff.training.autoencoder_loss import Stage1Weights, discriminator_terms, likeness_and_adversarial, stage1_terms
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.ema import Ema
@@ -33,7 +33,7 @@ from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_learning_rate
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.run_folder import locked_run_folder, write_config
-from latentdiff.training.trainer import Tensors, Trainer, accumulating, check_made_from, micro_batches
+from latentdiff.training.trainer import Tensors, Trainer, accumulating, micro_batches
 from latentdiff.utils.random import derive_seed, randn
 
 Means = dict[str, tuple[Tensor, int]]  # name -> (mean over samples, how many samples)
@@ -83,7 +83,7 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any) -> None:
     # 4. Print what the run has, record the config, then train.
     warnings = [*messages.length_warnings(config), *messages.data_warnings(config, len(images.train))]
     announcement(accelerator, config.train, precision, lines=messages.as_warnings(warnings))()
-    images.say()
+    images.print_report()
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
@@ -93,26 +93,8 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any) -> None:
     # 5. Publish the averaged weights.
     trainer.ema.copy_to(vae)
     meta = {"steps": trainer.progress.step, **trainer.state_meta()}
-    publish(config, images, vae, accelerator, output / "autoencoder", meta)
+    save_autoencoder(config, images, vae, accelerator, output / "autoencoder", meta)
     wait_for_everyone(accelerator)
-
-
-def publish_state(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
-    """Publish the averaged weights of a training state or snapshot, as the run would have done had it ended there.
-
-    Args:
-        config: the run's recorded config.
-        folder: the folder to write.
-        tensors, meta: of the state, from `state.load_folder`.
-        output: the run's folder, for messages.
-    """
-    accelerator = start_accelerator(config.train)
-    vae = make_autoencoder(config)
-    images = Images(config.data, LatentCodec(vae).factor)
-    check_made_from(output, meta.get("made_of"), {"data": images.train.fingerprint()})
-    state.load_into(vae, tensors["ema"], str(output))
-    vae.to(accelerator.device)
-    publish(config, images, vae, accelerator, folder, {"steps": meta["step"], "ema_updates": meta["ema_updates"]})
 
 
 def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int, int], alone: OneProcess) -> Step:

@@ -67,7 +67,7 @@ def train_latent_classifier(config: ClassifierConfig, resume: bool = False) -> P
         classes = len(latents.images.class_names)
         net = LatentClassifier(latents.cache.latent_shape[0], classes, named_schedule, **config.model).to(accelerator.device)
     announce()
-    latents.images.say()
+    latents.images.print_report()
     write_config(output, config)
     _fit(config, net, latents, latents.cache.labels, levels, accelerator, output)
     net.info = _info(config, net.eval(), latents, accelerator.device)

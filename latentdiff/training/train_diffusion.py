@@ -31,7 +31,7 @@ from latentdiff.training import conditioning, distributed, messages, monitor, st
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
-from latentdiff.training.diffusion_checkpoint import pipeline_parts, publish, published_scheduler, save_picture
+from latentdiff.training.diffusion_checkpoint import pipeline_parts, published_scheduler, save_checkpoint, save_picture
 from latentdiff.training.dropout import replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
@@ -42,7 +42,7 @@ from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_lea
 from latentdiff.training.precision import OneProcess, Step, check_state, named, resolve
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.run_folder import locked_run_folder, write_config
-from latentdiff.training.trainer import Tensors, Trainer, accumulating, check_made_from, micro_batches
+from latentdiff.training.trainer import Tensors, Trainer, accumulating, micro_batches
 from latentdiff.utils.random import derive_seed, randn
 
 VALIDATION = 2  # version of the validation loss; 1 was computed on posterior means, without weights
@@ -108,7 +108,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
 
     # 6. Record the config, then train.
     announce()
-    latents.images.say()
+    latents.images.print_report()
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
@@ -120,31 +120,9 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
     trainer.ema.copy_to(trainer.ema_model)
     if accelerator.is_main_process:
         trainer.publish(output / "model", trainer.progress.step)
-        messages.print_lines(messages.model_finished(config, conditions.shown([None])[0] if conditions.text else None))
+        prompt = conditions.example_captions([None])[0] if conditions.text else None
+        messages.print_lines(messages.model_finished(config, prompt))
     wait_for_everyone(accelerator)
-
-
-def publish_state(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any], output: Path) -> None:
-    """Publish the averaged weights of a training state or snapshot, as the run would have done had it ended there.
-
-    The run's latent cache is opened, or built again where it is not there any more.
-
-    Args:
-        config: the run's recorded config.
-        folder: the folder to write.
-        tensors, meta: of the state, from `state.load_folder`.
-        output: the run's folder, for messages.
-    """
-    accelerator = start_accelerator(config.train)
-    with progress_bar("encoding", True, lambda: None) as bar:
-        latents = prepare_latents(config, accelerator, bar, open_inputs(config, accelerator.device))
-        reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
-        conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
-    trainer = DiffusionTrainer(config, latents, conditions, accelerator)
-    check_made_from(output, meta.get("made_of"), trainer.made_from())
-    state.load_into(trainer.ema_model, tensors["ema"], str(output))
-    trainer.ema.updates = meta["ema_updates"]
-    trainer.publish(folder, meta["step"])
 
 
 def trial_steps(
@@ -432,7 +410,7 @@ class DiffusionTrainer(Trainer):
         x0 = torch.cat([codec.latents(chunk, posterior, config.cache.use_mean).cpu() for chunk in pixels.split(128)])
         t = self.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
         texts = images.held_out_captions(config.validation_images)
-        return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **self.conditions.of(labels, texts, "cpu")}
+        return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **self.conditions.encode(labels, texts, "cpu")}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -480,7 +458,7 @@ class DiffusionTrainer(Trainer):
 
     def publish(self, folder: Path, step: int) -> None:
         """Write the weights in `ema_model`, those of this step, as a pipeline's folder."""
-        publish(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step)
+        save_checkpoint(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step)
 
     def state_tensors(self) -> Tensors:
         """Weights, their averages, the optimizer's moments; the learned uncertainty and the loss scale, where there are."""

@@ -36,7 +36,7 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
         raise UserError("stage: features trains in one process; start it without accelerate launch")
     config, precision = resolve(config, output, accelerator, partial(_trial_steps, config, images.train))
     announcement(accelerator, config.train, precision)()
-    images.say()
+    images.print_report()
     net = train_features(
         images.train,
         test=images.held_out,

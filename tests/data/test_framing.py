@@ -239,7 +239,7 @@ def test_classes_of_one_image_are_all_trained_on_and_that_is_said(tmp_path, caps
         reference_sets(str(data))
     write_image(data / "0" / "1.png", 5, size=(16, 16), mode="L")
     images = Images(load_config(config).data, 2)
-    assert len(images.held_out) == 1 and images.lines()[0].endswith(
+    assert len(images.held_out) == 1 and images.report_lines()[0].endswith(
         "(drawn per class); 3 classes have one image, which is trained on"
     )
 

@@ -196,7 +196,7 @@ def tiny(tmp_path_factory):
     """A random model of 6x6 grey images padded to 8x8: what it costs is seconds, what it gives is not the point."""
     torch.manual_seed(0)
     rule = {"size": [6, 6], "channels": 1, "framing": "pad", "multiple_of": 4, "held_out": 0.25}
-    return checkpoints.publish(
+    return checkpoints.save(
         tmp_path_factory.mktemp("likelihood") / "model",
         tiny_unet(),
         tiny_vae(),
@@ -283,7 +283,7 @@ def test_one_image_has_no_standard_error(likelihood):
 def test_a_model_without_classes_and_one_without_a_null_class(tmp_path, run, refused, data):
     rule = {"size": [6, 6], "channels": 1, "framing": "pad", "multiple_of": 4, "held_out": 0.25}
     torch.manual_seed(0)
-    plain = checkpoints.publish(
+    plain = checkpoints.save(
         tmp_path / "plain",
         tiny_unet(num_class_embeds=None),
         tiny_vae(),
@@ -293,7 +293,7 @@ def test_a_model_without_classes_and_one_without_a_null_class(tmp_path, run, ref
     )
     report = json.loads(run("likelihood", plain, "--data", data, "--num-images", 2, "--rtol", 0.1))
     assert report["protocol"]["density"] == "log p(x)"
-    classes = checkpoints.publish(
+    classes = checkpoints.save(
         tmp_path / "classes",
         tiny_unet(num_class_embeds=3),
         tiny_vae(),

@@ -15,7 +15,7 @@ from tiny_models import tiny_unet, tiny_vae
 from tiny_runs import autoencoder_config, diffusion_config, tree, write_yaml
 from tiny_shapes import SIDE, SMALL, STYLES, THINGS, judge_tree, shape, write_shapes
 
-from latentdiff.checkpoints import load, publish
+from latentdiff.checkpoints import load, save
 from latentdiff.config import load_config
 from latentdiff.data.pairs import read_pairs, to_images
 from latentdiff.errors import UserError
@@ -317,7 +317,7 @@ def test_the_command_refuses_what_it_cannot_judge(refused, tmp_path, text_model,
     def say(model=text_model, data=shapes, judge=judge_folder, *more):
         return refused("judge", model, "--data", data, "--judge", judge, *more)
 
-    classes = publish(tmp_path / "classes", tiny_unet(), tiny_vae(), DDIMScheduler(), {}, ["a", "b", "c"], null_class=3)
+    classes = save(tmp_path / "classes", tiny_unet(), tiny_vae(), DDIMScheduler(), {}, ["a", "b", "c"], null_class=3)
     assert "reads no text" in say(classes)
     assert "has no train/metadata.jsonl" in say(data=stripe_folder)
     fewer = write_shapes(tmp_path / "fewer", THINGS[1:])

@@ -136,7 +136,7 @@ def publish(folder, **changes):
         schedule={"name": "ve"},
         default_sampler="heun",
     )
-    return checkpoints.publish(folder, **{**arguments, **changes})
+    return checkpoints.save(folder, **{**arguments, **changes})
 
 
 def test_it_is_published_and_loaded(tmp_path):

@@ -60,7 +60,7 @@ def folder(request, tmp_path_factory):
     parts["vae"].register_to_config(sample_size=4)
     parts["vae"].register_to_config(latents_mean=[0.0] * 4, latents_std=[1.0] * 4, scaling_factor=1.0)
     parts["scheduler"] = make_schedule("cosine").to_scheduler(prediction="v_prediction")
-    return checkpoints.publish(
+    return checkpoints.save(
         tmp_path_factory.mktemp("stock") / "model",
         **parts,
         meta={},
@@ -149,7 +149,7 @@ def test_an_oblong_model_keeps_both_sides(tmp_path):
     vae = tiny_vae()
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     vae.register_to_config(sample_size=1)
-    folder = checkpoints.publish(
+    folder = checkpoints.save(
         tmp_path / "model",
         unet=unet,
         vae=vae,
@@ -168,7 +168,7 @@ def test_the_card_says_what_the_model_is_conditioned_on(folder, tmp_path):
     assert "conditioned on text" in card and "unconditional" not in card and 'pipe("what to draw").images[0]' in card
     common = dict(vae=tiny_vae(), scheduler=diffusers.DDIMScheduler(), meta={})
     names = ["Äpfel", "b", "c"]
-    other = checkpoints.publish(tmp_path / "classes", unet=tiny_unet(), class_names=names, null_class=3, **common)
+    other = checkpoints.save(tmp_path / "classes", unet=tiny_unet(), class_names=names, null_class=3, **common)
     card = (other / "README.md").read_text(encoding="utf-8")
     assert "conditioned on classes Äpfel, b, c." in card and 'pipe(class_labels=["Äpfel"])' in card
 

@@ -32,7 +32,7 @@ def flip(file: Path, at: int = -3) -> None:
 
 def publish_text(folder: Path) -> Path:
     parts = stable_parts()
-    return checkpoints.publish(folder, **parts, meta={}, null_prompt="", dtype=torch.float32)
+    return checkpoints.save(folder, **parts, meta={}, null_prompt="", dtype=torch.float32)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -117,10 +117,10 @@ def test_pictures_of_class_and_text_show_a_caption_of_the_class(runs, tmp_path, 
 def test_a_class_without_training_images_is_shown_with_the_caption_of_any():
     captions = Captions([("x", "y"), ("z",)])
     told = Conditions(ClassCondition(3), torch.tensor([2, 0]), TextCondition(captions, 0.1, own_prompts(), {}))
-    assert told.shown([0, 1, 2]) == ["z", "x", "x"]
-    assert Conditions(None, None, told.text).shown([None, None, None]) == ["x", "z"]
+    assert told.example_captions([0, 1, 2]) == ["z", "x", "x"]
+    assert Conditions(None, None, told.text).example_captions([None, None, None]) == ["x", "z"]
     with pytest.raises(ValueError, match="not conditioned on text"):
-        Conditions(None, None, None).shown([None])
+        Conditions(None, None, None).example_captions([None])
 
 
 def test_a_run_is_resumed_with_its_states_in_another_folder(runs, tmp_path):
