@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from latentdiff.errors import UserError
 from latentdiff.evaluation import DEFAULT_FEATURES
 from latentdiff.evaluation.tables import NONE, markdown_table
@@ -125,7 +127,6 @@ class SamplerBenchmark:
     """
 
     def __init__(self, model: str | Path, data: str, num_images: int, features: str | Path, precision: str, batch_size: int):
-        import numpy as np
 
         from latentdiff.checkpoints import load, resolve_model
         from latentdiff.evaluation.feature_spaces import open_features
@@ -174,7 +175,6 @@ class SamplerBenchmark:
             {"evaluations" of the U-Net and "seconds" per image, "frechet", "label_accuracy" (None where the network was not
             trained on these classes)}.
         """
-        import numpy as np
 
         from latentdiff.generation import generate_batches
 

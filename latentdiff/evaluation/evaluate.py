@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from latentdiff.errors import UserError
 from latentdiff.evaluation import DEFAULT_FEATURES
 from latentdiff.utils import processes
 from latentdiff.utils.deprecation import renamed
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from latentdiff.data.datasets import ImageDataset
     from latentdiff.generation import Subject
     from latentdiff.models.codec import LatentCodec
@@ -290,8 +290,6 @@ def _curve_images(pipeline: Any, requested: int | None, num_images: int) -> int:
 
 def _request(pipeline: Any, count: int, flag: str, images: ImageDataset, part: str, data: str) -> _Request:
     """`count` class-balanced images, or captions of `images`, which are that part of the data. flag: where count is from."""
-    import numpy as np
-
     from latentdiff.evaluation.reference_data import check_classes
     from latentdiff.evaluation.sample_sets import draw_prompts
     from latentdiff.generation import every_class
@@ -350,7 +348,7 @@ def _check(
 def _check_further(
     model: str | Path | None, scales: Sequence[float], curve_images: int | None, bits_images: int, prompts: str | None
 ) -> None:
-    """UserError for wrong prompts, guidance scales or bits, and where they are asked of samples that exist."""
+    """UserError for wrong prompts, guidance scales or bits, and where they are given with samples that exist."""
     if prompts not in (None, "test", "train"):
         raise UserError(f"--prompts {prompts}: valid are test and train")
     given = {"--prompts": prompts, "--guidance-curve": scales, "--bits-images": bits_images}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -141,14 +143,12 @@ class GallerySampler:
 
 def trajectory(images: GallerySampler) -> list[Tensor]:
     """Decoded x0 estimates at COLUMNS of the sampler's steps, evenly spread, the last one included: [K, C, H, W] each."""
-    import numpy as np
-
     estimates: list[Tensor] = []
     config = images.pipeline.config
     denoiser = images.guided(config.default_guidance_scale, interval=config.default_guidance_interval)
     images.draw(denoiser, callback=lambda _, __, ___, x0: estimates.append(x0))
-    shown = np.linspace(0, len(estimates) - 1, min(COLUMNS, len(estimates))).round().astype(int)
-    return [images.decode(estimates[k]) for k in shown]
+    steps = np.linspace(0, len(estimates) - 1, min(COLUMNS, len(estimates))).round().astype(int)
+    return [images.decode(estimates[k]) for k in steps]
 
 
 def interpolation(images: GallerySampler, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
@@ -157,8 +157,6 @@ def interpolation(images: GallerySampler, first: Tensor, second: Tensor, use_mea
     A draw from each image's posterior is encoded, as the denoiser was trained on: the encodings of means are too small to
     be noise. use_mean: encode the means, for a denoiser that was trained on them.
     """
-    import numpy as np
-
     from latentdiff.samplers import encode, sample, slerp
     from latentdiff.utils.random import derive_seed, generators
 

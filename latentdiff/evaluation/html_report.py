@@ -152,9 +152,9 @@ def guidance_plots(curve: Mapping[str, Any] | None) -> str:
         values, floor = [point[metric] for point in curve["points"]], curve["floor"][metric]
         if values[0] is None:
             continue
-        shown = values if floor is None else [*values, floor]
+        levels = values if floor is None else [*values, floor]
         # A distance is read from 0 up, a share from 1 down
-        low, high = min(*shown, 0 if metric == "frechet" else 1), max(shown)
+        low, high = min(*levels, 0 if metric == "frechet" else 1), max(levels)
         height = high - low if high > low else 1
         points = [
             {"x": (scale - min(scales)) / width, "y": (value - low) / height, "scale": scale, "value": value}

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from latentdiff.errors import UserError
 from latentdiff.utils import processes
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from latentdiff.data.pairs import Pairs
@@ -81,6 +82,7 @@ def judge(
     Raises:
         UserError: a model that reads no text, data without styles and identities, or a judge trained on other data.
     """
+    from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model, weights_of
     from latentdiff.data.pairs import read_pairs, to_images
     from latentdiff.evaluation.records import make_judge_record, sampling_protocol, write_record
@@ -93,7 +95,8 @@ def judge(
 
     if num_prompts < 2 or batch_size < 1 or (steps is not None and steps < 1):
         raise UserError("judge: --num-prompts must be at least 2, --batch-size and --steps at least 1")
-    _check_sampler(sampler)
+    if sampler is not None and sampler not in samplers.names():
+        raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
     check_interval(guidance_interval, "--guidance-interval")
     if out is not None:
         check_out_folder(out)
@@ -190,13 +193,6 @@ def trained_on(folder: Path, data: str) -> bool:
     return recorded.get("fingerprint") == ImageDataset(source, Preprocess()).fingerprint()
 
 
-def _check_sampler(name: str | None) -> None:
-    from latentdiff import samplers
-
-    if name is not None and name not in samplers.names():
-        raise UserError(f"--sampler {name}: unknown; valid: {', '.join(samplers.names())}")
-
-
 def _check_pictures(pipeline: Any, codec: LatentCodec, pairs: Pairs) -> None:
     """UserError where the model's pictures are not of the data's size and channels."""
     height, width = pipeline.config.image_size or [side * codec.factor for side in pipeline.latent_shape[1:]]
@@ -220,8 +216,6 @@ def _prompts(pairs: Pairs, rows: Mapping[str, Tensor]) -> dict[str, list[str]]:
 
 def _write(out: Path, table: dict[str, Any], pictures: Mapping[str, np.ndarray], prompts: Mapping[str, list[str]]) -> None:
     """Write grid.png, judge.json and judge.md."""
-    import numpy as np
-
     from latentdiff.evaluation.retrieval import judge_markdown
     from latentdiff.utils.atomic import write_text
     from latentdiff.utils.images import captioned_grid, save_png
@@ -229,9 +223,9 @@ def _write(out: Path, table: dict[str, Any], pictures: Mapping[str, np.ndarray],
     rows, captions, names = [], [], []
     for kind, images in pictures.items():
         count = min(len(images), GRID_COLUMNS * GRID_ROWS)
-        shown = np.linspace(0, len(images) - 1, count).round().astype(int)
+        chosen = np.linspace(0, len(images) - 1, count).round().astype(int)
         for start in range(0, count, GRID_COLUMNS):
-            part = shown[start : start + GRID_COLUMNS]
+            part = chosen[start : start + GRID_COLUMNS]
             rows.append([images[k] for k in part])
             captions.append([prompts[kind][k] for k in part])
             names.append(kind if start == 0 else "")

@@ -40,9 +40,9 @@ def card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
             other.
     """
     folder, current = resolve_model(model), read_record(record)
-    expected, found = weights_of(folder)["weights_sha256"], current["made"].get("weights_sha256")
-    if found != expected:
-        reason = f"is of other weights ({found[:12]}, not {expected[:12]})" if found and expected else "names no weights"
+    expected, recorded = weights_of(folder)["weights_sha256"], current["made"].get("weights_sha256")
+    if recorded != expected:
+        reason = f"is of other weights ({recorded[:12]}, not {expected[:12]})" if recorded and expected else "names no weights"
         raise UserError(f"--record {record}: {reason}; give what latentdiff {current['kind']} {model} --out wrote")
     path = folder / CARD
     text = path.read_text(encoding="utf-8") if path.is_file() else f"# {folder.resolve().name}\n"

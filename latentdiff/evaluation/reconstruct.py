@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from latentdiff.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,8 +37,6 @@ def reconstruct(
     Raises:
         UserError: an image that cannot be read, by name, or a model that cannot be used.
     """
-    import numpy as np
-
     from latentdiff.checkpoints import resolve_model
     from latentdiff.evaluation.image_quality import SSIM_MIN_SIDE, psnr, ssim
     from latentdiff.evaluation.reference_data import preprocessing
@@ -68,8 +68,6 @@ def reconstruct(
 def _prepare_image(file: Path, rule: Preprocess | None, codec: Any) -> tuple[Tensor, tuple[int, int, int, int], dict[str, Any]]:
     """One image file as float32 [1, C, H, W] in [-1, 1], its content as (top, left, height, width), and what was done to it."""
     from dataclasses import replace
-
-    import numpy as np
 
     from latentdiff.data.framing import framing_facts
     from latentdiff.data.image_files import DECODING_ERRORS, WHITE, decode, reason_of

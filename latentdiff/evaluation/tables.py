@@ -8,9 +8,12 @@ NONE = "–"  # stands for a value that was not measured
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
     """The lines of a Markdown table. Every cell is written by str(); a "|" or a line break in it cannot end the cell."""
-    lines = [[str(cell).replace("|", "\\|").replace("\n", " ") for cell in row] for row in (header, *rows)]
-    lines.insert(1, ["---"] * len(header))
-    return [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in lines]
+
+    def line(cells: Sequence[Any]) -> str:
+        texts = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
+        return f"| {' | '.join(texts)} |"
+
+    return [line(header), "|---" * len(header) + "|", *map(line, rows)]
 
 
 def format_value(entry: Mapping[str, Any], side: str = "value") -> str:

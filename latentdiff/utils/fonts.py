@@ -1,4 +1,4 @@
-"""Fonts for the labels of grids: one that has the label's characters, where the machine has any."""
+"""Fonts for the labels of grids: one that has a label's characters, where the machine has such a font."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import ImageFont
 
 from latentdiff.errors import printable
 
-# Where systems keep fonts, and the ones to look at first: they have many scripts and read well at small sizes
+# Where systems keep fonts
 FOLDERS = (
     "/usr/share/fonts",
     "/usr/local/share/fonts",
@@ -24,17 +24,18 @@ FOLDERS = (
     "~/Library/Fonts",
     "C:/Windows/Fonts",
 )
+# The fonts to try first: they have many scripts and read well at small sizes
 FIRST = ("dejavusans.ttf", "notosans-regular.ttf", "arial unicode.ttf", "arial.ttf", "segoeui.ttf", "notosanscjk-regular.ttc")
 ENDINGS = (".ttf", ".otf", ".ttc")
-MOST_FONTS = 2000  # that are looked at for one label
-NO_CHARACTER = "\U0010ffff"  # a code point that no font has, so it draws the box of a missing glyph
+MOST_FONTS = 2000  # tried for one label
+NO_CHARACTER = "\U0010ffff"  # no font has this code point, so it is drawn as the box of a missing glyph
 
 
 def labelled_font(text: str, size: int) -> tuple[Any, str]:
-    """A font of `size` pixels for a label, and the label with what the font lacks written otherwise.
+    """A Pillow font of `size` pixels for a label, and the label as that font can draw it.
 
-    The font is Pillow's own where that has every character, else the installed one that has the most. A character that it
-    lacks becomes the letter under its accent, or its number: "U+65E5".
+    The font is Pillow's own if that has every character, else the installed one that has the most. A character that the font
+    lacks becomes the letter under its accent, or its code: "U+65E5". Control characters are written out.
     """
     text = printable(text)
     font = _font_for("".join(sorted(set(text))), size)
@@ -43,9 +44,10 @@ def labelled_font(text: str, size: int) -> tuple[Any, str]:
 
 @functools.lru_cache(maxsize=256)
 def _font_for(characters: str, size: int) -> Any:
+    """The font that has the most of these characters."""
     best = ImageFont.load_default(size=size)
-    least = len(_lacking(characters, best))
-    if least == 0:
+    fewest = len(_lacking(characters, best))
+    if fewest == 0:
         return best
     for path in _installed():
         try:
@@ -53,31 +55,35 @@ def _font_for(characters: str, size: int) -> Any:
             lacking = len(_lacking(characters, font))
         except (OSError, ValueError):  # not a font that FreeType reads
             continue
-        if lacking < least:
-            best, least = font, lacking
-        if least == 0:
+        if lacking < fewest:
+            best, fewest = font, lacking
+        if fewest == 0:
             break
     return best
 
 
 def _installed() -> Iterator[Path]:
-    """The fonts of this machine, those of FIRST before others, in a fixed order."""
-    found = []
-    for name in FOLDERS:
-        for folder, _, files in os.walk(Path(name).expanduser()):
-            found += [Path(folder) / file for file in files if file.lower().endswith(ENDINGS)]
+    """The fonts of this machine in a fixed order, those of FIRST before others."""
+    paths = [
+        Path(folder) / file
+        for name in FOLDERS
+        for folder, _, files in os.walk(Path(name).expanduser())
+        for file in files
+        if file.lower().endswith(ENDINGS)
+    ]
     rank = {name: place for place, name in enumerate(FIRST)}
-    found.sort(key=lambda path: (rank.get(path.name.lower(), len(FIRST)), "regular" not in path.name.lower(), str(path)))
-    yield from found[:MOST_FONTS]
+    paths.sort(key=lambda path: (rank.get(path.name.lower(), len(FIRST)), "regular" not in path.name.lower(), str(path)))
+    yield from paths[:MOST_FONTS]
 
 
 def _lacking(characters: str, font: Any) -> list[str]:
-    """The characters for which a font draws what it draws for one that does not exist."""
+    """The characters that a font draws as it draws one that does not exist."""
     box = bytes(font.getmask(NO_CHARACTER))
     return [each for each in characters if not each.isspace() and bytes(font.getmask(each)) == box]
 
 
 def _readable(character: str, font: Any) -> str:
+    """A character, or what stands for it if the font lacks it."""
     if not _lacking(character, font):
         return character
     letter = unicodedata.normalize("NFKD", character)[0]
