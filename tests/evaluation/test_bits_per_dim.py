@@ -40,9 +40,9 @@ class LinearCodec:
 
     def moments(self, images):
         precision = self.prior_std**-2 + self.matrix.square().sum(0) / NOISE**2
-        seen = images.flatten(1) @ self.matrix / NOISE**2 + self.prior_mean * self.prior_std**-2
+        evidence = images.flatten(1) @ self.matrix / NOISE**2 + self.prior_mean * self.prior_std**-2
         std = self.widened * precision.rsqrt().expand(len(images), 4)
-        return (seen / precision).reshape(-1, 2, 1, 2), std.reshape(-1, 2, 1, 2)
+        return (evidence / precision).reshape(-1, 2, 1, 2), std.reshape(-1, 2, 1, 2)
 
     def normalise(self, z):
         return (z - LinearCodec.shift[:, None, None]) * LinearCodec.scale[:, None, None]
@@ -80,17 +80,17 @@ def terms(codec, denoiser, x, **options):
 def test_the_bound_is_log_p_itself_where_q_is_the_posterior(normal):
     # Then log p(x|z) + log p(z) - log q(z|x) = log p(x) for every z, and no sampling error is left to hide in.
     codec, x = LinearCodec(), pictures(20)
-    found = terms(codec, normal, x)
-    total = found.decoder + found.prior + found.encoder
+    result = terms(codec, normal, x)
+    total = result.decoder + result.prior + result.encoder
     torch.testing.assert_close(total, codec.log_prob(x), rtol=0, atol=1e-6)
-    assert float(found.decoder.std()) > 0.5 and float(found.prior.std()) > 0.5  # each term does vary
+    assert float(result.decoder.std()) > 0.5 and float(result.prior.std()) > 0.5  # each term does vary
 
 
 def test_with_a_wrong_q_the_bound_misses_by_the_divergence(normal):
     r, x = 1.6, pictures(2).repeat(3000, 1, 1, 1)
     codec = LinearCodec(widened=r)
-    found = terms(codec, normal, x)
-    total = (found.decoder + found.prior + found.encoder).reshape(3000, 2)
+    result = terms(codec, normal, x)
+    total = (result.decoder + result.prior + result.encoder).reshape(3000, 2)
     expected = codec.log_prob(x[:2]) - 4 * (0.5 * (r**2 - 1) - math.log(r))  # KL(q || posterior), 1.2 nats
     stderr = total.std(0) / math.sqrt(3000)
     assert float(((total.mean(0) - expected) / stderr).abs().max()) < 3 and float(stderr.max()) < 0.1
@@ -108,8 +108,8 @@ def test_planted_bugs_break_the_identity(monkeypatch, normal, bug):
         monkeypatch.setattr(bits_per_dim, "_draw", lambda *a: (right(*a)[0], -right(*a)[1]))
     else:
         monkeypatch.setattr(bits_per_dim, "_draw", lambda codec, x, g: (codec.moments(x)[0], right(codec, x, g)[1]))
-    found = terms(codec, normal, x)
-    error = found.decoder + found.prior + found.encoder - codec.log_prob(x)
+    result = terms(codec, normal, x)
+    error = result.decoder + result.prior + result.encoder - codec.log_prob(x)
     assert float(error.abs().mean()) > 0.3
 
 
@@ -162,9 +162,9 @@ class PictureCodec:
 def test_the_fit_finds_the_scales_that_made_the_data():
     g = torch.Generator().manual_seed(0)
     means = torch.rand((40, 2, 24, 24), generator=g).double() * 1.6 - 0.8
-    wanted = torch.where(means < 0, 2.0, 9.0) * torch.tensor([1.0, 3.0])[:, None, None]  # in levels, [40, 2, 24, 24]
+    scales = torch.where(means < 0, 2.0, 9.0) * torch.tensor([1.0, 3.0])[:, None, None]  # in levels, [40, 2, 24, 24]
     u = torch.rand(means.shape, generator=g).double()
-    values = ((means + 1) * 127.5 + wanted * torch.logit(u)).round().clamp(0, 255)
+    values = ((means + 1) * 127.5 + scales * torch.logit(u)).round().clamp(0, 255)
     images = values / 127.5 - 1
     fitted = fit_observation(PictureCodec(means), [(images, None)]).scales
     for channel, factor in enumerate((1.0, 3.0)):
@@ -224,8 +224,8 @@ def test_the_command_prints_terms_total_errors_and_protocol(likelihood):
     assert len(report["terms"]) == 3 and all(term["stderr"] > 0 for term in report["terms"].values())
     assert report["stderr"] > 0 and report["stderr_probes"] is None  # one probe cannot tell its own error
     protocol = report["protocol"]
-    stated = {"split": "test", "density": "log p(x | class)", "images": 4, "dims": 36, "seed": 0, "levels": 256, "rtol": 0.1}
-    assert protocol.items() >= stated.items() and protocol["nfe"]["max"] >= protocol["nfe"]["mean"] >= 8
+    expected = {"split": "test", "density": "log p(x | class)", "images": 4, "dims": 36, "seed": 0, "levels": 256, "rtol": 0.1}
+    assert protocol.items() >= expected.items() and protocol["nfe"]["max"] >= protocol["nfe"]["mean"] >= 8
     assert protocol["posterior_draws"] == protocol["probes"] == 1 and "fitted on 30 training images" in protocol["observation"]
 
 
@@ -253,7 +253,7 @@ def test_every_option_changes_the_number(likelihood, options):
 
 
 @pytest.mark.parametrize(
-    "options, said",
+    "options, message",
     [
         (("--num-images", 11), "--num-images 11: must be from 1 to 10"),
         (("--split", "validation"), "--split validation: valid are test and train"),
@@ -261,16 +261,16 @@ def test_every_option_changes_the_number(likelihood, options):
         (("--rtol", -1), "--rtol must be finite and above 0"),
     ],
 )
-def test_mistakes_of_a_user(refused, tiny, data, options, said):
-    assert said in refused("likelihood", tiny, "--data", data, "--num-images", 4, *options)
+def test_mistakes_of_a_user(refused, tiny, data, options, message):
+    assert message in refused("likelihood", tiny, "--data", data, "--num-images", 4, *options)
 
 
 def test_classes_that_are_not_the_models(run, refused, tiny, data, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(data, other)
     (other / "blank").rename(other / "empty")
-    said = refused("likelihood", tiny, "--data", other)
-    assert "its classes (across, down, empty) are not the model's (across, blank, down)" in said
+    message = refused("likelihood", tiny, "--data", other)
+    assert "its classes (across, down, empty) are not the model's (across, blank, down)" in message
     report = json.loads(run("likelihood", tiny, "--data", other, "--num-images", 1, "--rtol", 0.1, "--unconditional"))
     assert report["protocol"]["density"] == "log p(x)"
 
@@ -306,14 +306,14 @@ def test_a_model_without_classes_and_one_without_a_null_class(tmp_path, run, ref
 
 
 def test_images_are_measured_under_their_own_class():
-    seen = []
+    measured = []
 
     def denoiser_for(labels, count):
-        seen.append(labels.tolist())
+        measured.append(labels.tolist())
         return Denoiser.from_score(lambda x, t: -x, make_schedule("vp"))
 
     torch.manual_seed(0)
     train, test = stripes(20), stripes(12, 1)
     pixel_bits(LatentCodec(tiny_vae()), denoiser_for, train, test, 5, batch_size=2, tolerance=0.1)
     rows = permutation(12, 0, "likelihood")[:5]
-    assert [len(labels) for labels in seen] == [2, 2, 1] and sum(seen, []) == test.labels[rows].tolist()
+    assert [len(labels) for labels in measured] == [2, 2, 1] and sum(measured, []) == test.labels[rows].tolist()

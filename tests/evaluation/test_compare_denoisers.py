@@ -31,9 +31,9 @@ def test_its_error_is_the_least_possible_one():
     x0 = torch.randn((4000, 16), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     for log_snr in (-2.0, 1.0):
-        found = estimate_x0(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, log_snr)
+        result = estimate_x0(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, log_snr)
         least = 1 / (1 + torch.tensor(log_snr).exp())  # var(x0 | x_t) of N(0, 1)
-        assert float((found - x0).square().mean()) == pytest.approx(float(least), rel=0.02)
+        assert float((result - x0).square().mean()) == pytest.approx(float(least), rel=0.02)
     assert estimate_x0(exact(make_schedule("flow"), Mixture(one, zero, one)), x0, noise, 40.0) is None
 
 
@@ -74,8 +74,8 @@ def test_the_latents_are_draws_unless_the_model_was_trained_on_means(model, stri
     (on_means / META).write_text(json.dumps(meta))
 
     def ask(name) -> tuple[float, str]:
-        found = agreement([name], str(stripe_folder), 8, [0.0])
-        return found["models"][0]["errors"][0][0], found["protocol"]["latents"]
+        result = agreement([name], str(stripe_folder), 8, [0.0])
+        return result["models"][0]["errors"][0][0], result["protocol"]["latents"]
 
     before, moments = {name: ask(name) for name in (model, on_means)}, LatentCodec.moments
     assert [kind for _, kind in before.values()] == ["posterior draws", "posterior means"]

@@ -30,8 +30,8 @@ TEXT = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "int
 
 def save(folder: Path, model, **constants) -> Path:
     model.save_pretrained(folder)
-    said = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "do_center_crop": True} | constants
-    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    written = {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "do_center_crop": True} | constants
+    (folder / "preprocessor_config.json").write_text(json.dumps(written))
     return folder
 
 
@@ -50,15 +50,15 @@ def test_features_are_the_encoders_own_of_the_processors_pixels(dino):
     space = open_space(dino)
     pixels = np.random.default_rng(0).integers(0, 256, (3, SIDE, SIDE, 3), dtype=np.uint8)
     x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    seen, classes = extract(space, x)
+    features, classes = extract(space, x)
     processor = transformers.BitImageProcessorPil if hasattr(transformers, "BitImageProcessorPil") else None
     mean, std = np.array([0.4, 0.5, 0.6]), np.array([0.2, 0.3, 0.4])
     fed = torch.from_numpy((pixels / 255 - mean) / std).permute(0, 3, 1, 2).float()
     if processor is not None:
         made = processor.from_pretrained(dino, do_resize=False)([Image.fromarray(each) for each in pixels], return_tensors="pt")
         torch.testing.assert_close(made["pixel_values"], fed, atol=1e-5, rtol=0)
-    torch.testing.assert_close(seen, dinov2()(fed).pooler_output, atol=1e-5, rtol=0)
-    assert classes is None and space.dim == seen.shape[1] == 8 and space.name == "dino"
+    torch.testing.assert_close(features, dinov2()(fed).pooler_output, atol=1e-5, rtol=0)
+    assert classes is None and space.dim == features.shape[1] == 8 and space.name == "dino"
 
 
 def test_another_size_is_scaled_as_pillow_does(dino):
@@ -137,8 +137,8 @@ def test_inception_is_torch_fidelitys_with_2048_features(tmp_path, monkeypatch):
     torch.save(made.state_dict(), path)
     space = open_inception(path, hashlib.sha256(path.read_bytes()).hexdigest()[:8])
     levels = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
-    seen = extract(space, levels.float() / 127.5 - 1)[0]
-    assert seen.shape == (2, 2048) and torch.equal(seen, made(levels)[0]) and space.dim == 2048
+    features = extract(space, levels.float() / 127.5 - 1)[0]
+    assert features.shape == (2, 2048) and torch.equal(features, made(levels)[0]) and space.dim == 2048
     torch.save({"weights": Path("anything")}, path)  # an object, where tensors belong
     with pytest.raises(UserError, match="weights.pth: cannot be read as Inception's weights"):
         open_inception(path, hashlib.sha256(path.read_bytes()).hexdigest())

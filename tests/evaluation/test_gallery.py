@@ -28,9 +28,9 @@ def stage(model) -> GallerySampler:
 
 
 def test_the_command_writes_labelled_pictures(run, here, model, stripe_folder):
-    said = run("gallery", model, "--data", stripe_folder, "--steps", 4, "--out", "pictures").split()
-    assert said == [f"pictures/{name}.png" for name in ("trajectory", "interpolation", "guidance")]
-    for path, columns in zip(said, (4, COLUMNS, len(SCALES)), strict=True):  # a trajectory of 4 steps has 4 estimates
+    paths = run("gallery", model, "--data", stripe_folder, "--steps", 4, "--out", "pictures").split()
+    assert paths == [f"pictures/{name}.png" for name in ("trajectory", "interpolation", "guidance")]
+    for path, columns in zip(paths, (4, COLUMNS, len(SCALES)), strict=True):  # a trajectory of 4 steps has 4 estimates
         picture = Image.open(here / path)
         assert picture.height == 3 * (2 * 16 + 2) and columns * 34 < picture.width < columns * 34 + 80
         assert np.asarray(picture.convert("L")).std() > 10

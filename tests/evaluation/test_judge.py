@@ -127,10 +127,10 @@ def test_pictures_are_drawn_in_batches_in_the_order_of_the_prompts(gallery):
 def test_ranks_count_the_identities_that_are_nearer(gallery):
     generator = torch.Generator().manual_seed(0)
     real, queries = (torch.nn.functional.normalize(torch.randn(n, 16, generator=generator), dim=1) for n in (12, 40))
-    wanted = torch.arange(40) % 6
+    identities = torch.arange(40) % 6
     owners = gallery.pairs.identities.tolist()
-    ranks = PictureIndex(gallery.net, gallery.pairs, real).ranks(queries, wanted)
-    for query, want, rank in zip(queries, wanted, ranks, strict=True):
+    ranks = PictureIndex(gallery.net, gallery.pairs, real).ranks(queries, identities)
+    for query, want, rank in zip(queries, identities, ranks, strict=True):
         best = {i: min(float((query - real[n]).norm()) for n in range(12) if owners[n] == i) for i in range(6)}
         assert int(rank) == sorted(best, key=best.get).index(int(want))
 
@@ -213,15 +213,15 @@ def test_augmentation(gallery):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"style": None}, "line 1: has no style; pictures need a style and an identity"),
         ({"identity": 7}, "line 1: has no identity"),
         ({"file_name": "nothing.png"}, "nothing.png: cannot be read as an image"),
     ],
 )
-def test_data_that_is_not_pairs_is_refused(tmp_path, changes, said):
-    with pytest.raises(UserError, match=said):
+def test_data_that_is_not_pairs_is_refused(tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
         read_pairs(write_shapes(tmp_path / "data", **changes))
 
 
@@ -235,7 +235,7 @@ def test_other_folders_and_sizes_are_refused(tmp_path, shapes, stripe_folder):
 
 
 @pytest.mark.parametrize(
-    ("override", "said"),
+    ("override", "message"),
     [
         (["model.depth=3"], "model.depth: unknown key; a judge has only widths"),
         (["strength=2"], "strength: input should be less than or equal to 1"),
@@ -245,9 +245,9 @@ def test_other_folders_and_sizes_are_refused(tmp_path, shapes, stripe_folder):
         (["--resume"], "a judge trains in one go; leave --resume out and name a new folder"),
     ],
 )
-def test_configs_that_cannot_be_trained_are_refused(refused, shapes, tmp_path, override, said):
+def test_configs_that_cannot_be_trained_are_refused(refused, shapes, tmp_path, override, message):
     path = write_yaml(tmp_path / "judge.yaml", judge_tree(shapes, tmp_path / "out"))
-    assert said in refused("train", path, *override)
+    assert message in refused("train", path, *override)
 
 
 def test_a_judge_is_not_written_over(refused, shapes, judge_folder, tmp_path):
@@ -283,11 +283,17 @@ def test_the_command_draws_measures_and_writes(run, refused, here, text_model, s
     assert [table["scores"][kind]["generated"]["pictures"] for kind in ("seen", "held-out")] == [4, 2]
     assert set(table["scores"]["seen"]) == {"generated", "augmented real", "reconstructed real", "shuffled prompts"}
     assert table["scores"]["seen"]["augmented real"]["top1"] > 0.5
-    stated = {"sampler": "euler", "steps": 2, "guidance": 2.0, "seed": 0, "judge": load_judge(judge_folder).fingerprint()[:16]}
-    assert table["protocol"].items() >= stated.items()
+    expected = {
+        "sampler": "euler",
+        "steps": 2,
+        "guidance": 2.0,
+        "seed": 0,
+        "judge": load_judge(judge_folder).fingerprint()[:16],
+    }
+    assert table["protocol"].items() >= expected.items()
     assert sorted(p.name for p in Path("out").iterdir()) == ["grid.png", "judge.json", "judge.md", "metrics.json"]
     assert json.loads(Path("out/judge.json").read_text()) == table
-    assert "judge: " + stated["judge"] in Path("out/judge.md").read_text()
+    assert "judge: " + expected["judge"] in Path("out/judge.md").read_text()
     with Image.open("out/grid.png") as grid:
         assert grid.width >= 6 * 2 * SIDE and grid.height >= 4 * 2 * SIDE  # seen, held-out, and two rows of free prompts
     assert len(FREE_PROMPTS) == 12
@@ -341,9 +347,11 @@ def test_pictures_of_another_size_are_refused(gallery, text_model):
 def test_a_judge_of_other_pictures_of_the_same_names_is_refused(refused, gallery, tmp_path, text_model, judge_folder):
     data = write_shapes(tmp_path / "data")
     Image.new("RGB", (SIDE, SIDE), "red").save(data / "train" / "solid" / "red-square.png")
-    said = refused("judge", text_model, "--data", data, "--judge", judge_folder)
-    theirs, ours = gallery.net.info["data_fingerprint"][:12], read_pairs(data).fingerprint()[:12]
-    assert f"--judge {judge_folder}: was trained on data with fingerprint {theirs}, and --data {data} has {ours}" in said
+    message = refused("judge", text_model, "--data", data, "--judge", judge_folder)
+    recorded, current = gallery.net.info["data_fingerprint"][:12], read_pairs(data).fingerprint()[:12]
+    assert (
+        f"--judge {judge_folder}: was trained on data with fingerprint {recorded}, and --data {data} has {current}" in message
+    )
     swapped = replace(gallery.pairs, held_out=gallery.pairs.held_out.flip(0))
     with pytest.raises(UserError, match="other pairs held out"):
         index_pictures(gallery.net, swapped)
@@ -358,10 +366,10 @@ def test_the_judge_that_ships_says_what_it_was_trained_on():
 
 
 def test_several_processes_judge_as_one(tmp_path, text_model, shapes, judge_folder):
-    wanted = ("judge", text_model, "--data", shapes, "--judge", judge_folder, "--num-prompts", 4, "--steps", 2)
-    wanted += ("--batch-size", 2, "--out")
+    arguments = ("judge", text_model, "--data", shapes, "--judge", judge_folder, "--num-prompts", 4, "--steps", 2)
+    arguments += ("--batch-size", 2, "--out")
     outs = {world: tmp_path / str(world) for world in (1, 2)}
-    results = carry_out([command(*wanted, out, world=world) for world, out in outs.items()])
+    results = carry_out([command(*arguments, out, world=world) for world, out in outs.items()])
     for world, result in zip(outs, results, strict=True):
         assert result["codes"] == [0] * world, result["stderr"]
         assert json.loads(result["stdout"]) == json.loads((outs[world] / "judge.json").read_text())

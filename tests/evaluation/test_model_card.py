@@ -74,24 +74,28 @@ def front(text: str) -> dict:
 
 
 def test_the_front_matter_holds_the_values_once_and_keeps_what_is_others():
-    theirs = {"task": {"type": "x"}, "dataset": {"name": "y", "type": "y"}, "metrics": [{"type": "accuracy", "value": 0.5}]}
-    before = {"license": "mit", "tags": ["a"], "model-index": [{"name": "mine", "results": [theirs]}]}
+    other_result = {
+        "task": {"type": "x"},
+        "dataset": {"name": "y", "type": "y"},
+        "metrics": [{"type": "accuracy", "value": 0.5}],
+    }
+    before = {"license": "mit", "tags": ["a"], "model-index": [{"name": "mine", "results": [other_result]}]}
     text = f"---\n{yaml.safe_dump(before)}---\n# Card\n\n---\nrule above\n"
     record = judged()
     record["made"]["data"] = "some/where/emoji"
     once = with_model_index(text, record, Path("m/README.md"))
     assert once.endswith("---\n# Card\n\n---\nrule above\n")
-    found = front(once)
-    assert found["license"] == "mit" and found["tags"] == ["a"] and found["model-index"][0]["name"] == "mine"
-    others, ours = found["model-index"][0]["results"]
-    assert others == theirs and ours["task"]["type"] == "text-to-image"
-    assert ours["dataset"] == {"name": "emoji", "type": "emoji"} and len(ours["metrics"]) == len(record["values"])
-    entry = next(each for each in ours["metrics"] if each["name"] == "top1[seen]")
+    matter = front(once)
+    assert matter["license"] == "mit" and matter["tags"] == ["a"] and matter["model-index"][0]["name"] == "mine"
+    others, own_result = matter["model-index"][0]["results"]
+    assert others == other_result and own_result["task"]["type"] == "text-to-image"
+    assert own_result["dataset"] == {"name": "emoji", "type": "emoji"} and len(own_result["metrics"]) == len(record["values"])
+    entry = next(each for each in own_result["metrics"] if each["name"] == "top1[seen]")
     assert entry["type"] == "top1" and entry["value"] == 0.5
     assert entry["args"] == {"images": 4, "floor": 0.9, "by": "latentdiff judge"}
     record["values"]["top1[seen]"]["value"] = 0.625
     again = with_model_index(once, record, Path("m/README.md"))
-    assert again.count("top1[seen]") == 1 and "0.625" in again and front(again)["model-index"][0]["results"][0] == theirs
+    assert again.count("top1[seen]") == 1 and "0.625" in again and front(again)["model-index"][0]["results"][0] == other_result
     assert with_model_index(again, record, Path("m/README.md")) == again
 
 
@@ -160,8 +164,8 @@ def test_reading_shows_its_progress_where_it_takes_a_while(capsys, monkeypatch):
     assert [rows for rows, _ in read_batches(Images(), 2)] == [[0, 1], [2, 3], [4]]
     assert capsys.readouterr().err == ""
     assert [rows for rows, _ in read_batches(Images(), 2, "looking", slice(1, 4))] == [[1, 2], [3]]
-    said = capsys.readouterr().err
-    assert "looking: 100%" in said and "3/3" in said and "image/s" in said
+    progress = capsys.readouterr().err
+    assert "looking: 100%" in progress and "3/3" in progress and "image/s" in progress
     wait = 0.01
     assert len(list(read_batches(Images(), 2, "looking"))) == 3 and capsys.readouterr().err == ""
     wait = 1.0

@@ -69,9 +69,9 @@ def test_damage_collapse_and_copies_show_where_they_should(net, report):
     assert collapsed["kid" + NET]["value"] > real["kid" + NET] + report["distribution"]["kid" + NET]["spread"]
     copied = evaluate(stripes(240, 1).source.images[:120], labels, net)
     assert copied["distribution"]["precision" + NET]["value"] >= real["precision" + NET]
-    ours, others = (each["distribution"]["penalised_frechet" + NET] for each in (copied, report))
-    assert ours["value"] > 50 * copied["metrics"]["frechet" + NET]["value"]
-    assert others["value"] < 2 * report["metrics"]["frechet" + NET]["value"] and "2106.03062" in ours["formula"]
+    penalised, others = (each["distribution"]["penalised_frechet" + NET] for each in (copied, report))
+    assert penalised["value"] > 50 * copied["metrics"]["frechet" + NET]["value"]
+    assert others["value"] < 2 * report["metrics"]["frechet" + NET]["value"] and "2106.03062" in penalised["formula"]
     for space in ("features", "pixels"):
         assert [each["share"] for each in copied["memorisation"][space]["closer_than_held_out"]] == [1, 1, 1]
         assert report["memorisation"][space]["closer_than_held_out"][0]["share"] < 0.1
@@ -98,18 +98,18 @@ def test_classes_are_measured_alone_where_they_are_many_enough(net, report):
     few = np.concatenate([np.flatnonzero(labels < 2), np.flatnonzero(labels == 2)[:31]])
     wrong = evaluate(pixels[few], labels[few], net)["per_class"]
     assert wrong["left_out"] == {"blank": 31} and wrong["classes"].keys() == {"across", "down"}
-    told = wrong["label_accuracy"]
-    assert told["blank"]["images"] == 31 and told["down"]["value"] < 0.2 < 0.8 < told["across"]["value"]
-    assert told["down"]["floor"] > 0.8 and told["down"]["floor_images"] > 0
+    accuracies = wrong["label_accuracy"]
+    assert accuracies["blank"]["images"] == 31 and accuracies["down"]["value"] < 0.2 < 0.8 < accuracies["across"]["value"]
+    assert accuracies["down"]["floor"] > 0.8 and accuracies["down"]["floor_images"] > 0
     assert wrong["classes"]["down"]["value"] > 10 * entry["value"] > wrong["classes"]["across"]["value"]
     assert "per_class" not in evaluate(pixels, None, net)
 
 
 def test_too_few_images_are_said_and_not_measured(net):
-    said = evaluate(*stripe_pixels(5, seed=3), net)
-    assert said["left_out"].keys() == {"precision", "recall", "density", "coverage", "frechet_of_infinite"}
-    assert "needs more than 5" in said["left_out"]["recall"] and "Left out: recall" in report_markdown(said)
-    assert said["distribution"].keys() == {"kid" + NET, "penalised_frechet" + NET}
+    result = evaluate(*stripe_pixels(5, seed=3), net)
+    assert result["left_out"].keys() == {"precision", "recall", "density", "coverage", "frechet_of_infinite"}
+    assert "needs more than 5" in result["left_out"]["recall"] and "Left out: recall" in report_markdown(result)
+    assert result["distribution"].keys() == {"kid" + NET, "penalised_frechet" + NET}
 
 
 def test_several_seeds_are_a_mean_and_a_spread(net, report):
@@ -174,12 +174,12 @@ def test_the_page_stands_alone_and_shows_everything(record, tmp_path):
     write_page(record, tmp_path, pixels, labels.numpy(), stripes(240, 1, framing="pad", multiple_of=8))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["closest.png", "index.html", "samples.png"]
     text = (tmp_path / "index.html").read_text()
-    found = Page(text)
-    assert sorted(found.sources) == ["closest.png", "data:,", "samples.png"]
-    assert "script" not in found.tags and "http" not in text
-    assert found.tags.count("svg") == 3 and found.tags.count("rect") == 12 and found.tags.count("circle") == 2
+    parsed = Page(text)
+    assert sorted(parsed.sources) == ["closest.png", "data:,", "samples.png"]
+    assert "script" not in parsed.tags and "http" not in text
+    assert parsed.tags.count("svg") == 3 and parsed.tags.count("rect") == 12 and parsed.tags.count("circle") == 2
     for part in ("a <model>", "recall" + NET, record["protocol"]["features_sha256"], "EMA, decay 0.9", *CLASSES):
-        assert part in found.text
+        assert part in parsed.text
     with Image.open(tmp_path / "closest.png") as picture:
         assert picture.height == 8 * (18 * 2 + 2) and picture.width > 3 * (18 * 2 + 2)
     with Image.open(tmp_path / "samples.png") as picture:
@@ -195,8 +195,8 @@ def test_the_picture_of_the_worst_shows_the_neighbours_that_are_named(record, tm
     write_page(record, tmp_path, pixels, labels.numpy(), train)
     shown = np.asarray(Image.open(tmp_path / "closest.png"))[..., 0][:36:2]
     cells = [shown[:, shown.shape[1] - 38 * (3 - k) :][:, :36:2] for k in range(3)]
-    wanted = (pixels[5], train.source.images[17], train.source.images[99])
-    assert all(np.array_equal(cell, image[..., 0]) for cell, image in zip(cells, wanted, strict=True))
+    expected = (pixels[5], train.source.images[17], train.source.images[99])
+    assert all(np.array_equal(cell, image[..., 0]) for cell, image in zip(cells, expected, strict=True))
 
 
 def test_the_plots_hold_the_values(record):
@@ -214,6 +214,18 @@ def test_the_plots_hold_the_values(record):
     record["per_class"] = None
     del record["values"]["recall" + NET]
     assert "<svg" not in page(record)
+
+
+def test_hostile_names_stay_text_and_the_bytes_are_the_same_every_time(record):
+    evil = "</text><script>alert('1')</script>\"&{{ 7 * 7 }}"
+    record["per_class"]["classes"] = {evil: {"value": 1.0, "floor": None}}
+    record["per_class"]["left_out"] = {evil: 3}
+    record["made"] |= {"model": evil, evil: evil}
+    record["left_out"] = {evil: evil}
+    text = page(record)
+    parsed = Page(text)
+    assert "script" not in parsed.tags and parsed.text.count(evil) >= 5 and evil[:20] in parsed.text
+    assert page(copy.deepcopy(record)) == text
 
 
 # side by side
@@ -252,8 +264,8 @@ def test_another_protocol_is_refused_and_the_field_named(refused, record, tmp_pa
 
     record["protocol"] |= {"cas_seeds": 1, "likelihood": {"images": 20}, "prompts": {"sha256": "a"}}
     a, b = two(tmp_path, record, change)
-    said = refused("compare", a, b)
-    assert f"compare: {field}" in said and f"in {a}" in said and f"in {b}" in said and "unlike protocols" in said
+    message = refused("compare", a, b)
+    assert f"compare: {field}" in message and f"in {a}" in message and f"in {b}" in message and "unlike protocols" in message
     assert f"compare: {field}" in refused("compare", a, a, b)
 
 
@@ -269,14 +281,14 @@ def test_a_part_of_a_field_is_named_with_its_values(record, tmp_path):
 def test_what_is_no_record_is_refused(refused, record, model, tmp_path):
     a, b = two(tmp_path, record, lambda other: other["protocol"].pop("seeds"))
     assert "protocol.seeds is missing" in refused("compare", a, b)
-    for change, said in (
+    for change, message in (
         (lambda other: other.update(format=2), "not a record of format 1"),
         (lambda other: other.update(values=[]), "values is missing"),
         (lambda other: other["values"]["recall" + NET].update(value=float("nan")), "values.recall.* finite"),
         (lambda other: other["values"]["recall" + NET].update(floor="x"), "values.recall.* finite"),
     ):
         a, b = two(tmp_path, record, change)
-        assert re.search(said, refused("compare", a, b))
+        assert re.search(message, refused("compare", a, b))
     (b / "metrics.json").write_text("{")
     assert f"{b / 'metrics.json'}: not JSON" in refused("compare", a, b)
     assert "nowhere.json: No such file" in refused("compare", a, "nowhere.json")
@@ -329,15 +341,15 @@ def test_the_reference_is_looked_at_once(net, tmp_path, monkeypatch):
         feature_cache, "feature_statistics", lambda *args, **options: calls.append(1) or original(*args, **options)
     )
 
-    def see(net=net, **data):
+    def statistics_of(net=net, **data):
         return feature_cache.reference_statistics(
             net, stripes(60, **{"seed": 1, **data}), 25, tmp_path / "kept", lambda line: None
         )
 
-    first, again = see(), see()
+    first, again = statistics_of(), statistics_of()
     assert len(calls) == 1 and again.sha256 == first.sha256 and torch.equal(again.features, first.features)
     assert torch.equal(again.moments.covariance, first.moments.covariance) and again.moments.count == 60
-    see(seed=2), see(net=FeatureNet(1, 3, (8, 8, 16)).eval()), see(channels=3)
+    statistics_of(seed=2), statistics_of(net=FeatureNet(1, 3, (8, 8, 16)).eval()), statistics_of(channels=3)
     assert len(calls) == 4 and len(list((tmp_path / "kept").iterdir())) == 4
     assert all(re.fullmatch(r"reference-[0-9a-f]{24}\.safetensors", path.name) for path in (tmp_path / "kept").iterdir())
 
@@ -360,11 +372,11 @@ def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, mon
     monkeypatch.setattr(processes, "agree", lambda value: value)
     monkeypatch.setattr(processes, "gather", gather)
     for place[0] in reversed(range(world)):
-        found = feature_cache.reference_statistics(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
-        assert (found is None) == (place[0] > 0)
+        result = feature_cache.reference_statistics(net, images, 25, tmp_path if place[0] == 0 else None, print, shared=True)
+        assert (result is None) == (place[0] > 0)
     assert sum(len(each[0]) for each in sent.values()) == 60 and len(sent[0][0]) == 25 * (2 if world == 2 else 1)
-    assert found.sha256 == alone.sha256 and torch.equal(found.features, alone.features)
-    assert torch.equal(found.moments.covariance, alone.moments.covariance) and found.moments.count == 60
+    assert result.sha256 == alone.sha256 and torch.equal(result.features, alone.features)
+    assert torch.equal(result.moments.covariance, alone.moments.covariance) and result.moments.count == 60
     assert (
         feature_cache.reference_statistics(net, images, 25, tmp_path, print, shared=True).sha256 == alone.sha256
     )  # as it was kept
@@ -372,22 +384,24 @@ def test_processes_that_share_the_reference_see_what_one_sees(net, tmp_path, mon
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "renamed", "nonsense"])
 def test_a_damaged_reference_is_made_again(net, tmp_path, damage):
-    def see(seed):
-        return feature_cache.reference_statistics(net, stripes(60, seed), 25, tmp_path, said.append)
+    def statistics_of(seed):
+        return feature_cache.reference_statistics(net, stripes(60, seed), 25, tmp_path, lines.append)
 
-    said: list[str] = []
-    first = see(1)
+    lines: list[str] = []
+    first = statistics_of(1)
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     if damage == "renamed":  # the features of other images under this name
-        see(2)
+        statistics_of(2)
         next(p for p in tmp_path.iterdir() if p != path).replace(path)
     else:
         cut = {"truncated": whole[:-9], "flipped": whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:], "nonsense": b"{}"}
         path.write_bytes(cut[damage])
-    again = see(1)
+    again = statistics_of(1)
     assert (
-        any("damaged" in line for line in said) and torch.equal(again.features, first.features) and again.sha256 == first.sha256
+        any("damaged" in line for line in lines)
+        and torch.equal(again.features, first.features)
+        and again.sha256 == first.sha256
     )
     assert path.read_bytes() == whole and list(tmp_path.iterdir()) == [path]
 

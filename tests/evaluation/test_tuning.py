@@ -25,7 +25,7 @@ def landscape(setting: dict, seed: int) -> tuple[float, float, None]:
     return evaluations, 0.1 + worse + 1 / evaluations + 0.5 * (setting["guidance"] - 2.0) ** 2 + noise, None
 
 
-def found(budget: float, cells: list | None = None, seed: int = 0) -> list[dict]:
+def searched(budget: float, cells: list | None = None, seed: int = 0) -> list[dict]:
     cells = [] if cells is None else cells
     tuning.search(landscape, SPACE, DEFAULT, budget, seed, cells, lambda: None)
     return cells
@@ -37,7 +37,7 @@ def test_the_front_is_what_nothing_beats():
 
 
 def test_the_search_starts_at_the_default_keeps_to_its_budget_and_finds_the_better_region():
-    cells = found(600)
+    cells = searched(600)
     assert {key: cells[0][key] for key in tuning.SETTING_KEYS} == DEFAULT
     spent = [c["evaluations"] for c in cells]
     assert sum(spent) >= 600 > sum(spent[:-1])
@@ -46,39 +46,39 @@ def test_the_search_starts_at_the_default_keeps_to_its_budget_and_finds_the_bett
     assert best["frechet"] < cells[0]["frechet"] - 0.2
     for c in cells:
         assert 3 <= c["steps"] <= 32 and 1 <= c["guidance"] <= 3
-    assert cells == found(600)  # a function of its seed
+    assert cells == searched(600)  # a function of its seed
 
 
 def test_an_interrupted_search_counts_what_is_there():
-    first = found(100)
-    both = found(300, cells=[dict(c) for c in first])
+    first = searched(100)
+    both = searched(300, cells=[dict(c) for c in first])
     assert both[: len(first)] == first
     spent = [c["evaluations"] for c in both]
     assert sum(spent) >= 300 > sum(spent[:-1])
 
 
 def test_without_guidance_none_is_searched():
-    space, seen = tuning.SearchSpace(("heun",), guided=False), []
+    space, settings = tuning.SearchSpace(("heun",), guided=False), []
 
     def measure(setting, seed):
-        seen.append(setting)
+        settings.append(setting)
         return float(setting["steps"]), 1 / setting["steps"], None
 
     tuning.search(measure, space, {**DEFAULT, "guidance": 1.0}, 80, 0, [], lambda: None)
-    assert len(seen) > 3 and all(s["guidance"] == 1.0 and s["guidance_interval"] is None for s in seen)
+    assert len(settings) > 3 and all(s["guidance"] == 1.0 and s["guidance_interval"] is None for s in settings)
 
 
 def test_the_finalists_are_measured_again_and_dear_ones_left_out():
     cells = [cell(20, 0.5), cell(10, 0.45), cell(18, 0.4), cell(40, 0.1)]
-    asked = []
+    calls = []
 
     def measure(setting, seed):
-        asked.append((setting["evaluations"], seed))
+        calls.append((setting["evaluations"], seed))
         return setting["evaluations"], setting["frechet"] + 0.01 * seed, None
 
     confirmed = tuning.confirm(measure, cells, [7, 8], most=20)
     assert [c["evaluations"] for c in confirmed] == [20, 18, 10]
-    assert asked == [(20, 7), (20, 8), (18, 7), (18, 8), (10, 7), (10, 8)]
+    assert calls == [(20, 7), (20, 8), (18, 7), (18, 8), (10, 7), (10, 8)]
     assert confirmed[0]["mean"] == pytest.approx(0.575) and confirmed[0]["spread"] == pytest.approx(0.01 / 2**0.5)
 
 
@@ -128,12 +128,12 @@ def test_the_command_writes_table_picture_and_default(run, refused, here, model,
     assert chosen["sampler"] == "scheduler"  # which the checkpoint has, so it keeps it
     assert tuning.current_default(after) == chosen
     assert after.config.class_names == before.config.class_names
-    said = {
+    arguments = {
         "num_inference_steps": chosen["steps"],
         "guidance_scale": chosen["guidance"],
         "guidance_interval": chosen["guidance_interval"] or (0, 1),
     }
-    calls = ((after, {}), (before, said))
+    calls = ((after, {}), (before, arguments))
     images = [pipe(class_labels=[0], output_type="np", generator=fresh(), **call).images for pipe, call in calls]
     assert np.array_equal(*images)
     assert "made with another images" in refused(*ask, "--num-images", 30)

@@ -63,9 +63,9 @@ def drawn(gaussian: tuple[torch.Tensor, torch.Tensor], count: int, seed: int) ->
 def test_kernel_distance_of_known_gaussians_is_its_true_value_on_average():
     p, q = gaussians()
     truth = true_mmd(p, q)
-    found = [kid.squared_mmd(drawn(p, 300, 2 * seed), drawn(q, 200, 2 * seed + 1)) for seed in range(60)]
-    error = float(np.std(found, ddof=1)) / math.sqrt(60)
-    assert abs(np.mean(found) - truth) < 3 * error < 0.3 * truth
+    result = [kid.squared_mmd(drawn(p, 300, 2 * seed), drawn(q, 200, 2 * seed + 1)) for seed in range(60)]
+    error = float(np.std(result, ddof=1)) / math.sqrt(60)
+    assert abs(np.mean(result) - truth) < 3 * error < 0.3 * truth
 
 
 def test_squared_mmd_is_that_of_scikit_learns_kernel():
@@ -98,9 +98,9 @@ def mixture(modes: int, count: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("modes", [1, 2, 4])
 def test_collapse_to_some_modes_costs_recall_alone_and_as_far_as_is_known(modes):
     real, samples = mixture(MODES, 1600, 1), mixture(modes, 800, 2)
-    found = precision_recall(real, samples)
-    assert found.precision > 0.95 and found.density > 0.9
-    assert found.recall == pytest.approx(modes / MODES, abs=0.05) and found.coverage <= found.recall + 0.05
+    result = precision_recall(real, samples)
+    assert result.precision > 0.95 and result.density > 0.9
+    assert result.recall == pytest.approx(modes / MODES, abs=0.05) and result.coverage <= result.recall + 0.05
     # Of the mixtures' moments: along an axis with both ends variance 1 + 12^2 / 4 about 6, with one end 1 about 0
     lost = 3 - int(math.log2(modes))
     both = 1 + WIDE**2 / 4
@@ -205,10 +205,12 @@ def test_other_constants_of_the_measures_are_refused_by_their_name(net, base, mo
 
 
 def test_what_is_being_compared_is_no_part_of_the_protocol(net, base):
-    stated = {"model": "other", "sampler": "heun", "steps": 3, "guidance": 2.0, "seed": 5}
-    other = make_record(measure(net, stripe_pixels(30, seed=8)[0], stripe_pixels(30)[1], protocol=stated), {"weights": "x"}, {})
+    sampling = {"model": "other", "sampler": "heun", "steps": 3, "guidance": 2.0, "seed": 5}
+    other = make_record(
+        measure(net, stripe_pixels(30, seed=8)[0], stripe_pixels(30)[1], protocol=sampling), {"weights": "x"}, {}
+    )
     check_comparable("a", base, "b", other)
-    assert base["values"] != other["values"] and not set(stated) & set(EVALUATE_PROTOCOL)
+    assert base["values"] != other["values"] and not set(sampling) & set(EVALUATE_PROTOCOL)
 
 
 def test_floors_that_differ_are_all_shown(base, tmp_path):

@@ -94,8 +94,8 @@ def test_the_image_path_gives_what_torchmetrics_gives_with_the_same_network():
     peer = FrechetInceptionDistance(feature=Features(net))
     peer.update(real.batch(range(60))[0], real=True)
     peer.update(fake.batch(range(50))[0], real=False)
-    ours = [feature_statistics(net, read_batches(data, 16)).moments for data in (real, fake)]
-    assert frechet_distance(*ours) == pytest.approx(peer.compute().item(), rel=1e-3, abs=1e-6)
+    both = [feature_statistics(net, read_batches(data, 16)).moments for data in (real, fake)]
+    assert frechet_distance(*both) == pytest.approx(peer.compute().item(), rel=1e-3, abs=1e-6)
 
 
 def test_the_hash_follows_pixels_and_labels_and_not_the_batch_size():
@@ -124,15 +124,15 @@ def test_cas_is_near_one_for_real_images_and_low_for_wrong_labels():
 
 
 def test_cas_averages_over_seeds_and_refuses_other_class_counts():
-    test, seen = stripes(30), []
+    test, trainings = stripes(30), []
 
     def trainer(dataset, seed):
-        seen.append((dataset.source.name, seed))
+        trainings.append((dataset.source.name, seed))
         torch.manual_seed(seed)
         return FeatureNet(1, 3, WIDTHS).eval()
 
     score = cas(trainer, stripes(30, seed=1), stripes(30, seed=2), test, seeds=(3, 4))
-    assert [seed for _, seed in seen] == [3, 4, 3, 4]
+    assert [seed for _, seed in trainings] == [3, 4, 3, 4]
     expected = [label_accuracy(trainer(test, seed), test) for seed in (3, 4)]
     assert score.generated == tuple(expected) and score.value == pytest.approx(sum(expected) / 2)
     with pytest.raises(ValueError, match=r"\[11, 10, 10\].*\[10, 10, 10\]"):

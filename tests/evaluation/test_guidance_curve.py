@@ -26,16 +26,19 @@ def test_a_point_of_the_curve_is_what_its_samples_score_alone(feature_folder):
     reference = feature_statistics(net, read_batches(train), keep_features=True)
     (good, labels), (other, _) = stripe_pixels(60, seed=3), stripe_pixels(60, seed=4)
     damaged = np.where(np.random.default_rng(0).random(other.shape) < 0.5, 255 - other, other)
-    found = guidance_curve(net, reference, train, test, {4.0: damaged, 1.5: good}, labels.numpy())
-    assert found["images"] == found["floor_images"] == 60 and [p["guidance"] for p in found["points"]] == [1.5, 4.0]
-    first, second = found["points"]
-    seen = feature_statistics(net, read_batches(sample_set(good, labels.numpy(), train)), keep_features=True)
-    assert first["frechet"] == pytest.approx(frechet_distance(seen.moments, reference.moments), rel=1e-9)
-    assert first["label_accuracy"] == seen.accuracy and second["frechet"] > 3 * first["frechet"]
+    result = guidance_curve(net, reference, train, test, {4.0: damaged, 1.5: good}, labels.numpy())
+    assert result["images"] == result["floor_images"] == 60 and [p["guidance"] for p in result["points"]] == [1.5, 4.0]
+    first, second = result["points"]
+    statistics = feature_statistics(net, read_batches(sample_set(good, labels.numpy(), train)), keep_features=True)
+    assert first["frechet"] == pytest.approx(frechet_distance(statistics.moments, reference.moments), rel=1e-9)
+    assert first["label_accuracy"] == statistics.accuracy and second["frechet"] > 3 * first["frechet"]
     assert second["precision"] < first["precision"] and first["recall"] > 0.5
     same = guidance_curve(net, reference, train, test, {1.0: good}, None)["points"][0]
-    assert same["precision"] == precision_recall(reference.features[matching_rows(train, None, 60, 0)], seen.features).precision
-    drawn = guidance_plots(found)
+    assert (
+        same["precision"]
+        == precision_recall(reference.features[matching_rows(train, None, 60, 0)], statistics.features).precision
+    )
+    drawn = guidance_plots(result)
     assert drawn.count("<circle") == 2 * 4 and "4: " in drawn and guidance_plots(None) == ""
 
 

@@ -9,7 +9,7 @@ from scipy.linalg import sqrtm
 from scipy.spatial.distance import cdist
 from sklearn.neighbors import NearestNeighbors
 from stripes import stripe_pixels, stripes
-from test_evaluation_scores import rows, rows_with
+from test_frechet import rows, rows_with
 
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.sources import ArraySource
@@ -66,9 +66,9 @@ def scikit_support(real: np.ndarray, fake: np.ndarray, k: int) -> list[float]:
     """Precision, recall, density, coverage by scikit-learn's neighbours."""
     radius = [NearestNeighbors(n_neighbors=k + 1).fit(x).kneighbors(x)[0][:, k] for x in (real, fake)]
     inside = cdist(real, fake) <= radius[0][:, None]
-    found = cdist(real, fake) <= radius[1][None]
+    result = cdist(real, fake) <= radius[1][None]
     own = NearestNeighbors(n_neighbors=1).fit(fake).kneighbors(real)[0][:, 0] <= radius[0]
-    return [inside.any(0).mean(), found.any(1).mean(), inside.sum() / (k * len(fake)), own.mean()]
+    return [inside.any(0).mean(), result.any(1).mean(), inside.sum() / (k * len(fake)), own.mean()]
 
 
 @pytest.mark.parametrize("block", [1, 17, 5000])
@@ -102,12 +102,12 @@ def test_extrapolation_takes_the_bias_away_and_knows_its_error():
     at_n, limits, scores = [], [], []
     for seed in range(80):
         x = normal(120, 4, seed=seed) * scales + mean
-        found = extrapolate_frechet(x, reference, seed)
+        result = extrapolate_frechet(x, reference, seed)
         at_n.append(frechet_distance_to(reference)(moments(x)) - truth)
-        limits.append(found.value - truth)
-        scores.append((found.value - truth) / found.stderr)
+        limits.append(result.value - truth)
+        scores.append((result.value - truth) / result.stderr)
     error = np.std(limits) / math.sqrt(80)
-    assert found.sizes == (120, 60, 40, 30, 24)
+    assert result.sizes == (120, 60, 40, 30, 24)
     assert np.mean(at_n) > 3 * np.std(at_n) / math.sqrt(80) and abs(np.mean(limits)) < 2.5 * error
     assert 0.6 < np.std(scores) < 1.5
     assert extrapolate_frechet(x, reference, 1) == extrapolate_frechet(x, reference, 1) != extrapolate_frechet(x, reference, 2)
@@ -166,10 +166,10 @@ def test_large_images_are_compared_by_means_of_squares():
 def test_shares_count_the_samples_closer_than_held_out_images():
     held_out = torch.arange(1, 102, dtype=torch.float64)  # percentile p is p + 1
     samples = torch.tensor([0.5, 1.5, 5.5, 30.0, 60.0, 90.0, 95.0, 99.0, 100.0, 200.0], dtype=torch.float64)
-    found = memorization.distance_summary(samples, held_out)
-    assert [each["share"] for each in found["closer_than_held_out"]] == [0.2, 0.3, 0.4]
-    assert [each["distance"] for each in found["closer_than_held_out"]] == pytest.approx([2, 6, 51])
-    assert found["median"] == 60.0 and found["held_out_median"] == 51.0
+    result = memorization.distance_summary(samples, held_out)
+    assert [each["share"] for each in result["closer_than_held_out"]] == [0.2, 0.3, 0.4]
+    assert [each["distance"] for each in result["closer_than_held_out"]] == pytest.approx([2, 6, 51])
+    assert result["median"] == 60.0 and result["held_out_median"] == 51.0
 
 
 def test_planted_copies_are_the_worst_and_are_named():
@@ -180,8 +180,8 @@ def test_planted_copies_are_the_worst_and_are_named():
     flat = [torch.from_numpy(d.source.images.reshape(60, -1)).double() for d in (samples, held_out, train)]
     by_features = [memorization.nearest_by_features(x, flat[2]) for x in flat[:2]]
     by_pixels = memorization.nearest_by_pixels(samples, held_out, train)
-    ours = [(pair[0], pair[1].distances.median().item()) for pair in (by_features, by_pixels)]
-    first, second, third = memorization.closest_samples(*ours, count=3)
+    nearest = [(pair[0], pair[1].distances.median().item()) for pair in (by_features, by_pixels)]
+    first, second, third = memorization.closest_samples(*nearest, count=3)
     assert {(e["sample"], e["feature_neighbour"], e["pixel_neighbour"]) for e in (first, second)} == {(4, 50, 50), (7, 11, 11)}
     assert first["feature_distance"] == first["pixel_distance"] == second["pixel_distance"] == 0 < third["pixel_distance"]
     share = memorization.distance_summary(by_pixels[0].distances, by_pixels[1].distances)["closer_than_held_out"][0]

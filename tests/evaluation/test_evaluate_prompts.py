@@ -56,9 +56,9 @@ def test_each_image_gives_one_of_its_captions_and_then_another(images):
     captions, names = images.captions(), images.class_names
     assert [text in captions[i] for i, text in enumerate(all_of.texts)] == [True] * 48
     assert all_of.labels.tolist() == images.labels.tolist() and len(few.texts) == len(few.labels) == 20
-    for found in (few, many):
-        told = [text for text in zip(found.texts, found.labels.tolist(), strict=True) if text[0] != "stripes"]
-        assert told and all(names[label] in text for text, label in told)
+    for prompts in (few, many):
+        with_class = [text for text in zip(prompts.texts, prompts.labels.tolist(), strict=True) if text[0] != "stripes"]
+        assert with_class and all(names[label] in text for text, label in with_class)
     assert many.texts[:48] == all_of.texts != many.texts[48:96]  # the same images, their captions drawn anew
     assert many.labels[:48].tolist() == many.labels[48:96].tolist()
     assert 0.15 < all_of.texts.count("stripes") / 48 < 0.55  # a third of the captions
@@ -97,15 +97,15 @@ def test_a_text_model_draws_the_held_out_captions(run, refused, here, runs, feat
     )
     report = json.loads(run(*ask, "--num-images", 14, "--guidance-curve", 1, 3, "--curve-images", 6, "--out", "one"))
     _, held_out = reference_sets(str(data), Preprocess(), 0.25)
-    wanted = draw_prompts(held_out, 14, "test", "d")
+    expected = draw_prompts(held_out, 14, "test", "d")
     record = read_record("one")
-    assert len(held_out) == 12 and kept["said"] == wanted.texts and record["protocol"]["prompts"] == wanted.facts
-    assert wanted.facts["captions_of"] == "held-out images" and report["reference"]["held_out_images"] == 12
+    assert len(held_out) == 12 and kept["said"] == expected.texts and record["protocol"]["prompts"] == expected.facts
+    assert expected.facts["captions_of"] == "held-out images" and report["reference"]["held_out_images"] == 12
     assert "label_accuracy[stripes-net]" not in report["metrics"] and record["protocol"]["class_counts"] is None
     assert record["guidance_curve"]["images"] == 6 and len(record["guidance_curve"]["points"]) == 2
     assert record["left_out"].items() >= {"bits_per_dim": "without --bits-images", "cas": "--cas-seeds 0"}.items()
     assert "guidance_curve" not in record["left_out"]
-    *before, last = wanted.texts
+    *before, last = expected.texts
     assert np.abs(kept["images"][13] - drawn(model, last, None, before.count(last))).max() <= 1
     monkeypatch.undo()
     monkeypatch.chdir(here)
@@ -128,11 +128,11 @@ def test_a_model_told_both_draws_each_caption_under_its_images_class(run, here, 
     )
     report = json.loads(run("evaluate", model, *ask, "--batch-size", 5, "--out", "one"))
     _, held_out = reference_sets(str(data), Preprocess(), 0.25)
-    wanted = draw_prompts(held_out, 12, "test", "d")
-    assert kept["labels"].tolist() == held_out.labels.tolist() == wanted.labels.tolist()
+    expected = draw_prompts(held_out, 12, "test", "d")
+    assert kept["labels"].tolist() == held_out.labels.tolist() == expected.labels.tolist()
     assert report["protocol"]["class_counts"] == torch.bincount(held_out.labels, minlength=3).tolist()
-    *before, last = wanted.texts
-    row = int(wanted.labels[-1])
+    *before, last = expected.texts
+    row = int(expected.labels[-1])
     alone, other = (drawn(model, last, each, before.count(last)) for each in (row, (row + 1) % 3))
     assert np.abs(kept["images"][-1] - alone).max() <= 1 < np.abs(kept["images"][-1] - other).max()
 

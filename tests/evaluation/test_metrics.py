@@ -101,15 +101,15 @@ def test_reconstructions_stand_beside_the_floor(net):
 
 
 def test_cas_uses_as_many_real_images_of_each_class(net):
-    seen = []
+    trainings = []
 
     def trainer(dataset, seed):
-        seen.append((dataset.source.name, torch.bincount(dataset.labels, minlength=3).tolist()))
+        trainings.append((dataset.source.name, torch.bincount(dataset.labels, minlength=3).tolist()))
         return net
 
     pixels, labels = stripe_pixels(60, seed=3)
     report = evaluate(pixels, labels.numpy(), net, train=stripes(45, 1), train_classifier=trainer, cas_seeds=(0, 1))
-    assert seen == [("samples", [15] * 3)] * 2 + [("stripes", [15] * 3)] * 2  # 15 a class is all that train has
+    assert trainings == [("samples", [15] * 3)] * 2 + [("stripes", [15] * 3)] * 2  # 15 a class is all that train has
     entry = report["metrics"]["cas"]
     assert entry["images"] == 45 and entry["seeds"] == [0, 1] and len(entry["values"]) == 2 and entry["ratio"] == 1
 
@@ -117,9 +117,9 @@ def test_cas_uses_as_many_real_images_of_each_class(net):
 def test_label_accuracy_is_left_out_where_the_network_knows_other_classes(net):
     other = FeatureNet(1, 3, WIDTHS, "other", {"class_names": ["x", "y", "z"]}).eval()
     pixels, labels = stripe_pixels(30)
-    said = []
-    assert list(evaluate(pixels, labels.numpy(), other, log=said.append)["metrics"]) == ["frechet[other]"]
-    assert any("other" in line and "classes" in line for line in said)
+    lines = []
+    assert list(evaluate(pixels, labels.numpy(), other, log=lines.append)["metrics"]) == ["frechet[other]"]
+    assert any("other" in line and "classes" in line for line in lines)
     assert list(evaluate(pixels, None, net)["metrics"]) == [KEY]
 
 
