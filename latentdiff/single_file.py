@@ -5,17 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
-
-from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION, save
 from latentdiff.errors import UserError
-from latentdiff.models.loading import PICKLES, part_class, quiet, read_json, refuse_code, weight_names
 
 # Where each part's weights begin, and those of the averaged U-Net
 PREFIXES = {"unet": "model.diffusion_model.", "vae": "first_stage_model.", "text_encoder": "cond_stage_model."}
 AVERAGED = "model_ema."
-DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}  # others are kept in float32
+DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # others are kept in float32
 # Defaults of StableDiffusionPipeline
 GUIDANCE, STEPS = 7.5, 50
 
@@ -37,6 +32,11 @@ def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> 
     Raises:
         UserError: the file is missing, pickled, truncated, in another layout or of another config; or `out` exists.
     """
+    import torch
+    from safetensors import safe_open
+
+    from latentdiff.checkpoints import save
+
     file, out = Path(file), Path(out)
     names = _check_file(file)
     if not str(config):
@@ -56,7 +56,7 @@ def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> 
         text_encoder=pipeline.text_encoder,
         tokenizer=pipeline.tokenizer,
         null_prompt="",
-        dtype=DTYPES.get(kind, torch.float32),
+        dtype=getattr(torch, DTYPES.get(kind, "float32")),
         default_guidance_scale=GUIDANCE,
         default_num_inference_steps=STEPS,
         meta={"imported": {"file": file.name, "config": str(config), "averaged": averaged}},
@@ -65,6 +65,8 @@ def import_checkpoint(file: str | Path, config: str | Path, out: str | Path) -> 
 
 def _check_file(file: Path) -> list[str]:
     """The names of the file's weights, sorted."""
+    from latentdiff.models.loading import PICKLES, weight_names
+
     if file.suffix in PICKLES:
         raise UserError(f"{file}: is pickled, which can run code when it is read; find or make a .safetensors of it")
     if not file.is_file():
@@ -77,6 +79,9 @@ def _check_file(file: Path) -> list[str]:
 
 
 def _check_config(config: str) -> None:
+    from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION
+    from latentdiff.models.loading import part_class, read_json, refuse_code
+
     folder = Path(config)
     if not folder.exists() and config.count("/") == 1 and not config.startswith((".", "/")):
         return  # a Hub name
@@ -92,8 +97,11 @@ def _check_config(config: str) -> None:
 
 
 def _convert(file: Path, config: str, averaged: bool) -> Any:
+    import torch
     from diffusers import StableDiffusionPipeline
     from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    from latentdiff.models.loading import quiet
 
     expected = (SingleFileComponentError, OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, IndexError)
     try:

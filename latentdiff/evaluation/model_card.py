@@ -6,14 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from yaml import YAMLError
-
-from latentdiff.checkpoints import resolve_model, weights_of
 from latentdiff.errors import UserError
-from latentdiff.evaluation import guidance_curve
-from latentdiff.evaluation.records import PROTOCOLS, read_record
-from latentdiff.evaluation.tables import markdown_table, value_cells
-from latentdiff.utils.atomic import write_text
 
 CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
 # Facts on the samples that a reader needs; hashes and the like stay in the record
@@ -39,6 +32,10 @@ def card(model: str | Path, record: str | Path, metadata: bool = False) -> Path:
         UserError: the record is of other weights than the model's or names none, or the card has one comment without the
             other.
     """
+    from latentdiff.checkpoints import resolve_model, weights_of
+    from latentdiff.evaluation.records import read_record
+    from latentdiff.utils.atomic import write_text
+
     folder, current = resolve_model(model), read_record(record)
     expected, recorded = weights_of(folder)["weights_sha256"], current["made"].get("weights_sha256")
     if recorded != expected:
@@ -72,6 +69,7 @@ def with_model_index(text: str, record: Mapping[str, Any], path: Path) -> str:
         UserError: the front matter is not valid YAML.
     """
     from huggingface_hub import EvalResult, ModelCard
+    from yaml import YAMLError
 
     try:
         card = ModelCard(text if text.lstrip().startswith("---\n") else f"---\n{{}}\n---\n{text}")  # without one it warns
@@ -99,6 +97,10 @@ def with_model_index(text: str, record: Mapping[str, Any], path: Path) -> str:
 
 def section(record: Mapping[str, Any]) -> str:
     """The values of a record as Markdown: each with its number of images and its floor; below them the protocol."""
+    from latentdiff.evaluation import guidance_curve
+    from latentdiff.evaluation.records import PROTOCOLS
+    from latentdiff.evaluation.tables import markdown_table, value_cells
+
     made, protocol = record["made"], record["protocol"]
     rows = [(name, *value_cells(entry)) for name, entry in record["values"].items()]
     lines = markdown_table(("", "samples", "real images", "reconstructions", "images"), rows)

@@ -5,17 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from latentdiff.config import AutoencoderConfig, DiffusionConfig, Section
 from latentdiff.errors import UserError
-from latentdiff.training import state
-from latentdiff.training.accelerator import start_accelerator, torch_settings_restored
-from latentdiff.training.run_folder import first_difference, recorded_config
-from latentdiff.training.trainer import check_made_from
 from latentdiff.utils import locks, processes, signals
 
-STAGES: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
+if TYPE_CHECKING:
+    from latentdiff.config import AutoencoderConfig, DiffusionConfig, Section
+
 PRODUCTS = {"autoencoder": "autoencoder", "diffusion": "model"}  # the folder that a stage publishes, within its output
 
 
@@ -37,6 +34,10 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
     Raises:
         UserError: there is no such run or step, the data have changed, or `out` holds something else.
     """
+    from latentdiff.config import AutoencoderConfig
+    from latentdiff.training import state
+    from latentdiff.training.accelerator import torch_settings_restored
+
     if processes.count() > 1:
         raise UserError("publish: runs in one process; start it without accelerate launch")
     output = Path(run_folder)
@@ -65,9 +66,12 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
 def _publish_autoencoder(config: AutoencoderConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
     """Write a stage-1 run's averaged weights to `folder`. tensors, meta: of a state or snapshot."""
     from latentdiff.models.codec import LatentCodec
+    from latentdiff.training import state
+    from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.autoencoder_checkpoint import save_autoencoder
     from latentdiff.training.images import Images
     from latentdiff.training.train_autoencoder import make_autoencoder
+    from latentdiff.training.trainer import check_made_from
 
     output, accelerator = Path(config.output), start_accelerator(config.train)
     vae = make_autoencoder(config)
@@ -80,9 +84,11 @@ def _publish_autoencoder(config: AutoencoderConfig, folder: Path, tensors: dict[
 
 def _publish_diffusion(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
     """The same for stage 2. The run's latent cache is opened, or built again where it is not there any more."""
-    from latentdiff.training import conditioning
+    from latentdiff.training import conditioning, state
+    from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import open_inputs, prepare_latents, progress_bar
     from latentdiff.training.train_diffusion import DiffusionTrainer
+    from latentdiff.training.trainer import check_made_from
 
     output, accelerator = Path(config.output), start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as bar:
@@ -97,14 +103,18 @@ def _publish_diffusion(config: DiffusionConfig, folder: Path, tensors: dict[str,
 
 
 def _config(output: Path) -> AutoencoderConfig | DiffusionConfig:
+    from latentdiff.config import AutoencoderConfig, DiffusionConfig
+    from latentdiff.training.run_folder import recorded_config
+
+    stages: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
     record = output / "run.json"
     try:
         stage = json.loads(record.read_text(encoding="utf-8"))["stage"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         raise UserError(f"{output}: holds no training run, for it has no run.json; give a run's output folder") from None
-    if stage not in STAGES:
-        raise UserError(f"{record}: stage {stage!r} keeps no training states; valid: {', '.join(STAGES)}")
-    return recorded_config(output, STAGES[stage])  # type: ignore[return-value]
+    if stage not in stages:
+        raise UserError(f"{record}: stage {stage!r} keeps no training states; valid: {', '.join(stages)}")
+    return recorded_config(output, stages[stage])  # type: ignore[return-value]
 
 
 def publishable(output: Path) -> dict[int, Path]:
@@ -112,6 +122,8 @@ def publishable(output: Path) -> dict[int, Path]:
 
     Only the lengths of their files are checked.
     """
+    from latentdiff.training import state
+
     found = {}
     for kind in ("snapshots", "state"):
         for folder in state.step_folders(output, kind):
@@ -125,6 +137,8 @@ def state_to_publish(output: Path, step: int | None, best: bool) -> Path:
 
     Where a state is damaged, a snapshot of the same step or an older state is taken, with a warning on stderr.
     """
+    from latentdiff.training import state
+
     if best:
         step = state.best_step(output)
         if step is None:
@@ -152,6 +166,7 @@ def state_to_publish(output: Path, step: int | None, best: bool) -> Path:
 
 def _check_out(folder: Path, config: Section) -> None:
     """UserError unless a folder is new, is empty, or was published by this run."""
+    from latentdiff.training.run_folder import first_difference
     from latentdiff.utils.outputs import check_out_folder
 
     check_out_folder(folder)

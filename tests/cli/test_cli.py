@@ -305,7 +305,7 @@ def test_info_reports_on_data(run, tmp_path, monkeypatch):
     assert facts["most_common_sizes"] == [{"size": [16, 16], "images": 8}, {"size": [4, 8], "images": 1}]
     alike = {"images": 2, "groups": 1, "first": [sorted([str(first), "down/again.bmp", "down/copy.png"])], "compared": "pixels"}
     assert facts["duplicates"] == alike
-    monkeypatch.setattr("latentdiff.cli.info.MANY_PIXELS", 100)  # then only files are compared
+    monkeypatch.setattr("latentdiff.data.summary.MANY_PIXELS", 100)  # then only files are compared
     of_files = json.loads(run("info", data))["train"]["duplicates"]
     assert of_files == {"images": 1, "groups": 1, "first": [sorted([str(first), "down/copy.png"])], "compared": "files"}
 
