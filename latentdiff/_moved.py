@@ -345,6 +345,7 @@ REMOVED = {
     "training.reconstruction.Parts",
     "training.reconstruction.draw_noise",
     "training.reconstruction.update",
+    "training.republish.STAGES",
     "training.unets.check_latents",
     "writing.write_grid",
 }

@@ -89,7 +89,7 @@ def _option(name: str, hint: Any, default: Any, description: str | None) -> insp
     about = Parameter(
         help=description,
         required=default is inspect.Parameter.empty,
-        show_default=default is not False and default != (),
+        show_default=default is not False and default not in (None, ()),
         negative=(),  # no --no-name
         consume_multiple=1 if several else None,  # one value at least
         # Of a flag that is given twice the last value counts. Of a list that would not be clear

@@ -97,6 +97,7 @@ def test_every_parameter_has_a_description(command):
         patch.setenv("COLUMNS", "200")
         done = subprocess.run([sys.executable, "-m", "latentdiff", command, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == ""
+    assert not any(f"[default: {value}]" in done.stdout for value in (None, False, ()))
     function = load(COMMANDS[command].function)
     documented = inspect.getdoc(function)
     for name in inspect.signature(function).parameters:
@@ -203,7 +204,7 @@ except SystemExit:
     assert after(code) == "[]"
 
 
-@pytest.mark.parametrize("command", ["generate", "train", "encode", "compare", "tune", "judge", "prepare"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_a_mistyped_flag_is_told_before_torch_is_loaded(command):
     code = f"""
 from latentdiff.cli import main
