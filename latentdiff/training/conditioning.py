@@ -15,7 +15,6 @@ from latentdiff.config import ConditionConfig, DiffusionConfig, TextConfig
 from latentdiff.data.captions import Captions, CaptionStates, build_states
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import (
-    NULL_PROMPT,
     ClassCondition,
     PromptEncoder,
     UNetWithTextEncoder,
@@ -337,16 +336,3 @@ def network_of(unet: nn.Module, conditions: Conditions) -> nn.Module:
     """The network that is trained: the U-Net, together with the text encoder where that is trained too."""
     text = conditions.text
     return UNetWithTextEncoder(unet, text.prompt_encoder.encoder) if text and isinstance(text.table, dict) else unet
-
-
-def pipeline_pieces(network: nn.Module, conditions: Conditions, class_names: list[str]) -> dict[str, Any]:
-    """Those arguments of the pipeline that depend on the conditions: U-Net, text encoder, tokenizer, class names, nulls."""
-    together, text, classes = isinstance(network, UNetWithTextEncoder), conditions.text, conditions.classes
-    return {
-        "unet": network.unet if together else network,
-        "text_encoder": network.text_encoder if together else text and text.prompt_encoder.encoder,
-        "tokenizer": text and text.prompt_encoder.tokenizer,
-        "class_names": class_names if classes else None,
-        "null_class": classes.null_class if classes else None,
-        "null_prompt": NULL_PROMPT if text and (text.dropout > 0 or conditions.joint > 0) else None,
-    }

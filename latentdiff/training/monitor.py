@@ -1,29 +1,34 @@
-"""The Fréchet distance measured while stage 2 trains: images of the averaged weights against training images.
+"""What is looked at while stage 2 trains: a grid of generated images, and their Fréchet distance from the training images.
 
-It is cheap and coarse: few images, and a reference of some training images. Compare the numbers of one run, or of runs with
-the same settings. For results to report, use `latentdiff evaluate`.
+The distance is cheap and coarse: few images, and a reference of some training images. Compare the numbers of one run, or of
+runs with the same settings. For results to report, use `latentdiff evaluate`.
 """
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from latentdiff.checkpoints import resolve_model
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import UserError
-from latentdiff.training import conditioning
+from latentdiff.evaluation.frechet import Moments, frechet_distance
+from latentdiff.evaluation.sample_sets import without_padding
+from latentdiff.models.feature_net import FeatureNet, extract, load_features
+from latentdiff.training.conditioning import Conditions, guidance_scale
 from latentdiff.training.latents import Latents
+from latentdiff.utils.images import save_rows
 from latentdiff.utils.random import derive_seed, generators
 
-if TYPE_CHECKING:
-    from latentdiff.evaluation.frechet import Moments
-    from latentdiff.models.feature_net import FeatureNet
-
-BATCH = 125
+ROWS = 8  # of a picture, for a model without classes where the config names no prompts
+MAX_CLASSES = 10  # that a picture shows
+BATCH = 125  # images that are generated at a time to measure the distance
 
 
 def check(config: DiffusionConfig) -> None:
@@ -38,13 +43,40 @@ def check(config: DiffusionConfig) -> None:
 
 def load_net(config: DiffusionConfig, device: torch.device) -> FeatureNet | None:
     """The feature network of evaluate.features; None where evaluate.every is not set. UserError where there is none."""
-    from latentdiff.checkpoints import resolve_model
-    from latentdiff.models.feature_net import load_features
-
     if config.evaluate.every is None:
         return None
-    folder = resolve_model(str(config.evaluate.features), "evaluate.features", "model.safetensors")
-    return load_features(folder, device)
+    return load_features(resolve_model(str(config.evaluate.features), "evaluate.features", "model.safetensors"), device)
+
+
+@torch.no_grad()
+def save_picture(config: DiffusionConfig, parts: dict[str, Any], conditions: Conditions, accelerator: Any, path: Path) -> None:
+    """Write a grid of generated images, one row per class or prompt, from fixed seeds.
+
+    parts: what `pipeline_parts` gave. Every process calls this and draws its share of the rows; the main one writes.
+    """
+    pipeline = _pipeline(config, parts)
+    classes: list[int | None] = list(range(min(MAX_CLASSES, pipeline.num_classes))) or [None] * ROWS
+    prompts: list[str] | None = None
+    if conditions.text:
+        prompts = config.sample.prompts or conditions.example_captions(classes)
+        classes = [classes[k % len(classes)] for k in range(len(prompts))]
+    each = config.sample.per_class
+
+    def draw(rows: list[int]) -> Tensor:
+        images = pipeline(
+            prompt=None if prompts is None else [prompts[k] for k in rows],
+            class_labels=[classes[k] for k in rows],
+            num_images_per_label=each,
+            guidance_interval=config.sample.guidance_interval,
+            num_inference_steps=config.sample.steps,
+            generator=generators(config.seed, [k * each + i for k in rows for i in range(each)]),
+            output_type="pt",
+        ).images
+        return images.unflatten(0, (len(rows), each))
+
+    images = _in_shares(len(classes), accelerator, draw)  # [rows, each, C, H, W]
+    if accelerator.is_main_process:
+        save_rows(list(images * 2 - 1), path)
 
 
 class Monitor:
@@ -55,80 +87,73 @@ class Monitor:
         floor: the distance of evaluate.images held-out images, or of all, from the same reference.
     """
 
-    def __init__(
-        self, config: DiffusionConfig, latents: Latents, conditions: conditioning.Conditions, net: FeatureNet, accelerator: Any
-    ):
-        from latentdiff.evaluation.frechet import frechet_distance
-
+    def __init__(self, config: DiffusionConfig, latents: Latents, conditions: Conditions, net: FeatureNet, accelerator: Any):
         self.config, self.net, self.accelerator = config, net, accelerator
         self.images, self.conditions = latents.images, conditions
         self.reference = self._statistics(latents.images.train, config.evaluate.reference)
         self.floor = frechet_distance(self._statistics(latents.images.held_out, config.evaluate.images), self.reference)
 
-    def measure(self, pieces: dict[str, Any]) -> dict[str, float]:
-        """{"evaluation/frechet", "evaluation/floor", "evaluation/seconds"} of a pipeline with these parts."""
-        from latentdiff.evaluation.frechet import frechet_distance
-
+    def measure(self, parts: dict[str, Any]) -> dict[str, float]:
+        """{"evaluation/frechet", "evaluation/floor", "evaluation/seconds"} of a pipeline. parts: from `pipeline_parts`."""
         began = time.monotonic()
-        features = self._in_shares(self.config.evaluate.images, self._generator(pieces))
-        return {
-            "evaluation/frechet": frechet_distance(_moments(features), self.reference),
-            "evaluation/floor": self.floor,
-            "evaluation/seconds": time.monotonic() - began,
-        }
-
-    def _generator(self, pieces: dict[str, Any]) -> Any:
-        """features(numbers): the features of generated images; each follows from the run's seed and its number."""
-        from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
-
-        config, sample = self.config, self.config.sample
-        pipeline = LatentDiffusionPipeline(**pieces, default_guidance_scale=conditioning.guidance_scale(config))
-        pipeline.set_progress_bar_config(disable=True)
-        pipeline.refuse_non_finite = False  # training judges by its loss, and goes on
+        config = self.config
+        pipeline = _pipeline(config, parts)
         texts = self.images.held_out_captions(config.evaluate.images) if self.conditions.text else None
         classes = list(range(pipeline.num_classes)) or [None]
 
-        def features(numbers: list[int]) -> Tensor:
+        def draw(numbers: list[int]) -> Tensor:
             with self.accelerator.autocast():
                 images = pipeline(
                     prompt=None if texts is None else [texts[k % len(texts)] for k in numbers],
                     class_labels=[classes[k % len(classes)] for k in numbers],
-                    guidance_interval=sample.guidance_interval,
-                    num_inference_steps=sample.steps,
+                    guidance_interval=config.sample.guidance_interval,
+                    num_inference_steps=config.sample.steps,
                     generator=generators(derive_seed(config.seed, "evaluate"), numbers),
                     output_type="pt",
                 ).images
             # Rounded to 8 bits, as the real images are
-            return self._features((images.float() * 255).round() / 127.5 - 1)
+            return (images.float() * 255).round() / 127.5 - 1
 
-        return features
+        return {
+            "evaluation/frechet": frechet_distance(self._feature_statistics(config.evaluate.images, draw), self.reference),
+            "evaluation/floor": self.floor,
+            "evaluation/seconds": time.monotonic() - began,
+        }
 
     def _statistics(self, dataset: ImageDataset, count: int) -> Moments:
-        """Moments of the features of `count` images, or all there are, spread evenly over a part and without its padding."""
-        from latentdiff.evaluation.sample_sets import without_padding
-
+        """Feature statistics of `count` images, or of all, evenly spread over a data set and without its padding."""
         plain = without_padding(dataset)
         rows = torch.linspace(0, len(plain) - 1, min(count, len(plain))).long()
-        return _moments(self._in_shares(len(rows), lambda numbers: self._features(plain.batch(rows[numbers])[0])))
+        return self._feature_statistics(len(rows), lambda numbers: plain.batch(rows[numbers])[0])
 
-    def _features(self, images: Tensor) -> Tensor:
-        from latentdiff.models.feature_net import extract
+    def _feature_statistics(self, count: int, images: Callable[[list[int]], Tensor]) -> Moments:
+        """Feature statistics of images(numbers) for the numbers 0 to count - 1, in batches."""
 
-        return extract(self.net, images)[0]
+        def features(numbers: list[int]) -> Tensor:
+            batches = [numbers[start : start + BATCH] for start in range(0, len(numbers), BATCH)]
+            return torch.cat([extract(self.net, images(batch))[0] for batch in batches])
 
-    def _in_shares(self, count: int, features: Any) -> Tensor:
-        """Features [count, D] of numbers 0 to count - 1. Each process computes a contiguous share, in batches."""
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        share = -(-count // world)
-        # Every process computes equally many, as gathering needs; the last ones repeat some of the first
-        mine = [k % count for k in range(rank * share, (rank + 1) * share)]
-        rows = torch.cat([features(mine[start : start + BATCH]) for start in range(0, share, BATCH)])
-        if world > 1:
-            rows = self.accelerator.gather(rows.to(self.accelerator.device).contiguous()).cpu()
-        return rows[:count]
+        rows = _in_shares(count, self.accelerator, features)  # [count, D]
+        return Moments(rows.shape[1]).update(rows)
 
 
-def _moments(features: Tensor) -> Moments:
-    from latentdiff.evaluation.frechet import Moments
+def _pipeline(config: DiffusionConfig, parts: dict[str, Any]) -> Any:
+    """A quiet pipeline with the config's guidance scale. An image that is not finite is no error: training goes on."""
+    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
-    return Moments(features.shape[1]).update(features)
+    # The scale is given as a default: then it is off without a condition, and a call would be refused
+    pipeline = LatentDiffusionPipeline(**parts, default_guidance_scale=guidance_scale(config))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.refuse_non_finite = False
+    return pipeline
+
+
+def _in_shares(count: int, accelerator: Any, make: Callable[[list[int]], Tensor]) -> Tensor:
+    """make(numbers) for the numbers 0 to count - 1, [count, ...] on the CPU. Each process makes a contiguous share."""
+    share = -(-count // accelerator.num_processes)
+    first = accelerator.process_index * share
+    # Every process makes equally many, as gathering needs; the last ones repeat some of the first
+    rows = make([k % count for k in range(first, first + share)])
+    if accelerator.num_processes > 1:
+        rows = accelerator.gather(rows.to(accelerator.device).contiguous())
+    return rows[:count].cpu()

@@ -31,7 +31,7 @@ from latentdiff.training import conditioning, distributed, messages, monitor, st
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
-from latentdiff.training.diffusion_checkpoint import pipeline_parts, published_scheduler, save_checkpoint, save_picture
+from latentdiff.training.diffusion_checkpoint import pipeline_parts, published_scheduler, save_checkpoint
 from latentdiff.training.dropout import replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
@@ -394,7 +394,7 @@ class DiffusionTrainer(Trainer):
     def draw_pictures(self, done: int) -> None:
         """Write a grid of samples of the weights in `ema_model` to <output>/pictures, and give it to the trackers."""
         path = self.output / "pictures" / f"step-{done:06d}.png"
-        save_picture(self.config, self.pipeline_parts(), self.conditions, self.accelerator, path)
+        monitor.save_picture(self.config, self.pipeline_parts(), self.conditions, self.accelerator, path)
         if self.log is not None:
             self.log.picture(done, "samples", path)
 
