@@ -252,7 +252,10 @@ def _check_derivative(denoiser: DenoiserLike, x0: Tensor) -> None:
 
 
 def variational_bound(denoiser: DenoiserLike, x0: Tensor, samples: int = 64, generator: Generators = None) -> Tensor:
-    """An unbiased estimate of a lower bound on log p(x0) of the reverse SDE, in nats, float64 [B]. See `bound_terms`."""
+    """A lower bound on log p(x0) of the reverse SDE (VDM, arXiv 2107.00630, eq. 11), estimated without bias: nats, float64 [B].
+
+    Arguments and errors as in `bound_terms`, which also gives the terms and the standard error.
+    """
     return bound_terms(denoiser, x0, samples, generator).bound
 
 

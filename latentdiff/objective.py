@@ -16,7 +16,10 @@ WEIGHTINGS = ("none", "min_snr", "edm", "likelihood", "uncertainty")
 
 
 def add_noise(schedule: NoiseSchedule, x0: Tensor, noise: Tensor, t: float | Tensor) -> Tensor:
-    """x_t = alpha(t) x0 + sigma(t) noise, [B, ...]. x0, noise: [B, ...]. t: a float or [B], in [0, 1]."""
+    """Noisy data x_t = alpha(t) x0 + sigma(t) noise, [B, ...].
+
+    schedule: gives alpha and sigma. x0: data [B, ...]. noise: unit-variance noise [B, ...]. t: a float or [B], in [0, 1].
+    """
     return widen(schedule.alpha(t), x0) * x0 + widen(schedule.sigma(t), x0) * noise
 
 

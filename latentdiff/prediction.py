@@ -45,7 +45,10 @@ def names() -> list[str]:
 
 
 def row(prediction: str, schedule: NoiseSchedule, t: float | Tensor) -> tuple[Tensor, Tensor]:
-    """(A(t), B(t)) of y = A x0 + B eps, each float64 of the shape of t. UserError for an unknown prediction."""
+    """(A(t), B(t)) of y = A x0 + B eps, each float64 of the shape of t.
+
+    prediction: one of `names()`; UserError for another. schedule: gives alpha and sigma. t: a float or a tensor, in [0, 1].
+    """
     if prediction not in _ROWS:
         raise UserError(f"prediction: {prediction!r} is unknown; valid: {', '.join(_ROWS)}")
     return _ROWS[prediction](schedule, torch.as_tensor(t, dtype=torch.float64))
@@ -72,9 +75,10 @@ def solve(prediction: str, schedule: NoiseSchedule, x_t: Tensor, t: float | Tens
 
 
 def target(prediction: str, schedule: NoiseSchedule, x0: Tensor, eps: Tensor, t: float | Tensor) -> Tensor:
-    """y = A(t) x0 + B(t) eps [B, ...]: what the network should predict for data x0 [B, ...] and noise eps [B, ...].
+    """y = A(t) x0 + B(t) eps [B, ...]: what the network should predict at x_t.
 
-    t: a float or [B], in [0, 1]. UserError for an unknown prediction.
+    prediction: one of `names()`; UserError for another. schedule: gives alpha and sigma. x0: data [B, ...]. eps: the noise
+    [B, ...]. t: a float or [B], in [0, 1].
     """
     a, b = row(prediction, schedule, t)
     return widen(a, x0) * x0 + widen(b, x0) * eps

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.denoiser import Denoised, DenoiserLike
-from latentdiff.guidance.common import Interval, check_options, check_same_path, replaced, touched
+from latentdiff.guidance.common import Interval, check_options, check_same_path, guided_rows, replace_estimates
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
 
@@ -44,9 +44,9 @@ class Autoguidance:
         """The guided estimates at x [B, ...] and t (a float or [B]), as `Denoised`. conditioning: given to both denoisers."""
         times = per_sample(t, x)
         denoised = self.denoiser(x, times, **conditioning)
-        rows = touched(times, self.scale != 1, self.interval)
+        rows = guided_rows(times, self.scale != 1, self.interval)
         if not bool(rows.any()):
             return denoised
         weaker = self.weak(x, times, **conditioning)
         x0, eps = torch.lerp(weaker.x0, denoised.x0, self.scale), torch.lerp(weaker.eps, denoised.eps, self.scale)
-        return replaced(x, denoised, x0, eps, rows, self.rescale)
+        return replace_estimates(x, denoised, x0, eps, rows, self.rescale)

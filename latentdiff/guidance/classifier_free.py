@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
-from latentdiff.guidance.common import Interval, check_options, replaced, touched
+from latentdiff.guidance.common import Interval, check_options, guided_rows, replace_estimates
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
 
@@ -58,7 +58,7 @@ class ClassifierFree:
         """
         times = per_sample(t, x)
         conditional = {**conditioning, **self.conditional}
-        rows = touched(times, self.scale != 1, self.interval)
+        rows = guided_rows(times, self.scale != 1, self.interval)
         if not bool(rows.any()):
             return self.denoiser(x, times, **conditional)
         guided = rows.nonzero()[:, 0]  # [G]
@@ -72,7 +72,7 @@ class ClassifierFree:
         x0 = torch.lerp(both.x0[len(x) :], denoised.x0[guided], self.scale)  # [G, ...]
         eps = torch.lerp(both.eps[len(x) :], denoised.eps[guided], self.scale)
         x0, eps = denoised.x0.index_copy(0, guided, x0), denoised.eps.index_copy(0, guided, eps)
-        return replaced(x, denoised, x0, eps, rows, self.rescale)
+        return replace_estimates(x, denoised, x0, eps, rows, self.rescale)
 
 
 def _joined(key: str, conditional: Any, unconditional: Any, guided: Tensor) -> Any:

@@ -38,20 +38,29 @@ def check_same_path(schedule: NoiseSchedule, other: NoiseSchedule, what: str) ->
             )
 
 
-def touched(times: Tensor, on: bool, interval: Interval) -> Tensor:
-    """Which samples are guided at their times [B]: bool [B]."""
+def guided_rows(times: Tensor, on: bool, interval: Interval) -> Tensor:
+    """Which samples are guided: bool [B].
+
+    times: t of each sample, [B]. on: whether the guidance does anything at all. interval: (low, high) in t, or None for every
+    t.
+    """
     inside = torch.full_like(times, on, dtype=torch.bool)
     if interval is not None:
         inside &= (times >= interval[0]) & (times <= interval[1])
     return inside
 
 
-def replaced(x: Tensor, denoised: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, rescale: float) -> Denoised:
-    """`denoised` with the guided x0 and eps [B, ...] in the rows that are guided, bool [B].
+def replace_estimates(x: Tensor, denoised: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, rescale: float) -> Denoised:
+    """The denoiser's estimates with the guided ones in the rows that are guided.
 
-    rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891, eq. 15-16), applied to x0. The standard deviation of each
-    sample's x0 goes from the guided one (0) to that of denoised.x0 (1). eps then follows from x0, so that x_t = alpha x0 +
-    sigma eps still holds.
+    Args:
+        x: x_t [B, ...].
+        denoised: the estimates without guidance.
+        x0, eps: the guided estimates, [B, ...].
+        rows: which samples are guided, bool [B].
+        rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891, eq. 15-16), in [0, 1], applied to x0: the standard
+            deviation of each sample's x0 goes from the guided one (0) to that of denoised.x0 (1). eps then follows from x0, so
+            that x_t = alpha x0 + sigma eps still holds.
     """
     if rescale > 0:
         wide = flat_std(x0)
@@ -65,14 +74,17 @@ def replaced(x: Tensor, denoised: Denoised, x0: Tensor, eps: Tensor, rows: Tenso
     return Denoised(x0, eps, denoised.schedule, denoised.t)
 
 
-def tilted(x: Tensor, denoised: Denoised, shift: Tensor, rows: Tensor, rescale: float) -> Denoised:
-    """`denoised` with `shift` [B, ...] added to its score: eps - sigma shift and, by Tweedie, x0 + (sigma^2 / alpha) shift."""
+def add_to_score(x: Tensor, denoised: Denoised, shift: Tensor, rows: Tensor, rescale: float) -> Denoised:
+    """The denoiser's estimates with `shift` [B, ...] added to the score: eps - sigma shift, and x0 + (sigma^2 / alpha) shift.
+
+    The second is Tweedie's formula. x, rows and rescale: as in `replace_estimates`.
+    """
     alpha, sigma = denoised.schedule.alpha(denoised.t), denoised.schedule.sigma(denoised.t)
     x0 = denoised.x0 + widen(sigma**2 / alpha, shift) * shift
-    return replaced(x, denoised, x0, denoised.eps - widen(sigma, shift) * shift, rows, rescale)
+    return replace_estimates(x, denoised, x0, denoised.eps - widen(sigma, shift) * shift, rows, rescale)
 
 
-def variable(x: Tensor) -> tuple[Tensor, bool]:
+def as_variable(x: Tensor) -> tuple[Tensor, bool]:
     """(x as the variable of a derivative, in float32 at least; whether the caller will differentiate the result again).
 
     Samplers call under no_grad; the variable is then detached. A caller that follows gradients, such as another guidance around
@@ -85,13 +97,16 @@ def variable(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def gradient(value: Tensor, of: Tensor, again: bool, retain: bool = False) -> Tensor:
-    """The gradient [B, ...] of value [B] in `of` [B, ...]. Row i of value depends on row i of `of` alone."""
+    """The gradient of value [B] in `of` [B, ...], of the shape of `of`. Row i of value must depend on row i of `of` alone.
+
+    again: the caller will differentiate the result. retain: the caller will use the graph of value again.
+    """
     (result,) = torch.autograd.grad(value.sum(), of, create_graph=again, retain_graph=again or retain)
     return result
 
 
 def differentiable(value: Tensor, what: str) -> Tensor:
-    """The value itself. UserError, naming it by `what`, where autograd finds no dependence on x."""
+    """The value itself. UserError, which calls it `what`, where autograd sees no dependence on x."""
     if not value.requires_grad:
         raise UserError(f"guidance: {what} must depend on x through autograd; is it under no_grad, detached or constant?")
     return value

@@ -14,13 +14,13 @@ from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance.common import (
     Interval,
+    add_to_score,
+    as_variable,
     check_options,
     conjugate_gradient,
     differentiable,
     gradient,
-    tilted,
-    touched,
-    variable,
+    guided_rows,
 )
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample, widen
@@ -60,16 +60,16 @@ class Classifier:
             return _normal_mode(self, x, t, conditioning)
         times = per_sample(t, x)
         denoised = self.denoiser(x, times, **conditioning)
-        rows = _touched(self, times)
+        rows = _guided_rows(self, times)
         if not bool(rows.any()):
             return denoised
-        at, again = variable(x)
+        at, again = as_variable(x)
         with torch.enable_grad():
             log_p = differentiable(self.log_prob_fn(at, times), "log_prob_fn(x, t)")
             if log_p.shape != (len(x),):
                 raise UserError(f"guidance: log_prob_fn gave {list(log_p.shape)} for {len(x)} samples; one number each")
             shift = self.strength * gradient(log_p, at, again)
-        return tilted(x, denoised, shift.to(denoised.x0.dtype), rows, self.rescale)
+        return add_to_score(x, denoised, shift.to(denoised.x0.dtype), rows, self.rescale)
 
 
 class Reconstruction:
@@ -128,10 +128,10 @@ class Reconstruction:
         if _inference(x):
             return _normal_mode(self, x, t, conditioning)
         times = per_sample(t, x)
-        rows = _touched(self, times)
+        rows = _guided_rows(self, times)
         if not bool(rows.any()):
             return self.denoiser(x, times, **conditioning)
-        at, again = variable(x)
+        at, again = as_variable(x)
         with torch.enable_grad():
             denoised = self.denoiser(at, times, **conditioning)
             predicted = self._predicted(denoised.x0)
@@ -145,7 +145,7 @@ class Reconstruction:
                 Denoised(denoised.x0.detach(), denoised.eps.detach(), denoised.schedule, denoised.t),
                 shift.detach(),
             )
-        return tilted(x, denoised, self.strength * shift, rows, self.rescale)
+        return add_to_score(x, denoised, self.strength * shift, rows, self.rescale)
 
     def _predicted(self, x0: Tensor) -> Tensor:
         """operator(x0), checked for its shape and its gradient."""
@@ -198,6 +198,6 @@ def _normal_mode(guide: Classifier | Reconstruction, x: Tensor, t: float | Tenso
             ) from None
 
 
-def _touched(guide: Classifier | Reconstruction, times: Tensor) -> Tensor:
+def _guided_rows(guide: Classifier | Reconstruction, times: Tensor) -> Tensor:
     """Which samples are guided, bool [B]; none at alpha = 0, where x_t does not depend on x0 and the shift would be 0/0."""
-    return touched(times, guide.strength != 0, guide.interval) & (guide.schedule.alpha(times) > 0)
+    return guided_rows(times, guide.strength != 0, guide.interval) & (guide.schedule.alpha(times) > 0)

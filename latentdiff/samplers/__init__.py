@@ -68,7 +68,10 @@ def names() -> list[str]:
 
 
 def default_steps(sampler: str, checkpoint_steps: int) -> int:
-    """The number of steps where a call gives none: the checkpoint's default, or more for samplers that need more."""
+    """The number of steps of a call that gives none.
+
+    sampler: one of `names()`. checkpoint_steps: the checkpoint's default; some samplers of the SDE take more.
+    """
     return max(checkpoint_steps, _FEWEST_STEPS.get(sampler, 1))
 
 

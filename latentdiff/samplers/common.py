@@ -25,15 +25,19 @@ class GridPoint(NamedTuple):
 
 
 def grid_points(schedule: NoiseSchedule, grid: Tensor) -> list[GridPoint]:
-    """The points of a grid of times [n + 1], in its order; their numbers are computed in float64."""
+    """The points of a grid, in its order: alpha, sigma and lam at each of its times, computed in float64.
+
+    schedule: the noise schedule. grid: times [n + 1], float64.
+    """
     columns = (grid, schedule.alpha(grid), schedule.sigma(grid), 0.5 * schedule.log_snr(grid))
     return [GridPoint(*values) for values in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def denoise_at(denoiser: DenoiserLike, x: Tensor, point: GridPoint) -> Denoised:
-    """The denoiser's estimates at a grid point. At sigma = 0 they are x0 = x / alpha and E[eps | x] = 0, without a call.
+    """The denoiser's estimates at x [B, ...] and a grid point, as `Denoised`.
 
-    For eps = -sigma score, and the score of a density is finite. A network's row y = A x0 + B eps may have no inverse there.
+    At sigma = 0 the denoiser is not called: x0 = x / alpha and E[eps | x] = 0. For eps = -sigma score, and the score of a
+    density is finite; a network's row y = A x0 + B eps may have no inverse there.
     """
     if point.sigma > 0:
         return denoiser(x, point.t)
@@ -41,6 +45,9 @@ def denoise_at(denoiser: DenoiserLike, x: Tensor, point: GridPoint) -> Denoised:
 
 
 def apply_callback(callback: Callback | None, step: int, t: float, x: Tensor, x0: Tensor) -> Tensor:
-    """Call the callback, if there is one, and return the state to continue from: its result, or x."""
+    """Call the callback, if there is one, and return the state to continue from: what it returned, or x.
+
+    step, t, x, x0: its arguments, see `Callback`.
+    """
     replaced = callback(step, t, x, x0) if callback is not None else None
     return x if replaced is None else replaced

@@ -4,6 +4,8 @@ Every grid is float64 [n + 1], strictly descending, and starts at t_max. Where s
 step of a sampler ends on its own x0 estimate: n steps are n evaluations of a first-order method. Where sigma(0) > 0 (VE), the
 last entry is t_min, and sampling ends with one more evaluation. The three grids of timesteps (trailing, leading, linspace) have
 one step less where two of their times are at t_max.
+
+Each function takes a schedule, which gives t_min and t_max, and the number of steps n, at least 1.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -102,7 +102,10 @@ def new_folder(folder: Path, keep: bool = False) -> Iterator[Path]:
 
 
 def recover(folder: Path) -> None:
-    """Put back a folder that a killed process had renamed to make room, on a system that cannot exchange folders."""
+    """Put back a folder that a killed process had renamed to make room, on a system that cannot exchange folders.
+
+    The caller holds the folder's lock. Nothing happens where the folder exists.
+    """
     if folder.exists():
         return
     for old in sorted(folder.parent.glob(f".{folder.name}.old-*")):
@@ -173,7 +176,10 @@ def _is_free(path: Path, beside: bool) -> bool:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Turn an error of writing within the block into a UserError that names `path`: the error of a full disk names no file."""
+    """Turn an error of writing within the block into a UserError that names `path`.
+
+    The error of a full disk names no file.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -84,7 +84,10 @@ def check_out_folder(out: str | Path, flag: str = "--out") -> Path:
 
 
 def check_space(path: Path, images: int, image_bytes: int) -> None:
-    """UserError where the disk cannot hold a number of images of at least `image_bytes` each."""
+    """UserError where the disk is too small for the images.
+
+    path: where they will be written. images: how many. image_bytes: the least size of each.
+    """
     above = next(parent for parent in path.absolute().parents if parent.exists())
     needed, free = images * image_bytes, shutil.disk_usage(above).free
     if needed > free:
@@ -155,7 +158,7 @@ class ImageFolder:
 
 
 def metadata(path: Path) -> dict[str, Any] | None:
-    """The metadata of an image that `ImageFolder` has written; None for any other file."""
+    """What `ImageFolder` wrote into an image: {digest, image, shows, call}. None for any other file."""
     from PIL import Image
 
     try:
@@ -239,7 +242,17 @@ def to_folder(
 ) -> None:
     """Write this process's part of the images batch by batch, except those that exist. A signal ends it after a batch.
 
-    UserError where the disk is too small or the folder holds anything but images of this call.
+    Args:
+        folder: where, and for which call.
+        make: makes the images of a part, see `Make`.
+        names: what each of all images shows.
+        part: the images of this process, see `processes.share`.
+        batch_size: images made at a time.
+        watch: the signals of the job.
+        report: called with the number of images of each batch, made or found.
+
+    Raises:
+        UserError: the disk is too small, or the folder holds anything but images of this call.
     """
     # Process 0 checks the folder for all
     problem = None
@@ -269,7 +282,10 @@ def to_folder(
 
 
 def to_grid(path: Path, make: Make, names: Names, part: slice, batch_size: int, report: Callable[[int], object]) -> None:
-    """Write all images as one labelled PNG grid, by process 0; the others send it their part."""
+    """Write all images as one labelled PNG grid, by process 0; the others send it their part.
+
+    path: the file. make, names, part, batch_size, report: as in `to_folder`.
+    """
     from latentdiff.utils.images import labelled_grid, save_png
 
     own = np.concatenate(list(make(part, report)))[: part.stop - part.start]
@@ -282,7 +298,9 @@ def to_grid(path: Path, make: Make, names: Names, part: slice, batch_size: int, 
 def to_npz(path: Path, make: Make, names: Names, part: slice, batch_size: int, report: Callable[[int], object]) -> None:
     """Write all images to one npz, by process 0; the others send it their part. Memory holds one batch.
 
-    UserError where the disk is too small.
+    path: the file; for its format see `npz_writer`. make, names, part, batch_size, report: as in `to_folder`. UserError where
+    the
+    disk is too small.
     """
     total, batches = len(names), make(part, report)
     first = next(batches)
@@ -310,7 +328,11 @@ def file_name(number: int, text: str) -> str:
 
 
 def grid_rows(images: np.ndarray, names: Sequence[str]) -> tuple[list[list[np.ndarray]], list[str]]:
-    """(rows of images, their captions): at most GRID_COLUMNS images of one name in a row, captioned in the name's first row."""
+    """(rows of images, caption of each row), of at most GRID_COLUMNS images of one name in a row.
+
+    images: uint8 [N, H, W, C]. names: of each image; equal neighbours share rows, and the first of these has the name as
+    caption.
+    """
     grid: list[list[np.ndarray]] = []
     captions: list[str] = []
     start = 0

@@ -76,7 +76,7 @@ def pick_device(name: str = "auto") -> torch.device:
 
 
 def holds_float64(device: torch.device) -> bool:
-    """Whether a device has float64, in which noise schedules are computed."""
+    """Whether a device has float64. latentdiff's samplers compute noise schedules in it."""
     import torch
 
     try:
@@ -87,7 +87,10 @@ def holds_float64(device: torch.device) -> bool:
 
 
 def announce(command: str, device: torch.device, total: int, batch: int) -> None:
-    """Print on stderr the processes and the device that make `total` images, unless it is one process on the CPU."""
+    """Print on stderr which processes and which device make the images, unless it is one process on the CPU.
+
+    command: its name. device: of the models. total, batch: the number of images, in all and in a batch.
+    """
     if rank() == 0 and (count() > 1 or device.type != "cpu"):
         batches = -(-total // batch)
         advice = f"; {batches} batch(es) to share, a smaller --batch-size makes more" if batches < count() else ""
@@ -95,7 +98,7 @@ def announce(command: str, device: torch.device, total: int, batch: int) -> None
 
 
 def meet() -> None:
-    """Wait until every process has called this."""
+    """Wait until every process of the launch has called this; at most LIMIT. Returns at once where there is one process."""
     if count() > 1:
         import torch.distributed as dist
 
@@ -103,7 +106,7 @@ def meet() -> None:
 
 
 def agree(value: bool) -> bool:
-    """The value of process 0, on every process."""
+    """The value that process 0 passes, on every process. All of them must call it."""
     if count() == 1:
         return value
     import torch
@@ -115,7 +118,10 @@ def agree(value: bool) -> bool:
 
 
 def raise_together(problem: UserError | None) -> None:
-    """Raise the mistake that process 0 found on every process of the launch: on the others as `ReportedElsewhere`."""
+    """Where process 0 has a mistake, raise it there, and `ReportedElsewhere` on the other processes. All of them must call it.
+
+    problem: the mistake, or None; only that of process 0 counts.
+    """
     if not agree(problem is None):
         raise problem or ReportedElsewhere("process 0 of this launch has reported a mistake")
 

@@ -47,7 +47,11 @@ def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A seed in [0, 2**63): a fixed function of its parts, the same on every machine and in every process."""
+    """A seed in [0, 2**63) for `torch.Generator.manual_seed`, a fixed function of its parts.
+
+    parts: integers and strings that say what the seed is for; 1 and "1" differ. The result is the same on every machine and in
+    every process.
+    """
     text = "\x1f".join(f"{type(part).__name__}:{part}" for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 

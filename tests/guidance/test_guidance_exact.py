@@ -104,23 +104,23 @@ def test_classifier_at_strength_one_draws_the_class(name, dims):
 
 
 def wrong_sign(x, seen, shift, rows, rescale):
-    return common.tilted(x, seen, -shift, rows, rescale)
+    return common.add_to_score(x, seen, -shift, rows, rescale)
 
 
 def no_sigma(x, seen, shift, rows, rescale):
     sigma = seen.schedule.sigma(seen.t).reshape(-1, *(1,) * (x.ndim - 1))
-    return common.tilted(x, seen, shift / sigma, rows, rescale)
+    return common.add_to_score(x, seen, shift / sigma, rows, rescale)
 
 
 def eps_alone(x, seen, shift, rows, rescale):
-    out = common.tilted(x, seen, shift, rows, rescale)
-    return common.replaced(x, seen, seen.x0, out.eps, rows, rescale)
+    out = common.add_to_score(x, seen, shift, rows, rescale)
+    return common.replace_estimates(x, seen, seen.x0, out.eps, rows, rescale)
 
 
 @pytest.mark.parametrize("check", [check_conditional_score, lambda name: check_conditional_moments(name, 2)])
 @pytest.mark.parametrize("bug", [wrong_sign, no_sigma, eps_alone])
 def test_planted_bugs_of_the_classifier_are_seen(monkeypatch, bug, check):
-    monkeypatch.setattr(gradient, "tilted", bug)
+    monkeypatch.setattr(gradient, "add_to_score", bug)
     with pytest.raises(AssertionError):
         check("vp")
 
@@ -218,9 +218,9 @@ def test_reconstruction_lands_on_the_posterior_mean(name):
 @pytest.mark.parametrize("bug", ["wrong sign", "no sigma", "covariance without sigma^2 / alpha", "residual not updated"])
 def test_planted_bugs_of_reconstruction_are_seen(monkeypatch, bug):
     if bug == "wrong sign":
-        monkeypatch.setattr(gradient, "tilted", wrong_sign)
+        monkeypatch.setattr(gradient, "add_to_score", wrong_sign)
     elif bug == "no sigma":
-        monkeypatch.setattr(gradient, "tilted", no_sigma)
+        monkeypatch.setattr(gradient, "add_to_score", no_sigma)
     elif bug == "residual not updated":
         monkeypatch.setattr(gradient, "conjugate_gradient", lambda apply, b, steps: b)
     else:
