@@ -127,7 +127,6 @@ def evaluate(
         "sampler": sampler,
         "guidance_scale": guidance,
         "guidance_interval": guidance_interval,
-        "precision": precision,
         "batch_size": batch_size,
     }
     reference_cache = _check(model, samples, (num_images, batch_size, seeds, cas_seeds), out, reference_cache)
@@ -138,7 +137,7 @@ def evaluate(
     net = open_features(features)
     if model is not None:
         numbers = num_images, seeds, curve_images, bits_images
-        images = _generate(model, data, numbers, seed, guidance_curve, prompts, device, call)
+        images = _generate(model, data, numbers, seed, guidance_curve, prompts, device, precision, call)
     else:
         images = _read(samples, data, net.channels, device) if processes.rank() == 0 else None  # nothing of these is shared
     if images is None:
@@ -202,6 +201,7 @@ def _generate(
     scales: Sequence[float],
     prompts: str | None,
     device: str,
+    precision: str,
     call: dict[str, Any],
 ) -> _Images:
     """A model's images. Each process generates its share; the first one alone then has the images."""
@@ -216,8 +216,7 @@ def _generate(
     folder, (num_images, seeds, curve_images, bits_images) = resolve_model(model), counts
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
-    precision = call.pop("precision", "float32")
-    chosen = place(pipeline, device, call.get("sampler"))
+    chosen = place(pipeline, device, call["sampler"])
     set_precision(pipeline, precision)
     codec = LatentCodec(pipeline.vae)
     train, test = reference_sets(data, *data_rule(folder, codec))
@@ -240,7 +239,7 @@ def _generate(
     _check_floor(test, request.labels, num_images)
 
     # Generate
-    processes.announce("evaluate", chosen, num_images, call.get("batch_size", 128))
+    processes.announce("evaluate", chosen, num_images, call["batch_size"])
     sets = [_make(pipeline, request, seed=seed + k, **call) for k in range(seeds)]
     guided = {
         scale: _make(pipeline, curve_request, f"guidance {scale:g}", seed=seed, **call | {"guidance_scale": scale})
