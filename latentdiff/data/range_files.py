@@ -210,9 +210,7 @@ def _index(file: RangeFile, settings: list[Any], make: Callable[[RangeFile], lis
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latentdiff" / "shards"
     path = folder / (hashlib.sha256(json.dumps(identity).encode()).hexdigest() + ".json")
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == identity:
-            return [ImageRecord.from_json(row) for row in kept["samples"]]
+        return [ImageRecord.from_json(row) for row in json.loads(path.read_text(encoding="utf-8"))["samples"]]
     except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
         pass  # none yet, or damaged: it is made again
     records = make(file)

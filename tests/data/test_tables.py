@@ -191,6 +191,16 @@ def test_a_shuffled_table_keeps_rows_together(tmp_path):
     assert levels != list(range(9)) and source.labels.tolist() == [level % 3 for level in levels]
 
 
+def test_splits_of_other_names(tmp_path):
+    table = saved_table([1, 2], [0, 1])
+    datasets.DatasetDict(all=table).save_to_disk(tmp_path / "one")
+    assert len(open_source(str(tmp_path / "one"))) == 2  # the only split is the train split
+    datasets.DatasetDict(first=table, second=table).save_to_disk(tmp_path / "two")
+    assert splits(str(tmp_path / "two")) == ("train",)
+    with pytest.raises(UserError, match="has no train split; it has first, second"):
+        open_source(str(tmp_path / "two"))
+
+
 def test_missing_labels_of_a_test_split_are_no_class(tmp_path):
     datasets.DatasetDict(train=saved_table([1], [2]), test=saved_table([3, 4], [-1, -1])).save_to_disk(tmp_path / "s")
     assert open_source(str(tmp_path / "s"), "test").labels is None

@@ -16,7 +16,7 @@ from tiny_runs import write_stripes
 
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.image_source import Columns
-from latentdiff.data.range_files import expand
+from latentdiff.data.range_files import RangeFile, expand
 from latentdiff.data.shuffling import Batches
 from latentdiff.data.sources import open_source, splits
 from latentdiff.data.transforms import Preprocess
@@ -250,6 +250,22 @@ def test_a_server_that_goes_away_is_no_bad_image(tmp_path, served, monkeypatch):
     assert dataset.source.bad == {}
     (tmp_path / "away").rename(tmp_path / "shards-000.tar")
     assert dataset.batch([1])[1].tolist() == [1]
+
+
+def test_a_read_over_the_net_is_tried_again(monkeypatch):
+    waits, failures = [], [OSError("reset"), OSError("reset")]
+    monkeypatch.setattr("latentdiff.data.range_files.time.sleep", waits.append)
+
+    class Storage:
+        def info(self, name):
+            return {"size": 4}
+
+        def cat_file(self, name, start, end):
+            if failures:
+                raise failures.pop()
+            return b"abcd"[start:end]
+
+    assert RangeFile("s3://bucket/a.tar", Storage()).read(1, 2) == b"bc" and waits == [0.25, 1.0]
 
 
 def test_a_link_is_not_followed_and_names_never_leave_the_archive(tmp_path):
