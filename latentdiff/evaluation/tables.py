@@ -11,7 +11,7 @@ def markdown_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> list
 
     def line(cells: Sequence[Any]) -> str:
         texts = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
-        return f"| {' | '.join(texts)} |"
+        return "".join(f"| {text} " if text else "| " for text in texts) + "|"
 
     return [line(header), "|---" * len(header) + "|", *map(line, rows)]
 
