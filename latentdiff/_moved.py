@@ -238,6 +238,7 @@ NAMES = {
     "training.features.train_classifier": "evaluation.feature_training.train_classifier",
     "training.features.train_features": "evaluation.feature_training.train_features",
     "training.journal.SaveClock": "training.trainer.SaveClock",
+    "training.judge.WEIGHT_DECAY": "evaluation.feature_training.WEIGHT_DECAY",
     "training.loop.MADE_OF": "training.trainer.MADE_FROM",
     "training.loop.SLOWEST": "training.trainer.SMALLEST_LR_FACTOR",
     "training.loop.check_made_of": "training.trainer.check_made_from",

@@ -82,11 +82,18 @@ def train_features(
     return net
 
 
+def one_cycle(optimizer: torch.optim.Optimizer, lr: float, steps: int, warm_up: float) -> torch.optim.lr_scheduler.OneCycleLR:
+    """One cycle of the learning rate (arXiv:1708.07120) over `steps`; it rises to lr in the share `warm_up` of them."""
+    # torch divides by zero where the rise is one step long
+    share = warm_up if warm_up * steps != 1 else 2 * warm_up
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=share)
+
+
 def _fit(net: FeatureNet, data: Batches, steps: int, lr: float, generator: torch.Generator, precision: str) -> None:
     """The training loop. generator: draws the shifts."""
     device = net.head.weight.device
-    optimizer = torch.optim.AdamW(_parameter_groups(net), lr=lr)
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=WARM_UP)
+    optimizer = torch.optim.AdamW(parameter_groups(net), lr=lr)
+    cycle = one_cycle(optimizer, lr, steps, WARM_UP)
     # In a log file the bar is refreshed rarely, so that the log stays readable
     bar = tqdm(range(steps), desc=net.name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
     net.train()
@@ -119,8 +126,8 @@ def shift_images(images: Tensor, max_shift: int, generator: torch.Generator) -> 
     return padded[torch.arange(B)[:, None, None, None], torch.arange(C)[None, :, None, None], rows, columns]
 
 
-def _parameter_groups(net: nn.Module) -> list[dict[str, object]]:
-    """Weight decay on matrices and kernels, none on gains and biases."""
+def parameter_groups(net: nn.Module) -> list[dict[str, object]]:
+    """Parameter groups for AdamW: with weight decay for matrices and kernels, without it for gains and biases."""
     decayed = [p for p in net.parameters() if p.ndim > 1]
     plain = [p for p in net.parameters() if p.ndim <= 1]
     return [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]

@@ -21,7 +21,7 @@ UNETS = ("UNet2DModel", "UNet2DConditionModel")
 # Constructor arguments that follow from the autoencoder and the data, so that a config must not set them
 DERIVED = ("in_channels", "out_channels", "sample_size", "num_class_embeds")
 DEFAULT_LEVELS = 4  # of diffusers' U-Nets, where block_out_channels is not set
-# diffusers' name of a beta schedule: ours
+# Beta schedules: the name in diffusers, and in latentdiff
 BETAS = {"linear": "ddpm-linear", "scaled_linear": "ddpm-scaled-linear", "squaredcos_cap_v2": "ddpm-cosine"}
 
 

@@ -17,6 +17,7 @@ from latentdiff.data.pairs import Pairs, read_pairs
 from latentdiff.data.shuffling import permutation
 from latentdiff.errors import UserError
 from latentdiff.evaluation.augmentation import augment
+from latentdiff.evaluation.feature_training import one_cycle, parameter_groups
 from latentdiff.evaluation.retrieval import HELD_OUT, MILD, SEEN, augmented_scores, index_pictures
 from latentdiff.models.judge_net import WIDTHS, JudgeNet
 from latentdiff.training.accelerator import announcement, start_accelerator
@@ -25,7 +26,6 @@ from latentdiff.training.run_folder import write_config
 from latentdiff.utils import atomic
 from latentdiff.utils.random import derive_seed
 
-WEIGHT_DECAY = 0.05
 STYLE_WEIGHT = 1.0  # of the second head in the loss
 WARM_UP = 0.2  # share of the steps in which the learning rate rises
 
@@ -123,11 +123,8 @@ def fit_judge(
 def _fit(net: JudgeNet, pairs: Pairs, steps: int, batch: int, lr: float, strength: float, seed: int, precision: str) -> None:
     """The steps of optimisation."""
     device = net.prototypes.device
-    decayed, plain = ([p for p in net.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
-    groups = [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=lr)
-    share = WARM_UP if WARM_UP * steps != 1 else 2 * WARM_UP  # torch divides by zero where the warm-up is one step
-    cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=share)
+    optimizer = torch.optim.AdamW(parameter_groups(net), lr=lr)
+    cycle = one_cycle(optimizer, lr, steps, WARM_UP)
     generator = torch.Generator().manual_seed(derive_seed(seed, "augmentation"))
     batches = _batches(len(pairs), min(batch, len(pairs)), seed)
     net.train().to(memory_format=torch.channels_last)

@@ -117,6 +117,10 @@ def test_training_learns_to_tell_the_classes_and_keeps_the_facts():
     assert net.info["training"]["steps"] == 45 and not net.training
 
 
+def test_training_of_four_steps_has_a_warm_up_of_one_step():
+    assert train_features(stripes(30), steps=4, batch=8, widths=WIDTHS).info["training"]["steps"] == 4
+
+
 def test_training_is_a_function_of_its_seed_alone():
     def fingerprint(seed: int) -> str:
         return train_features(stripes(30), steps=2, batch=8, widths=WIDTHS, seed=seed).fingerprint()
