@@ -1,11 +1,16 @@
-"""Typed training configs: one YAML file per run, `key=value` overrides, and an error that names the nearest valid key."""
+"""Training configs: one YAML file for each run, with typed keys, `key=value` overrides and errors that name the nearest key.
+
+Each class is a section of the file. `Field(description=...)` says what a key means; docs/configuration.md lists them all.
+"""
 
 from __future__ import annotations
 
+import difflib
+import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from PIL import ImageColor
@@ -13,44 +18,60 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, TypeAdapter, Val
 
 from latentdiff.errors import UserError
 from latentdiff.utils import processes
-from latentdiff.utils.config_errors import explain, override, similar_config
 from latentdiff.utils.safe_yaml import read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
-BOTH_NAMES = "data.fit is the old name of data.framing, and both are given; leave data.fit out"
 Level = Annotated[int, Field(ge=0, le=255)]  # of red, green or blue
+JOINT_DROPOUT = 0.1  # of class+text where the config sets none: as much as of each on its own
+BOTH_NAMES = "data.fit is the old name of data.framing, and both are given; leave data.fit out"
 
 
 class Section(BaseModel):
-    """A part of a config; a key it does not know is an error."""
+    """A section of a config. A key that it does not have is an error."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class DataConfig(Section):
-    """Which images, and how they become the tensor the autoencoder sees."""
+    """Which images, and how they become tensors of one shape."""
 
-    source: str  # a folder, fashion-mnist, a table (parquet files, a folder of `datasets`, a Hub name) or WebDataset shards
-    streaming: bool = False  # read a table's parquet files where they lie, a row group at a time
-    image_column: str | None = None  # of tables, shards and metadata.jsonl/.csv; None: the usual names
-    label_column: str | None = None
-    text_column: str | None = None
-    size: tuple[PositiveInt, PositiveInt] | None = None  # (H, W) of the content; None: the images' own size
-    channels: Literal[1, 3] = 3
-    framing: Literal["exact", "resize", "crop", "pad", "letterbox"] = "exact"  # how images come to one shape; was named fit
-    background: tuple[Level, Level, Level] = (255, 255, 255)  # under transparency and around a letterbox: a name or [r, g, b]
-    multiple_of: int = Field(1, gt=0)  # sides are padded or checked to a multiple of this and of the autoencoder's factor
-    held_out: float = Field(0.05, gt=0, lt=1)  # share kept from training where the source has no test split
-    held_out_rule: Literal["per_class", "random"] = "per_class"  # per_class never takes a class's only image
-    max_bad_share: float = Field(0.01, ge=0, lt=1)  # of images that may be unreadable, one at least; 0: none
-    flips: bool = False  # mirror images left-right at random
-    workers: int = Field(0, ge=0)
+    source: str = Field(
+        description="a folder, fashion-mnist, a table (parquet files, a folder of `datasets`, a Hub name) or WebDataset shards"
+    )
+    streaming: bool = Field(False, description="read parquet files where they lie, a row group at a time")
+    image_column: str | None = Field(None, description="column of tables, shards and metadata files; None: the usual names")
+    label_column: str | None = Field(None, description="column of the class; None: the usual names")
+    text_column: str | None = Field(None, description="column of the caption; None: the usual names")
+    size: tuple[PositiveInt, PositiveInt] | None = Field(
+        None, description="(height, width) of the content; None: the images' own size"
+    )
+    channels: Literal[1, 3] = Field(3, description="1 for grey, 3 for colour")
+    framing: Literal["exact", "resize", "crop", "pad", "letterbox"] = Field(
+        "exact", description="how images come to one size; its old name is fit"
+    )
+    background: tuple[Level, Level, Level] = Field(
+        (255, 255, 255), description="under transparency and around a letterbox: a name, '#rrggbb' or [red, green, blue]"
+    )
+    multiple_of: int = Field(
+        1, gt=0, description="sides are padded to, or checked for, a multiple of this and of the autoencoder's factor"
+    )
+    held_out: float = Field(
+        0.05, gt=0, lt=1, description="share of the images kept from training, where the source has no test split"
+    )
+    held_out_rule: Literal["per_class", "random"] = Field(
+        "per_class", description="how they are drawn; per_class never takes a class's only image"
+    )
+    max_bad_share: float = Field(
+        0.01, ge=0, lt=1, description="share of the images that may be unreadable; one always may, unless this is 0"
+    )
+    flips: bool = Field(False, description="mirror images left-right at random")
+    workers: int = Field(0, ge=0, description="threads that read images ahead")
 
     @model_validator(mode="before")
     @classmethod
-    def _old_name(cls, value: Any) -> Any:
+    def _rename_fit(cls, value: Any) -> Any:
         if isinstance(value, dict) and "fit" in value and "framing" not in value:
-            value = {("framing" if key == "fit" else key): each for key, each in value.items()}
+            return {("framing" if key == "fit" else key): each for key, each in value.items()}
         return value
 
     @field_validator("background", mode="before")
@@ -65,94 +86,124 @@ class DataConfig(Section):
 
 
 class ModelConfig(Section):
-    """A diffusers class and its constructor arguments, or where a trained one is, from which training goes on."""
+    """The network: a diffusers class with its arguments, or a trained one to start from."""
 
-    type: str | None = None
-    config: dict[str, Any] = {}
-    pretrained: str | None = None  # stage 1: a folder or Hub name; stage 2: a pipeline's folder (its unet/), or a U-Net's
+    type: str | None = Field(None, description="a class of diffusers, such as AutoencoderKL or UNet2DModel")
+    config: dict[str, Any] = Field({}, description="arguments of the class")
+    pretrained: str | None = Field(
+        None, description="where to start from. Stage 1: a folder or Hub name; stage 2: a pipeline's folder, or a U-Net's"
+    )
 
 
 class OptimizerConfig(Section):
-    """AdamW. The learning rate is absolute: it is never scaled by batch size or number of processes."""
+    """AdamW. The learning rate is absolute: it is never scaled by the batch size or the number of processes."""
 
-    lr: float = Field(1e-4, gt=0, allow_inf_nan=False)
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    weight_decay: float = Field(0.0, ge=0)
-    eps: float = Field(1e-8, gt=0, allow_inf_nan=False)
-    warmup_steps: int = Field(0, ge=0)
-    # After the warm-up, down to final_share * lr. wsd: constant, then linear over the last decay_share of the steps
-    # (2405.18392), so that a run whose length is raised before its decay is the longer run from the start
-    schedule: Literal["constant", "cosine", "linear", "wsd"] = "constant"
-    decay_share: float = Field(0.2, gt=0, le=1)
-    final_share: float = Field(0.0, ge=0, le=1)
-    clip: float | None = Field(1.0, gt=0)  # largest gradient norm
+    lr: float = Field(1e-4, gt=0, allow_inf_nan=False, description="learning rate")
+    betas: tuple[Share, Share] = Field((0.9, 0.999), description="decay of the gradient's mean and of its square's")
+    weight_decay: float = Field(0.0, ge=0, description="weight decay, decoupled")
+    eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="added to the denominator of a step")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0")
+    schedule: Literal["constant", "cosine", "linear", "wsd"] = Field(
+        "constant",
+        description="how the learning rate falls after the warm-up, down to final_share. wsd is constant, then linear over "
+        "the last decay_share of the steps (arXiv:2405.18392): a run that is made longer before it decays is the longer run",
+    )
+    decay_share: float = Field(0.2, gt=0, le=1, description="share of the steps in which wsd falls")
+    final_share: float = Field(0.0, ge=0, le=1, description="the last learning rate, as a share of lr")
+    clip: float | None = Field(1.0, gt=0, description="largest norm of the gradient; None: no limit")
 
 
 class EmaConfig(Section):
-    """Average of the weights: decay_k = min(decay, 1 - (1 + k)^-power) at step k, so that short runs are not all start."""
+    """Averaged weights: at step k the decay is min(decay, 1 - (1 + k)^-power), so short runs are not mostly their start."""
 
-    decay: float = Field(0.999, ge=0, lt=1)
-    power: float = Field(0.75, gt=0)
+    decay: float = Field(0.999, ge=0, lt=1, description="largest decay of the average, for each step")
+    power: float = Field(0.75, gt=0, description="how fast the decay rises to that")
 
 
 class TrainConfig(Section):
-    steps: int = Field(gt=0)
-    batch_size: int = Field(64, gt=0)  # global: over all processes together
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: the faster one, measured as the run starts, and kept
-    threads: int | None = Field(None, gt=0)  # CPU threads per process; None: torch's choice
-    log_every: int = Field(20, gt=0)
-    picture_every: int = Field(500, gt=0)
-    save_minutes: float = Field(5.0, gt=0)
-    keep: int = Field(2, gt=0)  # training states kept
-    trackers: list[str] = ["tensorboard"]  # accelerate's trackers that are given scalars and pictures
+    """How a run goes: its length, precision, logs and training states."""
+
+    steps: int = Field(gt=0, description="steps of the optimizer")
+    batch_size: int = Field(64, gt=0, description="samples of a step, over all processes together")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="auto: the faster one, measured when the run starts, and then kept"
+    )
+    threads: int | None = Field(None, gt=0, description="CPU threads of each process; None: torch's choice")
+    log_every: int = Field(20, gt=0, description="steps between lines of the log")
+    picture_every: int = Field(500, gt=0, description="steps between pictures")
+    save_minutes: float = Field(5.0, gt=0, description="minutes between training states")
+    keep: int = Field(2, gt=0, description="training states kept")
+    trackers: list[str] = Field(
+        ["tensorboard"],
+        description="where curves and pictures go besides metrics.jsonl: trackers of accelerate, such as wandb, if installed",
+    )
 
 
 class LoopConfig(TrainConfig):
-    """What the trainers of the two stages have besides. None of it changes what a healthy run computes."""
+    """Training options shared by both stages. They affect speed, memory and recovery, not results."""
 
-    # float16: for GPUs without bfloat16. The loss is scaled, so that small gradients do not vanish
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    # Samples a process takes through the network at once. None: its whole share; auto: the most that fit in memory
-    micro_batch: PositiveInt | Literal["auto"] | None = None
-    gradient_checkpointing: bool = False  # compute activations again in the backward pass: less memory, more time
-    compile: bool = False  # torch.compile of the network alone, held against eager before it is used
-    bad_steps: int = Field(10, ge=0)  # in a row, skipped for a loss or gradient that is not finite, before on_bad
-    on_bad: Literal["stop", "rollback"] = "stop"  # rollback: to the last state, at half the learning rate
-    # Stage 2: keep the state where it is lowest
-    best: Literal["validation/loss_ema", "validation/loss_raw", "evaluation/frechet"] | None = None
-    snapshot_every: int | None = Field(None, gt=0)  # steps; averaged weights kept for good, for `latentdiff publish`
-    timeout_minutes: float = Field(30.0, gt=0)  # how long a process waits for the others before it gives up
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="as in the other stages; float16, with a scaled loss, is for GPUs without bfloat16"
+    )
+    micro_batch: PositiveInt | Literal["auto"] | None = Field(
+        None,
+        description="samples that a process takes through the network at once; None: its whole share, auto: as many as fit "
+        "in memory",
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="compute activations again in the backward pass: less memory, more time"
+    )
+    compile: bool = Field(False, description="torch.compile of the network, compared with eager before it is used")
+    bad_steps: int = Field(
+        10, ge=0, description="steps in a row that may be skipped, as their loss or gradient is not finite, before on_bad"
+    )
+    on_bad: Literal["stop", "rollback"] = Field(
+        "stop", description="rollback: back to the last training state, at half the learning rate"
+    )
+    best: Literal["validation/loss_ema", "validation/loss_raw", "evaluation/frechet"] | None = Field(
+        None, description="stage 2: also keep the training state where this is lowest"
+    )
+    snapshot_every: int | None = Field(
+        None, gt=0, description="steps between averaged weights that are kept for good, for `latentdiff publish`"
+    )
+    timeout_minutes: float = Field(30.0, gt=0, description="how long a process waits for the others before it gives up")
 
 
 class Stage1Loss(Section):
-    """Weights of the terms of stage 1; a term with weight 0 is neither computed nor logged."""
+    """Weights of the loss's terms in stage 1. A term of weight 0 is neither computed nor logged."""
 
-    l1: float = Field(1.0, ge=0)
-    l2: float = Field(1.0, ge=0)
-    perceptual: float = Field(0.0, ge=0)
-    perceptual_network: str | None = None  # folder of a feature network, or lpips
-    kl: float = Field(1e-6, ge=0)  # per image, summed over the latent, relative to a mean over pixels
-    commitment: float = Field(1.0, ge=0)
-    adversarial: float = Field(0.0, ge=0)
-    adversarial_start: int = Field(0, ge=0)  # first step with the adversarial term
-    adaptive: bool = True  # scale the adversarial term to the reconstruction's gradient at the last layer
-    discriminator_channels: int = Field(32, gt=0)
-    discriminator_layers: int = Field(2, gt=0)
-    discriminator_lr: float = Field(2e-4, gt=0)
+    l1: float = Field(1.0, ge=0, description="absolute error of the pixels")
+    l2: float = Field(1.0, ge=0, description="squared error of the pixels")
+    perceptual: float = Field(0.0, ge=0, description="distance in the features of a network")
+    perceptual_network: str | None = Field(None, description="that network: a feature network's folder, or lpips")
+    kl: float = Field(
+        1e-6, ge=0, description="KL divergence of an image's posterior from N(0, 1), summed over its latent (AutoencoderKL)"
+    )
+    commitment: float = Field(1.0, ge=0, description="distance of latents and codes (VQModel)")
+    adversarial: float = Field(0.0, ge=0, description="the patch discriminator's judgement")
+    adversarial_start: int = Field(0, ge=0, description="first step with the adversarial term")
+    adaptive: bool = Field(True, description="scale the adversarial term to the reconstruction's gradient at the last layer")
+    discriminator_channels: int = Field(32, gt=0, description="channels of the discriminator's first layer; they double")
+    discriminator_layers: int = Field(2, gt=0, description="its layers that halve the sides")
+    discriminator_lr: float = Field(2e-4, gt=0, description="its learning rate")
 
 
 class AutoencoderConfig(Section):
     """Stage 1: train an autoencoder for reconstruction."""
 
     stage: Literal["autoencoder"]
-    output: str
-    seed: int = 0
+    output: str = Field(description="folder of the run")
+    seed: int = Field(0, description="of weights, order of the data, and noise")
     data: DataConfig
     model: ModelConfig
-    initial_logvar: float | None = -5.0  # AutoencoderKL: where the posterior's log-variance starts
-    # Train the decoder of model.pretrained alone: its latents stay as they are, and so do caches and U-Nets made of them
-    freeze_encoder: bool = False
-    revive_dead_codes: bool = True  # VQModel: after each epoch
+    initial_logvar: float | None = Field(
+        -5.0, description="where the log-variance of the posterior starts (AutoencoderKL); None: where diffusers puts it"
+    )
+    freeze_encoder: bool = Field(
+        False,
+        description="train the decoder of model.pretrained alone; its latents stay, and so do caches and U-Nets made of them",
+    )
+    revive_dead_codes: bool = Field(True, description="give unused codes new values after each epoch (VQModel)")
     loss: Stage1Loss = Stage1Loss()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
@@ -160,19 +211,22 @@ class AutoencoderConfig(Section):
 
 
 class CacheConfig(Section):
-    folder: str | None = None  # None: latents/ beside the autoencoder's folder
-    batch_size: int = Field(256, gt=0)
-    shard_size: int = Field(4096, gt=0)  # images a file; of a cache that is not finished yet
-    # full: a run reads the whole cache once before it starts, and holds it against its hashes; size: lengths alone
-    check: Literal["full", "size"] = "full"
-    use_mean: bool = False  # train on posterior means instead of a fresh draw each epoch
+    """The cache of encoded images."""
+
+    folder: str | None = Field(None, description="None: latents/ beside the autoencoder's folder")
+    batch_size: int = Field(256, gt=0, description="images encoded at once")
+    shard_size: int = Field(4096, gt=0, description="images in a file, of a cache that is not finished yet")
+    check: Literal["full", "size"] = Field(
+        "full", description="full: read the whole cache before a run, and compare its hashes; size: compare lengths alone"
+    )
+    use_mean: bool = Field(False, description="train on the posteriors' means, instead of a fresh draw at each step")
 
 
 class NamedConfig(Section):
-    """A name and its parameters, looked up where it is used; the name alone may be written as a string."""
+    """A name and its parameters. The name alone may be written as a string."""
 
     name: str
-    params: dict[str, Any] = {}
+    params: dict[str, Any] = Field({}, description="what the name takes; it is checked where it is used")
 
     @model_validator(mode="before")
     @classmethod
@@ -181,28 +235,35 @@ class NamedConfig(Section):
 
 
 class TextConfig(Section):
-    """What reads the captions: a pretrained encoder, frozen, or a small transformer trained together with the U-Net."""
+    """What reads the captions: a pretrained text encoder, frozen, or a small transformer trained with the U-Net."""
 
-    encoder: str | None = None  # a folder or Hub name of a transformers text encoder; None: one of our own
-    dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose caption is replaced by the empty one
-    max_length: int | None = Field(None, gt=2, le=512)  # tokens of a prompt; None: the encoder's own, 32 for ours
-    folder: str | None = None  # of the cached states of a pretrained encoder; None: captions/ in the output folder
-    vocabulary: int = Field(4096, gt=300)  # of our own: most tokens of the byte-pair encoding learnt on the captions
-    width: int = Field(256, gt=0)
-    layers: int = Field(4, gt=0)
-    heads: int = Field(4, gt=0)
-
-
-JOINT_DROPOUT = 0.1  # of class+text where the config sets none: as much as of each on its own
+    encoder: str | None = Field(
+        None, description="a folder or Hub name of a transformers text encoder; None: a new one, trained with the U-Net"
+    )
+    dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose caption is replaced by the empty one")
+    max_length: int | None = Field(
+        None, gt=2, le=512, description="tokens of a caption; None: the encoder's own number, 32 for a new one"
+    )
+    folder: str | None = Field(
+        None, description="where a pretrained encoder's output is stored; None: captions/ in the run's folder"
+    )
+    vocabulary: int = Field(4096, gt=300, description="of a new encoder: tokens of the byte-pair encoding, at most")
+    width: int = Field(256, gt=0, description="of a new encoder: channels")
+    layers: int = Field(4, gt=0, description="of a new encoder: layers")
+    heads: int = Field(4, gt=0, description="of a new encoder: heads of attention")
 
 
 class ConditionConfig(Section):
-    """What the U-Net is told of an image. With class+text each is dropped on its own, and both at once besides."""
+    """What the U-Net is conditioned on."""
 
-    type: Literal["class", "text", "class+text", "none"] = "class"
-    dropout: float = Field(0.1, ge=0, le=1)  # share of samples whose class is replaced by the null class
-    # class+text: share of samples that lose both, which guidance needs. None: 0.1 where each is dropped on its own, else 0
-    joint_dropout: float | None = Field(None, ge=0, le=1)
+    type: Literal["class", "text", "class+text", "none"] = Field("class", description="the class, the caption, both or none")
+    dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose class is replaced by the null class")
+    joint_dropout: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="class+text: share of samples that lose both, besides. None: 0.1 where each is dropped on its own, else 0",
+    )
     text: TextConfig = TextConfig()
 
     def includes(self, kind: str) -> bool:
@@ -224,17 +285,22 @@ class ConditionConfig(Section):
 
 
 class SampleConfig(Section):
-    """How pictures are made while training, and the published pipeline's defaults."""
+    """How pictures are drawn while training, and the defaults of the published pipeline."""
 
-    # A diffusers class; auto: the schedule's first choice; null: none, for schedules that diffusers has no equal of
-    scheduler: str | None = "auto"
-    scheduler_config: dict[str, Any] = {}
-    sampler: str | None = None  # of latentdiff, where there is no scheduler; null: dpmpp_2m
-    steps: int = Field(20, gt=0)
-    guidance: float | None = Field(None, ge=0)  # None: 1.5 where training drops the condition, else 1, which is off
-    guidance_interval: tuple[float, float] | None = None  # in t, 0 is data and 1 noise: guided only there
-    per_class: int = Field(4, gt=0)  # pictures of each class or prompt
-    prompts: list[str] = []  # drawn while training on text; none: some of the data's own captions
+    scheduler: str | None = Field(
+        "auto", description="a class of diffusers; auto: the schedule's first choice; null: none, a sampler of latentdiff"
+    )
+    scheduler_config: dict[str, Any] = Field({}, description="arguments of the scheduler")
+    sampler: str | None = Field(None, description="latentdiff's, where there is no scheduler; None: dpmpp_2m")
+    steps: int = Field(20, gt=0, description="steps of sampling")
+    guidance: float | None = Field(
+        None, ge=0, description="guidance scale; None: 1.5 where training drops the condition, else 1, which is off"
+    )
+    guidance_interval: tuple[float, float] | None = Field(
+        None, description="guide only at these times [low, high]; 0 is data and 1 is noise. None: at all"
+    )
+    per_class: int = Field(4, gt=0, description="pictures of each class or prompt")
+    prompts: list[str] = Field([], description="prompts drawn while training on text; empty: captions of the data")
 
     @field_validator("guidance_interval")
     @classmethod
@@ -245,35 +311,41 @@ class SampleConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """A distance measured while training, of images that the averaged weights make as `sample` says."""
+    """The Frechet distance, measured while training, of pictures that the averaged weights draw as `sample` says."""
 
-    every: int | None = Field(None, gt=0)  # steps; null: never
-    images: int = Field(500, ge=2)  # class-balanced, or of held-out captions
-    reference: int = Field(10_000, ge=2)  # training images they are held against
-    features: str | None = None  # a feature network's folder
+    every: int | None = Field(None, gt=0, description="steps between measurements; None: never")
+    images: int = Field(500, ge=2, description="pictures drawn: as many of each class, or of held-out captions")
+    reference: int = Field(10_000, ge=2, description="training images that they are compared with")
+    features: str | None = Field(None, description="folder of the feature network")
 
 
 class DiffusionConfig(Section):
     """Stage 2: train a denoiser on the latents of a frozen autoencoder."""
 
     stage: Literal["diffusion"]
-    output: str
-    seed: int = 0
-    autoencoder: str  # stage 1's output, or any diffusers autoencoder: a folder or a Hub name
-    normaliser: Literal["stored", "measured"] = "stored"  # measured: on this data, for a first stage trained elsewhere
+    output: str = Field(description="folder of the run")
+    seed: int = Field(0, description="of weights, order of the data, noise and dropout")
+    autoencoder: str = Field(description="output of stage 1, or any diffusers autoencoder: a folder or a Hub name")
+    normaliser: Literal["stored", "measured"] = Field(
+        "stored", description="measured: on this data, for an autoencoder trained elsewhere"
+    )
     data: DataConfig
     cache: CacheConfig = CacheConfig()
     model: ModelConfig
-    schedule: NamedConfig = NamedConfig(name="ddpm-linear")
-    prediction: Literal["epsilon", "sample", "v_prediction", "score", "flow", "edm"] = "epsilon"
-    noise_levels: NamedConfig = NamedConfig(name="uniform")
-    weighting: Literal["none", "min_snr", "edm", "likelihood", "uncertainty"] = "none"
-    min_snr_gamma: float = Field(5.0, gt=0)
+    schedule: NamedConfig = Field(NamedConfig(name="ddpm-linear"), description="the noise schedule")
+    prediction: Literal["epsilon", "sample", "v_prediction", "score", "flow", "edm"] = Field(
+        "epsilon", description="what the network predicts"
+    )
+    noise_levels: NamedConfig = Field(NamedConfig(name="uniform"), description="distribution of the training times")
+    weighting: Literal["none", "min_snr", "edm", "likelihood", "uncertainty"] = Field(
+        "none", description="weight of the loss at each time"
+    )
+    min_snr_gamma: float = Field(5.0, gt=0, description="largest signal-to-noise ratio that counts (min_snr)")
     condition: ConditionConfig = ConditionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     train: LoopConfig
-    validation_images: int = Field(512, gt=0)
+    validation_images: int = Field(512, gt=0, description="held-out images of the validation loss")
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
@@ -282,47 +354,54 @@ class FeaturesConfig(Section):
     """A small classifier whose features serve perceptual losses and offline evaluation."""
 
     stage: Literal["features"]
-    output: str
-    name: str
-    seed: int = 0
+    output: str = Field(description="folder of the network")
+    name: str = Field(description="the network's name; it stands in every number that is measured with it")
+    seed: int = Field(0, description="of weights and order of the data")
     data: DataConfig
-    model: dict[str, Any] = {}
-    lr: float = Field(2e-3, gt=0, allow_inf_nan=False)
+    model: dict[str, Any] = Field({}, description="arguments of the network, such as widths")
+    lr: float = Field(2e-3, gt=0, allow_inf_nan=False, description="learning rate")
     train: TrainConfig
 
 
 class ClassifierConfig(Section):
-    """A small classifier of noised latents, for classifier guidance."""
+    """A small classifier of noised latents, for classifier guidance.
+
+    autoencoder, normaliser, data, cache and schedule are as in the config of the model that it guides.
+    """
 
     stage: Literal["classifier"]
-    output: str
-    seed: int = 0
-    autoencoder: str  # this, normaliser, data, cache and schedule: as in the config of the model to be guided
-    normaliser: Literal["stored", "measured"] = "stored"
+    output: str = Field(description="folder of the run")
+    seed: int = Field(0, description="of weights, order of the data, and noise")
+    autoencoder: str = Field(description="the autoencoder of the model that is guided")
+    normaliser: Literal["stored", "measured"] = Field("stored", description="as in that model's config")
     data: DataConfig
     cache: CacheConfig = CacheConfig()
-    model: dict[str, Any] = {}
-    schedule: NamedConfig = NamedConfig(name="ddpm-linear")
-    noise_levels: NamedConfig = NamedConfig(name="uniform")
+    model: dict[str, Any] = Field({}, description="arguments of the classifier: widths, two numbers")
+    schedule: NamedConfig = Field(NamedConfig(name="ddpm-linear"), description="the noise schedule")
+    noise_levels: NamedConfig = Field(NamedConfig(name="uniform"), description="distribution of the training times")
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig
-    validation_images: int = Field(2048, gt=0)
+    validation_images: int = Field(2048, gt=0, description="held-out images of its accuracy")
 
 
 class PairsConfig(Section):
-    source: str  # a folder whose pictures have a style and an identity, such as `latentdiff prepare emoji` makes
+    """Pictures of the same things in several styles."""
+
+    source: str = Field(
+        description="a folder whose pictures have a style and an identity, as `latentdiff prepare emoji` makes it"
+    )
 
 
 class JudgeConfig(Section):
     """A small network that finds the nearest real pictures, to judge text-to-image models by retrieval."""
 
     stage: Literal["judge"]
-    output: str
-    seed: int = 0
+    output: str = Field(description="folder of the network")
+    seed: int = Field(0, description="of weights, order of the data and augmentation")
     data: PairsConfig
-    model: dict[str, Any] = {}
-    lr: float = Field(4e-3, gt=0, allow_inf_nan=False)
-    strength: float = Field(1.0, gt=0, le=1)  # of the augmentation
+    model: dict[str, Any] = Field({}, description="arguments of the network, such as widths")
+    lr: float = Field(4e-3, gt=0, allow_inf_nan=False, description="learning rate")
+    strength: float = Field(1.0, gt=0, le=1, description="strength of the augmentation")
     train: TrainConfig
 
 
@@ -337,22 +416,28 @@ STAGES: dict[str, type[Section]] = {
 }
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
-    """Read a YAML config and apply `section.key=value` overrides (values are YAML).
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a config.
 
-    Raises UserError, in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one) or a
-    value of the wrong type.
+    Args:
+        path: a YAML file.
+        overrides: `section.key=value`; the values are YAML.
+
+    Raises:
+        UserError: in one line, for a missing file, bad YAML, an unknown key (with the nearest valid one), or a value that
+            is not valid.
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path}: no such config file{similar_config(path)}")
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+        raise UserError(f"{path}: no such config file" + (f"; did you mean {path.parent / near[0]}?" if near else ""))
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())[:300]}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: expected a mapping with a 'stage' key, one of {', '.join(STAGES)}")
-    for item in overrides or []:
+    for item in overrides:
         override(tree, item)
     config = parse_config(tree, str(path))
     if "fit" in (tree.get("data") or {}) and processes.rank() == 0:
@@ -360,8 +445,20 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
     return config
 
 
+def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
+    """A config from nested dicts. UserError for a mistake; its message begins with `where`."""
+    if not isinstance(tree.get("stage"), str) or tree["stage"] not in STAGES:
+        raise UserError(f"{where}: stage: {tree.get('stage')!r} is not one of {', '.join(STAGES)}")
+    if isinstance(tree.get("data"), dict) and {"fit", "framing"} <= set(tree["data"]):
+        raise UserError(f"{where}: {BOTH_NAMES}")
+    try:
+        return TypeAdapter(AnyConfig).validate_python(tree)
+    except ValidationError as error:
+        raise UserError(f"{where}: {explain(error, STAGES[tree['stage']])}") from None
+
+
 def parse_data(tree: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
-    """A data section given as a dict, with overrides `data.key=value`. UserError in one line for a mistake."""
+    """A data section from a dict, with overrides `data.key=value`. UserError in one line for a mistake."""
     whole = {"data": dict(tree)}
     for item in overrides:
         override(whole, item)
@@ -376,19 +473,56 @@ def parse_data(tree: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
 
 
 def keep_split(config: Config, record: dict[str, Any]) -> None:
-    """Let a run that goes on keep the held-out images that it began with, where its record is older than data.held_out_rule."""
+    """Let a resumed run keep the held-out images it began with, where its record is older than data.held_out_rule."""
     data = record.get("data")
     if isinstance(config.data, DataConfig) and isinstance(data, dict) and "held_out_rule" not in data:
         config.data.held_out_rule = "random"
 
 
-def parse_config(tree: dict[str, Any], where: str = "config") -> Config:
-    """Validate a config given as a dict; `where` begins the error message."""
-    if not isinstance(tree.get("stage"), str) or tree["stage"] not in STAGES:
-        raise UserError(f"{where}: stage: {tree.get('stage')!r} is not one of {', '.join(STAGES)}")
-    if isinstance(tree.get("data"), dict) and {"fit", "framing"} <= set(tree["data"]):
-        raise UserError(f"{where}: {BOTH_NAMES}")
+def override(tree: dict[str, Any], item: str) -> None:
+    """Set `section.key=value` in nested dicts, in place; the value is YAML. UserError where it is not of that form."""
+    key, eq, value = item.partition("=")
+    if not eq or not key:
+        raise UserError(f"override {item!r}: write it as key=value, for example train.steps=100")
+    *parents, last = key.split(".")
+    node = tree
+    for name in parents:
+        if node.get(name) is None:
+            node[name] = {}
+        node = node[name]
+        if not isinstance(node, dict):
+            raise UserError(f"override {item!r}: {name} is a value, not a section")
     try:
-        return TypeAdapter(AnyConfig).validate_python(tree)
-    except ValidationError as error:
-        raise UserError(f"{where}: {explain(error, STAGES[tree['stage']])}") from None
+        node[last] = read_yaml(value)
+    except yaml.YAMLError:
+        raise UserError(f"override {item[:200]!r}: the value is not valid YAML") from None
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first mistake that pydantic found, in one line; for an unknown key with the nearest valid one.
+
+    root: the class of the config's stage.
+    """
+    first = error.errors()[0]
+    path = [str(part) for part in first["loc"][1:]]  # the first part is the stage
+    dotted = ".".join(path)
+    if first["type"] == "extra_forbidden":
+        valid = _keys_at(root, path[:-1])
+        near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
+        return f"{dotted}: unknown key; {hint}"
+    if first["type"] == "missing":
+        return f"{dotted}: this key is required"
+    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]} (got {reprlib.repr(first['input'])})"
+
+
+def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:
+    """The valid keys of the section at a path."""
+    section: Any = root
+    for name in path:
+        field = section.model_fields.get(name)
+        kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
