@@ -1,4 +1,4 @@
-"""torch.compile, held against eager before it is trusted: the output and every parameter's gradient of one batch."""
+"""torch.compile, compared with eager before it is used: the loss and every parameter's gradient on one batch."""
 
 from __future__ import annotations
 
@@ -20,34 +20,43 @@ def compile_checked(
     precision: str = "float32",
     compiler: Callable[[nn.Module], Any] = nn.Module.compile,
 ) -> None:
-    """Compile `parts` of a network in place, having seen that the loss and every gradient stay what they were in eager.
+    """Compile `parts` of a network in place, and compare the loss and every gradient with those before.
 
-    loss() -> scalar: of one fixed batch through the network, the same at every call. A part that computes something
-    else when compiled (torch 2.13 gave zero gradients to 92 of an autoencoder's 136 parameters) is a UserError naming
-    the first parameter that differs. The parameters' own gradients are left empty.
+    Compiled code can be wrong: torch 2.13 gave zero gradients to 92 of an autoencoder's 136 parameters. The parameters'
+    gradients are empty afterwards.
+
+    Args:
+        network: the network whose gradients are compared.
+        parts: modules of it, each compiled by itself.
+        loss: () -> scalar, of one batch through the network, the same at every call.
+        precision: which sets the tolerance: "float32", "bfloat16" or "float16".
+        compiler: what compiles a module in place.
+
+    Raises:
+        UserError: the loss differs, or a gradient; the message names the first parameter.
     """
-    wanted, gradients = _loss_and_gradients(network, loss)
+    eager_loss, eager_gradients = _loss_and_gradients(network, loss)
     for part in parts:
         compiler(part)
-    found, others = _loss_and_gradients(network, loss)
+    compiled_loss, compiled_gradients = _loss_and_gradients(network, loss)
     tolerance = TOLERANCE[precision]
-    if not _close(found, wanted, tolerance):
+    if not _close(compiled_loss, eager_loss, tolerance):
         raise UserError(
-            f"train.compile: the compiled network's loss is {float(found):.6g}, eager's {float(wanted):.6g}; "
+            f"train.compile: the compiled network's loss is {float(compiled_loss):.6g}, eager's {float(eager_loss):.6g}; "
             "set train.compile=false"
         )
-    # Gradients that are all but zero beside the largest are rounding in both
-    largest = max((float(g.abs().max()) for g in gradients.values() if g is not None), default=0.0)
-    for name, gradient in gradients.items():
-        other = others[name]
-        if gradient is None and other is None:
+    # Gradients that are almost 0 beside the largest one are rounding errors in both
+    largest = max((float(g.abs().max()) for g in eager_gradients.values() if g is not None), default=0.0)
+    for name, gradient in eager_gradients.items():
+        if gradient is None and compiled_gradients[name] is None:
             continue
-        a = torch.zeros(()) if gradient is None else gradient
-        b = torch.zeros_like(a) if other is None else other
-        if not _close(b, a, tolerance, 1e-4 * largest):
+        eager = torch.zeros(()) if gradient is None else gradient
+        compiled = compiled_gradients[name]
+        compiled = torch.zeros_like(eager) if compiled is None else compiled
+        if not _close(compiled, eager, tolerance, 1e-4 * largest):
             raise UserError(
                 f"train.compile: compiled and eager disagree in the gradient of {name} (largest value "
-                f"{float(b.abs().max()):.3g}, eager's {float(a.abs().max()):.3g}); set train.compile=false"
+                f"{float(compiled.abs().max()):.3g}, eager's {float(eager.abs().max()):.3g}); set train.compile=false"
             )
 
 
@@ -61,6 +70,6 @@ def _loss_and_gradients(network: nn.Module, loss: Callable[[], Tensor]) -> tuple
 
 
 def _close(a: Tensor, b: Tensor, tolerance: float, floor: float = 0.0) -> bool:
-    """Whether the largest difference is within the tolerance of b's largest value, or below the floor."""
+    """Whether the largest difference is at most `tolerance` times b's largest value, or at most `floor`."""
     difference = float((a - b).abs().max())
     return difference <= max(tolerance * float(b.abs().max()), floor)

@@ -1,7 +1,7 @@
-"""Sharded training, torch's FSDP2: each process holds its rows of every weight, gradient, average and optimizer moment.
+"""Sharded training by torch's FSDP2: each process holds its rows of every weight, gradient, average and optimizer moment.
 
-A split tensor is a DTensor, a whole one a plain tensor; what takes either leaves the plain one as it is, so that trainers
-and states need not ask which they have.
+A sharded tensor is a DTensor. The functions here take plain tensors too and leave them as they are, so that trainers and
+training states need not know which they have.
 """
 
 from __future__ import annotations
@@ -15,33 +15,34 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 
-# Variables by which accelerate's launcher asks for what would split the weights in another way, and their flags
+# Environment variables by which accelerate's launcher asks for other ways to split the weights, and its flags for them
 OTHERS = {
     "ACCELERATE_USE_DEEPSPEED": "--use_deepspeed",
     "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config",
 }
-# Flags beside --use_fsdp that would change what runs, and are not carried out
-UNTAKEN = {
+# Flags beside --use_fsdp that are not supported, and what to do instead
+UNSUPPORTED = {
     "FSDP_OFFLOAD_PARAMS": ("--fsdp_offload_params", "leave it out"),
     "FSDP_ACTIVATION_CHECKPOINTING": ("--fsdp_activation_checkpointing", "set train.gradient_checkpointing=true instead"),
 }
 
 
 def asked() -> bool:
-    """Whether `accelerate launch --use_fsdp` started this process. Accelerate itself (1.15) passes over that without a GPU."""
+    """Whether `accelerate launch --use_fsdp` started this process. Accelerate 1.15 itself ignores the flag without a GPU."""
     return _is_set("ACCELERATE_USE_FSDP")
 
 
 def sharded(accelerator: Any) -> bool:
-    """Whether a run shards its network: where that is asked for and there is a group of processes, on GPUs or CPUs."""
+    """Whether a run shards its network: the launcher asks for it, and there are several processes, on GPUs or CPUs."""
     return asked() and accelerator.distributed_type.value != "NO"
 
 
 def check_launch(shards: bool) -> None:
-    """UserError for a launch that splits weights in a way that is not supported. shards: whether this run can shard at all.
+    """UserError where the launcher asks for a way to split weights that is not supported.
 
-    It looks at the launcher's variables, so that it can come ahead of accelerate, which imports what they name.
+    It reads the launcher's environment variables, and so can run before accelerate imports what they name.
+    shards: whether this run can shard its network at all.
     """
     for variable, flag in OTHERS.items():
         if _is_set(variable):
@@ -56,10 +57,10 @@ def check_launch(shards: bool) -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise UserError(f"accelerate launch: FSDP version {version} is not supported; add --fsdp_version 2")
-    for variable, (flag, instead) in UNTAKEN.items():
+    for variable, (flag, instead) in UNSUPPORTED.items():
         if _is_set(variable):
             raise UserError(f"accelerate launch: {flag} is not supported; {instead}")
-    # By it some versions of transformers load a text encoder on the first process alone, for accelerate to share out
+    # With it some versions of transformers would load a text encoder on the first process alone, for accelerate to send
     os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
 
 
@@ -68,9 +69,9 @@ def _is_set(variable: str) -> bool:
 
 
 class Cast(nn.Module):
-    """A network under accelerate's autocast, as accelerate's prepare has it.
+    """A network under accelerate's autocast, as `Accelerator.prepare` would return it.
 
-    Casts are not cached: the cache would keep on every device the whole weights that sharding lets go of after use.
+    Casts are not cached: the cache would keep whole weights on every device, which sharding frees after use.
     """
 
     def __init__(self, module: nn.Module, accelerator: Any):
@@ -85,10 +86,10 @@ class Cast(nn.Module):
 
 
 def shard(network: nn.Module, accelerator: Any) -> Cast:
-    """Split a network's parameters over the processes, in place and onto their devices; returns it under autocast.
+    """Shard a network's parameters over the processes, in place and on their devices; returns it under autocast.
 
-    Blocks are gathered one at a time on the way through, and let go of again unless --fsdp_reshard_after_forward is false.
-    An optimizer has to be made afterwards. Gradients come out as means over the processes, as DDP's do.
+    In a forward pass the blocks are gathered one at a time, and freed again unless --fsdp_reshard_after_forward is false.
+    Gradients are means over the processes, as with DDP. Make the optimizer afterwards: it has to hold the shards.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -102,7 +103,7 @@ def shard(network: nn.Module, accelerator: Any) -> Cast:
 
 
 def _blocks(network: nn.Module) -> Iterator[nn.Module]:
-    """The parts of a diffusers U-Net that are gathered by themselves, and a text encoder's layers where it has one beside."""
+    """The modules that are gathered one by one: the blocks of a diffusers U-Net, and the layers of its text encoder."""
     unet = getattr(network, "unet", network)
     middle = [unet.mid_block] if unet.mid_block is not None else []
     yield from [*unet.down_blocks, *middle, *unet.up_blocks]
@@ -113,56 +114,54 @@ def _blocks(network: nn.Module) -> Iterator[nn.Module]:
 
 
 def replicate(module: nn.Module, accelerator: Any) -> nn.Module:
-    """A module that every process holds whole, its gradients averaged: DDP, which accelerate would not give beside FSDP."""
+    """A module that every process holds whole, with averaged gradients (DDP). Accelerate has no DDP beside FSDP."""
     return nn.parallel.DistributedDataParallel(module.to(accelerator.device))
 
 
 def is_split(tensor: Tensor) -> bool:
-    return hasattr(tensor, "full_tensor")  # a DTensor, told apart without importing it
+    """Whether a tensor is sharded."""
+    return hasattr(tensor, "full_tensor")  # only a DTensor has it; to import that class takes time
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor gathered from all processes, which all have to call this."""
+    """The whole of a tensor, gathered from all processes. Every process calls it."""
     return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[operator]
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's rows of a tensor, in the same memory."""
+    """This process's rows of a tensor. They share its memory."""
     return tensor.to_local() if is_split(tensor) else tensor  # type: ignore[operator]
 
 
 def split(tensor: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, alike on every process, split as `like` is; where that is whole, the tensor itself."""
+    """A whole tensor, equal on every process, sharded as `like` is. Where `like` is not sharded, the tensor itself."""
     if not is_split(like):
         return tensor
-    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor import distribute_tensor
 
-    mesh = like.device_mesh  # type: ignore[attr-defined]
-    rows, rank = tensor.chunk(mesh.size()), mesh.get_local_rank()
-    mine = rows[rank] if rank < len(rows) else tensor[:0]
-    mine = mine.to(local(like).device, copy=True)
-    placements = like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(mine, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    # The copy lets go of the whole tensor, of which the rows are a part
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None).clone()
 
 
 def gathered(tensors: Mapping[str, Mapping[str, Tensor]], keep: bool) -> dict[str, dict[str, Tensor]]:
-    """Groups of tensors, each whole, the split ones on the CPU. Every process calls it, and gets them where `keep`.
+    """Groups of tensors, {name: {key: tensor}}, with every tensor whole; those that were sharded lie on the CPU.
 
-    One at a time: no device holds more than one of them besides its own rows.
+    Every process calls it; those with keep=False get empty groups. Tensors are gathered one at a time, so no device holds
+    more than one whole tensor besides its own rows.
     """
-    found: dict[str, dict[str, Tensor]] = {}
+    gathered_groups: dict[str, dict[str, Tensor]] = {name: {} for name in tensors}
     for name, group in tensors.items():
-        found[name] = {}
         for key, tensor in group.items():
-            one = whole(tensor)
+            whole_tensor = whole(tensor)
             if keep:
-                found[name][key] = one.cpu() if is_split(tensor) else one
-    return found
+                gathered_groups[name][key] = whole_tensor.cpu() if is_split(tensor) else whole_tensor
+    return gathered_groups
 
 
 @torch.no_grad()
 def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put a network's weights, split or whole, into a whole copy of it, one at a time. Every process calls it."""
+    """Copy a network's weights, sharded or whole, into `module`, a whole copy of the network. Every process calls it."""
     targets = module.state_dict()
     for key, tensor in tensors.items():
         targets[key].copy_(whole(tensor))

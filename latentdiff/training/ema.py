@@ -1,4 +1,4 @@
-"""Exponential moving average of weights, with a warm-up so that a short run is not mostly its own start."""
+"""Exponential moving average of weights, with a warm-up: the average of a short run is not mostly its start."""
 
 from __future__ import annotations
 
@@ -9,10 +9,15 @@ from latentdiff.training.distributed import fill, local, split
 
 
 class Ema:
-    """Keeps avg <- d avg + (1 - d) w with d = min(decay, 1 - (1 + k)^-power) at update k = 1, 2, ...
+    """Running averages of a module's weights: avg <- d avg + (1 - d) w, d = min(decay, 1 - (1 + k)^-power), k = 1, 2, ...
 
-    Only floating-point parameters and buffers are averaged; others follow the model, and parameters frozen from the start
-    stay to the bit (averaging makes 0.0 of -0.0). Of a sharded module's each process averages its rows.
+    Floating-point parameters and buffers are averaged, others are copied. Parameters that are frozen at the start stay as
+    they are, to the bit (averaging would make 0.0 of -0.0). Of a sharded module each process averages its rows.
+
+    Args:
+        module: its weights are where the averages start.
+        decay: the largest decay d, below 1.
+        power: how fast d rises to it.
     """
 
     def __init__(self, module: nn.Module, decay: float, power: float):
@@ -21,10 +26,12 @@ class Ema:
         self.frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
     def decay_at(self, update: int) -> float:
+        """The decay d of an update; the first one is 1."""
         return min(self.decay, 1.0 - (1.0 + update) ** -self.power)
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """Average in the module's weights, after a step of the optimizer."""
         self.updates += 1
         rate = 1.0 - self.decay_at(self.updates)
         averages, values = [], []
@@ -39,18 +46,16 @@ class Ema:
                 average.copy_(value)
         torch._foreach_lerp_(averages, values, rate)
 
-    def memory(self) -> float:
-        """Updates the average looks back over, about 1 / (1 - decay) once warm."""
-        return 1.0 / (1.0 - self.decay)
-
     def copy_to(self, module: nn.Module) -> None:
-        """Into an unsharded module of the same kind. Every process calls it where the averages are sharded."""
+        """Copy the averages into a module of the same kind that is not sharded. Every process calls it."""
         fill(module, self.average)
 
     def state(self) -> dict[str, Tensor]:
+        """The averages by name, in the same memory."""
         return self.average
 
     def restore(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Continue from whole averages, after so many updates."""
         for key, value in self.average.items():
             value.copy_(split(tensors[key], value))
         self.updates = updates

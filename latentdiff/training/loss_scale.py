@@ -1,7 +1,7 @@
-"""Training in float16: the loss is multiplied by a factor, so that small gradients do not vanish in 16 bits.
+"""Training in float16: the loss is multiplied by a factor, so that small gradients do not become 0 in 16 bits.
 
-Mixed Precision Training (arXiv:1710.03740, section 3.2). torch's GradScaler keeps the factor: it halves it where a gradient
-overflowed, and doubles it after 2,000 steps in a row that did not.
+Mixed Precision Training (arXiv:1710.03740, section 3.2). torch's GradScaler keeps the factor: it halves it after a gradient
+overflowed, and doubles it after 2,000 steps in a row without one.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LEAST = 1.0  # below it nothing is gained: what overflows then is the network itself
+SMALLEST = 1.0  # at a smaller factor still, it is the network itself that overflows
 
 
 class LossScale:
-    """The factor of a run, the same on every process. In any precision but float16 it is 1 and nothing is done.
+    """The factor of a run, the same on every process. In any precision but float16 it is 1, and every method does nothing.
 
-    A step multiplies its loss by it (`scaled`), and divides the gradients before it looks at them (`unscale`). The step is
-    then either taken by all optimizers and closed (`stepped`), or taken again at a smaller factor (`lowered`).
+    A training step multiplies its loss by the factor (`scaled`) and later divides the gradients by it (`unscale`). Then
+    either all optimizers take the step and it is closed (`stepped`), or it is repeated with a smaller factor (`lowered`).
     """
 
     def __init__(self, precision: str, device: torch.device):
@@ -26,40 +26,42 @@ class LossScale:
 
     @property
     def enabled(self) -> bool:
+        """Whether the run is in float16."""
         return self.scaler.is_enabled()
 
     def factor(self) -> float:
-        """What the loss is multiplied by."""
+        """The factor; 1 unless in float16."""
         return float(self.scaler.get_scale())
 
     def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the factor, for the backward pass."""
         return self.scaler.scale(loss)
 
     def unscale(self, *optimizers: Any) -> None:
-        """Divide the gradients of these optimizers' parameters; accelerate's wrappers are taken off."""
+        """Divide the gradients of these optimizers' parameters by the factor. They may be wrapped by accelerate."""
         for optimizer in optimizers:
             self.scaler.unscale_(getattr(optimizer, "optimizer", optimizer))
 
     def stepped(self) -> None:
-        """All optimizers have taken the step: the factor may grow."""
+        """Close a step that all optimizers have taken: the factor may grow."""
         self.scaler.update()
 
     def lowered(self) -> bool:
-        """Halve the factor, since a gradient overflowed; whether the step is worth another try.
+        """Halve the factor after a gradient overflowed. Returns whether to repeat the step.
 
-        Without a factor, and where it has come below LEAST, it is not: then the step is wrong by itself.
+        False without a factor, and where it is below SMALLEST: then the step would fail at any factor.
         """
         if not self.enabled:
             return False
         self.scaler.update()
-        return self.factor() >= LEAST
+        return self.factor() >= SMALLEST
 
     def logged(self) -> dict[str, Tensor]:
-        """What a step reports of it: nothing without a factor."""
+        """The factor for a step's log; {} without one."""
         return {"loss_scale": torch.tensor(self.factor())} if self.enabled else {}
 
     def state(self) -> dict[str, Tensor]:
-        """For a training state: the factor, and how many steps it has gone well. Empty without a factor."""
+        """For a training state: the factor, and how many steps in a row went well. {} without a factor."""
         if not self.enabled:
             return {}
         values = self.scaler.state_dict()
@@ -69,7 +71,7 @@ class LossScale:
         }
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what `state` gave."""
+        """Continue from what `state` gave."""
         if not self.enabled or not tensors:
             return
         values = self.scaler.state_dict()

@@ -1,4 +1,4 @@
-"""The most memory that something takes: allocated on a GPU, else resident in the process."""
+"""Peak memory: allocated on a GPU, else resident in the process."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROC = Path("/proc/self")
 
 
 class Memory:
-    """The most memory in use since this object was made: allocated on a GPU, else resident in the process."""
+    """The peak of memory since this object was made: allocated on the GPU, else resident in the process."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -23,13 +23,13 @@ class Memory:
             self.start = torch.cuda.memory_allocated(device)
             return
         try:
-            (PROC / "clear_refs").write_text("5")  # the kernel's mark of the peak comes down to what is in use now
+            (PROC / "clear_refs").write_text("5")  # resets the kernel's peak to what is in use now
         except OSError:
-            pass  # not Linux, or not allowed: then the growth may come out too small, never too large
+            pass  # not Linux, or not allowed: then `step_bytes` may be too small, never too large
         self.start = self._resident()
 
     def facts(self) -> dict[str, Any]:
-        """What was added since the start, and the whole, in bytes."""
+        """{"measured": what was measured, "step_bytes": growth since the start, "peak_bytes": the peak}, in bytes."""
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
             return {"measured": "allocated on the GPU", "step_bytes": peak - self.start, "peak_bytes": peak}
@@ -37,7 +37,7 @@ class Memory:
         return {"measured": "resident memory of the process", "step_bytes": peak - self.start, "peak_bytes": peak}
 
     def _resident(self) -> int:
-        """The peak by the kernel's mark."""
+        """Bytes of the process's resident memory at its peak."""
         try:
             lines = (PROC / "status").read_text().splitlines()
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))

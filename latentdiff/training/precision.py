@@ -1,7 +1,7 @@
-"""The precision a run trains in. `train.precision: auto` is measured once, on the machine where the run starts, and then kept.
+"""The precision of a run. `train.precision: auto` is measured when the run starts, and then kept.
 
 A processor without bfloat16 instructions takes several times as long in bfloat16 as in float32; one with them takes less.
-Nothing but a measurement tells which it is, so a few steps of the run's own network are timed in each.
+Only a measurement tells them apart, so a few steps of the run's own network are timed in each precision.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from latentdiff.training.run_folder import first_difference
 AUTO = "auto"
 TIE = 1.05  # float32 is kept unless another precision is faster by more than this factor
 PROBE = 8  # samples of the first steps timed: enough where one precision is far slower than the other
-CLEAR = 2.0  # a factor between two precisions that a larger batch does not turn round
-ROUNDS = 3  # steps timed in each precision, in turns
-SAFE = 32  # samples that are timed where it is not known yet how many fit in memory
+CLEAR = 2.0  # a factor between two precisions that a larger batch does not reverse
+ROUNDS = 3  # steps timed in each precision, by turns
+SAFE = 32  # samples that are timed while it is not known how many fit in memory
 PATIENCE = 6.0  # seconds after which no further round begins
 
-# step(precision, batch): one training step on `batch` random samples. A trial makes it, with parts of its own.
+# step(precision, batch): one training step on `batch` random samples. A trial makes it, with networks of its own.
 Step = Callable[[str, int], None]
 Trial = Callable[["OneProcess"], Step]
 
 
 class OneProcess:
-    """What the trainers ask of an Accelerator, for one process by itself, in a precision that can be switched.
+    """What the trainers need of an Accelerator, for one process by itself, in a precision that can be switched.
 
-    The main process measures while the others wait, so nothing here may call for them.
+    The main process measures while the others wait, so nothing here may communicate with them.
     """
 
     num_processes, process_index, is_main_process = 1, 0, True
@@ -81,9 +81,9 @@ class OneProcess:
 
 
 def choose_precision(timings: Mapping[str, float]) -> str:
-    """The precision to train in, given {precision: seconds a sample}: the fastest, but float32 where that is as good as tied.
+    """The precision to train in, given {precision: seconds per sample}: the fastest, or float32 if it is almost as fast.
 
-    float32 is taken up to a factor TIE above the fastest: its results are the more exact ones, and noise decides nothing.
+    float32 may take up to TIE times as long as the fastest: its results are more exact, and noise shall not decide.
     """
     fastest = min(timings, key=lambda name: timings[name])
     if "float32" in timings and timings["float32"] <= TIE * timings[fastest]:
@@ -92,10 +92,17 @@ def choose_precision(timings: Mapping[str, float]) -> str:
 
 
 def resolve(config: Any, output: Path, accelerator: Any, trial: Trial, resume: bool = False) -> tuple[Any, str]:
-    """(the config with its precision named, what the run's first line says of it). Every process calls it, all get the same.
+    """(the config with a precision instead of auto, that precision with the reason for it). Every process gets the same.
 
-    Where the config says auto, a run that goes on, or starts again in the folder of the same run, keeps what was chosen
-    (run.json). Else the main process measures the trial's steps, on what one process takes through the network at once.
+    With auto, a run that is resumed, or started again in its own folder, keeps the precision in run.json. Otherwise the main
+    process times steps on as many samples as one process takes through the network at once.
+
+    Args:
+        config: of any stage.
+        output: the run's folder.
+        accelerator: the run's.
+        trial: makes the steps to time, given a `OneProcess`.
+        resume: whether the run is resumed.
     """
     if config.train.precision != AUTO:
         return config, config.train.precision
@@ -129,7 +136,7 @@ def _largest_batch(train: Any, processes: int) -> int:
 
 
 def check_state(meta: Mapping[str, Any], config: Any, output: Path) -> None:
-    """UserError where a training state was made in another precision than the run goes on in."""
+    """UserError where a training state was made in another precision than the run has now. meta: the state's."""
     before = meta.get("precision", config.train.precision)
     if before != config.train.precision:
         raise UserError(
@@ -139,7 +146,7 @@ def check_state(meta: Mapping[str, Any], config: Any, output: Path) -> None:
 
 
 def _recorded(config: Section, output: Path, resume: bool) -> str | None:
-    """The precision in run.json, where that is the record of this same run. Before auto there was a default: float32."""
+    """The precision in run.json, if that is of this same run. Records older than the key are of float32 runs."""
     try:
         record = json.loads((output / "run.json").read_text(encoding="utf-8"))
         before = record["train"].get("precision", "float32")
@@ -158,10 +165,10 @@ def candidates(device: torch.device) -> list[str]:
 
 
 def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:
-    """(the precision chosen, what is said of it), from steps timed in each precision in turns, after one that warms up.
+    """(the precision to train in, the same with the reason in words), from steps timed in each precision by turns.
 
-    It takes a few seconds: a small batch decides where one precision is far slower, else the whole `batch` does. The
-    global random state is left as it was.
+    It takes a few seconds. Where one precision is far slower on a small batch, that decides; otherwise `batch` samples do.
+    The global random state stays as it was.
     """
     names = candidates(device)
     if len(names) == 1:
@@ -173,7 +180,7 @@ def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
-            # A network that is to be sharded may not fit one device. A GPU has bfloat16 for it, and it saves memory
+            # A network that will be sharded may not fit on one device. On a GPU bfloat16 is fast, and saves memory
             chosen = "bfloat16" if device.type == "cuda" else "float32"
             timings, words = {}, f"{chosen} (auto: not measured, the network alone fills the memory)"
     gc.collect()
@@ -187,7 +194,7 @@ def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:
 
 
 def _timed(step: Step, device: torch.device, names: list[str], batch: int) -> dict[str, float]:
-    """{precision: seconds a sample}, medians over rounds, of a small batch where that is clear and else of the whole one."""
+    """{precision: seconds per sample}, medians over rounds: on a small batch if the difference is clear, else on `batch`."""
     began, timings = time.perf_counter(), dict[str, float]()
     for size in dict.fromkeys((min(PROBE, batch), batch)):
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -213,7 +220,7 @@ def _seconds(step: Step, name: str, size: int, device: torch.device) -> float:
 
 
 def plain_steps(alone: OneProcess, network: nn.Module, loss: Callable[[nn.Module, int], Tensor]) -> Step:
-    """Steps of a trainer that has one network and AdamW. loss(network, batch) -> scalar, of random inputs."""
+    """step(precision, batch) of a trainer with one network and AdamW. loss: (network, batch) -> scalar, on random inputs."""
     network.to(alone.device).train()
     optimizer = torch.optim.AdamW(network.parameters(), fused=True)
 

@@ -1,4 +1,4 @@
-"""Training state on disk: safetensors and JSON in <output>/state/step-N/, written atomically, oldest rotated out."""
+"""Training states on disk: safetensors and JSON in <output>/state/step-N/, each whole or absent; the oldest are removed."""
 
 from __future__ import annotations
 
@@ -18,34 +18,49 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError
 from latentdiff.training.distributed import split
 from latentdiff.utils import atomic
+from latentdiff.utils.hashes import sha256_of
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's per-parameter state, flat: "{parameter index}.{name}" -> tensor. Hyper-parameters are the config's."""
-    state = optimizer.state_dict()["state"]
-    return {f"{index}.{name}": torch.as_tensor(v) for index, slots in state.items() for name, v in slots.items()}
+    """An optimizer's state of each parameter: {"INDEX.NAME": tensor}, such as "0.exp_avg"; sharded where the parameter is.
+
+    Learning rate and the like are not in it: they are the config's. `torch.distributed.checkpoint.state_dict` is not used,
+    as it names parameters otherwise than existing states do, and fills in the moments of an optimizer that took no step.
+    """
+    states = optimizer.state_dict()["state"]
+    return {f"{index}.{name}": torch.as_tensor(v) for index, values in states.items() for name, v in values.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """Put tensors of optimizer_tensors back, whole ones; the parameter groups keep their present hyper-parameters."""
+    """Load what `optimizer_tensors` gave, gathered to whole tensors. The parameter groups keep their settings of now."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    slots: dict[int, dict[str, Tensor]] = {}
+    states: dict[int, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         index, name = key.split(".", 1)
-        # All but the count of steps is of the parameter's shape, and split where that is
-        slots.setdefault(int(index), {})[name] = tensor if name == "step" else split(tensor, parameters[int(index)])
+        # Everything but the count of steps has the parameter's shape, and is sharded where that is
+        states.setdefault(int(index), {})[name] = tensor if name == "step" else split(tensor, parameters[int(index)])
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": slots, "param_groups": groups})
+    optimizer.load_state_dict({"state": states, "param_groups": groups})
 
 
 def save_state(
     output: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any], keep: int, best: bool = False
 ) -> Path:
-    """Write one state folder: each entry of `tensors` as NAME.safetensors, `meta` with the step as state.json.
+    """Write a training state to <output>/state/step-N, and return that folder.
 
-    Everything is written to a temporary folder, synced and renamed, so a state folder is whole or absent; state.json
-    has each file's length and hash. Older ones beyond `keep` are removed afterwards, but neither the best one (this one
-    where `best`) nor a damaged one. UserError where it cannot be written, as on a full disk: those before stay.
+    It is written to a temporary folder, synced and renamed, so it is whole or absent. state.json has each file's length and
+    hash. Afterwards the oldest states beyond `keep` are removed, except the best one and damaged ones.
+
+    Args:
+        output: the run's folder.
+        step: how many steps are done.
+        tensors: {NAME: tensors by name}; each becomes NAME.safetensors.
+        meta: JSON values for state.json.
+        keep: how many states stay.
+        best: mark this one as the best.
+
+    Raises:
+        UserError: it cannot be written, as on a full disk. The states before it stay.
     """
     root = output / "state"
     try:
@@ -62,7 +77,7 @@ def save_state(
 
 
 def save_snapshot(output: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
-    """Write <output>/snapshots/step-N/ in the same form as a state; it is kept for good. UserError as in `save_state`."""
+    """Write <output>/snapshots/step-N in the form of a state; it is never removed. UserError where it cannot be written."""
     root = output / "snapshots"
     with atomic.naming(root / f"step-{step}"):
         return _save(root, step, tensors, meta)
@@ -89,7 +104,7 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta:
     for name, group in tensors.items():
         contiguous = {key: t.detach().to("cpu", copy=True).contiguous() for key, t in group.items()}
         save_file(contiguous, folder / f"{name}.safetensors")
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(folder.iterdir())}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_of(p)} for p in sorted(folder.iterdir())}
     record = {"step": step, **meta, "files": files}
     text = json.dumps({**record, "sha256": _digest(record)}, indent=1)
     (folder / "state.json").write_text(text, encoding="utf-8")
@@ -98,28 +113,28 @@ def _write(folder: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta:
 
 
 def _digest(record: dict[str, Any]) -> str:
-    """Hash of what state.json says, so that a change in it is noticed too."""
+    """Hash of state.json's content, so that a change in it is noticed too."""
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _set_aside(folder: Path) -> None:
-    """Make room for a state of the same step: a damaged one is kept under another name."""
+    """Move an older state of the same step away: a whole one is removed, a damaged one gets another name."""
     if damage(folder) is None:
         atomic.remove_folder(folder)
         return
     number = 1
-    while (kept := folder.with_name(f"damaged-{folder.name}-{number}")).exists():
+    while (new_name := folder.with_name(f"damaged-{folder.name}-{number}")).exists():
         number += 1
-    os.replace(folder, kept)
+    os.replace(folder, new_name)
 
 
 def mark_best(output: Path, step: int) -> None:
-    """Have best.json name the state of this step."""
+    """Write best.json: the state of this step is the best one."""
     atomic.write_text(output / "state" / "best.json", json.dumps({"step": step}))
 
 
 def rotate(output: Path, step: int, keep: int) -> None:
-    """Remove the oldest states. Later ones than `step` do not count: the run went on from before them."""
+    """Remove the oldest states, so that `keep` stay. Later ones than `step` do not count: the run went back before them."""
     earlier = [folder for folder in state_folders(output) if int(folder.name.removeprefix("step-")) <= step]
     whole = [folder for folder in earlier if damage(folder, quick=True) is None]
     best = best_step(output)
@@ -129,7 +144,7 @@ def rotate(output: Path, step: int, keep: int) -> None:
 
 
 def best_step(output: Path) -> int | None:
-    """The step of the state that was kept as the best; None where none was."""
+    """The step of the state that is marked as the best, or None."""
     try:
         return int(json.loads((output / "state" / "best.json").read_text(encoding="utf-8"))["step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -137,24 +152,24 @@ def best_step(output: Path) -> int | None:
 
 
 def state_folders(output: Path) -> list[Path]:
-    """The complete states under an output folder, oldest first (by step)."""
+    """The folders of states with a state.json, oldest first (by step). They may be damaged; see `damage`."""
     return [folder for folder in step_folders(output) if (folder / "state.json").is_file()]
 
 
 def newest_step(output: Path) -> int | None:
-    """The step of the newest state whose files have the right lengths; None where there is none."""
+    """The step of the newest state whose files have the right lengths, or None."""
     whole = [folder for folder in state_folders(output) if damage(folder, quick=True) is None]
     return int(whole[-1].name.removeprefix("step-")) if whole else None
 
 
 def step_folders(output: Path, kind: str = "state") -> list[Path]:
-    """All folders of states (or of snapshots), whole or not, oldest first."""
-    found = [p for p in (output / kind).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """All folders of states, or with kind="snapshots" of snapshots, whole or not, oldest first."""
+    folders = [p for p in (output / kind).glob("step-*") if p.name.removeprefix("step-").isdecimal()]
+    return sorted(folders, key=lambda p: int(p.name.removeprefix("step-")))
 
 
 def damage(folder: Path, quick: bool = False) -> str | None:
-    """Why a state folder is not whole; None where it is. quick: by the lengths of its files, else by their hashes."""
+    """What is wrong with a state's folder, or None where it is whole. quick: look at its files' lengths, not their hashes."""
     try:
         meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         if not isinstance(meta, dict) or not isinstance(meta.get("step"), int):
@@ -163,24 +178,24 @@ def damage(folder: Path, quick: bool = False) -> str | None:
             return f"state.json: is of step {meta['step']}"
         if "sha256" in meta and meta["sha256"] != _digest({key: value for key, value in meta.items() if key != "sha256"}):
             return "state.json: its content has changed"
-        for name, wanted in meta.get("files", {}).items():
+        for name, recorded in meta.get("files", {}).items():
             path = folder / name
             if Path(name).name != name:
                 return f"state.json: names {name!r}, which is no file of it"
-            if path.stat().st_size != wanted["bytes"]:
-                return f"{name}: {path.stat().st_size} bytes instead of {wanted['bytes']}"
-            if not quick and _sha256(path) != wanted["sha256"]:
+            if path.stat().st_size != recorded["bytes"]:
+                return f"{name}: {path.stat().st_size} bytes instead of {recorded['bytes']}"
+            if not quick and sha256_of(path) != recorded["sha256"]:
                 return f"{name}: its content has changed"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return " ".join(str(error).split())[:120]
     return None
 
 
-def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The newest whole state: ({NAME: tensors}, meta).
+def load_state(output: Path, warn: bool = True) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """({NAME: tensors by name}, meta) of the newest whole state in a run's folder.
 
-    A damaged one is named on stderr (where `say`), left where it is, and the one before is taken. UserError if there is
-    none, or none that is whole.
+    A damaged one is left where it is, and the one before it is taken. warn: name it on stderr. UserError where there is no
+    state, or none that is whole.
     """
     folders = step_folders(output)
     if not folders:
@@ -191,8 +206,8 @@ def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tens
         if problem is None:
             try:
                 tensors, meta = load_folder(folder)
-                for said in problems if say else ():
-                    print(f"warning: {said}; it is left as it is, and {folder.name} is taken", file=sys.stderr)
+                for earlier in problems if warn else ():
+                    print(f"warning: {earlier}; it is left as it is, and {folder.name} is taken", file=sys.stderr)
                 return tensors, meta
             except (SafetensorError, OSError, ValueError) as error:
                 problem = " ".join(str(error).split())[:120]
@@ -201,24 +216,19 @@ def load_state(output: Path, say: bool = True) -> tuple[dict[str, dict[str, Tens
 
 
 def load_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """({NAME: tensors}, meta) of a folder of a state or of a snapshot that `damage` has passed."""
+    """({NAME: tensors by name}, meta) of the folder of a state or a snapshot in which `damage` found nothing."""
     meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
     tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
     return tensors, {key: value for key, value in meta.items() if key not in ("files", "sha256")}
 
 
 def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
-    """Load whole weights exactly, into a module that may be sharded; UserError naming the first key that differs."""
+    """Load whole weights into a module, which may be sharded. UserError, with the first key, where the keys differ.
+
+    what: begins the message.
+    """
     own = module.state_dict()
-    rows = {key: split(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
-    missing, unexpected = module.load_state_dict(rows, strict=False)
+    shards = {key: split(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
+    missing, unexpected = module.load_state_dict(shards, strict=False)
     if missing or unexpected:
         raise UserError(f"{what}: the saved state is of another model (first differing key: {[*missing, *unexpected][0]})")
-
-
-def _sha256(path: Path) -> str:
-    found = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 20):
-            found.update(block)
-    return found.hexdigest()

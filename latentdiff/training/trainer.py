@@ -201,7 +201,7 @@ class Trainer(ABC):
     def resume(self) -> None:
         """Continue from the newest undamaged state of the run. UserError where it was made from other images or weights."""
         main, keep = self.accelerator.is_main_process, self.config.train.keep
-        tensors, meta = state.load_state(self.output, say=main)
+        tensors, meta = state.load_state(self.output, warn=main)
         check_made_from(self.output, meta.get("made_of"), self.made_from(), main)
         try:
             self.load_state(tensors, meta)

@@ -141,7 +141,7 @@ def resumed(data: Path, folder: Path, precision: str, device: torch.device, step
     with trainers_on(device):
         for done, resume in ((steps // 2, False), (steps, True)):
             train(diffusion_config(data, folder / "half", first, train__steps=done, train__precision=precision), resume)
-    one, other = (state.load_state(folder / run, say=False)[0] for run in ("stage2", "half"))
+    one, other = (state.load_state(folder / run, warn=False)[0] for run in ("stage2", "half"))
     largest = max(float(value.abs().max()) for value in one["model"].values())
     return max(float((one["model"][key] - other["model"][key]).abs().max()) for key in one["model"]) / largest
 

@@ -240,7 +240,7 @@ def make_tarball(root):
 def make_state(root, name="state.json"):
     state.save_state(root, 3, {"model": {"w": torch.arange(6.0).reshape(2, 3)}}, {"ema_updates": 3}, keep=1)
     cases = json_bytes if name.endswith(".json") else shard_bytes
-    return root / "state" / "step-3" / name, lambda: state.load_state(root, say=False), cases
+    return root / "state" / "step-3" / name, lambda: state.load_state(root, warn=False), cases
 
 
 def make_state_weights(root):

@@ -10,7 +10,7 @@ from latentdiff.config import parse_config
 from latentdiff.errors import UserError
 from latentdiff.training import micro_batch, state, train, train_diffusion, trainer
 from latentdiff.training.accelerator import start_accelerator
-from latentdiff.training.loss_scale import LEAST, LossScale
+from latentdiff.training.loss_scale import SMALLEST, LossScale
 
 CPU = torch.device("cpu")
 CRITIC = {
@@ -57,7 +57,7 @@ def test_an_overflow_halves_the_factor_until_nothing_is_gained():
         scale.unscale(optimizer)
         factors.append(scale.factor())
         worth = scale.lowered()
-    assert factors == [2.0**k for k in range(16, -1, -1)] and scale.factor() < LEAST
+    assert factors == [2.0**k for k in range(16, -1, -1)] and scale.factor() < SMALLEST
 
 
 def test_other_precisions_have_no_factor():
@@ -190,10 +190,10 @@ def test_a_size_that_would_not_fit_is_never_tried():
         tried.append(size)
 
     # Beside the steps so far, 8 samples take 400 bytes more than 4 do, and 0.9 of what is there may be used
-    room = micro_batch.Room(memory, available=lambda device: 443 if memory.size == 4 else 10**6)
+    room = micro_batch.MemoryForecast(memory, available=lambda device: 443 if memory.size == 4 else 10**6)
     assert micro_batch.largest(16, attempt, room) == 4 and tried == [1, 2, 4]
     memory, tried = Fake(), []
-    room = micro_batch.Room(memory, available=lambda device: 445 if memory.size == 4 else 10**6)
+    room = micro_batch.MemoryForecast(memory, available=lambda device: 445 if memory.size == 4 else 10**6)
     assert micro_batch.largest(8, attempt, room) == 8
 
 

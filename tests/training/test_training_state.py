@@ -124,9 +124,9 @@ def test_a_state_that_only_its_hash_betrays_costs_no_whole_one(tmp_path):
     content = bytearray(damaged.read_bytes())
     content[-3] ^= 1
     damaged.write_bytes(bytes(content))
-    assert state.load_state(tmp_path, say=False)[1]["step"] == 80
+    assert state.load_state(tmp_path, warn=False)[1]["step"] == 80
     save(tmp_path, 90, keep=1)
-    assert state.load_state(tmp_path, say=False)[1]["step"] == 90 and damaged.read_bytes() == bytes(content)
+    assert state.load_state(tmp_path, warn=False)[1]["step"] == 90 and damaged.read_bytes() == bytes(content)
     save(tmp_path, 110, keep=1)
     save(tmp_path, 120, keep=1)
     assert [p.name for p in state.state_folders(tmp_path)] == ["step-100", "step-120"]  # the damaged one is never deleted
