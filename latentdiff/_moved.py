@@ -116,6 +116,7 @@ NAMES = {
     "atomic.EXCHANGE": "utils.atomic.RENAME_EXCHANGE",
     "atomic.HERE": "utils.atomic.AT_FDCWD",
     "atomic.WRITING": "utils.atomic.WRITE_ERRORS",
+    "autoencoders.losses.Stage1Weights": "config.Stage1Loss",
     "autoencoders.report.psnr": "evaluation.image_quality.psnr",
     "autoencoders.report.ssim": "evaluation.image_quality.ssim",
     "cards.fill_card": "evaluation.model_card.card",

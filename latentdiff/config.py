@@ -170,7 +170,11 @@ class LoopConfig(TrainConfig):
 
 
 class Stage1Loss(Section):
-    """Weights of the loss's terms in stage 1. A term of weight 0 is neither computed nor logged."""
+    """Weights of the loss's terms in stage 1. A term of weight 0 is neither computed nor logged.
+
+    The terms of the pixels and the perceptual one are means over an image, the KL term is a sum over its latent. In latent
+    diffusion (arXiv:2112.10752) the pixels are summed too, so kl=1e-6 there is 1e-6 / (C H W) here.
+    """
 
     l1: float = Field(1.0, ge=0, description="absolute error of the pixels")
     l2: float = Field(1.0, ge=0, description="squared error of the pixels")
@@ -179,13 +183,21 @@ class Stage1Loss(Section):
     kl: float = Field(
         1e-6, ge=0, description="KL divergence of an image's posterior from N(0, 1), summed over its latent (AutoencoderKL)"
     )
-    commitment: float = Field(1.0, ge=0, description="distance of latents and codes (VQModel)")
+    commitment: float = Field(
+        1.0,
+        ge=0,
+        description="distance of latents and codes, |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 (arXiv:1711.00937, eq. 3; VQModel)",
+    )
     adversarial: float = Field(0.0, ge=0, description="the patch discriminator's judgement")
     adversarial_start: int = Field(0, ge=0, description="first step with the adversarial term")
     adaptive: bool = Field(True, description="scale the adversarial term to the reconstruction's gradient at the last layer")
     discriminator_channels: int = Field(32, gt=0, description="channels of the discriminator's first layer; they double")
     discriminator_layers: int = Field(2, gt=0, description="its layers that halve the sides")
     discriminator_lr: float = Field(2e-4, gt=0, description="its learning rate")
+
+    def adversarial_at(self, step: int) -> bool:
+        """Whether the adversarial term is part of this step (0 is the first). Before, the discriminator is not trained."""
+        return self.adversarial > 0 and step >= self.adversarial_start
 
 
 class AutoencoderConfig(Section):

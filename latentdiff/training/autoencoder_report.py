@@ -1,6 +1,6 @@
-"""The stage-1 report: how well an autoencoder reconstructs, and what its latents will be like to diffuse.
+"""The report of stage 1: how well an autoencoder reconstructs, and whether its latents suit diffusion.
 
-Nothing fails when a first stage is poor: stage 2 trains, and its pictures are merely bad. The report says beforehand.
+With a poor autoencoder stage 2 trains all the same, and its pictures are bad. The report tells beforehand.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from latentdiff.utils import atomic
 if TYPE_CHECKING:
     from latentdiff.models.codec import LatentCodec
 
-# Where a line turns from pass to warn.
+# Where a line of the report turns from pass to warn
 PSNR_WARN = 25.0  # dB
 SSIM_WARN = 0.85
 NOISE_SHARE_WARN = 0.25  # of a latent's variance
@@ -35,18 +35,17 @@ Box = tuple[int, int, int, int]
 
 
 class LatentStatistics:
-    """Per-channel mean and variance of latents over a stream, exact in float64 whatever the batch sizes.
+    """Mean and variance of each latent channel over many batches, in float64, whatever the batch sizes.
 
-    Batches are merged by Chan's update (Chan, Golub & LeVeque 1983, eq. 2.1). For posteriors N(mean, std^2), the
-    statistics are those of latents drawn from them, by the law of total variance rather than by drawing:
-    Var z = Var(mean) + E[std^2].
+    Batches are merged by the update of Chan, Golub and LeVeque (1983, eq. 2.1). For posteriors N(mean, std^2) the statistics
+    are those of latents drawn from them, by the law of total variance: Var z = Var(mean) + E[std^2].
     """
 
     def __init__(self, channels: int) -> None:
         self._state = torch.zeros(4, channels, dtype=torch.float64)  # count, mean, squared deviations, sum of std^2
 
     def update(self, mean: Tensor, std: Tensor | None = None) -> None:
-        """Add latents or posterior means [B, c, h, w], with the posteriors' std (same shape; None: zero)."""
+        """Add latents, or means and standard deviations of posteriors; each [B, c, h, w]. std=None stands for 0."""
         values = mean.detach().double().cpu().movedim(1, 0).flatten(1)  # [c, n]
         centre = values.mean(1)
         spread = (values - centre[:, None]).square().sum(1)
@@ -54,15 +53,16 @@ class LatentStatistics:
         self._absorb(torch.stack([torch.full_like(centre, values.shape[1]), centre, spread, noise]))
 
     def merge(self, other: LatentStatistics) -> None:
-        """Add what another has seen."""
+        """Add all latents of another object."""
         self._absorb(other._state)
 
     def state(self) -> Tensor:
-        """All there is to it, float64 [4, c]: what one process sends to another, which merges `from_state` of it."""
+        """Everything this object holds, float64 [4, c], for another process to `merge` by `from_state`."""
         return self._state.clone()
 
     @classmethod
     def from_state(cls, state: Tensor) -> LatentStatistics:
+        """The object whose `state` this was."""
         statistics = cls(state.shape[1])
         statistics._absorb(state.detach().double().cpu())
         return statistics
@@ -75,31 +75,31 @@ class LatentStatistics:
         share = k / total.clamp_min(1)
         self._state = torch.stack([total, mean + delta * share, m2 + new_m2 + delta.square() * n * share, noise + new_noise])
 
-    def _seen(self) -> Tensor:
+    def _filled(self) -> Tensor:
         if self.count == 0:
             raise ValueError("no latents seen yet")
         return self._state
 
     @property
     def count(self) -> int:
-        """Latent positions seen per channel (images times h times w)."""
+        """Latent positions of each channel: images times h times w."""
         return int(self._state[0, 0])
 
     @property
     def mean(self) -> Tensor:
-        """[c], float64."""
-        return self._seen()[1].clone()
+        """Mean of each channel, [c], float64."""
+        return self._filled()[1].clone()
 
     @property
     def signal_variance(self) -> Tensor:
-        """Variance of the posterior means, [c] (divided by the count, not count - 1)."""
-        state = self._seen()
+        """Variance of the posteriors' means, [c], float64; divided by the count, not by count - 1."""
+        state = self._filled()
         return state[2] / state[0]
 
     @property
     def noise_variance(self) -> Tensor:
-        """Mean variance of the posteriors, [c]."""
-        state = self._seen()
+        """Mean variance of the posteriors, [c], float64."""
+        state = self._filled()
         return state[3] / state[0]
 
     @property
@@ -112,12 +112,19 @@ class LatentStatistics:
 def stage1_report(
     codec: LatentCodec, batches: Iterable[Any], content: Box | None = None, examples: int = 16
 ) -> tuple[dict[str, Any], Image.Image]:
-    """Measure a frozen first stage on held-out images: the report, JSON-ready, and a picture of `examples` images.
+    """Measure an autoencoder on held-out images: (the report as JSON values, a picture of images and reconstructions).
 
-    batches: images [B, C, H, W] in [-1, 1], or tuples that begin with them. content: (top, left, height, width) of
-    what is not padding; PSNR and SSIM see nothing else. Images are reconstructed from the posterior mean and clipped
-    to [-1, 1]. psnr_db is the mean over images, psnr_db_pooled that of the mean squared error of all; ssim is None
-    for content too small for its window. ValueError when there are no images.
+    Images are reconstructed from the posterior's mean and clipped to [-1, 1]. In the report psnr_db is the mean over images
+    and psnr_db_pooled is of the mean squared error of all; ssim is None for content smaller than its window.
+
+    Args:
+        codec: the autoencoder, frozen.
+        batches: images [B, C, H, W] in [-1, 1], or tuples that begin with them.
+        content: (top, left, height, width) of what is not padding; only that is measured. None: everything.
+        examples: images in the picture.
+
+    Raises:
+        ValueError: there are no images.
     """
     statistics = LatentStatistics(codec.latent_channels)
     quantize: Any = getattr(codec.vae, "quantize", None)
@@ -186,7 +193,7 @@ def _latents(codec: LatentCodec, statistics: LatentStatistics, largest: float) -
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
-    """Lines "pass: fact" or "warn: fact; what follows from it and what to do", one per question."""
+    """Lines "pass: FACT" or "warn: FACT; what follows from it, and what to do", one for each question."""
     latents, psnr_db = report["latents"], report["psnr_db"]
     dead, share = latents["dead_channels"], latents["posterior_variance_share_all"]
     largest, rms = latents["largest_normalised"], _normalised_rms(latents)
@@ -229,7 +236,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
 
 
 def _normalised_rms(latents: dict[str, Any]) -> float | None:
-    """Over all channels: one scaling factor may serve them all (VQ), so a single channel may be off and all be well."""
+    """The latents' root mean square over all channels. A VQModel has one scaling factor for all, so one channel may be off."""
     means, stds = latents["normalised_mean"], latents["normalised_std"]
     if None in means + stds:
         return None
@@ -257,9 +264,9 @@ def _crop(images: Tensor, content: Box | None) -> Tensor:
 
 
 def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8) -> Image.Image:
-    """Inputs above their reconstructions, row by row; [N, C, H, W] in [-1, 1], clipped. Small images are enlarged.
+    """A picture of images above their reconstructions, row by row; each [N, C, H, W] in [-1, 1]. Small images are enlarged.
 
-    One channel is drawn grey, three are RGB, any other number as the grey mean over channels.
+    One channel is drawn as grey, three as RGB, any other number as the mean over the channels.
     """
     pixels = []
     for x in (images, reconstruction):
@@ -282,8 +289,8 @@ def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8
 
 
 def write_report(folder: str | Path, report: dict[str, Any], picture: Image.Image, name: str = "report") -> None:
-    """Write <name>.json and <name>.png into `folder`, made if missing; each appears whole or not at all."""
-    text = json.dumps(report, indent=2, allow_nan=False) + "\n"  # refused before anything is written
+    """Write NAME.json and NAME.png into a folder, which is made if it is missing; each file is whole or absent."""
+    text = json.dumps(report, indent=2, allow_nan=False) + "\n"  # first, so that a bad report leaves no picture
     with atomic.new_file(Path(folder) / f"{name}.png") as temporary:
         picture.save(temporary, format="PNG")
     atomic.write_text(Path(folder) / f"{name}.json", text)

@@ -24,7 +24,7 @@ from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training import messages, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.autoencoder_checkpoint import save_autoencoder, save_reconstructions
-from latentdiff.training.autoencoder_loss import Stage1Weights, discriminator_terms, likeness_and_adversarial, stage1_terms
+from latentdiff.training.autoencoder_loss import ADAPTIVE_MAX, discriminator_terms, likeness_and_adversarial, stage1_terms
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
@@ -172,7 +172,6 @@ class AutoencoderTrainer(Trainer):
         model: the autoencoder `model.vae` with its reconstruction as one forward pass.
         parallel_model: `model` as accelerate wraps it (DDP); what a training step calls.
         ema: running averages of the autoencoder's weights.
-        weights: the weights of the loss's terms.
         perceptual: the network of the perceptual term, frozen, or None.
         discriminator: the patch discriminator, or None.
         parallel_discriminator: `discriminator` as accelerate wraps it.
@@ -206,9 +205,7 @@ class AutoencoderTrainer(Trainer):
             vae.enable_gradient_checkpointing()
         self.optimizer: Any = make_optimizer(self.model.parameters(), config.optimizer)
 
-        # The loss: the weights of its terms, the discriminator, the perceptual network
-        terms = ("l1", "l2", "perceptual", "kl", "commitment", "adversarial", "adversarial_start", "adaptive")
-        self.weights = Stage1Weights(**{name: getattr(loss, name) for name in terms})
+        # What the loss needs: the discriminator, the perceptual network
         self.discriminator: nn.Module | None = None
         self.parallel_discriminator: nn.Module | None = None
         self.discriminator_optimizer: Any = None
@@ -269,7 +266,7 @@ class AutoencoderTrainer(Trainer):
         finite, optimizers = math.isfinite(norm), [self.optimizer]
 
         # The discriminator's gradient, on the same reconstructions: it is computed before either network moves.
-        if finite and self.discriminator is not None and self.weights.adversarial_at(step):
+        if finite and self.discriminator is not None and self.config.loss.adversarial_at(step):
             finite = math.isfinite(self._discriminator_gradient(images, reconstructions, values))
             optimizers.append(self.discriminator_optimizer)
 
@@ -330,7 +327,7 @@ class AutoencoderTrainer(Trainer):
             return stage1_terms(
                 images,
                 output["reconstruction"].float(),
-                self.weights,
+                self.config.loss,
                 step,
                 moments=None if self.model.discrete else (output["mean"], output["logvar"]),
                 commitment=output.get("commitment"),
@@ -348,7 +345,7 @@ class AutoencoderTrainer(Trainer):
         It compares gradients of the whole batch at the last layer, before the first backward pass. So the pieces go through
         the network once more.
         """
-        weights, last_layer = self.weights, self.model.vae.decoder.conv_out.weight
+        weights, last_layer = self.config.loss, self.model.vae.decoder.conv_out.weight
         if self.discriminator is None or not weights.adversarial_at(step) or not weights.adaptive:
             return None
         total = sum(len(x) for x, _ in pieces)
@@ -363,7 +360,7 @@ class AutoencoderTrainer(Trainer):
                     (gradient,) = torch.autograd.grad(loss * scale, last_layer, retain_graph=k == 0)
                     gradients[k] += gradient * (len(x) / total / scale)
         likeness, adversarial = (self.accelerator.reduce(gradient, "mean").norm() for gradient in gradients)
-        return (likeness / (adversarial + 1e-6)).clamp(0.0, weights.adaptive_max)
+        return (likeness / (adversarial + 1e-6)).clamp(0.0, ADAPTIVE_MAX)
 
     def _discriminator_gradient(self, images: Tensor, reconstructions: list[Tensor], values: Means) -> float:
         """The norm of the discriminator's gradient on images and their reconstructions; the gradient is left clipped."""

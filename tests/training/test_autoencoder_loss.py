@@ -2,7 +2,6 @@
 
 import sys
 import types
-from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +9,12 @@ from diffusers import AutoencoderKL, VQModel
 from torch import nn
 from torch.nn import functional as F
 
+from latentdiff.config import Stage1Loss
 from latentdiff.errors import UserError
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.models.feature_net import FeatureNet
 from latentdiff.models.perceptual import Lpips, Perceptual
 from latentdiff.training.autoencoder_loss import (
-    Stage1Weights,
     adaptive_weight,
     discriminator_loss,
     discriminator_terms,
@@ -37,7 +36,7 @@ TINY = dict(
     latent_channels=2,
     mid_block_add_attention=False,
 )
-NOTHING = Stage1Weights(l1=0, l2=0, perceptual=0, kl=0, commitment=0, adversarial=0)
+NOTHING = Stage1Loss(l1=0, l2=0, perceptual=0, kl=0, commitment=0, adversarial=0)
 
 
 @pytest.fixture(autouse=True)
@@ -92,9 +91,9 @@ def test_losses_are_float32_and_refuse_other_shapes(images):
 def test_a_term_on_the_pictures_trains_encoder_and_decoder_only(images, forward, term):
     vae, reconstruction, _ = forward(images)
     perceptual, discriminator = Perceptual(FeatureNet(1, widths=(8, 8, 8))), PatchDiscriminator(1, (8, 8))
-    weights = replace(NOTHING, **{term: 1.0})
+    weights = NOTHING.model_copy(update={term: 1.0})
     if term == "adversarial":  # L1 must stand beside it; its own gradient is then taken away
-        weights = replace(weights, l1=1.0, adaptive=False)
+        weights = weights.model_copy(update=dict(l1=1.0, adaptive=False))
     terms = stage1_terms(images, reconstruction, weights, 0, perceptual=perceptual, discriminator=discriminator)
     loss = terms["total"] - terms["l1"] if term == "adversarial" else terms["total"]
     loss.backward()
@@ -107,7 +106,7 @@ def test_a_term_on_the_pictures_trains_encoder_and_decoder_only(images, forward,
 
 def test_kl_trains_the_encoder_alone(images):
     vae, reconstruction, parts = kl_forward(images)
-    terms = stage1_terms(images, reconstruction, replace(NOTHING, l1=1.0, kl=1.0), 0, **parts)
+    terms = stage1_terms(images, reconstruction, NOTHING.model_copy(update=dict(l1=1.0, kl=1.0)), 0, **parts)
     terms["kl"].backward()
     assert gradient_of(vae.encoder) > 0 and gradient_of(vae.quant_conv) > 0
     assert gradient_of(vae.decoder) is None and gradient_of(vae.post_quant_conv) is None
@@ -115,7 +114,7 @@ def test_kl_trains_the_encoder_alone(images):
 
 def test_commitment_trains_encoder_and_codebook(images):
     vae, reconstruction, parts = vq_forward(images)
-    terms = stage1_terms(images, reconstruction, replace(NOTHING, l1=1.0, commitment=1.0), 0, **parts)
+    terms = stage1_terms(images, reconstruction, NOTHING.model_copy(update=dict(l1=1.0, commitment=1.0)), 0, **parts)
     terms["commitment"].backward()
     assert gradient_of(vae.encoder) > 0 and gradient_of(vae.quantize) > 0
     assert gradient_of(vae.decoder) is None
@@ -123,7 +122,7 @@ def test_commitment_trains_encoder_and_codebook(images):
 
 def test_total_is_the_weighted_sum_of_what_is_logged(images):
     vae, reconstruction, parts = kl_forward(images)
-    weights = Stage1Weights(l1=0.7, l2=0.2, perceptual=0.3, kl=1e-3, adversarial=0.5)
+    weights = Stage1Loss(l1=0.7, l2=0.2, perceptual=0.3, kl=1e-3, adversarial=0.5)
     terms = stage1_terms(
         images,
         reconstruction,
@@ -145,7 +144,7 @@ def test_adaptive_weight_balances_the_gradients_at_the_last_layer(images):
     vae, reconstruction, _ = kl_forward(images)
     discriminator = PatchDiscriminator(1, (8, 8))
     last = vae.decoder.conv_out.weight
-    weights = replace(NOTHING, l1=2.0, adversarial=1.0)
+    weights = NOTHING.model_copy(update=dict(l1=2.0, adversarial=1.0))
     terms = stage1_terms(images, reconstruction, weights, 0, discriminator=discriminator, last_layer=last)
     (pixels,) = torch.autograd.grad(2.0 * terms["l1"], last, retain_graph=True)
     (adversary,) = torch.autograd.grad(terms["adversarial"], last, retain_graph=True)
@@ -178,7 +177,7 @@ def test_adaptive_weight_over_two_processes_is_that_of_the_whole_batch(at_images
 
 
 def test_before_its_start_the_adversary_is_neither_computed_nor_felt(images):
-    weights = replace(NOTHING, l1=1.0, adversarial=1.0, adversarial_start=10)
+    weights = NOTHING.model_copy(update=dict(l1=1.0, adversarial=1.0, adversarial_start=10))
     vae, reconstruction, _ = kl_forward(images)
     parts = {"discriminator": PatchDiscriminator(1, (8, 8)), "last_layer": vae.decoder.conv_out.weight}
     before = stage1_terms(images, reconstruction, weights, 9, **parts)
@@ -192,9 +191,9 @@ def test_before_its_start_the_adversary_is_neither_computed_nor_felt(images):
 
 def test_a_weighted_term_without_its_parts_is_refused(images):
     with pytest.raises(ValueError, match="perceptual"):
-        stage1_terms(images, images, replace(NOTHING, perceptual=1.0), 0)
+        stage1_terms(images, images, NOTHING.model_copy(update=dict(perceptual=1.0)), 0)
     with pytest.raises(ValueError, match="discriminator"):
-        stage1_terms(images, images, replace(NOTHING, l1=1.0, adversarial=1.0), 0)
+        stage1_terms(images, images, NOTHING.model_copy(update=dict(l1=1.0, adversarial=1.0)), 0)
     with pytest.raises(ValueError, match="l1, l2, perceptual"):
         stage1_terms(images, images, NOTHING, 0)
 
