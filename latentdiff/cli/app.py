@@ -89,10 +89,10 @@ def _command(tokens: list[str]) -> None:
     """Run what the tokens say and print its result."""
     name, rest = tokens[0] if tokens else "", tokens[1:]
     if name in ("-h", "--help"):
-        print(_overview())
+        print(_overview(), flush=True)
         sys.exit(0)
     if name == "--version":
-        print(f"latentdiff {latentdiff.__version__}")
+        print(f"latentdiff {latentdiff.__version__}", flush=True)
         sys.exit(0)
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)

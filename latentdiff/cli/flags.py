@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc
+import difflib
 import inspect
 import sys
 import typing
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import docstring_parser
 from cyclopts import App, Parameter, Token, exceptions
+from rich.console import Console
 
 from latentdiff.cli.commands import Command, load
 from latentdiff.errors import UserError
@@ -18,7 +20,14 @@ from latentdiff.errors import UserError
 PYTHON_ONLY = ("progress",)  # parameters that have no flag
 PYTHON_TYPES = {"Config": str}  # a type that stands in annotations beside str; importing it would take time
 NO_VERIFY = "Do not check weights against the hashes published beside them. Checking takes seconds a gigabyte."
-IN_WORDS = {int: "a whole number", float: "a number"}
+IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false, or no value"}
+
+
+class HelpConsole(Console):
+    """Prints help. Where its reader has gone, as after `| head`, rich alone would end with status 1."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
 
 
 def parse(name: str, command: Command, tokens: Sequence[str]) -> tuple[Callable[..., Any], dict[str, Any]]:
@@ -38,6 +47,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> tuple[Callable[
         usage=" ".join(["Usage: latentdiff", name, *filter(None, map(_in_usage, parameters)), "[OPTIONS]"]),
         help_format="plaintext",
         version_flags=(),
+        console=HelpConsole(),
         group_parameters="Options",
     )
     app["--help"].group = "Options"
@@ -53,6 +63,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> tuple[Callable[
         raise UserError(f"{_explain(error, tokens)} (see latentdiff {name} --help)") from None
     if chosen is not target:
         chosen(*bound.args, **bound.kwargs)
+        sys.stdout.flush()
         sys.exit(0)
     bound.apply_defaults()
     # What is given by position in any number is bound as a tuple
@@ -104,10 +115,10 @@ def _option(name: str, hint: Any, default: Any, description: str | None) -> insp
 
 def _in_usage(parameter: inspect.Parameter) -> str:
     """A parameter in the usage line; nothing for an option that may be left out."""
-    about, name = typing.get_args(parameter.annotation)[1], parameter.name.replace("_", "-")
+    about = typing.get_args(parameter.annotation)[1]
     if parameter.kind is inspect.Parameter.KEYWORD_ONLY:
-        return f"--{name} VALUE" if about.required else ""
-    shown = name.upper() + ("..." if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "")
+        return f"--{parameter.name.replace('_', '-')} VALUE" if about.required else ""
+    shown = parameter.name.upper() + ("..." if parameter.kind is inspect.Parameter.VAR_POSITIONAL else "")
     return shown if about.required else f"[{shown}]"
 
 
@@ -145,10 +156,10 @@ def _explain(error: exceptions.CycloptsError, tokens: Sequence[str]) -> str:
     """In words, what is wrong with which token."""
     name = error.argument.name if error.argument is not None else ""
     if isinstance(error, exceptions.UnknownOptionError):
-        suggestion = str(error).partition(" Did you mean ")[2]
-        return f"{error.token.keyword or error.token.value}: unknown option" + (
-            f"; did you mean {suggestion}" if suggestion else ""
-        )
+        unknown = error.token.keyword or error.token.value
+        known = [option for argument in error.argument_collection for option in argument.names if option.startswith("--")]
+        near = [option for option in known if option.startswith(unknown)] or difflib.get_close_matches(unknown, known, n=1)
+        return f"{unknown}: unknown option" + (f"; did you mean {near[0]}?" if near and unknown.startswith("--") else "")
     if isinstance(error, exceptions.UnusedCliTokensError):
         return f"{error.unused_tokens[0]!r}: one argument too many"
     if isinstance(error, exceptions.RepeatArgumentError):

@@ -12,6 +12,7 @@ import latentdiff
 from latentdiff.cli.commands import COMMANDS, load
 from latentdiff.cli.flags import parse
 from latentdiff.errors import UserError
+from latentdiff.utils.deprecation import renamed
 
 # Of each command: its flags as they were typed by hand, at 3b47b87
 BEFORE = json.loads(Path(__file__).with_name("flags_before.json").read_text())
@@ -146,7 +147,9 @@ def test_overrides_stand_anywhere(command):
         (["generate", "--steps"], "--steps: give a value"),
         (["generate", "--negative", "--steps", "3"], "--negative: give a value"),
         (["generate", "--stpes", "3"], "--stpes: unknown option; did you mean --steps?"),
+        (["generate", "--num", "3"], "--num: unknown option; did you mean --num-images?"),
         (["generate", "--no-all-classes"], "--no-all-classes: unknown option"),
+        (["train", "c.yaml", "--resume=maybe"], "--resume 'maybe': give true or false, or no value"),
         (["generate", "--what", "x"], "--what: unknown option"),
         (["generate", "--progress"], "--progress: unknown option"),
         (["generate", "-x"], "-x: unknown option"),
@@ -213,3 +216,31 @@ try:
 except SystemExit as end:
     assert end.code == 2"""
     assert "torch" not in after(code)
+
+
+def test_help_whose_reader_has_gone_is_no_mistake():
+    for tokens in ("--help", "generate --help"):
+        command = f"{sys.executable} -m latentdiff {tokens} | true; echo ${{PIPESTATUS[0]}}"
+        done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+def test_renamed_keywords_work_with_a_warning():
+    @renamed(num_inference_steps="steps")
+    def function(model: str, steps: int = 1) -> tuple[str, int]:
+        return model, steps
+
+    with pytest.warns(DeprecationWarning, match="num_inference_steps is now called steps"):
+        assert function("m", num_inference_steps=3) == ("m", 3)
+    assert function("m", steps=2) == ("m", 2)
+    with pytest.raises(TypeError, match="not both"):
+        function("m", steps=2, num_inference_steps=3)
+    assert list(inspect.signature(function).parameters) == ["model", "steps"]
+
+
+def test_train_takes_a_file_or_a_loaded_config(tmp_path):
+    with pytest.raises(UserError, match="no such config file"):
+        latentdiff.train(tmp_path / "c.yaml", overrides=["train.steps=1"])
+    config = latentdiff.load_config(Path(__file__).parents[2] / "configs" / "fashion-mnist" / "diffusion.yaml")
+    with pytest.raises(UserError, match="overrides: belong to a config file"):
+        latentdiff.train(config, overrides=["train.steps=1"])
