@@ -23,6 +23,21 @@ from latentdiff.utils.safe_yaml import read_yaml
 Share = Annotated[float, Field(ge=0, lt=1)]
 Level = Annotated[int, Field(ge=0, le=255)]  # of red, green or blue
 JOINT_DROPOUT = 0.1  # of class+text where the config sets none: as much as of each on its own
+# pydantic's types of mistakes whose own message speaks of Python's types
+IN_WORDS = {
+    "bool_parsing": "must be true or false",
+    "bool_type": "must be true or false",
+    "dict_type": "must be a mapping, such as {key: value}",
+    "float_parsing": "must be a number",
+    "float_type": "must be a number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_type": "must be a whole number",
+    "list_type": "must be a list, such as [a, b]",
+    "model_type": "must be a section of keys",
+    "string_type": "must be a text",
+    "tuple_type": "must be a list of numbers, such as [a, b]",
+}
 BOTH_NAMES = "data.fit is the old name of data.framing, and both are given; leave data.fit out"
 
 
@@ -223,9 +238,9 @@ class AutoencoderConfig(Section):
 
 
 class CacheConfig(Section):
-    """The cache of encoded images."""
+    """The latent cache: the mean and deviation of the autoencoder's posterior, for each training image."""
 
-    folder: str | None = Field(None, description="None: latents/ beside the autoencoder's folder")
+    folder: str | None = Field(None, description="where the cache is; None: latents/ in the run's folder")
     batch_size: int = Field(256, gt=0, description="images encoded at once")
     shard_size: int = Field(4096, gt=0, description="images in a file, of a cache that is not finished yet")
     check: Literal["full", "size"] = Field(
@@ -235,9 +250,12 @@ class CacheConfig(Section):
 
 
 class NamedConfig(Section):
-    """A name and its parameters. The name alone may be written as a string."""
+    """A noise schedule or a distribution of training times, by its name. The name alone may be written as a string.
 
-    name: str
+    An unknown name or parameter is a UserError when the run begins, not when the config is read.
+    """
+
+    name: str = Field(description="a name of `latentdiff.schedules.names()`, or of `latentdiff.noise_levels.names()`")
     params: dict[str, Any] = Field({}, description="what the name takes; it is checked where it is used")
 
     @model_validator(mode="before")
@@ -266,7 +284,11 @@ class TextConfig(Section):
 
 
 class ConditionConfig(Section):
-    """What the U-Net is conditioned on."""
+    """What the U-Net is conditioned on, and how often training leaves it out (classifier-free guidance, arXiv 2207.12598).
+
+    The shares are probabilities of a sample. With class+text, class and text are dropped independently of each other; a
+    further share, joint_dropout, loses both together.
+    """
 
     type: Literal["class", "text", "class+text", "none"] = Field("class", description="the class, the caption, both or none")
     dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose class is replaced by the null class")
@@ -481,7 +503,7 @@ def parse_data(tree: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise UserError(f"data.{key}: {first['msg'][0].lower()}{first['msg'][1:]}") from None
+        raise UserError(f"data.{key}: {reason(first)}") from None
 
 
 def keep_split(config: Config, record: dict[str, Any]) -> None:
@@ -523,9 +545,19 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
         near = difflib.get_close_matches(path[-1], valid, n=1, cutoff=0.5)
         hint = f"did you mean {near[0]!r}?" if near else f"valid keys: {', '.join(valid)}"
         return f"{dotted}: unknown key; {hint}"
+    if first["type"] == "missing" and path[-1].isdecimal():  # an entry of a list
+        return f"{'.'.join(path[:-1])}: must have more values (got {reprlib.repr(first['input'])})"
     if first["type"] == "missing":
         return f"{dotted}: this key is required"
-    return f"{dotted}: {first['msg'][0].lower()}{first['msg'][1:]} (got {reprlib.repr(first['input'])})"
+    return f"{dotted}: {reason(first)} (got {reprlib.repr(first['input'])})"
+
+
+def reason(mistake: Any) -> str:
+    """What would be valid, in words, for one of pydantic's mistakes (an entry of `ValidationError.errors()`)."""
+    kind, message = mistake["type"], mistake["msg"]
+    if kind == "too_long":
+        return f"must be a list of {mistake['ctx']['max_length']} values"
+    return IN_WORDS.get(kind) or f"{message[0].lower()}{message[1:]}"
 
 
 def _keys_at(root: type[BaseModel], path: list[str]) -> list[str]:

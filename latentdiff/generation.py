@@ -160,10 +160,19 @@ def generate(
 
 
 def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:
-    """What the images of a call are to show, one entry for each of `what`.
+    """What to draw, one entry for each of `what`: the embedding row of a class (int), or a prompt (str).
 
-    Of a model that reads text, everything but its class names is a prompt. Of any other, every entry becomes the embedding
-    row of a class. [None] for an unconditional model. UserError, listing the classes, for anything else.
+    Args:
+        pipeline: the checkpoint.
+        what: class names or numbers. For a model that reads text, every entry that is not a class name is a prompt.
+        all_classes: every class of the model, in order; `what` must be empty.
+
+    Returns:
+        Rows and prompts. [None] where `what` is empty and the model is unconditional.
+
+    Raises:
+        UserError: an unknown class (the message lists the classes), nothing to draw, a prompt that is not valid UTF-8, or
+            all_classes together with `what` or for a model without classes.
     """
     # Every class
     if all_classes and what:

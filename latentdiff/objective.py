@@ -127,9 +127,20 @@ def weighted_error(
     weighting: str = "none",
     gamma: float = 5.0,
 ) -> Tensor:
-    """The weighted squared error of a network's output at x_t, averaged over all but the batch: [B], float32.
+    """The weighted squared error of a network's output at x_t, averaged over all axes but the batch: float32 [B].
 
-    output: what `denoiser.output` gave at x_t = alpha(t) x0 + sigma(t) noise, [B, ...]. The rest as in `diffusion_loss`.
+    `diffusion_loss` is this with the network's output computed on the way.
+
+    Args:
+        denoiser: the network with its schedule and prediction. Only these two are used; the network is not called.
+        output: what `denoiser.output` gave at x_t = alpha(t) x0 + sigma(t) noise, [B, ...].
+        x0: data [B, ...].
+        noise: unit-variance noise [B, ...].
+        t: a float or [B], in [0, 1]; 0 is data and 1 is noise.
+        weighting, gamma: as in `loss_weight`.
+
+    Raises:
+        UserError: an unknown weighting.
     """
     error = output - predictions.target(denoiser.prediction, denoiser.schedule, x0.float(), noise.float(), t)
     weight = loss_weight(weighting, denoiser.prediction, denoiser.schedule, t, gamma)

@@ -60,7 +60,7 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> tuple[Callable[
     try:
         chosen, bound, _ = app.parse_args(tokens, exit_on_error=False, print_error=False)
     except exceptions.CycloptsError as error:
-        raise UserError(f"{_explain(error, tokens)} (see latentdiff {name} --help)") from None
+        raise UserError(f"{_explain(error, tokens, command)} (see latentdiff {name} --help)") from None
     if chosen is not target:
         chosen(*bound.args, **bound.kwargs)
         sys.stdout.flush()
@@ -152,14 +152,17 @@ def _paragraphs(text: str | None) -> str:
     return "\n\n".join(" ".join(paragraph.split()) for paragraph in (text or "").split("\n\n"))
 
 
-def _explain(error: exceptions.CycloptsError, tokens: Sequence[str]) -> str:
+def _explain(error: exceptions.CycloptsError, tokens: Sequence[str], command: Command) -> str:
     """In words, what is wrong with which token."""
     name = error.argument.name if error.argument is not None else ""
     if isinstance(error, exceptions.UnknownOptionError):
         unknown = error.token.keyword or error.token.value
         known = [option for argument in error.argument_collection for option in argument.names if option.startswith("--")]
         near = [option for option in known if option.startswith(unknown)] or difflib.get_close_matches(unknown, known, n=1)
-        return f"{unknown}: unknown option" + (f"; did you mean {near[0]}?" if near and unknown.startswith("--") else "")
+        advice = f"; did you mean {near[0]}?" if near and unknown.startswith("--") else ""
+        if not advice and "overrides" in command.positional:
+            advice = "; a key of the config is written without dashes, such as train.steps=100"
+        return f"{unknown}: unknown option{advice}"
     if isinstance(error, exceptions.UnusedCliTokensError):
         return f"{error.unused_tokens[0]!r}: one argument too many"
     if isinstance(error, exceptions.RepeatArgumentError):

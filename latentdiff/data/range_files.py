@@ -196,9 +196,15 @@ class ImageRecord:
 def indexes(
     files: Sequence[RangeFile], settings: list[Any], make: Callable[[RangeFile], list[ImageRecord]]
 ) -> list[list[ImageRecord]]:
-    """The index of each file: from the cache folder, else made by reading the file through, and kept there.
+    """For each file the records of its images, in the order of `files`. They are kept in a cache folder for the next time.
 
-    settings: what an index depends on besides the file's version, as JSON values.
+    The cache is latentdiff/shards in $XDG_CACHE_HOME, by default in ~/.cache. A damaged entry is made again. Files are read
+    in threads, with a progress bar.
+
+    Args:
+        files: archives or tables.
+        settings: what the records depend on besides the file and its version, as JSON values.
+        make: reads a file through and returns its records. It is called where the cache has none. Its errors are passed on.
     """
     with ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) as pool:
         made = pool.map(lambda file: _index(file, settings, make), files)

@@ -11,11 +11,20 @@ HELD_OUT_RULES = ("per_class", "random")
 
 
 def held_out(source: ImageSource, share: float, seed: int, rule: str = "per_class") -> tuple[torch.Tensor, torch.Tensor]:
-    """(train_indices, held_out_indices), int64, ascending: a fixed function of the labels, the share, the seed and the rule.
+    """Which images of a source are trained on and which are held out: (train_indices, held_out_indices), int64, ascending.
 
-    share: of all images, in (0, 1). rule: "per_class" holds out about the share of each class, but never a class's only
-    image, and so none where every class has one image. "random", the rule of earlier versions, draws from all images alike.
-    Without labels the two rules are the same: at least one image is held out and at least one kept.
+    The result depends on the number of images, their labels and the arguments, and on nothing else.
+
+    Args:
+        source: the images.
+        share: of all images that are held out, in (0, 1).
+        seed: any integer.
+        rule: "per_class" holds out about the share of each class, but never a class's only image. So it holds out none where
+            every class has one image. "random", the rule of earlier versions, draws from all images alike. Without labels
+            the two are the same: at least one image is held out and at least one is kept.
+
+    Raises:
+        UserError: an unknown rule, a share that is not in (0, 1), or fewer than two images.
     """
     n = len(source)
     if rule not in HELD_OUT_RULES:

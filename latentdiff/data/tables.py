@@ -66,7 +66,18 @@ class LoadedTable:
 
 
 class TableSource(EncodedImages):
-    """The rows of a `datasets.Dataset`; pixels stay on disk until they are read."""
+    """The images of a `datasets.Dataset`, one for each row. Pixels stay on disk until they are read.
+
+    Args:
+        name: of the data set, as the user wrote it.
+        dataset: the `datasets.Dataset`.
+        image_column: the column with the encoded images.
+        annotations: labels and captions, one for each row.
+        reading: how images are read.
+
+    Raises:
+        UserError: no image can be read, or more cannot be read than reading.max_bad_share allows.
+    """
 
     def __init__(self, name: str, dataset: Any, image_column: str, annotations: Annotations, reading: Reading):
         import datasets
@@ -118,9 +129,17 @@ def open_table(data: str, split: str, columns: Columns, reading: Reading) -> Tab
 def describe(
     table: Table, load_train: Callable[[], Table], data: str, columns: Columns, report: FileReport
 ) -> tuple[str, Annotations]:
-    """(the column of images, the labels and captions) of a table; classes are those of load_train()'s.
+    """(the name of the column of images, the labels and captions of each row) of one split of a table.
 
-    Other columns, and images in a folder of parquet files, go into the report as not used.
+    Args:
+        table: the split.
+        load_train: gives the training split, whose classes all splits share. It is called only where there are labels.
+        data: the data set as the user wrote it, for messages. Where it is a folder, image files in it are reported.
+        columns: the columns that the user named. For the others see `open_table`.
+        report: gets the columns and image files that are not used.
+
+    Raises:
+        UserError: a column is not there or holds something else, or a row has no label or caption although others do.
     """
     image = _image_column(table, columns.image, data)
     label = _column(table, columns.label, ("label",), _is_label, "label_column", "classes, whole numbers or strings", data)

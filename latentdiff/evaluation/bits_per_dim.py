@@ -66,7 +66,7 @@ def fit_observation(codec: LatentCodec, batches: Iterable[tuple[Tensor, Generato
     """Fit the observation model: the scales that make training images likeliest, with z drawn as in the bound.
 
     Args:
-        codec: the first stage.
+        codec: the autoencoder.
         batches: (images [B, C, H', W'] in [-1, 1], generators for z).
         crop: takes the padding off images.
     """
@@ -99,13 +99,16 @@ def _log_logistic(values: Tensor, centre: Tensor, scale: Tensor) -> Tensor:
 
 
 class PixelTerms(NamedTuple):
-    """The terms of log p(x) >= decoder + prior + encoder for one z of each image, in nats, float64 [B].
+    """The terms of the bound log p(x) >= decoder + prior + encoder, for one latent z of each image: nats, float64 [B].
+
+    The bound is the evidence lower bound of "Auto-Encoding Variational Bayes" (arXiv 1312.6114, eq. 2 and 3). It holds for the
+    mean over z. Each term is summed over an image's values or its latent's.
 
     Attributes:
         decoder: log p(x | z).
-        prior: log p(z) of raw latents, the normaliser's volume included.
+        prior: log p(z), the density of latents before they are normalised.
         encoder: -log q(z | x).
-        probe_stderr: standard error of prior over the probes; nan for a single probe.
+        probe_stderr: standard error of prior over Hutchinson's probes; nan for a single probe.
         nfe: evaluations of the network, int64 [B].
     """
 
@@ -130,7 +133,7 @@ def pixel_terms(
     """The bound's terms for images, with one z ~ q(z | x) for each.
 
     Args:
-        codec: the first stage.
+        codec: the autoencoder.
         denoiser: over normalised latents, with the class of each image built in (ClassifierFree at scale 1).
         images: [B, C, H', W'] in [-1, 1].
         observation: the observation model.
@@ -182,7 +185,7 @@ def pixel_bits(
     An image's numbers depend on (seed, image), not on its batch.
 
     Args:
-        codec: the first stage.
+        codec: the autoencoder.
         denoiser_for: (labels int64 [B] or None, B) -> the denoiser of images of these classes.
         train: images on which the observation model is fitted.
         test: images to measure.

@@ -226,18 +226,23 @@ def mean_over_seeds(by_seed: Sequence[Mapping[str, dict[str, Any]]]) -> Entries:
 
 
 class ReferenceStatistics:
-    """A data set measured once by a feature network, to compare many sets of samples with.
+    """The training and held-out images of a data set, measured once, so that many sets of samples can be compared with them.
+
+    The distance is `evaluation.frechet.frechet_distance` (arXiv 1706.08500, eq. 6), in squared units of the features.
 
     Args:
         net: the feature network.
         train: the training images, the reference.
         test: the held-out images.
         labels: the classes of the samples to come, int64 [N]; None for samples without a class.
-        count: how many held-out images make the floor.
+        count: how many held-out images make the floor. They are chosen by a fixed seed.
         batch: images in a batch of the network.
 
     Attributes:
-        floor: the Fréchet distance of `count` held-out images, with the class counts of labels.
+        floor: the Fréchet distance of `count` held-out images to all training images. They have the class counts of labels.
+
+    Raises:
+        UserError: the held-out images do not have so many of a class.
     """
 
     def __init__(

@@ -103,12 +103,12 @@ def _symmetric_root(matrix: Tensor) -> Tensor:
 
 
 class Extrapolation(NamedTuple):
-    """Result of `extrapolate_frechet`.
+    """Result of `extrapolate_frechet` ("Effectively Unbiased FID", arXiv 1911.07023).
 
     Attributes:
-        value: the distance for infinitely many samples.
-        stderr: its standard error over the samples.
-        sizes: the mean numbers of samples at which the line is fitted.
+        value: the Fréchet distance for infinitely many samples, in squared units of the features. It may be a little below 0.
+        stderr: its standard error over the samples, in the same units.
+        sizes: the numbers of samples at which the line is fitted, the largest first.
     """
 
     value: float

@@ -94,7 +94,7 @@ class GallerySampler:
         null: the null class, [K] times.
         noise: [K, c, h, w].
         denoiser: of the checkpoint.
-        codec: its first stage.
+        codec: its autoencoder.
     """
 
     def __init__(self, pipeline: LatentDiffusionPipeline, seed: int, steps: int, sampler: str):
@@ -152,10 +152,17 @@ def trajectory(images: GallerySampler) -> list[Tensor]:
 
 
 def interpolation(images: GallerySampler, first: Tensor, second: Tensor, use_mean: bool = False) -> list[Tensor]:
-    """Two images of each class, [K, C, H, W] each, at the ends; between them decodings from the arc between their encodings.
+    """COLUMNS (8) batches of images that lead from `first` to `second`, each [K, C, H, W] in about [-1, 1].
 
-    A draw from each image's posterior is encoded, as the denoiser was trained on: the encodings of means are too small to
-    be noise. use_mean: encode the means, for a denoiser that was trained on them.
+    The first and the last batch are the autoencoder's reconstructions of the two. The six between are on an arc: both images
+    are encoded into noise (`samplers.encode`), the noises are interpolated (`samplers.slerp`, at weights 0 to 1), and each
+    result is decoded by the same ODE without guidance (DDIM, arXiv 2010.02502, section 5.3).
+
+    Args:
+        images: draws images of the K classes.
+        first, second: one image of each class, [K, C, H, W] in [-1, 1].
+        use_mean: encode the means of the autoencoder's posterior, for a denoiser that was trained on means. By default a draw
+            from the posterior is encoded. The encodings of means would then have too small a variance for noise.
     """
     from latentdiff.samplers import encode, sample, slerp
     from latentdiff.utils.random import derive_seed, generators

@@ -182,7 +182,12 @@ def draw(
 
 
 def trained_on(folder: Path, data: str) -> bool:
-    """Whether a checkpoint says that it was trained on the training part of `data`, and so on none of its held-out pairs."""
+    """Whether a checkpoint was trained on exactly the training part of `data`, and so on none of its held-out pairs.
+
+    The checksum that the checkpoint recorded is compared with that of the images and captions. False where it has none.
+
+    folder: of the checkpoint. data: the data set, as in `judge`. UserError where the data set cannot be opened.
+    """
     from latentdiff.checkpoints import META, read_meta
     from latentdiff.data.datasets import ImageDataset
     from latentdiff.data.sources import open_source

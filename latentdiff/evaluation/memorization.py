@@ -36,10 +36,13 @@ def nearest_by_features(features: Tensor, train: Tensor) -> NearestImages:
 
 
 def cosine_distance(features: Tensor, train: Tensor) -> float:
-    """Mean over features [N, D] of 1 - cosine to the training features [T, D] that are nearest in this sense; float64, 0 to 2.
+    """The mean cosine distance of features [N, D] to the nearest of the training features [T, D], from 0 to 2.
 
-    For features that are not negative this is the memorization distance of "Memorization-informed Fréchet Inception
-    Distance" (arXiv 2106.03062, section 3), which takes the modulus of the cosine.
+    The cosine distance of two features is 1 minus the cosine of the angle between them. It is computed in float64. Nearest is
+    the training feature with the smallest cosine distance.
+
+    "Memorization-informed Fréchet Inception Distance" (arXiv 2106.03062, section 3) takes the absolute value of the cosine.
+    For features without negative entries that is the same.
     """
     unit, unit_train = (normalize(rows.double(), dim=1) for rows in (features, train))
     rows = nearest_rows(unit, unit_train.split(BLOCK))

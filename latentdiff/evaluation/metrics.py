@@ -65,7 +65,7 @@ def evaluate_samples(
         test: the held-out images.
         net: the feature network.
         protocol: how the samples were made: model, sampler, steps, guidance, seed, and whatever else the report should hold.
-        codec: the first stage, for the reconstructions; None leaves them out.
+        codec: the autoencoder, for the reconstructions; None leaves them out.
         train_classifier: trains a classifier from (data set, seed), for CAS; None leaves CAS out.
         cas_seeds: seeds of CAS's classifiers.
         draw_seed: draws the real images of the floor and of CAS, and subsets of images.

@@ -1,4 +1,4 @@
-"""`latentdiff reconstruct`: images beside what a first stage makes of them."""
+"""`latentdiff reconstruct`: images beside their reconstructions by an autoencoder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def reconstruct(
     model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
 ) -> dict[str, Any]:
-    """Show images beside what the model's first stage makes of them, in one PNG, with PSNR and SSIM of each.
+    """Show images beside their reconstructions by the model's autoencoder, in one PNG, with PSNR and SSIM of each.
 
     Images are read and brought to the model's size as in its training. Where training took images of one size alone, others
     are cropped to it.

@@ -81,7 +81,7 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
 
 
 def preprocessing(data: dict[str, Any], codec: Any) -> Preprocess:
-    """The preprocessing of a recorded data section. Its size may still be open; codec: the first stage, for its factor."""
+    """The preprocessing of a recorded data section. Its size may still be open; codec: the autoencoder, for its factor."""
     size = data["size"] and tuple(data["size"])
     framing = data["framing"] if "framing" in data else data["fit"]  # its name in earlier versions
     background = tuple(data.get("background", WHITE))

@@ -108,7 +108,7 @@ def judge_pictures(
         index: the real pictures.
         drawn: {group: (images [Q, 3, H, W] in [-1, 1], rows [Q] of the pairs they should show)}.
         seed: of the ceiling's augmentation and of the shuffle.
-        reconstruct: the model's first stage, images to images; real pictures through it are a second ceiling. None: without.
+        reconstruct: the model's autoencoder, images to images; real pictures through it are a second ceiling. None: without.
 
     Returns:
         {"scores": {group: {kind of pictures: `retrieval_scores`}},

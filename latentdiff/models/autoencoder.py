@@ -73,7 +73,7 @@ def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, ini
 
 
 def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
-    """A pretrained autoencoder, frozen.
+    """A pretrained diffusers autoencoder on the CPU, frozen: in eval mode and without gradients.
 
     Args:
         where: the folder of a diffusers autoencoder or of a stage-1 run (its autoencoder/), a pipeline's folder (its vae/),
@@ -81,7 +81,7 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
         verify: check a folder's weights against the hashes beside them.
 
     Raises:
-        UserError: there is no autoencoder, or its weights cannot be read.
+        UserError: there is no autoencoder, its weights cannot be read, or they do not match their hashes.
     """
     found, folder = autoencoder_folder(where), Path(where)
     if found is not None:

@@ -69,7 +69,10 @@ def slerp(a: Tensor, b: Tensor, weight: float | Tensor) -> Tensor:
     o is the angle between the two samples. Two draws of N(0, I) in many dimensions then give something of the same length all
     the way, which a straight line does not.
 
-    a, b: [B, ...]. weight: w, a float or [B]; 0 gives a and 1 gives b.
+    The formula is Shoemake's "Animating rotation with quaternion curves" (1985). DDIM (arXiv 2010.02502, section 5.3)
+    interpolates the noises of two images by it.
+
+    a, b: [B, ...], of one dtype, which the result has too. weight: w, a float or [B]; 0 gives a and 1 gives b.
 
     Parallel samples (o < 1e-4) are interpolated on a straight line. At o = pi the path is not unique, and the result is
     meaningless.

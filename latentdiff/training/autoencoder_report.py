@@ -201,7 +201,7 @@ def verdict(report: dict[str, Any]) -> list[str]:
         (
             psnr_db is not None and psnr_db >= PSNR_WARN,
             f"PSNR {_number(psnr_db)} dB over {report['images']} held-out images",
-            f"under {PSNR_WARN:g} dB every sample of stage 2 inherits the blur: train longer or widen the latent",
+            f"under {PSNR_WARN:g} dB all images of stage 2 will be blurred: train longer, or with more latent_channels",
         ),
         (
             not dead,

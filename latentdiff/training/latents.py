@@ -140,7 +140,10 @@ def cache_bytes(config: DiffusionConfig | ClassifierConfig, count: int, latent_s
 
 
 def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> str:
-    """One line on the disk space that the latent cache needs; a warning where less is free."""
+    """One line, for the user, on the disk space in MiB that the latent cache needs. It begins "warning:" where less is free.
+
+    codec: the autoencoder. images: of the run. Nothing is printed.
+    """
     folder = cache_folder(config)
     size = cache_bytes(config, len(images.train), codec.latent_shape(*images.preprocess.padded_size))
     place = folder.absolute()

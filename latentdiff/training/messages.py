@@ -41,13 +41,13 @@ def length_warnings(config: AutoencoderConfig | DiffusionConfig) -> list[str]:
     warnings: list[str] = []
     if 2 * warm_up > steps:
         warnings.append(
-            f"optimizer.warmup_steps: {warm_up} of the run's {steps} steps are spent on raising the learning rate; with "
-            f"{max(1, steps // 20)} it is a twentieth of them"
+            f"optimizer.warmup_steps: the learning rate rises for {warm_up} steps, and the run has {steps}; "
+            f"a twentieth of the run is optimizer.warmup_steps={max(1, steps // 20)}"
         )
     if (half_life := ema_half_life(config.ema)) > steps:
         warnings.append(
-            f"ema.decay: {config.ema.decay:g} takes {half_life:.0f} steps to forget half, and the run has {steps}; with "
-            f"{1 - float(f'{1 - 0.5 ** (10 / steps):.3g}'):g} it takes a tenth of them"
+            f"ema.decay: {config.ema.decay:g} takes {half_life:.0f} steps to forget half of the old weights, and the run has "
+            f"{steps}; ema.decay={1 - float(f'{1 - 0.5 ** (10 / steps):.3g}'):g} takes a tenth of the run"
         )
     if isinstance(config, AutoencoderConfig) and config.loss.adversarial > 0 and config.loss.adversarial_start >= steps:
         warnings.append(
@@ -129,7 +129,7 @@ def autoencoder_finished(folder: Path, lines: Sequence[str]) -> list[str]:
     weak = sum(line.startswith("warn: ") for line in lines)
     summary = f"{weak} of {len(lines)} points are weak" if weak else "all points pass"
     return [
-        f"the first stage on held-out images: {summary}",
+        f"stage 1 on held-out images: {summary}",
         *(f"  {line}" for line in lines),
         f"see {folder.parent / 'report.png'}: held-out images above their reconstructions",
         f"the autoencoder is in {folder}; stage 2 takes it by autoencoder={folder}",

@@ -25,7 +25,13 @@ STAND_IN = 4096  # number of images, where it is not known
 
 
 class RandomCache:
-    """Random latents of shape (c, h, w) in place of a LatentCache, with the methods that a training step calls."""
+    """Random latents in place of a LatentCache, with the methods that a training step calls. Nothing is stored.
+
+    shape: of one latent, (c, h, w). count: how many images the cache claims to hold.
+
+    `moments(indices)` returns standard normal means and deviations of 0, float32 [B, c, h, w], drawn anew by torch's default
+    generator.
+    """
 
     def __init__(self, shape: tuple[int, int, int], count: int):
         self.latent_shape, self.count = shape, count

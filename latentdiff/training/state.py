@@ -77,7 +77,10 @@ def save_state(
 
 
 def save_snapshot(output: Path, step: int, tensors: dict[str, dict[str, Tensor]], meta: dict[str, Any]) -> Path:
-    """Write <output>/snapshots/step-N in the form of a state; it is never removed. UserError where it cannot be written."""
+    """Write <output>/snapshots/step-N in the form of a training state, and return that folder. It is never removed.
+
+    output, step, tensors, meta: as in `save_state`. UserError where it cannot be written, as on a full disk.
+    """
     root = output / "snapshots"
     with atomic.naming(root / f"step-{step}"):
         return _save(root, step, tensors, meta)

@@ -87,9 +87,9 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
     accelerator = start_accelerator(config.train, shards=True)  # again: now in the precision that was chosen
 
     # 3. What reads the captions. From here on nothing is refused any more, so the run prints what it has.
-    reader, cut = conditioning.open_text(config, images, accelerator, resume)
+    reader, caption_warnings = conditioning.open_text(config, images, accelerator, resume)
     warnings = [*messages.autoencoder_warnings(config.autoencoder), *messages.length_warnings(config)]
-    warnings += [*messages.data_warnings(config, len(images.train)), *cut]
+    warnings += [*messages.data_warnings(config, len(images.train)), *caption_warnings]
     announce = announcement(accelerator, config.train, precision, lines=messages.as_warnings(warnings))
 
     # 4. The latent cache: each image is encoded once, before training.
@@ -204,8 +204,10 @@ class DiffusionTrainer(Trainer):
     """Stage 2's data, networks and optimizer, and its training step.
 
     Attributes:
-        latents, conditions: the training data: latent cache with autoencoder and images; labels and captions.
-        schedule, levels: the noise schedule, and the distribution that training times are drawn from.
+        latents: the latent cache, with the autoencoder and the images that it was made from.
+        conditions: labels and captions of the training images.
+        schedule: the noise schedule, alpha(t) and sigma(t).
+        levels: the distribution that training times t are drawn from.
         model: the U-Net, together with its text encoder where that is trained too.
         parallel_model: `model` as accelerate (DDP) or FSDP2 wraps it; what a training step calls.
         ema: running averages of the model's weights.
@@ -227,10 +229,10 @@ class DiffusionTrainer(Trainer):
         self.schedule, self.levels = make_noise(config)
         self.uncertainty = Uncertainty(self.schedule) if config.weighting == "uncertainty" else None
 
-        # The network, and the copy that looks at the averaged weights
+        # The network, and a copy of it for the averaged weights
         classes, text = conditions.classes, conditions.text
-        rows, width = classes and classes.num_embeddings, text and text.prompt_encoder.width
-        unet = make_unet(config, latents.cache.latent_shape, rows, width)
+        class_rows, text_width = classes and classes.num_embeddings, text and text.prompt_encoder.width
+        unet = make_unet(config, latents.cache.latent_shape, class_rows, text_width)
         self.model = conditioning.network_of(unet, conditions)
         self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         if not distributed.sharded(accelerator):

@@ -42,7 +42,7 @@ def rand(
 
 
 def randn_like(x: Tensor, generator: Generators = None) -> Tensor:
-    """Standard normal noise with the shape, device and dtype of x [B, ...]. generator: as in `randn`."""
+    """Standard normal noise with the shape, device and dtype of x [B, ...]. generator, and errors: as in `randn`."""
     return randn(x.shape, generator, x.device, x.dtype)
 
 

@@ -120,9 +120,9 @@ def test_the_command_that_is_named_draws_a_picture(condition, said, autoencoder_
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer__warmup_steps": 4}, "optimizer.warmup_steps: 4 of the run's 6 steps"),
-        ({"optimizer__warmup_steps": 500}, "optimizer.warmup_steps: 500 of the run's 6 steps"),
-        ({"ema__decay": 0.999}, "ema.decay: 0.999 takes 693 steps to forget half, and the run has 6"),
+        ({"optimizer__warmup_steps": 4}, "optimizer.warmup_steps: the learning rate rises for 4 steps, and the run has 6"),
+        ({"optimizer__warmup_steps": 500}, "optimizer.warmup_steps: the learning rate rises for 500 steps, and the run has 6"),
+        ({"ema__decay": 0.999}, "ema.decay: 0.999 takes 693 steps to forget half of the old weights, and the run has 6"),
         ({"train__batch_size": 40}, "train.batch_size: 40, but only 36 images train"),
         ({"train__steps": 2}, "train.steps: 2 steps see 44% of the 36 images"),
         ({"loss__adversarial": 0.1, "loss__adversarial_start": 6}, "loss.adversarial_start: 6, but the run has 6 steps"),

@@ -120,7 +120,7 @@ class PipelineInputError(ValueError):
 
 
 class NonFiniteError(ValueError):
-    """An output that holds NaN or infinity. One line that names the first stage that made it."""
+    """An output that holds NaN or infinity. One line that names the part of the pipeline that made it first."""
 
 
 class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -502,7 +502,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
         Raises:
             PipelineInputError: a call that the checkpoint cannot answer; it says what would be valid.
-            NonFiniteError: latents or images that hold NaN or infinity; it names the first stage at fault. The cause may be
+            NonFiniteError: latents or images that hold NaN or infinity; it names the first part at fault. The cause may be
                 damaged or diverged weights, guidance that is too strong, or a network that overflows in float16.
 
         Examples:
@@ -552,7 +552,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         self._guidance_scale = scale
         self._num_timesteps = steps
 
-        # 3. Encode prompts and class labels, for and against
+        # 3. Encode prompts and class labels: those to guide towards, and the negative ones to guide away from
         positive = self.conditioning(texts, labels, device)
         negative = self.conditioning(negative_texts, negative_labels, device) if is_guided else {}
 
@@ -603,7 +603,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
     def _run_scheduler(self, noise, conditions, scale, interval, steps, generator, callback) -> torch.Tensor:
         """The reverse process by the diffusers scheduler: from unit-variance noise to normalised latents [B, c, h, w].
 
-        conditions: the U-Net's keyword arguments for and against; those against are empty at scale 1.
+        conditions: the U-Net's keyword arguments, positive and negative; the negative ones are empty at scale 1.
         """
         # 1. Prepare the scheduler
         scheduler = self._prepare_scheduler(steps, noise.device)
@@ -726,9 +726,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         return next((noise for noise in ("vp", "edm") if classes.intersection(SCHEDULERS[noise])), None)
 
     def _find_non_finite(self, run: Callable, arguments: tuple, otherwise: str) -> str:
-        """Which stage's output is the first that is not finite, found by a second run of a failed call.
+        """Which part's output is the first that is not finite, found by a second run of a failed call.
 
-        otherwise: how the first run failed, for the case that no stage is at fault.
+        otherwise: how the first run failed, for the case that the outputs of all parts are finite.
         """
         # 1. What the U-Net was given
         noise, conditions, scale = arguments[:3]
@@ -805,14 +805,14 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         """Whether StableDiffusionPipeline makes the same images: it scales latents by one factor and does not cut images."""
         config = self.vae.config
         factor = 2 ** (len(config.get("block_out_channels") or [0]) - 1)
-        is_whole = self.config.image_size in (None, [side * factor for side in self.latent_shape[1:]])
+        is_uncropped = self.config.image_size in (None, [side * factor for side in self.latent_shape[1:]])
         means, stds = config.get("latents_mean") or [], config.get("latents_std") or []
-        is_moved = any([config.get("shift_factor"), *means, *(std - 1 for std in stds)])
+        is_shifted = any([config.get("shift_factor"), *means, *(std - 1 for std in stds)])
         # It changes steps_offset and clip_sample of a scheduler's config, and cannot run a flow
         scheduler = getattr(self.scheduler, "config", {})
         is_changed = scheduler.get("timestep_spacing") == "leading" and scheduler.get("steps_offset", 1) != 1
         is_changed = is_changed or scheduler.get("clip_sample") or scheduler.get("use_flow_sigmas")
-        return is_whole and not (is_moved or is_changed) and hasattr(self.scheduler, "scale_model_input")
+        return is_uncropped and not (is_shifted or is_changed) and hasattr(self.scheduler, "scale_model_input")
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         """Write model_index.json, this file as pipeline.py, and hashes.json of the weights in each part's folder.
@@ -863,7 +863,7 @@ def step_callback(callback: Callable[..., dict | None] | None, names: list[str] 
 def network_times(scheduler: Any) -> torch.Tensor:
     """What the network is given at each timestep [steps]: the timestep itself, or N sigma on flow sigmas.
 
-    There diffusers cuts N sigma to an integer for the timestep; the network was trained on N sigma.
+    On flow sigmas diffusers cuts N sigma to an integer for the timestep. The network was trained on N sigma itself.
     """
     timesteps = scheduler.timesteps
     if not scheduler.config.get("use_flow_sigmas", False) or type(scheduler).__name__ in FLOW_SCHEDULERS:
