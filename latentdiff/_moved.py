@@ -277,6 +277,7 @@ NAMES = {
     "training.run.settings_kept": "training.accelerator.torch_settings_restored",
     "training.run.start_accelerator": "training.accelerator.start_accelerator",
     "training.sharding.UNTAKEN": "training.distributed.UNSUPPORTED",
+    "training.sharding.asked": "training.distributed.fsdp_requested",
     "training.unets.Start": "models.unet.PretrainedUNet",
     "training.unets.find_start": "models.unet.find_pretrained",
     "training.watching.Watch": "training.monitor.Monitor",

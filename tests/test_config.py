@@ -40,11 +40,14 @@ def test_an_unknown_key_names_the_nearest(changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"train__steps": "many"}, ("train.steps: ", "'many'")),
+        ({"train__steps": "many"}, ("train.steps: must be a whole number", "'many'")),
+        ({"data__flips": "maybe"}, ("data.flips: must be true or false", "'maybe'")),
+        ({"data__size": 16}, ("data.size: must be a list of numbers", "16")),
+        ({"data__size": [16, 16, 3]}, ("data.size: must be a list of 2 values", "[16, 16, 3]")),
         ({"train__steps": 0}, ("train.steps: ", "greater than 0")),
         ({"prediction": "noise"}, ("prediction: ", "'v_prediction'", "'noise'")),
         ({"data__channels": 2}, ("data.channels: ", "1 or 3")),
-        ({"data__size": [16]}, ("data.size",)),
+        ({"data__size": [16]}, ("data.size: must have more values", "[16]")),
         ({"data__size": [16, 0]}, ("data.size.1: ", "greater than 0")),
         ({"optimizer__betas": [0.9, 1.0]}, ("optimizer.betas.1: ", "less than 1")),
         ({"optimizer__eps": 0}, ("optimizer.eps: ", "greater than 0")),

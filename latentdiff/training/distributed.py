@@ -28,14 +28,14 @@ UNSUPPORTED = {
 }
 
 
-def asked() -> bool:
+def fsdp_requested() -> bool:
     """Whether `accelerate launch --use_fsdp` started this process. Accelerate 1.15 itself ignores the flag without a GPU."""
     return _is_set("ACCELERATE_USE_FSDP")
 
 
 def sharded(accelerator: Any) -> bool:
     """Whether a run shards its network: the launcher asks for it, and there are several processes, on GPUs or CPUs."""
-    return asked() and accelerator.distributed_type.value != "NO"
+    return fsdp_requested() and accelerator.distributed_type.value != "NO"
 
 
 def check_launch(shards: bool) -> None:
@@ -50,7 +50,7 @@ def check_launch(shards: bool) -> None:
                 f"accelerate launch: {flag} is not supported; launch with --multi_gpu, or, where one device is too small for "
                 "the U-Net, with --use_fsdp --fsdp_version 2"
             )
-    if not asked():
+    if not fsdp_requested():
         return
     if not shards:
         raise UserError("accelerate launch: --use_fsdp shards nothing but the training of stage 2; launch with --multi_gpu")

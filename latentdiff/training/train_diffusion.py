@@ -155,7 +155,7 @@ def check_config(config: DiffusionConfig) -> None:
     monitor.check(config)
     conditioning.check(config)
     check_unet(config)
-    if not distributed.asked():
+    if not distributed.fsdp_requested():
         return
     by_fsdp = "sharded by accelerate launch --use_fsdp"
     if config.train.compile:

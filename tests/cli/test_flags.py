@@ -157,6 +157,7 @@ def test_overrides_stand_anywhere(command):
         (["compare", "m", "--steps", "5", "ten"], "--steps 'ten': give a whole number"),
         (["compare", "m", "--samplers", "--data", "d"], "--samplers: give a value"),
         (["compare", "m", "--samplers", "a", "--samplers", "b"], "--samplers: given twice; give it once, with all its values"),
+        (["train", "c.yaml", "--steps", "3"], "--steps: unknown option; a key of the config is written without dashes"),
         (["train"], "CONFIG: missing; give a YAML file"),
         (["reconstruct", "m"], "IMAGES: missing; give "),
         (["tune", "m"], "--data: missing; give a data set: a folder"),

@@ -237,11 +237,11 @@ def test_a_launch_that_asks_for_nothing_passes_and_one_that_asks_loads_whole_tex
     for name in (*SHARDED, *distributed.OTHERS):
         monkeypatch.delenv(name, raising=False)
     distributed.check_launch(shards=False)
-    assert not distributed.asked()
+    assert not distributed.fsdp_requested()
     for name, value in SHARDED.items():
         monkeypatch.setenv(name, value)
     distributed.check_launch(shards=True)
-    assert distributed.asked()
+    assert distributed.fsdp_requested()
     from transformers.integrations.fsdp import is_fsdp_enabled
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
