@@ -507,7 +507,10 @@ def parse_data(tree: dict[str, Any], overrides: Sequence[str]) -> DataConfig:
 
 
 def keep_split(config: Config, record: dict[str, Any]) -> None:
-    """Let a resumed run keep the held-out images it began with, where its record is older than data.held_out_rule."""
+    """Let a resumed run keep the held-out images it began with: `config` is changed in place.
+
+    record: the content of the run's run.json. One without data.held_out_rule is of a version whose only rule was "random".
+    """
     data = record.get("data")
     if isinstance(config.data, DataConfig) and isinstance(data, dict) and "held_out_rule" not in data:
         config.data.held_out_rule = "random"

@@ -47,7 +47,7 @@ def _folder_info(what: str, path: Path, overrides: Sequence[str]) -> dict[str, A
 
     if not path.is_dir() and is_data_name(what):
         return summarize_data(what, overrides)
-    folder = path if path.is_dir() else resolve_model(what)
+    folder = path if path.is_dir() else resolve_model(what, "info")
     if (folder / INDEX).is_file():
         return _checkpoint_info(folder)
     if shard_path(folder, 0).is_file():

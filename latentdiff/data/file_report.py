@@ -87,6 +87,6 @@ def _most(groups: dict[str, FileNames], limit: int) -> dict[str, FileNames]:
 
 
 def listed(names: Iterable[str], limit: int = SHOWN) -> str:
-    """The first few of many names, for a line of text."""
+    """The first `limit` names, separated by commas, for a line of text. An ellipsis at the end stands for more of them."""
     names = list(names)
     return ", ".join(map(printable, names[:limit])) + (", …" if len(names) > limit else "")

@@ -235,14 +235,15 @@ class ReferenceStatistics:
         train: the training images, the reference.
         test: the held-out images.
         labels: the classes of the samples to come, int64 [N]; None for samples without a class.
-        count: how many held-out images make the floor. They are chosen by a fixed seed.
+        count: how many held-out images make the floor where labels is None. They are drawn by a fixed seed.
         batch: images in a batch of the network.
 
     Attributes:
-        floor: the Fréchet distance of `count` held-out images to all training images. They have the class counts of labels.
+        floor: the Fréchet distance of held-out images to all training images. With labels these images have their class
+            counts, or the same mix of fewer images.
 
     Raises:
-        UserError: the held-out images do not have so many of a class.
+        UserError: fewer than two held-out images can be drawn in that mix.
     """
 
     def __init__(

@@ -146,7 +146,14 @@ def retrieval_scores(index: PictureIndex, images: Tensor, rows: Tensor) -> dict[
 
 
 def augmented_scores(index: PictureIndex, rows: Tensor, seed: int, strength: float = MILD) -> dict[str, Any]:
-    """`retrieval_scores` of the augmented real pictures of these rows: the score of a perfect model with small faults."""
+    """What `retrieval_scores` gives for slightly changed real pictures: the score of a perfect model with small faults.
+
+    Args:
+        index: the real pictures, and the judge network.
+        rows: which of them, int64 [Q].
+        seed: of the random changes, see `evaluation.augmentation.augment`.
+        strength: of the changes, in [0, 1]; 0 is none.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "ceiling"))
     images = torch.cat([augment(index.pairs.images(part), generator, strength) for part in rows.split(BATCH)])
     return retrieval_scores(index, images, rows)

@@ -340,9 +340,11 @@ def _setting_cells(cell: dict[str, Any]) -> tuple[str, ...]:
 
 
 def plot_front(table: dict[str, Any], path: Path) -> None:
-    """Write a PNG of distance against evaluations, on logarithmic axes.
+    """Write a PNG of the Fréchet distance against the U-Net's evaluations for an image, on logarithmic axes.
 
-    Trials are grey, the Pareto front is blue, the default red; a green line is the distance of real images.
+    Trials are grey, the Pareto front is blue, the default is red. A green line is the distance of real images.
+
+    table: what `tune` returns. path: of the PNG.
     """
     from matplotlib.figure import Figure
 

@@ -106,7 +106,10 @@ def gradient(value: Tensor, of: Tensor, again: bool, retain: bool = False) -> Te
 
 
 def differentiable(value: Tensor, what: str) -> Tensor:
-    """The value itself. UserError, which calls it `what`, where autograd sees no dependence on x."""
+    """Return `value` itself, after a check that autograd can differentiate it.
+
+    what: the name of the value in the message. UserError where it has no gradient, as under no_grad.
+    """
     if not value.requires_grad:
         raise UserError(f"guidance: {what} must depend on x through autograd; is it under no_grad, detached or constant?")
     return value
