@@ -32,19 +32,19 @@ ORDER = [
     "cli",
     "__main__",
 ]
-ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it stands on none of the rooms
+ANYWHERE = {"pipelines"}  # looks latentdiff up only within a call, so it depends on nothing
 
 
 def library_files() -> list[Path]:
     return sorted(p for p in (ROOT / "latentdiff").rglob("*.py") if p != ROOT / "latentdiff" / "__init__.py")
 
 
-def room_of(path: Path, root: Path = ROOT / "latentdiff") -> str:
+def top_name(path: Path, root: Path = ROOT / "latentdiff") -> str:
     return path.relative_to(root).parts[0].removesuffix(".py")
 
 
-def imported_rooms(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
-    """(line, room) of every import of latentdiff, at the top or within a function. package: of the file, for dots."""
+def imported_names(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import of latentdiff, at the top or within a function. package: of the file, for dots."""
     for node in ast.walk(tree):
         modules: list[str] = []
         if isinstance(node, ast.Import):
@@ -61,33 +61,33 @@ def imported_rooms(tree: ast.AST, package: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, parts[1]
 
 
-def wrong_imports(source: str, room: str, package: str = "latentdiff") -> list[str]:
-    """Each import of a room that does not stand above `room` in ORDER, as text."""
+def wrong_imports(source: str, module: str, package: str = "latentdiff") -> list[str]:
+    """Each import of what does not stand above `module` in ORDER, as text."""
     wrong = []
-    for line, other in imported_rooms(ast.parse(source), package):
-        if other == room or other in ANYWHERE:
+    for line, other in imported_names(ast.parse(source), package):
+        if other == module or other in ANYWHERE:
             continue
         if other not in ORDER:
-            wrong.append(f"line {line}: {other} is not a room of ORDER")
-        elif ORDER.index(other) > ORDER.index(room):
-            wrong.append(f"line {line}: {room} imports {other}, which is below it")
+            wrong.append(f"line {line}: {other} is not in ORDER")
+        elif ORDER.index(other) > ORDER.index(module):
+            wrong.append(f"line {line}: {module} imports {other}, which is below it")
     return wrong
 
 
 def test_every_file_stands_in_the_order():
-    assert {room_of(path) for path in library_files()} <= set(ORDER)
-    assert {room for room in ORDER} == {room_of(path) for path in library_files()}
+    assert {top_name(path) for path in library_files()} <= set(ORDER)
+    assert set(ORDER) == {top_name(path) for path in library_files()}
 
 
 @pytest.mark.parametrize("path", library_files(), ids=lambda p: str(p.relative_to(ROOT)))
-def test_a_room_imports_only_rooms_above_it(path):
+def test_a_module_imports_only_modules_above_it(path):
     package = ".".join(path.relative_to(ROOT).parent.parts)
-    assert wrong_imports(path.read_text(), room_of(path), package) == []
+    assert wrong_imports(path.read_text(), top_name(path), package) == []
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda p: p.name)
 def test_a_pipeline_imports_nothing_of_the_library(path):
-    assert list(imported_rooms(ast.parse(path.read_text()), "latentdiff.pipelines")) == []
+    assert list(imported_names(ast.parse(path.read_text()), "latentdiff.pipelines")) == []
 
 
 @pytest.mark.parametrize(
@@ -99,10 +99,10 @@ def test_a_pipeline_imports_nothing_of_the_library(path):
         ("def f():\n    from latentdiff.checkpoints import load", "line 2: data imports checkpoints"),
         ("if TYPE_CHECKING:\n    from ..training import info", "line 2: data imports training"),
         ("from .. import training", "line 1: data imports training"),
-        ("import latentdiff.nowhere", "line 1: nowhere is not a room"),
+        ("import latentdiff.nowhere", "line 1: nowhere is not in ORDER"),
     ],
 )
-def test_the_checker_sees_imports_of_lower_rooms(source, said):
+def test_the_checker_sees_imports_of_lower_modules(source, said):
     (found,) = wrong_imports(source, "data", "latentdiff.data")
     assert found.startswith(said)
 

@@ -62,7 +62,7 @@ def check_unet(config: DiffusionConfig) -> None:
     weight_files(start.folder)
 
 
-def check_latent_size(config: DiffusionConfig, latent_shape: tuple[int, int, int], factor: int) -> None:
+def check_unet_size(config: DiffusionConfig, latent_shape: tuple[int, int, int], factor: int) -> None:
     """UserError, before anything is encoded, where the U-Net's levels do not divide the latents.
 
     latent_shape: (c, h, w). factor: image side / latent side, for advice in pixels.

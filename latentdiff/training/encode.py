@@ -33,7 +33,7 @@ def encode_dataset(
     """
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
-    from latentdiff.models.unet import check_latent_size, check_unet
+    from latentdiff.models.unet import check_unet, check_unet_size
     from latentdiff.training import messages
     from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
@@ -47,7 +47,7 @@ def encode_dataset(
     opened = open_inputs(config, accelerator.device)
     codec, images = opened
     # Latents that the U-Net cannot take are not worth the time
-    check_latent_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
+    check_unet_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
     lines = [*messages.as_warnings(messages.autoencoder_warnings(config.autoencoder)), cache_size(config, *opened)]
     # A frozen autoencoder always runs in float32, whatever the precision of training
     announce = announcement(accelerator, config.train, "float32", "encode", lines)

@@ -49,7 +49,7 @@ ENCODING_LIMIT = 5.0  # seconds after which that stops
 DAY = 24.0  # hours; a longer run on a CPU is warned of
 
 
-class Progress:
+class PlanningProgress:
     """Prints a line on stderr for each stage of the planning, which may take minutes. A context manager.
 
     The first lines are held back for HOLD_BACK seconds: a mistake in the config is mostly found in that time, and is then
@@ -77,7 +77,7 @@ class Progress:
         for line in held:
             print(f"info: {line}", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> PlanningProgress:
         self._timer.start()
         return self
 
@@ -97,7 +97,7 @@ class Notes:
         warnings: what is likely a mistake in the config.
     """
 
-    progress: Progress
+    progress: PlanningProgress
     unknown: dict[str, str] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
@@ -115,7 +115,7 @@ def plan(config: Config, path: Path) -> dict[str, Any]:
         return {}
     threads = torch.get_num_threads()
     try:
-        with torch.random.fork_rng(), Progress() as progress:
+        with torch.random.fork_rng(), PlanningProgress() as progress:
             notes = Notes(progress)
             notes.warnings += messages.length_warnings(config)
             if config.train.compile:

@@ -135,7 +135,7 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
     return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
 
 
-class Reconstruction(nn.Module):
+class EncoderDecoder(nn.Module):
     """The whole reconstruction as one forward pass, so that DDP averages the gradients of encoder and decoder together."""
 
     def __init__(self, vae: nn.Module):
@@ -198,7 +198,7 @@ class AutoencoderTrainer(Trainer):
         for name in frozen:
             if getattr(vae, name, None) is not None:
                 getattr(vae, name).requires_grad_(False)
-        self.model = Reconstruction(vae)
+        self.model = EncoderDecoder(vae)
         if self.model.discrete and loss.commitment == 0:
             vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
         if config.train.gradient_checkpointing:
@@ -318,7 +318,7 @@ class AutoencoderTrainer(Trainer):
         return randn(shape, generator)[first : first + len(images)].to(images.device)
 
     def loss_terms(self, images: Tensor, output: dict[str, Tensor], step: int, adaptive_weight: Any) -> dict[str, Tensor]:
-        """The loss's terms and their `total`; see `autoencoder_loss.stage1_terms`. output: what `Reconstruction` gave."""
+        """The loss's terms and their `total`; see `autoencoder_loss.stage1_terms`. output: what `EncoderDecoder` gave."""
 
         def mean_over_processes(value: Tensor) -> Tensor:
             return self.accelerator.reduce(value, "mean")

@@ -22,7 +22,7 @@ from latentdiff.data.shuffling import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
-from latentdiff.models.unet import check_latent_size, check_unet, make_unet
+from latentdiff.models.unet import check_unet, check_unet_size, make_unet
 from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, add_noise, diffusion_loss, loss_weight, weighted_error
 from latentdiff.prediction import check_learnable
@@ -78,7 +78,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
     codec, images = open_inputs(config, accelerator.device)
     conditioning.check_data(config, images)
     latent_shape = codec.latent_shape(*images.preprocess.padded_size)
-    check_latent_size(config, latent_shape, codec.factor)
+    check_unet_size(config, latent_shape, codec.factor)
 
     # 2. Precision and micro-batch, where the config says auto: measured by a few steps on random data.
     trial = partial(trial_steps, config, codec, images, latent_shape, len(images.class_names))
