@@ -16,7 +16,7 @@ from latentdiff.cli.info import info
 from latentdiff.config import TrainConfig
 from latentdiff.training import messages, train, train_autoencoder, train_diffusion
 from latentdiff.training.accelerator import start_accelerator
-from latentdiff.training.estimate import Progress
+from latentdiff.training.estimate import PlanningProgress
 from latentdiff.training.logging import RunLogger
 from latentdiff.training.precision import OneProcess, plain_steps
 
@@ -218,7 +218,7 @@ def test_a_first_stage_that_is_nowhere_is_warned_of(stripe_folder, tmp_path):
     assert warning.startswith(f"autoencoder: {tmp_path / 'nowhere'}: there is none yet") and "train it first" in warning
 
 
-# Progress of info
+# The progress of info
 
 
 def test_info_says_what_it_does_at_each_stage(said, stripe_folder, autoencoder_run, tmp_path):
@@ -238,12 +238,12 @@ def test_info_says_what_it_does_at_each_stage(said, stripe_folder, autoencoder_r
 
 
 def test_lines_held_back_are_printed_after_a_moment_and_dropped_with_an_error(capsys, monkeypatch):
-    with pytest.raises(ValueError, match="wrong"), Progress() as progress:
+    with pytest.raises(ValueError, match="wrong"), PlanningProgress() as progress:
         progress("reading")
         raise ValueError("wrong")
     assert capsys.readouterr().err == ""
     monkeypatch.setattr("latentdiff.training.estimate.HOLD_BACK", 0.05)
-    with pytest.raises(ValueError, match="wrong"), Progress() as progress:
+    with pytest.raises(ValueError, match="wrong"), PlanningProgress() as progress:
         progress("reading")
         progress._timer.join(5)
         progress("building")
