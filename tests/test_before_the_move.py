@@ -165,6 +165,11 @@ def by_diffusers(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     modules = str(tmp_path_factory.mktemp("modules"))
     patch.setattr("diffusers.utils.dynamic_modules_utils.HF_MODULES_CACHE", modules)
+    patch.syspath_prepend(modules)
+
+    # Python would give the pipeline.py that an earlier test has opened under the same module name
+    for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
+        patch.delitem(sys.modules, name)
 
     def call(folder: str):
         if folder not in opened:
@@ -176,6 +181,8 @@ def by_diffusers(tmp_path_factory):
         return opened[folder]
 
     yield call
+    for name in [name for name in sys.modules if name.split(".")[0] == "diffusers_modules"]:
+        del sys.modules[name]
     patch.undo()
 
 
