@@ -122,33 +122,37 @@ def evaluate(
     from latentdiff.evaluation.measure_likelihood import measure_likelihood
     from latentdiff.evaluation.sample_sets import without_padding
 
-    call = {
-        "num_inference_steps": steps,
-        "sampler": sampler,
-        "guidance_scale": guidance,
-        "guidance_interval": guidance_interval,
-        "batch_size": batch_size,
-    }
+    # 1. Refuse arguments that do not go together, before anything is loaded
     reference_cache = _check(model, samples, (num_images, batch_size, seeds, cas_seeds), out, reference_cache)
     _check_further(model, guidance_curve, curve_images, bits_images, prompts)
     started = time.perf_counter()
 
-    # The images
+    # 2. The images: drawn by the model, or read
     net = open_features(features)
     if model is not None:
+        call = {
+            "num_inference_steps": steps,
+            "sampler": sampler,
+            "guidance_scale": guidance,
+            "guidance_interval": guidance_interval,
+            "batch_size": batch_size,
+        }
         numbers = num_images, seeds, curve_images, bits_images
         images = _generate(model, data, numbers, seed, guidance_curve, prompts, device, precision, call)
     else:
         images = _read(samples, data, net.channels, device) if processes.rank() == 0 else None  # nothing of these is shared
     if images is None:
         return None
+    generated = time.perf_counter()
 
-    # The features of the reference, and all metrics
-    generated, net = time.perf_counter(), net.to(images.made["device"])
+    # 3. The features of the training images. Several processes share the work; only the first one goes on
+    net = net.to(images.made["device"])
     train = without_padding(images.train)
     reference = reference_statistics(net, train, BATCH, reference_cache, metrics.say, model is not None)
     if reference is None:
         return None
+
+    # 4. All metrics of the images, beside their floors, and the bound on the likelihood if it was requested
     report = metrics.evaluate_samples(
         images.sets[0],
         images.labels,
@@ -166,6 +170,8 @@ def evaluate(
     )
     if bits_images and model is not None:
         report["likelihood"] = measure_likelihood(model, data, bits_images, seed=seed)
+
+    # 5. Name what was not measured, and write the report
     left_out = {
         "cas": None if cas_seeds else "--cas-seeds 0",
         "guidance_curve": None if guidance_curve else "without --guidance-curve",
