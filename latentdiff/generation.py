@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
-from latentdiff.utils import locks, processes, signals
+from latentdiff.utils import locks, processes, progress_bars, signals
 
 if TYPE_CHECKING:
     import numpy as np
@@ -471,15 +471,13 @@ def _batches_of_part(
 
 def _write(path: Path, make: Make, names: Names, depends_on: dict[str, Any], batch_size: int, progress: bool) -> None:
     """Make the images and write them, under the lock of the folder or file; a signal ends it (see `utils.signals`)."""
-    from tqdm import tqdm
-
     from latentdiff.utils.outputs import ImageFolder, to_folder, to_grid, to_npz
 
     part = processes.share(len(names), batch_size)
     with (
         signals.watched(signals.again) as watch,
         locks.locked(path, "wait for it, or name another --out", beside=bool(path.suffix)),
-        tqdm(total=part.stop - part.start, unit="image", disable=not progress, delay=0.5) as bar,
+        progress_bars.bar(total=part.stop - part.start, unit="image", disable=not progress, delay=0.5) as bar,
     ):
         if path.suffix == ".png":
             to_grid(path, make, names, part, batch_size, bar.update)

@@ -28,6 +28,7 @@ ORDER = [
     "generation",
     "evaluation",
     "training",
+    "fitting",
     "recipes",
     "cli",
     "__main__",

@@ -11,7 +11,7 @@ import numpy as np
 
 from latentdiff.errors import UserError
 from latentdiff.evaluation import DEFAULT_FEATURES
-from latentdiff.utils import processes
+from latentdiff.utils import processes, progress_bars
 from latentdiff.utils.deprecation import renamed
 
 if TYPE_CHECKING:
@@ -314,13 +314,13 @@ def _request(pipeline: Any, count: int, flag: str, images: ImageDataset, part: s
 
 def _make(pipeline: Any, request: _Request, doing: str = "", seed: int = 0, batch_size: int = 128, **call: Any) -> Any:
     """The requested images, uint8 [N, H, W, C], on the first process; None on others."""
-    from tqdm import tqdm
-
     from latentdiff.generation import generate_share
 
     part = processes.share(request.total, batch_size)
     doing = f"generating, {doing}" if doing else "generating"
-    with tqdm(total=part.stop - part.start, unit="image", desc=doing, delay=0.5, disable=processes.rank() > 0) as bar:
+    with progress_bars.bar(
+        total=part.stop - part.start, unit="image", desc=doing, delay=0.5, disable=processes.rank() > 0
+    ) as bar:
         call["label"] = request.classes
         mine = generate_share(pipeline, request.subjects, request.each, seed, batch_size, bar.update, **call)
     return processes.gather(mine, request.total, batch_size)

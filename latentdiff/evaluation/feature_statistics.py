@@ -7,13 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import NotFiniteError
 from latentdiff.evaluation.frechet import Moments
 from latentdiff.models.feature_net import FeatureSpace, extract
-from latentdiff.utils import processes
+from latentdiff.utils import processes, progress_bars
 from latentdiff.utils.images import to_uint8
 
 Batch = tuple[Tensor, Tensor | None]
@@ -29,7 +28,9 @@ def read_batches(dataset: ImageDataset, size: int = 250, doing: str = "", part: 
         part: read these images only.
     """
     chosen = range(len(dataset))[part]
-    with tqdm(total=len(chosen), unit="image", desc=doing, delay=0.5, disable=not doing or processes.rank() > 0) as bar:
+    with progress_bars.bar(
+        total=len(chosen), unit="image", desc=doing, delay=0.5, disable=not doing or processes.rank() > 0
+    ) as bar:
         for start in range(0, len(chosen), size):
             rows = chosen[start : start + size]
             yield dataset.batch(rows)

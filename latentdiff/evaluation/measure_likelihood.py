@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
+from latentdiff.utils import progress_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +46,6 @@ def measure_likelihood(
     Raises:
         UserError: a model or data that cannot be used or do not go together, or numbers out of range.
     """
-    from tqdm import tqdm
 
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.denoiser import Denoiser
@@ -76,7 +76,7 @@ def measure_likelihood(
         rows = labels.tolist() if conditional and labels is not None else [null] * count
         return ClassifierFree(denoiser, pipeline.conditioning([None] * count, rows), {}, 1.0)
 
-    with tqdm(total=num_images, unit="image", desc="likelihood", delay=0.5) as bar:
+    with progress_bars.bar(total=num_images, unit="image", desc="likelihood", delay=0.5) as bar:
         report = pixel_bits(
             codec, denoiser_for, train, images, num_images, probes, seed, rtol, batch_size=batch_size, progress=bar.update
         )

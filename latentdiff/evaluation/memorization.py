@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, normalize
-from tqdm import tqdm
 
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.precision_recall import BLOCK, nearest_rows
+from latentdiff.utils import progress_bars
 
 PIXELS = 4096  # at most so many values of an image are compared; larger images are averaged over squares first
 PERCENTILES = (1, 5, 50)
@@ -72,7 +72,7 @@ def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
 
     doing: the text of a progress bar on stderr, shown if reading takes a while; "" shows none.
     """
-    with tqdm(total=len(dataset), unit="image", desc=doing, delay=0.5, disable=not doing) as bar:
+    with progress_bars.bar(total=len(dataset), unit="image", desc=doing, delay=0.5, disable=not doing) as bar:
         for start in range(0, len(dataset), BLOCK):
             rows = range(start, min(start + BLOCK, len(dataset)))
             yield _flat(dataset.batch(rows)[0])

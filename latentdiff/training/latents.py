@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder, set_normaliser
 from latentdiff.models.codec import LatentCodec
 from latentdiff.training.images import Images
+from latentdiff.utils import progress_bars
 
 CHECKED = 1024  # latents that the normaliser is checked on
 TOLERANCE = 1.25  # their root mean square may differ from 1 by this factor
@@ -181,14 +181,11 @@ def progress_bar(text: str, enabled: bool, before: Callable[[], None]) -> Iterat
         before: called before each report. What it prints first stands above the bar, and is not printed where a mistake is
             found before there is any progress.
     """
-    from tqdm import tqdm
+    with progress_bars.bar(unit="image", desc=text, delay=0.5, disable=not enabled) as bar:
 
-    interval = 1.0 if sys.stderr.isatty() else 30.0
-    with tqdm(unit="image", desc=text, mininterval=interval, delay=0.5, disable=not enabled) as bar:
-
-        def progress(done: int, total: int) -> None:
+        def report(done: int, total: int) -> None:
             before()
             bar.total = total
             bar.update(done - bar.n)
 
-        yield progress
+        yield report

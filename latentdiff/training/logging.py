@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.errors import UserError, printable
-from latentdiff.utils import atomic
+from latentdiff.utils import atomic, progress_bars
 
 Values = Mapping[str, Tensor | tuple[Tensor, int]]  # name -> a mean, or (a mean, how many samples it is of)
 
@@ -100,8 +100,6 @@ class RunLogger:
         self.enabled = accelerator.is_main_process
         if not self.enabled:
             return
-        from tqdm import tqdm
-
         self.output, self.accelerator = output, accelerator
         self.path = output / "metrics.jsonl"
         self.tracker_folder = output / "logs"
@@ -112,8 +110,7 @@ class RunLogger:
         self.lines = self.path.open("a", encoding="utf-8")
         accelerator.log_with = [self._tracker(name, start if rewrites else None) for name in trackers]
         accelerator.init_trackers("latentdiff")
-        # In a file the bar is refreshed rarely, so that the file stays readable
-        self.bar = tqdm(total=steps, initial=start, unit="step", mininterval=1.0 if sys.stderr.isatty() else 30.0)
+        self.bar = progress_bars.bar(total=steps, initial=start, unit="step")
 
     def _tracker(self, name: str, start: int | None) -> Any:
         """accelerate's tracker of this name. start: the step whose successors TensorBoard shall forget."""

@@ -1,0 +1,182 @@
+"""The one progress bar of `latentdiff fit`: the time of the whole plan, with the newest numbers of what is running."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from latentdiff.errors import printable
+from latentdiff.utils import progress_bars
+
+NUMBERS = 3  # of a run's newest numbers that are shown
+FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
+
+
+class PlanBar:
+    """A bar on stderr that fills with the time that has passed, not with steps. A context manager.
+
+    Within it every bar of latentdiff (training, encoding, generating, evaluating) is written behind this one, as text. A
+    thread refreshes it: each second on a terminal, each half minute in a file.
+
+    Args:
+        total_seconds: the whole plan.
+        used: seconds that earlier parts of a resumed plan have used, and what has passed before the bar is made.
+        enabled: False shows nothing, as on all processes but the first.
+    """
+
+    def __init__(self, total_seconds: float, used: float = 0.0, enabled: bool = True):
+        self.total, self.used, self.enabled = max(1.0, float(total_seconds)), float(used), enabled
+        self.began = time.monotonic()
+        self.interval = 1.0 if sys.stderr.isatty() else 30.0
+        self._stack = contextlib.ExitStack()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._refresh_often, name="plan bar", daemon=True)
+        self._part: Part | None = None  # what is running
+        self._bar: Any = None
+        self._phase = "starting"
+
+    def __enter__(self) -> PlanBar:
+        from tqdm import tqdm
+
+        self._stack.enter_context(progress_bars.shown_by(self._new_part))
+        if self.enabled:
+            settings = {"total": self.total, "initial": self._shown(), "bar_format": FORMAT}
+            with contextlib.suppress(OSError):  # a closed terminal is no reason to lose work
+                self._bar = tqdm(desc=self.text(), dynamic_ncols=True, **settings)
+            if self._bar is not None:
+                self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        if self._bar is not None:
+            self._thread.join(timeout=5)
+            self.refresh()
+            with contextlib.suppress(OSError):
+                self._bar.close()
+        self._stack.close()
+
+    def phase(self, name: str) -> None:
+        """A new phase of the plan begins; what the last one showed is dropped. name: such as "training the U-Net"."""
+        self._phase, self._part = name, None
+        self.refresh()
+
+    def seconds(self) -> float:
+        """Seconds of the plan that are used up."""
+        return self.used + time.monotonic() - self.began
+
+    def text(self) -> str:
+        """What stands behind the bar: the phase, time used, the whole time, time left, and what is running."""
+        used = self.seconds()
+        left = f"{duration(self.total - used)} left" if used <= self.total else f"{duration(used - self.total)} over"
+        words = [self._phase, f"{duration(used)} of {duration(self.total)}, {left}"]
+        part = self._part
+        if part is not None and (text := part.text()):
+            words.append(text)
+        return printable("; ".join(words))
+
+    def refresh(self) -> None:
+        """Draw the bar as it is now."""
+        if self._bar is None:
+            return
+        with contextlib.suppress(OSError, ValueError):
+            self._bar.n = self._shown()
+            self._bar.set_description_str(self.text(), refresh=False)
+            self._bar.refresh()
+
+    def _shown(self) -> float:
+        return min(self.seconds(), self.total)
+
+    def _refresh_often(self) -> None:
+        while not self._stop.wait(self.interval):
+            self.refresh()
+
+    def _new_part(self, **settings: Any) -> Part:
+        part = Part(self, **settings)
+        if not part.disabled:
+            self._part = part
+        return part
+
+    def _ended(self, part: Part) -> None:
+        if self._part is part:
+            self._part = part.outer
+
+
+class Part:
+    """Stands in the place of a tqdm bar while a `PlanBar` is shown. It draws nothing itself.
+
+    Attributes:
+        n: how much is done.
+        total: how much there is; None where it is not known.
+        outer: the part within which this one runs, as encoding may within a run.
+    """
+
+    def __init__(
+        self,
+        plan: PlanBar,
+        total: float | None = None,
+        initial: float = 0,
+        unit: str = "step",
+        desc: str | None = None,
+        disable: bool = False,
+        **ignored: Any,
+    ):
+        self.plan, self.total, self.n, self.first, self.unit = plan, total, initial, initial, unit
+        self.desc, self.disabled = (desc or "").rstrip(": "), disable
+        self.began = time.monotonic()
+        self.outer = plan._part
+        self.numbers: dict[str, str] = {}
+
+    def text(self) -> str:
+        """The part in a few words, such as "step 1200, 3.4 steps/s, loss 0.41" or "encoding, image 300 of 900"."""
+        words = [self.desc] if self.desc else []
+        # A run is ended by the clock, so its number of steps is only an upper bound
+        of = "" if self.total is None or self.unit == "step" else f" of {self.total:.0f}"
+        words.append(f"{self.unit} {self.n:.0f}{of}")
+        passed = time.monotonic() - self.began
+        if self.n > self.first and passed > 1:
+            words.append(f"{(self.n - self.first) / passed:.3g} {self.unit}s/s")
+        words += [f"{name} {value}" for name, value in list(self.numbers.items())[:NUMBERS]]
+        return ", ".join(words)
+
+    def update(self, n: float | None = 1) -> None:
+        """So much more is done."""
+        self.n += 1 if n is None else n
+
+    def set_postfix(self, ordered_dict: Mapping[str, Any] | None = None, refresh: bool = True, **numbers: Any) -> None:
+        """The newest numbers, beside those of other names. A run's loss is shown first."""
+        numbers |= dict(ordered_dict or {})
+        values = self.numbers | {name: str(value) for name, value in numbers.items()}
+        self.numbers = dict(sorted(values.items(), key=lambda item: item[0] not in ("loss", "total", "l1")))
+
+    def refresh(self) -> None:
+        """Nothing: the plan's bar refreshes itself."""
+
+    def write(self, text: str, file: Any = None) -> None:
+        """Print a line above the plan's bar."""
+        from tqdm import tqdm
+
+        tqdm.write(text, file=file)
+
+    def close(self) -> None:
+        """The part is done; the plan's bar shows what it showed before."""
+        self.plan._ended(self)
+
+    def __enter__(self) -> Part:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def duration(seconds: float) -> str:
+    """A time in words that fit a bar: "45 s", "12 min", "1 h 05 min"."""
+    seconds = max(0.0, seconds)
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

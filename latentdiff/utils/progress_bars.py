@@ -1,0 +1,40 @@
+"""Progress bars on stderr. Within a larger job that shows one bar for everything, they become parts of that bar."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+from typing import Any
+
+_larger_job: ContextVar[Callable[..., Any] | None] = ContextVar("larger_job", default=None)
+
+
+def bar(**settings: Any) -> Any:
+    """A tqdm bar on stderr; or, within `shown_by`, what the larger job gives in its place.
+
+    In a file the bar is refreshed rarely, so that the file stays readable.
+
+    Args:
+        settings: of tqdm: total, initial, unit, desc, delay, disable.
+
+    Returns:
+        An object with tqdm's update, set_postfix, refresh, write, close, n and total. It is a context manager.
+    """
+    make = _larger_job.get()
+    if make is not None:
+        return make(**settings)
+    from tqdm import tqdm
+
+    return tqdm(mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)
+
+
+@contextlib.contextmanager
+def shown_by(make: Callable[..., Any]) -> Iterator[None]:
+    """Within the block `bar(**settings)` returns make(**settings). Threads that the block starts do not take part."""
+    token = _larger_job.set(make)
+    try:
+        yield
+    finally:
+        _larger_job.reset(token)
