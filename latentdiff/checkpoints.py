@@ -21,6 +21,7 @@ from latentdiff.errors import UserError
 from latentdiff.models.loading import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
 from latentdiff.utils import atomic, limits
 from latentdiff.utils.hashes import sha256_of, write_hashes
+from latentdiff.utils.shipped import shipped_folder, shipped_weights
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -373,8 +374,9 @@ def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> 
     shipped = shipped_folder("weights")
     models = sorted(p.parent.name for p in shipped.glob(f"*/{holds}")) if shipped else []
     inner = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
-    if shipped and len(inner) == 1 and inner[0] and (shipped / inner[0]).is_dir():  # a checkpoint or a feature network
-        return shipped / inner[0]
+    found = shipped_weights(path)  # a checkpoint, an autoencoder or a feature network
+    if found is not None:
+        return found
     if len(inner) == 1 and inner[0] in IN_REPOSITORY:
         raise UserError(
             f"{kind} {str(name)!r}: does not come with an installed package; clone latentdiff's repository, "
@@ -392,15 +394,3 @@ def resolve_config(name: str | Path) -> Path:
         inside = shipped.joinpath(*path.parts[1:])
         return inside if inside.is_file() else path
     return path
-
-
-def shipped_folder(kind: str) -> Path | None:
-    """The folder of "weights" or "configs" that comes with latentdiff; None where the installation has none.
-
-    It lies inside the package in a wheel, and beside the package in an editable install or a clone.
-    """
-    package = Path(__file__).parent
-    for parent in (package, package.parent):
-        if (parent / kind).is_dir() and (parent is package or (parent / "pyproject.toml").is_file()):
-            return parent / kind
-    return None

@@ -17,6 +17,7 @@ from tiny_models import tiny_unet, tiny_vae
 from latentdiff import checkpoints
 from latentdiff.errors import UserError
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+from latentdiff.utils import shipped
 
 NAMES = ["T-shirt/top", "Bag", "42"]
 
@@ -276,7 +277,7 @@ def test_shipped_weights_are_found_from_anywhere(tmp_path, monkeypatch, layout):
     if layout == "clone":
         package.mkdir()
         (package.parent / "pyproject.toml").touch()
-    monkeypatch.setattr(checkpoints, "__file__", str(package / "checkpoints.py"))
+    monkeypatch.setattr(shipped, "__file__", str(package / "utils" / "shipped.py"))
     monkeypatch.chdir(tmp_path)
     assert checkpoints.resolve_model("weights/shoes") == checkpoints.resolve_model("shoes") == weights / "shoes"
     with pytest.raises(UserError, match="weights/hats.*weights/shoes"):
@@ -290,7 +291,7 @@ def test_shipped_weights_are_found_from_anywhere(tmp_path, monkeypatch, layout):
 
 def test_a_folder_named_weights_beside_an_installed_package_is_not_ours(tmp_path, monkeypatch):
     (tmp_path / "weights" / "shoes").mkdir(parents=True)
-    monkeypatch.setattr(checkpoints, "__file__", str(tmp_path / "latentdiff" / "checkpoints.py"))
+    monkeypatch.setattr(shipped, "__file__", str(tmp_path / "latentdiff" / "utils" / "shipped.py"))
     assert checkpoints.shipped_folder("weights") is None
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from latentdiff.errors import UserError
 from latentdiff.models.loading import load_part, quiet, read_json
 from latentdiff.utils import atomic
+from latentdiff.utils.shipped import shipped_weights
 
 TRAINABLE = ("AutoencoderKL", "VQModel")  # by stage 1
 LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
@@ -77,7 +78,7 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
 
     Args:
         where: the folder of a diffusers autoencoder or of a stage-1 run (its autoencoder/), a pipeline's folder (its vae/),
-            or a Hub name.
+            a Hub name, or weights/NAME of those that come with latentdiff.
         verify: check a folder's weights against the hashes beside them.
 
     Raises:
@@ -99,11 +100,17 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
 
 
 def autoencoder_folder(where: str) -> Path | None:
-    """The folder of the weights that `where` names: its autoencoder/ or vae/, or itself; None where there is no such folder."""
-    candidates = (Path(where) / "autoencoder", Path(where) / "vae", Path(where))
+    """The folder of the weights that `where` names: its autoencoder/ or vae/, or itself; None where there is no such folder.
+
+    "weights/NAME" is also found from other folders and in an installed package, where it comes with latentdiff.
+    """
     # A process may have been killed between the two renames that publish a folder
     atomic.put_back(Path(where))
     atomic.put_back(Path(where) / "autoencoder")
+    path = Path(where)
+    if not path.exists() and path.parts[:1] == ("weights",):
+        path = shipped_weights(path) or path
+    candidates = (path / "autoencoder", path / "vae", path)
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
