@@ -109,9 +109,8 @@ def test_a_normaliser_that_does_not_fit_is_measured(monkeypatch, tmp_path, scale
 
 def test_the_sample_takes_the_classes_in_turn_and_keeps_to_its_limits(monkeypatch, tmp_path):
     labels = torch.tensor([0] * 50 + [1] * 4 + [2] * 2)
-    data = ImageDataset(
-        ArraySource("a", torch.zeros(56, 8, 8, 3, dtype=torch.uint8).numpy(), labels, list("abc")), Preprocess()
-    )
+    source = ArraySource("a", np.zeros((56, 8, 8, 3), np.uint8), labels, list("abc"))
+    data = ImageDataset(source, Preprocess())
     sample = first_stage._sample(data, 9)
     assert labels[sample].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
     assert len(set(sample.tolist())) == len(sample)
