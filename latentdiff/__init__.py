@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from latentdiff.evaluation.model_card import card
     from latentdiff.evaluation.reconstruct import reconstruct
     from latentdiff.evaluation.tuning import tune
+    from latentdiff.fitting.fit import fit
     from latentdiff.generation import generate
     from latentdiff.guidance import ClassifierFree
     from latentdiff.likelihood import log_prob
@@ -44,6 +45,7 @@ __all__ = [
     "encode",
     "encode_dataset",
     "evaluate",
+    "fit",
     "gallery",
     "generate",
     "import_checkpoint",
@@ -73,6 +75,7 @@ _HOMES = {
     "encode": "samplers",
     "encode_dataset": "training.encode",
     "evaluate": "evaluation.evaluate",
+    "fit": "fitting.fit",
     "gallery": "evaluation.gallery",
     "generate": "generation",
     "import_checkpoint": "single_file",

@@ -28,6 +28,7 @@ COMMANDS = (
     "compare",
     "encode",
     "evaluate",
+    "fit",
     "gallery",
     "generate",
     "import",

@@ -21,6 +21,12 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
+    "fit": Command(
+        "fitting.fit:fit",
+        "make a model of a folder of images within some hours",
+        ("folder", "overrides"),
+        "fitting.finish:last_lines",
+    ),
     "generate": Command("generation:generate", "make images from a checkpoint", ("what",), "paths"),
     "train": Command("training:train", "train a stage as a config says", ("config", "overrides"), "paths"),
     "publish": Command(

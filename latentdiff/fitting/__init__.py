@@ -1,1 +1,1 @@
-"""From a folder of pictures to an own model within a stated time: `latentdiff fit`."""
+"""From a folder of images to an own model within given hours: `latentdiff fit` (see `latentdiff.fitting.fit`)."""

@@ -45,8 +45,8 @@ def meaning(command: str, flag: str, bound: dict):
     return bound.get(name, None if default is inspect.Parameter.empty else default)
 
 
-def test_commands_are_those_of_before():
-    assert list(COMMANDS) == list(BEFORE)
+def test_commands_of_before_are_still_there():
+    assert [command for command in COMMANDS if command in BEFORE] == list(BEFORE)
 
 
 @pytest.mark.parametrize(("command", "flag"), FLAGS, ids=lambda word: word)

@@ -1,0 +1,255 @@
+"""`latentdiff fit`: a folder becomes a model; what stopped it goes on; what cannot be is refused in a line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from tiny_runs import tree, write_stripes
+
+import latentdiff
+from latentdiff.checkpoints import load
+from latentdiff.config import load_config
+from latentdiff.errors import UserError
+from latentdiff.evaluation.model_card import BEGIN
+from latentdiff.fitting import finish
+from latentdiff.fitting import fit as fitting
+from latentdiff.utils import locks
+
+AUTOENCODER = {
+    "block_out_channels": [8, 8],
+    "layers_per_block": 1,
+    "latent_channels": 2,
+    "norm_num_groups": 4,
+    "mid_block_add_attention": False,
+}
+UNET = {
+    "block_out_channels": [8, 16],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "add_attention": False,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+TRAIN = {"steps": 6, "batch_size": 8, "precision": "float32", "threads": 1, "trackers": []}
+
+
+def tiny(**changes) -> list[str]:
+    """Overrides that make both stages a matter of seconds. changes: further ones, with __ for the dots."""
+    values = {"data.size": [16, 16], "data.channels": 1, "data.workers": 0, "data.held_out": 0.25}
+    values |= {"stage1.model.config": AUTOENCODER, "stage1.loss.adversarial": 0, "model.config": UNET}
+    values |= {f"{stage}train.{key}": value for stage in ("", "stage1.") for key, value in TRAIN.items()}
+    values |= {"sample.steps": 2, "sample.per_class": 1}
+    values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [
+        f"{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
+        for key, value in values.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_stripes(tmp_path_factory.mktemp("fit") / "stripes", 48)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, pictures) -> Path:
+    """The folder of a finished fit."""
+    out = tmp_path_factory.mktemp("finished") / "fit"
+    model = latentdiff.fit(pictures, hours=0.05, out=out, overrides=tiny())
+    assert model == out / "model"
+    return out
+
+
+class Killed(BaseException):
+    """Ends a fit as a kill does, in a test that runs it in this process."""
+
+
+# The whole
+
+
+def test_a_folder_becomes_a_model(finished):
+    record = json.loads((finished / "fit.json").read_text())
+    assert record["phases"] == {phase: "done" for phase in fitting.PHASES}
+    assert load(finished / "model").class_names == ["across", "blank", "down"]
+    assert Image.open(finished / "samples.png").width > 8 * 16
+    for name in ("evaluation.json", "metrics.json", "index.html"):
+        assert (finished / "report" / name).is_file()
+    assert 0 < json.loads((finished / "clock.json").read_text())["seconds"] < 180
+    assert locks.contents(finished) and not (finished / locks.NAME).exists()
+
+
+def test_the_configs_are_ordinary_ones(finished):
+    first, second = (load_config(finished / "configs" / f"{name}.yaml") for name in ("autoencoder", "diffusion"))
+    assert (first.stage, second.stage) == ("autoencoder", "diffusion")
+    assert second.train.steps == 6 and first.data == second.data
+
+
+def test_three_lines_say_how_it_went(finished):
+    how, what, better = finish.last_lines(finished / "model").splitlines()
+    assert "real pictures" in how and "latentdiff generate --all-classes --model" in what
+    assert "48 is few" not in better and "more" in better
+
+
+def test_the_card_has_the_fit_and_the_evaluation(finished):
+    text = (finished / "model" / "README.md").read_text()
+    assert "latentdiff fit" in text and text.index(finish.BEGIN) < text.index(BEGIN)
+    assert "| frechet" in text
+
+
+def test_a_finished_fit_is_left_as_it_is(finished, pictures, capsys):
+    before = {path: content for path, content in tree(finished).items() if path.name != "clock.json"}
+    latentdiff.fit(pictures, out=finished, resume=True)
+    assert "finished" in capsys.readouterr().err
+    assert {path: content for path, content in tree(finished).items() if path.name != "clock.json"} == before
+
+
+# Going on
+
+
+@pytest.mark.parametrize("phase", ["diffusion", "report"])
+def test_a_fit_that_was_stopped_goes_on(phase, pictures, tmp_path, monkeypatch):
+    """With nothing but the folder: hours and overrides come from fit.json, and the clock goes on."""
+
+    def killed(self, *arguments):
+        raise Killed
+
+    out, method = tmp_path / "fit", {"diffusion": "config", "report": "report"}[phase]
+    began = fitting._Fit.config
+    stop = killed if phase == "report" else lambda self, name: killed(self) if name == phase else began(self, name)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(fitting._Fit, method, stop)
+        latentdiff.fit(pictures, hours=0.05, out=out, overrides=tiny())
+    record = json.loads((out / "fit.json").read_text())
+    assert record["phases"][phase] == "running" and record["phases"]["autoencoder"] == "done"
+    used, first = json.loads((out / "clock.json").read_text())["seconds"], (out / "autoencoder" / "run.json").stat().st_mtime_ns
+    latentdiff.fit(pictures, out=out, resume=True)
+    clock = json.loads((out / "clock.json").read_text())
+    assert clock["seconds"] > used and clock["parts"] == 2
+    assert (out / "model" / "README.md").is_file() and (out / "report" / "index.html").is_file()
+    assert (out / "autoencoder" / "run.json").stat().st_mtime_ns == first
+
+
+@pytest.mark.slow
+def test_a_killed_process_goes_on(pictures, tmp_path):
+    out = tmp_path / "fit"
+    command = [sys.executable, "-m", "latentdiff", "fit", str(pictures), "--hours", "0.05", "--out", str(out), *tiny()]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    until = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < until:
+        if (out / "autoencoder" / "state").is_dir():
+            process.kill()
+        time.sleep(0.02)
+    assert process.wait() == -signal.SIGKILL
+    used = json.loads((out / "clock.json").read_text())["seconds"]
+    latentdiff.fit(pictures, out=out, resume=True)
+    assert json.loads((out / "clock.json").read_text())["seconds"] > used
+    assert (out / "model" / "model_index.json").is_file()
+
+
+def test_a_signal_names_the_command_that_goes_on(pictures, tmp_path, monkeypatch, capsys):
+    from latentdiff.utils import signals
+
+    def interrupted(self, name):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(fitting._Fit, "look", lambda self: interrupted(self, ""))
+    with pytest.raises(SystemExit) as end:
+        latentdiff.cli.main(["fit", str(pictures), "--hours", "0.05", "--out", str(tmp_path / "fit")])
+    assert end.value.code == signals.INTERRUPTED
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"latentdiff fit {pictures} --hours 0.05 --out {tmp_path / 'fit'} --resume")
+
+
+# Refusals
+
+
+def test_a_dry_run_writes_nothing(pictures, run, here):
+    assert "48" not in run("fit", pictures, "--dry-run", "--hours", "0.05", *tiny()).splitlines()[0][:2]
+    assert list(here.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--hours", "0.001"], "--hours 0.001: give at least"),
+        (["--hours", "nan"], "--hours nan: give at least"),
+        (["--lora", "4"], "--lora 4: give --base"),
+        (["--dry-run", "--resume"], "--dry-run and --resume: give one"),
+        (["train.stpes=3"], "train.stpes"),
+        (["stage1.train.stpes=3"], "train.stpes"),
+        (["data.sise=[16,16]"], "data.sise"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, part, pictures, refused):
+    assert part in refused("fit", pictures, *arguments)
+
+
+def test_a_folder_without_images_is_refused(tmp_path, refused):
+    (tmp_path / "empty").mkdir()
+    assert "empty" in refused("fit", tmp_path / "empty")
+    assert "nowhere" in refused("fit", tmp_path / "nowhere")
+
+
+def test_a_folder_that_holds_something_else_is_refused(pictures, tmp_path, refused):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    assert "holds no fit" in refused("fit", pictures, "--out", tmp_path / "other")
+    assert "holds no fit" in refused("fit", pictures, "--out", tmp_path / "other", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("more", "part"),
+    [
+        ([], "go on with --resume"),
+        (["--resume", "--hours", "0.04"], "only more can be given"),
+        (["--resume", "train.steps=7"], "the fit began with train.steps=6"),
+        (["--resume", "sample.guidance=3"], "the fit began without sample.guidance"),
+        (["--resume", "--base", "x"], "the fit began with None"),
+    ],
+)
+def test_another_fit_in_the_folder_is_refused(more, part, pictures, finished, refused):
+    assert part in refused("fit", pictures, "--out", finished, *more)
+
+
+def test_a_fit_of_another_folder_is_refused(finished, tmp_path):
+    with pytest.raises(UserError, match="is a fit of"):
+        latentdiff.fit(write_stripes(tmp_path / "others", 6), out=finished, resume=True)
+
+
+def test_a_damaged_record_is_refused(pictures, tmp_path, refused):
+    (tmp_path / "fit").mkdir()
+    (tmp_path / "fit" / "fit.json").write_text('{"version": 1, ')
+    assert "damaged" in refused("fit", pictures, "--out", tmp_path / "fit", "--resume")
+
+
+def test_one_fit_at_a_time(pictures, finished):
+    with locks.locked(finished), pytest.raises(UserError, match="in use"):
+        import threading
+
+        problems: list[BaseException] = []
+
+        def other():
+            try:
+                latentdiff.fit(pictures, out=finished, resume=True)
+            except UserError as error:
+                problems.append(error)
+
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        raise problems[0]
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("a/b/", "b"), ("fashion-mnist", "fashion-mnist"), ("x/s-{000..009}.tar", "x-s-000..009-.tar")]
+)
+def test_the_folder_has_the_name_of_the_data(source, name, here):
+    (here / "a" / "b").mkdir(parents=True)
+    assert fitting.default_name(source) == name
