@@ -117,6 +117,7 @@ def save(
         (new / "README.md").write_text(short_card(pipeline) if card is None else card, encoding="utf-8")
         for name, content in (files or {}).items():
             (new / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
+        write_hashes(new)
     return folder
 
 

@@ -110,6 +110,34 @@ class ModelConfig(Section):
     )
 
 
+class LoraConfig(Section):
+    """Low-rank changes of a pretrained U-Net (LoRA, arXiv:2106.09685): only they are trained, the U-Net itself stays.
+
+    The weight W [out, in] of a target becomes W + alpha / rank * B A, with A [rank, in] and B [out, rank]; B starts at 0.
+    """
+
+    rank: PositiveInt = Field(8, description="rank of the changes: the more, the more can be learnt, and the larger the file")
+    alpha: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="the changes are multiplied by alpha / rank; None: the rank, a factor of 1"
+    )
+    targets: list[str] = Field(
+        ["to_q", "to_k", "to_v", "to_out.0"],
+        min_length=1,
+        description="layers that are changed, by the end of their names; by default those of attention",
+    )
+
+    @property
+    def scale(self) -> float:
+        """The factor alpha / rank."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+class DiffusionModelConfig(ModelConfig):
+    """The U-Net of stage 2."""
+
+    lora: LoraConfig | None = Field(None, description="train low-rank changes of model.pretrained alone; None: all its weights")
+
+
 class OptimizerConfig(Section):
     """AdamW. The learning rate is absolute: it is never scaled by the batch size or the number of processes."""
 
@@ -365,7 +393,7 @@ class DiffusionConfig(Section):
     )
     data: DataConfig
     cache: CacheConfig = CacheConfig()
-    model: ModelConfig
+    model: DiffusionModelConfig
     schedule: NamedConfig = Field(NamedConfig(name="ddpm-linear"), description="the noise schedule")
     prediction: Literal["epsilon", "sample", "v_prediction", "score", "flow", "edm"] = Field(
         "epsilon", description="what the network predicts"

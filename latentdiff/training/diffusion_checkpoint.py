@@ -12,6 +12,7 @@ from latentdiff.config import DiffusionConfig
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import NULL_PROMPT, UNetWithTextEncoder
 from latentdiff.schedules import NoiseSchedule
+from latentdiff.training import lora
 from latentdiff.training.conditioning import Conditions, guidance_scale
 from latentdiff.training.latents import Latents
 
@@ -68,6 +69,8 @@ def save_checkpoint(
 ) -> None:
     """Write a pipeline as a checkpoint, with a record of how it was made.
 
+    With model.lora the U-Net is the base with the LoRA merged into it, and the LoRA alone lies beside it, for the base.
+
     Args:
         config: the run's config.
         parts: what `pipeline_parts` gave, with the averaged weights.
@@ -76,6 +79,10 @@ def save_checkpoint(
         folder: of the checkpoint; one that is there is replaced.
         step: number of steps that the weights were trained for.
     """
+    files = {}
+    if config.model.lora is not None:
+        files[lora.FILE] = lora.lora_file(parts["unet"])
+        parts = {**parts, "unet": lora.merged(parts["unet"])}
     cache = latents.cache
     statistics = cache.statistics()
     meta = {
@@ -95,6 +102,7 @@ def save_checkpoint(
         folder,
         **parts,
         meta=meta,
+        files=files,
         default_guidance_scale=guidance_scale(config),
         default_guidance_interval=config.sample.guidance_interval,
         default_num_inference_steps=config.sample.steps,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 
@@ -18,11 +20,13 @@ class Ema:
         module: its weights are where the averages start.
         decay: the largest decay d, below 1.
         power: how fast d rises to it.
+        only: the names of the weights that are averaged; None: all of them.
     """
 
-    def __init__(self, module: nn.Module, decay: float, power: float):
+    def __init__(self, module: nn.Module, decay: float, power: float, only: Collection[str] | None = None):
         self.decay, self.power, self.updates = decay, power, 0
-        self.average = {key: value.detach().clone() for key, value in module.state_dict().items()}
+        weights = {key: value for key, value in module.state_dict().items() if only is None or key in only}
+        self.average = {key: value.detach().clone() for key, value in weights.items()}
         self.frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
 
     def decay_at(self, update: int) -> float:
@@ -36,7 +40,7 @@ class Ema:
         rate = 1.0 - self.decay_at(self.updates)
         averages, values = [], []
         for key, value in module.state_dict().items():
-            if key in self.frozen:
+            if key in self.frozen or key not in self.average:
                 continue
             average, value = local(self.average[key]), local(value.detach())
             if value.is_floating_point():

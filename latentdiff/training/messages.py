@@ -13,6 +13,7 @@ from typing import Any
 from latentdiff.config import AutoencoderConfig, DiffusionConfig, EmaConfig
 from latentdiff.errors import printable
 from latentdiff.models.autoencoder import autoencoder_folder
+from latentdiff.training.lora import FILE as LORA_FILE
 from latentdiff.utils import atomic
 
 MANY_EPOCHS = 1000  # passes over the images after which a small model has memorised them
@@ -140,7 +141,11 @@ def model_finished(config: DiffusionConfig, prompt: str | None) -> list[str]:
     """What a finished stage-2 run prints: where the model is, and the command for images. prompt: an example, with text."""
     output = Path(config.output)
     what = {"class": "--all-classes ", "none": ""}.get(config.condition.type, f"{shlex.quote(prompt or 'a prompt')} ")
+    lora = []
+    if config.model.lora is not None:
+        lora = [f"the LoRA alone is in {output / 'model' / LORA_FILE}, for load_lora_weights on {config.model.pretrained}"]
     return [
         f"the model is in {output / 'model'}; pictures drawn while training: {output / 'pictures'}",
+        *lora,
         f"see more: latentdiff generate {what}--model {shlex.quote(str(output / 'model'))} --out samples.png",
     ]

@@ -97,7 +97,7 @@ def _publish_diffusion(config: DiffusionConfig, folder: Path, tensors: dict[str,
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
     trainer = DiffusionTrainer(config, latents, conditions, accelerator)
     check_made_from(output, meta.get("made_of"), trainer.made_from())
-    state.load_into(trainer.ema_model, tensors["ema"], str(output))
+    state.load_into(trainer.ema_model, tensors["ema"], str(output), trainer.trained)
     trainer.ema.updates = meta["ema_updates"]
     trainer.publish(folder, meta["step"])
 

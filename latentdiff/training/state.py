@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -225,13 +226,14 @@ def load_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, A
     return tensors, {key: value for key, value in meta.items() if key not in ("files", "sha256")}
 
 
-def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+def load_into(module: nn.Module, tensors: dict[str, Tensor], what: str, only: Collection[str] | None = None) -> None:
     """Load whole weights into a module, which may be sharded. UserError, with the first key, where the keys differ.
 
-    what: begins the message.
+    what: begins the message. only: the names of the weights that are loaded, while the others stay; None: all of them.
     """
-    own = module.state_dict()
+    own = {key: value for key, value in module.state_dict().items() if only is None or key in only}
     shards = {key: split(tensor, own[key]) if key in own else tensor for key, tensor in tensors.items()}
-    missing, unexpected = module.load_state_dict(shards, strict=False)
-    if missing or unexpected:
-        raise UserError(f"{what}: the saved state is of another model (first differing key: {[*missing, *unexpected][0]})")
+    different = sorted(own.keys() ^ shards.keys())
+    if different:
+        raise UserError(f"{what}: the saved state is of another model (first differing key: {different[0]})")
+    module.load_state_dict(shards, strict=False)

@@ -10,7 +10,7 @@ import math
 import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, add_noise, diffusion_loss, loss_weight, weighted_error
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditioning, distributed, messages, monitor, state
+from latentdiff.training import conditioning, distributed, lora, messages, monitor, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
@@ -154,6 +154,7 @@ def check_config(config: DiffusionConfig) -> None:
     make_noise(config)
     monitor.check(config)
     conditioning.check(config)
+    lora.check(config)
     check_unet(config)
     if not distributed.fsdp_requested():
         return
@@ -212,6 +213,7 @@ class DiffusionTrainer(Trainer):
         parallel_model: `model` as accelerate (DDP) or FSDP2 wraps it; what a training step calls.
         ema: running averages of the model's weights.
         ema_model: a copy of the model for validation, pictures and publishing; filled from `ema`.
+        trained: with model.lora, the names of the weights that are trained, averaged and saved; None: all of them.
         denoiser: the parallel model with its schedule and prediction.
         uncertainty: the learned weight of the loss (weighting: uncertainty), or None.
         parallel_uncertainty: `uncertainty` as accelerate wraps it.
@@ -233,6 +235,9 @@ class DiffusionTrainer(Trainer):
         classes, text = conditions.classes, conditions.text
         class_rows, text_width = classes and classes.num_embeddings, text and text.prompt_encoder.width
         unet = make_unet(config, latents.cache.latent_shape, class_rows, text_width)
+        self.trained: set[str] | None = None
+        if config.model.lora is not None:
+            self.trained = lora.add_lora(unet, config.model.lora, config.seed)
         self.model = conditioning.network_of(unet, conditions)
         self.ema_model = copy.deepcopy(self.model).eval().requires_grad_(False)
         if not distributed.sharded(accelerator):
@@ -244,7 +249,9 @@ class DiffusionTrainer(Trainer):
         # The optimizer, and one network for all processes
         self._distribute()
         self.denoiser = Denoiser(unet_model(self.parallel_model, self.schedule), self.schedule, config.prediction)
-        self.ema = Ema(self.model, config.ema.decay, config.ema.power)
+        self.ema = Ema(self.model, config.ema.decay, config.ema.power, self.trained)
+        if self.trained is not None:
+            lora.share_base(self.ema_model, self.model, self.trained)
         self.parallel_model.train()
 
     def _distribute(self) -> None:
@@ -256,7 +263,8 @@ class DiffusionTrainer(Trainer):
         if sharded:  # before the optimizer is made, which has to be of the shards
             self.parallel_model = distributed.shard(self.model, accelerator)
             self.parallel_uncertainty = uncertainty and distributed.replicate(uncertainty, accelerator)
-        groups: list[dict[str, Any]] = [{"params": self.model.parameters()}]
+        trained = [p for name, p in self.model.named_parameters() if self.trained is None or name in self.trained]
+        groups: list[dict[str, Any]] = [{"params": trained}]
         if uncertainty is not None:
             groups.append({"params": uncertainty.parameters(), "weight_decay": 0.0})
         self.optimizer: Any = make_optimizer(groups, self.config.optimizer)
@@ -427,7 +435,7 @@ class DiffusionTrainer(Trainer):
         names = ("loss", "error") if self._loss_is_weighted() else ("loss",)
         mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
         denoiser = Denoiser(unet_model(self.ema_model, self.schedule), self.schedule, self.config.prediction)
-        for weights_name, weights in (("raw", self.model.state_dict()), ("ema", self.ema.state())):
+        for weights_name, weights in (("raw", self.trained_weights()), ("ema", self.ema.state())):
             distributed.fill(self.ema_model, weights)
             results = torch.zeros(len(names), count, device=accelerator.device)
             for rows in mine.split(128) if len(mine) else ():
@@ -462,9 +470,14 @@ class DiffusionTrainer(Trainer):
         """Write the weights in `ema_model`, those of this step, as a pipeline's folder."""
         save_checkpoint(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step)
 
+    def trained_weights(self) -> dict[str, Tensor]:
+        """The model's weights by name; with model.lora those of the LoRA alone."""
+        weights = self.model.state_dict()
+        return weights if self.trained is None else {name: weights[name] for name in sorted(self.trained)}
+
     def state_tensors(self) -> Tensors:
         """Weights, their averages, the optimizer's moments; the learned uncertainty and the loss scale, where there are."""
-        tensors = {"model": self.model.state_dict(), "ema": self.ema.state()}
+        tensors = {"model": self.trained_weights(), "ema": self.ema.state()}
         tensors["optimizer"] = state.optimizer_tensors(self.optimizer)
         if self.uncertainty is not None:
             tensors["uncertainty"] = self.uncertainty.state_dict()
@@ -473,10 +486,16 @@ class DiffusionTrainer(Trainer):
         return tensors
 
     def made_from(self) -> dict[str, Any]:
-        """Checksums of images and autoencoder weights, and the latents' normaliser."""
+        """Checksums of images, autoencoder weights and, with model.lora, the base's; and the latents' normaliser."""
         identity, codec = self.latents.cache.manifest["identity"], self.latents.codec
         normaliser = [codec.shift.flatten().tolist(), codec.scale.flatten().tolist()]
-        return {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
+        made_from = {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
+        return made_from if self.base is None else {**made_from, "base": self.base}
+
+    @cached_property
+    def base(self) -> str | None:
+        """Checksum of the U-Net under a LoRA, which states do not hold; None without model.lora. It reads the whole file."""
+        return None if self.trained is None else lora.base_fingerprint(self.config)
 
     def state_meta(self) -> dict[str, Any]:
         """Updates of the average, the precision, and the version of the validation loss."""
@@ -485,7 +504,7 @@ class DiffusionTrainer(Trainer):
     def load_state(self, tensors: Tensors, meta: dict[str, Any]) -> None:
         """Continue from a state. UserError where it is of another precision or another network."""
         check_state(meta, self.config, self.output)
-        state.load_into(self.model, tensors["model"], str(self.output))
+        state.load_into(self.model, tensors["model"], str(self.output), self.trained)
         self.ema.restore(tensors["ema"], meta["ema_updates"])
         if self.uncertainty is not None:
             state.load_into(self.uncertainty, tensors["uncertainty"], str(self.output))

@@ -289,6 +289,7 @@ def agree(accelerator: Any, due: bool, watch: signals.Watch) -> tuple[bool, int 
 MADE_FROM = {
     "data": ("images", "put the old ones back"),
     "autoencoder": ("autoencoder weights", "name the old autoencoder"),
+    "base": ("base weights (model.pretrained)", "put the old ones back"),
     "normaliser": ("latent normaliser", "name the old autoencoder, or the old setting of normaliser"),
 }
 
