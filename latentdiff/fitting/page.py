@@ -1,0 +1,728 @@
+"""The live page of a fit, <folder>/index.html: the plan, curves, pictures, and verdicts in words.
+
+The page is made from the files of the fit alone, so it is complete again after a kill and a resume. It has no script and
+needs no network. Its layout is in page.jinja. A page that cannot be made never stops the fit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from latentdiff.errors import UserError, printable
+from latentdiff.evaluation.tables import NONE, value_cells
+from latentdiff.fitting.progress import duration
+from latentdiff.utils import atomic
+
+PAGE, TIMES = "index.html", Path("page") / "times.json"
+PERIOD = 15.0  # seconds between two writings
+MOST_POINTS = 400  # of a curve that are kept; of more, neighbours are averaged
+STRIP = 8  # grids of samples that are shown
+CHUNK = 2**23  # bytes of metrics.jsonl that are read at a time
+
+PHASES = {
+    "look": "Look at the pictures and the machine, and plan",
+    "autoencoder": "Stage 1: train the autoencoder",
+    "diffusion": "Stage 2: train the diffusion model",
+    "choose": "Choose the state that is kept",
+    "report": "Measure the model",
+}
+NEAR_COPIES = "closer_to_training_than_1%_of_held_out[features]"
+# Main rows of the evaluation: the beginning of a metric's name, and what it says
+ROWS = {
+    "frechet[": "Fréchet distance to the training pictures (lower is better)",
+    "label_accuracy": "Samples that a classifier sees as their class (higher is better)",
+    "probe_accuracy": "Samples that a classifier sees as their class (higher is better)",
+    "precision[": "Samples that look like real pictures (precision, higher is better)",
+    "recall[": "Kinds of real pictures that are drawn (recall, higher is better)",
+    NEAR_COPIES: "Samples that are about copies of a training picture (lower is better)",
+    "reconstruction_psnr": "Reconstructions: PSNR in dB (higher is better)",
+}
+
+
+# Verdicts: numbers in, words out
+
+
+class Verdict(NamedTuple):
+    """A sentence about the run, and how it sounds: "good", "look" (something to look at) or "fact"."""
+
+    tone: str
+    text: str
+
+
+def autoencoder_verdict(psnr_db: float | None, source: str = "held-out pictures") -> Verdict:
+    """How well an autoencoder reconstructs, by its PSNR in dB; None where that is not finite."""
+    if psnr_db is None or not math.isfinite(psnr_db):
+        return Verdict("look", "The autoencoder's reconstructions are not finite numbers.")
+    number = f"{psnr_db:.1f} dB on {source}"
+    if psnr_db >= 30:
+        return Verdict("good", f"The autoencoder reconstructs very well: {number}.")
+    if psnr_db >= 27:
+        return Verdict("good", f"The autoencoder reconstructs well: {number}.")
+    if psnr_db >= 25:
+        return Verdict("fact", f"The autoencoder reconstructs fairly well: {number}. Fine detail is lost.")
+    return Verdict("look", f"The autoencoder reconstructs poorly: {number}. All samples will look blurred.")
+
+
+def loss_verdict(values: Sequence[float], name: str = "loss", skipped: int = 0) -> Verdict:
+    """Whether a loss falls, by the newest quarter of its values and the quarter before, with their standard errors.
+
+    Args:
+        values: in order; those that are not finite count only if they are the newest.
+        name: what it is called.
+        skipped: steps of the run that were not finite.
+    """
+    name = f"The {name}"
+    if values and not math.isfinite(values[-1]):
+        return Verdict("look", f"{name} is not finite. A lower learning rate helps: optimizer.lr.")
+    values = [value for value in values if math.isfinite(value)]
+    quarter = len(values) // 4
+    extra = f" {skipped} steps were skipped, because they were not finite." if skipped else ""
+    if quarter < 2:
+        return Verdict("look" if skipped else "fact", f"{name} has too few values yet to say where it goes.{extra}")
+    (before, before_error), (now, now_error) = (_mean(part) for part in (values[-2 * quarter : -quarter], values[-quarter:]))
+    change, error = now - before, math.hypot(before_error, now_error)
+    scale = max(abs(before), abs(now), 1e-12)
+    numbers = f"from {before:.3g} to {now:.3g} of late"
+    if change < -2 * error and -change > 0.002 * scale:
+        return Verdict("look" if skipped else "good", f"{name} is falling: {numbers}.{extra}")
+    if change > 2 * error and change > 0.01 * scale:
+        return Verdict("look", f"{name} is rising: {numbers}.{extra}")
+    return Verdict("look" if skipped else "fact", f"{name} is flat now, near {now:.3g}.{extra}")
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """(mean, its standard error)."""
+    mean = sum(values) / len(values)
+    variance = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
+    return mean, math.sqrt(variance / len(values))
+
+
+def held_out_verdict(steps: Sequence[int], losses: Sequence[float]) -> Verdict | None:
+    """Whether the loss on held-out pictures has risen above its lowest value. None while there are under 3 values."""
+    pairs = [(loss, step) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    if len(pairs) < 3:
+        return None
+    (lowest, at), newest = min(pairs), pairs[-1][0]
+    if lowest <= 0 or newest <= 1.02 * lowest:
+        return Verdict("good", f"The loss on held-out pictures is at its lowest, or near: {newest:.3g}.")
+    return Verdict(
+        "fact",
+        f"The loss on held-out pictures was lowest at step {at} and is {newest / lowest - 1:.0%} higher now. Pictures often "
+        "get better long after that, so the state is chosen by its pictures, not by this loss.",
+    )
+
+
+def change_verdict(difference: float | None) -> Verdict | None:
+    """How much two grids of samples from the same noise differ. difference: mean of pixels from 0 to 1, or None."""
+    if difference is None:
+        return None
+    if difference < 0.02:
+        return Verdict("good", "Pictures change little now.")
+    if difference < 0.05:
+        return Verdict("fact", "Pictures still change.")
+    return Verdict("fact", "Pictures still change a lot.")
+
+
+def copies_verdict(share: float, real: float = 0.01, images: int | None = None) -> Verdict:
+    """How many samples are about copies of training pictures.
+
+    Args:
+        share: of the samples that lie closer to a training picture than all but a few held-out pictures do.
+        real: these few held-out pictures, as a share.
+        images: how many samples it is of.
+    """
+    cases = f"{100 * share:.0f} of 100 cases" + (f" ({images} samples)" if images else "")
+    if share <= max(3 * real, 0.03):
+        return Verdict("good", f"Samples are about copies of training pictures in {cases}: as few as real pictures are.")
+    tone = "look" if share > 0.2 else "fact"
+    help_text = " More pictures, or a shorter training, would help." if tone == "look" else ""
+    return Verdict(tone, f"Samples are about copies of training pictures in {cases}.{help_text}")
+
+
+def accuracy_verdict(share: float, real: float | None) -> Verdict:
+    """How many samples a classifier sees as the class they were drawn for, beside real held-out pictures."""
+    beside = "" if not real else f"; of real pictures in {100 * real:.0f}"
+    ratio = share / real if real else share
+    word = "well" if ratio >= 0.85 else "for the most part" if ratio >= 0.6 else "poorly"
+    text = f"Classes are recognised {word}: in {100 * share:.0f} of 100 samples{beside}."
+    return Verdict("good" if ratio >= 0.6 else "look", text)
+
+
+def frechet_verdict(distance: float, real: float | None) -> Verdict | None:
+    """The Fréchet distance of samples, beside that of real held-out pictures."""
+    if not real or real <= 0:
+        return None
+    ratio = distance / real
+    word = "close to" if ratio < 4 else "some way from" if ratio < 12 else "far from"
+    text = f"As a whole, samples are {word} the training pictures: {ratio:.1f} times as far as real held-out ones."
+    return Verdict("good" if ratio < 4 else "fact" if ratio < 12 else "look", text)
+
+
+# Reading the files
+
+
+@dataclass
+class Curve:
+    """The values of one metric over the steps, at most MOST_POINTS. Of more, neighbours are averaged.
+
+    Attributes:
+        steps, values: of the points; each is a mean over `stride` lines of the file.
+        finite: whether the newest value is finite. Others are left out.
+        newest: the newest finite value.
+    """
+
+    steps: list[int] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    finite: bool = True
+    newest: float = math.nan
+    stride: int = 1
+    _step: int = 0
+    _sum: float = 0.0
+    _count: int = 0
+
+    def add(self, step: int, value: float) -> None:
+        self.finite = math.isfinite(value)
+        if not self.finite:
+            return
+        self.newest, self._step = value, step
+        self._sum += value
+        self._count += 1
+        if self._count < self.stride:
+            return
+        self.steps.append(step)
+        self.values.append(self._sum / self._count)
+        self._sum, self._count = 0.0, 0
+        if len(self.values) >= MOST_POINTS:
+            self.steps = self.steps[1::2]
+            self.values = [(a + b) / 2 for a, b in zip(self.values[::2], self.values[1::2], strict=True)]
+            self.stride *= 2
+
+    def points(self) -> tuple[list[int], list[float]]:
+        """(steps, values) with what is not averaged in full yet."""
+        if not self._count:
+            return self.steps, self.values
+        return [*self.steps, self._step], [*self.values, self._sum / self._count]
+
+
+class Metrics:
+    """The curves of a metrics.jsonl. Each call of `read` reads only what is new, unless the file was written anew."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._forget()
+
+    def _forget(self) -> None:
+        self.curves: dict[str, Curve] = {}
+        self.step, self._offset, self._file = 0, 0, -1
+
+    def read(self) -> Metrics:
+        """Read the lines that were added. A file that is missing has none."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            self._forget()
+            return self
+        # A resumed run writes a new file without the steps that it repeats
+        if status.st_ino != self._file or status.st_size < self._offset:
+            self._forget()
+            self._file = status.st_ino
+        if status.st_size == self._offset:
+            return self
+        with self.path.open("rb") as lines:
+            lines.seek(self._offset)
+            while chunk := lines.read(CHUNK):
+                chunk = chunk[: chunk.rfind(b"\n") + 1]  # a line may be half written
+                if not chunk:
+                    break
+                self._offset += len(chunk)
+                lines.seek(self._offset)
+                for line in chunk.splitlines():
+                    self._add(line)
+        return self
+
+    def _add(self, line: bytes) -> None:
+        try:
+            values = json.loads(line)
+            step = int(values.pop("step"))
+            numbers = {str(name): float(value) for name, value in values.items()}
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return
+        self.step = max(self.step, step)
+        for name, value in numbers.items():
+            self.curves.setdefault(name, Curve()).add(step, value)
+
+    def first(self, *names: str) -> Curve | None:
+        """The curve of the first of these names that was logged."""
+        return next((self.curves[name] for name in names if name in self.curves), None)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def pictures(folder: Path) -> list[tuple[int, Path]]:
+    """(step, file) of the pictures step-NUMBER.png in a folder, in order."""
+    found = []
+    with contextlib.suppress(OSError):
+        for path in folder.glob("step-*.png"):
+            with contextlib.suppress(ValueError):
+                found.append((int(path.stem.removeprefix("step-")), path))
+    return sorted(found)
+
+
+def spread(items: Sequence[Any], count: int = STRIP) -> list[Any]:
+    """`count` of the items, evenly spread, with the first and the last; all where there are not more."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
+
+
+def difference(first: Path, second: Path) -> float | None:
+    """Mean absolute difference of two pictures, pixels from 0 to 1; None where they are of different sizes."""
+    from PIL import Image, ImageChops, ImageStat
+
+    with Image.open(first) as a, Image.open(second) as b:
+        if a.size != b.size:
+            return None
+        change = ImageStat.Stat(ImageChops.difference(a.convert("RGB"), b.convert("RGB")))
+    return sum(change.mean) / len(change.mean) / 255
+
+
+# Plots
+
+
+WIDTH, HEIGHT, LEFT, TOP, RIGHT, BOTTOM = 360, 220, 46, 10, 8, 26  # of a plot and its margins
+
+
+def chart(curves: Mapping[str, Curve | None], caption: str) -> dict[str, Any] | None:
+    """Curves over the steps as what the macro `chart` draws. None where there is nothing to draw.
+
+    The vertical axis is logarithmic where the values are positive and spread over more than a factor of 3.
+    """
+    series = {name: curve.points() for name, curve in curves.items() if curve is not None}
+    series = {name: points for name, points in series.items() if len(points[0]) > 1}
+    everything = [value for _, values in series.values() for value in values]
+    if not everything:
+        return None
+    last = max(steps[-1] for steps, _ in series.values())
+    low, high = min(everything), max(everything)
+    logarithmic = low > 0 and high > 3 * low
+    scale: Callable[[float], float] = math.log10 if logarithmic else float
+    bottom, top = scale(low), scale(high)
+    if top <= bottom:
+        bottom, top = bottom - 0.5 * (abs(bottom) or 1), top + 0.5 * (abs(top) or 1)
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * step / max(1, last)
+
+    def y(value: float) -> float:
+        return TOP + (HEIGHT - TOP - BOTTOM) * (top - scale(value)) / (top - bottom)
+
+    lines = []
+    for k, (name, points) in enumerate(series.items()):
+        path = "L".join(f"{x(step):.1f} {y(value):.1f}" for step, value in zip(*points, strict=True))
+        lines.append({"name": name, "path": f"M{path}", "number": k + 1, "newest": f"{points[1][-1]:.3g}"})
+    marks = _log_marks(low, high) if logarithmic else _marks(low, high)
+    return {
+        "caption": caption,
+        "lines": lines,
+        "x": [(f"{x(step):.1f}", short_number(step)) for step in _marks(0, last, 4)],
+        "y": [(f"{y(value):.1f}", short_number(value)) for value in marks],
+        "width": WIDTH,
+        "height": HEIGHT,
+        "left": LEFT,
+        "right": WIDTH - RIGHT,
+        "bottom": HEIGHT - BOTTOM,
+    }
+
+
+def _marks(low: float, high: float, count: int = 4) -> list[float]:
+    """About `count` round numbers from low to high."""
+    if high <= low:
+        return [low]
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * next(factor for factor in (1, 2, 5, 10) if factor * power >= rough)
+    first = math.ceil(low / step - 1e-9)
+    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _log_marks(low: float, high: float) -> list[float]:
+    """Numbers 1, 2 and 5 times powers of ten from low to high, or only powers where there are many."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for factors in ((1, 2, 5), (1, 3), (1,)):
+        marks = [factor * 10.0**power for power in powers for factor in factors if low <= factor * 10.0**power <= high]
+        if len(marks) <= 5:
+            break
+    return marks if len(marks) >= 2 else _marks(low, high)
+
+
+def short_number(value: float) -> str:
+    """A number for an axis: "12k", "0.05"."""
+    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+# The page
+
+
+class LivePage:
+    """Writes <out>/index.html now and then while the block runs, and once at its end. A context manager.
+
+    Nothing is written before the fit has a plan, so that a refused folder leaves no page. No error of the page reaches the
+    fit: it is a line on the page, or once on stderr.
+
+    Args:
+        out: the folder of the fit.
+        enabled: False does nothing, as on all processes but the first.
+        period: seconds between two writings. Nothing is written while no file of the fit has changed.
+    """
+
+    def __init__(self, out: str | Path, enabled: bool = True, period: float = PERIOD):
+        self.out, self.enabled, self.period = Path(out), enabled, period
+        self.stages = {name: Metrics(self.out / name / "metrics.jsonl") for name in ("autoencoder", "diffusion")}
+        self._changes: dict[tuple[Path, Path], float | None] = {}
+        self._seen: Any = None  # the files at the last writing
+        self._warned = False
+        self._guard = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._often, name="live page", daemon=True)
+
+    def __enter__(self) -> LivePage:
+        if self.enabled:
+            self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if self.enabled:
+            self._stop.set()
+            self._thread.join(timeout=10)
+            self.write("finished" if error is None else "stopped", error)
+
+    def _often(self) -> None:
+        while True:
+            self.write()
+            if self._stop.wait(self.period):
+                return
+
+    def write(self, status: str = "running", error: BaseException | None = None) -> bool:
+        """Write the page; returns whether it was written.
+
+        Args:
+            status: "running", "finished" or "stopped". Only a running page is left as it is where nothing has changed.
+            error: what stopped the fit.
+        """
+        try:
+            with self._guard:
+                seen = self._files()
+                if status == "running" and seen == self._seen:
+                    return False
+                record = read_json(self.out / "fit.json")
+                if not record.get("plan"):
+                    return False
+                html = render(self.facts(record, status, error))
+                atomic.write_text(self.out / PAGE, html)
+                self._seen = seen
+                return True
+        except Exception as problem:  # training is worth more than its page
+            if not self._warned:
+                self._warned = True
+                reason = printable(" ".join(str(problem).split()) or type(problem).__name__)[:160]
+                with contextlib.suppress(OSError, ValueError):
+                    print(f"warning: {self.out / PAGE} cannot be written ({reason}); the fit goes on", file=sys.stderr)
+            return False
+
+    def _files(self) -> list[Any]:
+        """What changes when a file of the fit does."""
+        names = ["fit.json", "clock.json", "samples.png", "report/metrics.json", "model"]
+        for stage in self.stages:
+            names += [f"{stage}/metrics.jsonl", f"{stage}/pictures", f"{stage}/report.json"]
+        seen: list[Any] = []
+        for name in names:
+            try:
+                status = (self.out / name).stat()
+                seen.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                seen.append(None)
+        return seen
+
+    def facts(self, record: Mapping[str, Any], status: str, error: BaseException | None = None) -> dict[str, Any]:
+        """Everything that the page shows. A part that cannot be made is left out, and named under "problems"."""
+        problems: list[str] = []
+
+        def part(make: Callable[[], Any], default: Any) -> Any:
+            try:
+                return make()
+            except Exception as problem:  # one damaged file must not take the others from the page
+                reason = " ".join(str(problem).split()) or type(problem).__name__
+                problems.append(printable(reason)[:160])
+                return default
+
+        for metrics in self.stages.values():
+            part(metrics.read, None)
+        clock = read_json(self.out / "clock.json")
+        values = part(lambda: read_json(self.out / "report" / "metrics.json").get("values") or {}, {})
+        samples = part(lambda: self._samples(clock), [])
+        return {
+            "title": f"A model of {Path(str(record.get('folder', self.out))).name}",
+            "status": status,
+            "refresh": math.ceil(self.period) + 5 if status == "running" else None,
+            "stopped": part(lambda: self._stopped(record, error), []) if status == "stopped" else [],
+            "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "time": part(lambda: plan_time(record, clock, status), None),
+            "phases": part(lambda: plan_phases(record), []),
+            "verdicts": part(lambda: self._verdicts(record, values), []),
+            "samples": samples,
+            "final": part(lambda: self._picture(self.out / "samples.png", fresh=True), None),
+            "charts": [c for c in part(self._charts, []) if c],
+            "reconstructions": part(self._reconstructions, None),
+            "choice": part(lambda: choice_table(record.get("choice")), None),
+            "rows": part(lambda: evaluation_rows(values), []),
+            "report": (self.out / "report" / "index.html").is_file(),
+            "lines": last_lines(record) if status == "finished" else [],
+            "next": part(lambda: next_commands(self.out, record, status), []),
+            "plan": [str(line) for line in part(lambda: record["plan"].get("lines") or [], [])],
+            "problems": problems,
+        }
+
+    def _stopped(self, record: Mapping[str, Any], error: BaseException | None) -> list[str]:
+        reason = printable(" ".join(str(error).split()))[:300] if isinstance(error, UserError) else ""
+        return [reason] if reason else []
+
+    # Pictures
+
+    def _picture(self, path: Path, fresh: bool = False) -> dict[str, Any] | None:
+        """A picture as the page shows it, or None where there is none. fresh: a file of this name may be written again."""
+        from PIL import Image
+
+        try:
+            with Image.open(path) as image:
+                width, height = image.size
+        except OSError:
+            return None
+        link = path.relative_to(self.out).as_posix() + (f"?{path.stat().st_mtime_ns // 10**9}" if fresh else "")
+        return {"link": link, "width": width, "height": height, "small": width < 600}
+
+    def _samples(self, clock: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The grids of samples that are shown, with step and time."""
+        found = pictures(self.out / "diffusion" / "pictures")
+        times = self._times([path for _, path in found], clock)
+        shown = []
+        for step, path in spread(found):
+            picture = self._picture(path)
+            if picture is not None:
+                when = times.get(path.name)
+                shown.append({**picture, "step": step, "time": None if when is None else duration(when)})
+        return shown
+
+    def _times(self, paths: Sequence[Path], clock: Mapping[str, Any]) -> dict[str, float]:
+        """{name: seconds of the plan} at which each picture was drawn; kept in page/times.json for a resumed fit."""
+        file = self.out / TIMES
+        times = {name: value for name, value in read_json(file).items() if isinstance(value, int | float)}
+        names = {path.name for path in paths}
+        known = {name: float(value) for name, value in times.items() if name in names}
+        for path in paths:
+            if path.name not in known and {"seconds", "time"} <= clock.keys():
+                at = clock["seconds"] - (clock["time"] - path.stat().st_mtime)
+                known[path.name] = round(min(max(0.0, at), clock["seconds"] + self.period), 1)
+        if known != times:
+            atomic.write_json(file, known)
+        return known
+
+    def _reconstructions(self) -> dict[str, Any] | None:
+        """The newest picture of stage 1: its report's, else the newest drawn while it trained."""
+        report = self._picture(self.out / "autoencoder" / "report.png", fresh=True)
+        if report is not None:
+            return {**report, "words": "Held-out pictures, and below each its reconstruction by the trained autoencoder."}
+        found = pictures(self.out / "autoencoder" / "pictures")
+        newest = self._picture(found[-1][1]) if found else None
+        if newest is None:
+            return None
+        return {**newest, "words": f"Held-out pictures, and below each its reconstruction after {found[-1][0]} steps."}
+
+    def _change(self) -> float | None:
+        """How much the two newest grids of samples differ; None where there are not two."""
+        newest = [path for _, path in pictures(self.out / "diffusion" / "pictures")[-2:]]
+        if len(newest) < 2:
+            return None
+        pair = (newest[0], newest[1])
+        if pair not in self._changes:
+            self._changes = {pair: difference(*pair)}
+        return self._changes[pair]
+
+    # Curves and verdicts
+
+    def _charts(self) -> list[dict[str, Any] | None]:
+        first, second = self.stages["autoencoder"], self.stages["diffusion"]
+        error = {"training pictures": first.first("train/l1", "train/l2", "train/total")}
+        losses = {"training pictures": second.first("train/loss"), "held-out pictures": second.first("validation/loss_ema")}
+        return [
+            chart(losses, "Stage 2, the diffusion model: loss by step"),
+            chart(error, "Stage 1, the autoencoder: error of the reconstructions by step"),
+        ]
+
+    def _verdicts(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Verdict]:
+        """The verdicts, the newest phase first."""
+        found: list[Verdict | None] = []
+
+        # What the evaluation says
+        entries = {name: first_entry(values, name) for name in ("frechet[", "label_accuracy", "probe_accuracy", NEAR_COPIES)}
+        accuracy = entries["label_accuracy"] or entries["probe_accuracy"]
+        if accuracy:
+            found.append(accuracy_verdict(accuracy["value"], accuracy.get("floor")))
+        if entries["frechet["]:
+            found.append(frechet_verdict(entries["frechet["]["value"], entries["frechet["].get("floor")))
+        if near := entries[NEAR_COPIES]:
+            found.append(copies_verdict(near["value"], near.get("floor") or 0.01, near.get("images")))
+
+        # Stage 2
+        second = self.stages["diffusion"]
+        if second.curves:
+            found.append(self._loss("diffusion", "loss of stage 2", "train/loss"))
+            held_out = second.first("validation/loss_ema")
+            if held_out is not None:
+                found.append(held_out_verdict(*held_out.points()))
+            if record["phases"].get("diffusion") != "done":
+                found.append(change_verdict(self._change()))
+
+        # Stage 1
+        report = read_json(self.out / "autoencoder" / "report.json")
+        pretrained = (record["plan"].get("first_stage") or {}) if isinstance(record["plan"], Mapping) else {}
+        if "psnr_db" in report:
+            found.append(autoencoder_verdict(report["psnr_db"]))
+        elif self.stages["autoencoder"].curves:
+            found.append(self._loss("autoencoder", "error of stage 1", "train/l1", "train/l2", "train/total"))
+        elif isinstance(pretrained, Mapping) and isinstance(pretrained.get("psnr"), int | float):
+            found.append(autoencoder_verdict(pretrained["psnr"], "these pictures, without any training"))
+        return [verdict for verdict in found if verdict is not None]
+
+    def _loss(self, stage: str, name: str, *metrics: str) -> Verdict | None:
+        curve = self.stages[stage].first(*metrics)
+        if curve is None:
+            return None
+        skipped = self.stages[stage].first("train/skipped")
+        values = curve.points()[1]
+        return loss_verdict(
+            values if curve.finite else [*values, math.nan], name, int(skipped.newest) if skipped and skipped.finite else 0
+        )
+
+
+def first_entry(values: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The entry of an evaluation's values whose name begins so, and that has a value."""
+    for key, entry in values.items():
+        if key.startswith(name) and isinstance(entry, Mapping) and isinstance(entry.get("value"), int | float):
+            return dict(entry)
+    return None
+
+
+def plan_time(record: Mapping[str, Any], clock: Mapping[str, Any], status: str) -> dict[str, Any] | None:
+    """Time used and left in words, and the share for the bar. None where no clock was written yet."""
+    if not isinstance(clock.get("seconds"), int | float) or not isinstance(record.get("hours"), int | float):
+        return None
+    used, total = float(clock["seconds"]), max(1.0, record["hours"] * 3600)
+    left = max(0.0, total - used)
+    words = f"{duration(used)} of {duration(total)} used"
+    if status == "running":
+        at = time.strftime("%H:%M", time.localtime(time.time() + left))
+        words += f", {duration(left)} left. It will be done at about {at}" if left else ". It will be done soon"
+    parts = clock.get("parts")
+    if isinstance(parts, int) and parts > 1:
+        words += f", in {parts} parts"
+    return {"words": words + ".", "share": min(1.0, used / total)}
+
+
+def plan_phases(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The phases with their state ("done", "running", "skipped", "to come") and planned time."""
+    states, planned = record.get("phases") or {}, record["plan"].get("seconds") or {}
+    phases = []
+    for name, words in PHASES.items():
+        state = states.get(name, "to come")
+        seconds = planned.get(name)
+        phases.append({"words": words, "state": state, "planned": duration(seconds) if seconds and state != "skipped" else ""})
+    return phases
+
+
+def choice_table(choice: Any) -> dict[str, Any] | None:
+    """The candidates of fit.json's "choice" as a table. None where nothing was chosen yet."""
+    if not isinstance(choice, Mapping) or not choice.get("candidates"):
+        return None
+    candidates = [each for each in choice["candidates"] if isinstance(each, Mapping)]
+    columns = list(dict.fromkeys(name for each in candidates for name in each))
+    rows = [
+        {"cells": [_cell(each.get(name)) for name in columns], "kept": each.get("step") == choice.get("step")}
+        for each in candidates
+    ]
+    why = str(choice.get("why") or f"The state of step {choice.get('step')} is kept.")
+    return {"why": why, "columns": [str(name).replace("_", " ") for name in columns], "rows": rows}
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def evaluation_rows(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what, samples, real pictures) of the main values of an evaluation."""
+    rows = []
+    for name, words in ROWS.items():
+        if (entry := first_entry(values, name)) is not None:
+            rows.append((words, *value_cells(entry)[:2]))
+    return rows
+
+
+def last_lines(record: Mapping[str, Any]) -> list[str]:
+    """The lines with which a finished fit ends: how good the model is, and what to type. [] where there are none."""
+    lines = record.get("lines")
+    return [str(line) for line in lines] if isinstance(lines, list) else []
+
+
+def next_commands(out: Path, record: Mapping[str, Any], status: str) -> list[tuple[str, str]]:
+    """(what for, what to type) now."""
+    resume = f"latentdiff fit {shlex.quote(str(record.get('folder', 'FOLDER')))} --out {shlex.quote(str(out))} --resume"
+    if status == "finished" and last_lines(record):
+        return []  # they say it
+    if status == "finished" and (out / "model").is_dir():
+        hours = record.get("hours")
+        more = f"{resume} --hours {2 * hours:.3g}" if isinstance(hours, int | float) else resume
+        model = shlex.quote(str(out / "model"))
+        classes = (record["plan"].get("facts") or {}).get("class_names")
+        draw = "latentdiff generate --all-classes" if classes else "latentdiff generate"
+        return [("Draw pictures:", f"{draw} --model {model} --out samples.png"), ("Train for longer:", more)]
+    if status == "stopped":
+        return [("Go on where it stopped; the time used so far counts:", resume)]
+    return [("Ctrl-C stops it, and nothing is lost. Go on later with:", resume)]
+
+
+@functools.cache
+def _template() -> Any:
+    """page.jinja. It escapes every value, so that a hostile folder or class name stays text."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template("page.jinja")
+
+
+def render(facts: Mapping[str, Any]) -> str:
+    """The page as HTML, of the facts of `LivePage.facts`."""
+    return _template().render(facts)
