@@ -163,9 +163,9 @@ class EncodedImages(ImageSource):
         """The encoded image i. An error of the storage is raised as it is: it does not make the image unreadable."""
         raise NotImplementedError
 
-    def ends(self) -> list[str]:
-        """hash_ends of every image."""
-        return in_threads(lambda i: hash_ends(self.open(i)), range(len(self)))
+    def ends(self, limit: int | None = None) -> list[str]:
+        """hash_ends of every image, or of the first `limit`."""
+        return in_threads(lambda i: hash_ends(self.open(i)), range(len(self))[:limit])
 
     def read(self, i: int) -> np.ndarray:
         file = self.open(i)

@@ -125,8 +125,8 @@ class StreamedTable(EncodedImages):
             images = self._group_images(group)
         return BytesIO(images[row - self._first_row[group]])
 
-    def ends(self) -> list[str]:
-        return [self._records[row].ends for row in self.rows]
+    def ends(self, limit: int | None = None) -> list[str]:
+        return [self._records[row].ends for row in self.rows[:limit]]
 
 
 def open_streamed(data: str, split: str, columns: Columns, reading: Reading) -> StreamedTable:

@@ -44,7 +44,7 @@ def summarize_data(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         for split in splits(what, data.streaming)
     }
     # This reads the images, and so finds more of them that cannot be read
-    compared, pictures = _equal_pictures(sources)
+    compared, pictures = equal_pictures(sources, MANY_PIXELS)
     facts: dict[str, Any] = {"data": what}
     for split, source in sources.items():
         facts[split] = _split_facts(source)
@@ -111,18 +111,21 @@ def _caption_facts(captions: list[tuple[str, ...]]) -> dict[str, Any]:
     return {"captions": len(texts), "distinct": len(set(texts)), "words": lengths, "tokens": own_token_facts(texts)}
 
 
-def _equal_pictures(sources: dict[str, ImageSource]) -> tuple[str, Pictures]:
+def equal_pictures(
+    sources: dict[str, ImageSource], many_pixels: int, limit: int | None = None
+) -> tuple[str, Pictures]:
     """(what was compared, the pictures by their pixels).
 
-    Where there are too many pixels to decode them all, only files are decoded that have the same length, start and end as
-    another file. A picture that was encoded twice is then not found.
+    Where there are more than many_pixels, which take too long to decode, only files are decoded that have the same length,
+    start and end as another file. A picture that was encoded twice is then not found. limit: of a source, the first so many
+    pictures are compared; None: all.
     """
-    candidates: dict[str, Sequence[int]] = {split: range(len(source)) for split, source in sources.items()}
+    candidates: dict[str, Sequence[int]] = {split: range(len(source))[:limit] for split, source in sources.items()}
     compared = "pixels"
     encoded = {split: source for split, source in sources.items() if isinstance(source, EncodedImages)}
-    if encoded and sum(int(source.sizes.prod(1).sum()) for source in encoded.values()) > MANY_PIXELS:
+    if encoded and sum(int(source.sizes[:limit].prod(1).sum()) for source in encoded.values()) > many_pixels:
         compared = "files"
-        ends = {split: source.ends() for split, source in encoded.items()}
+        ends = {split: source.ends(limit) for split, source in encoded.items()}
         times = Counter(end for several in ends.values() for end in several)
         candidates = {split: [i for i, end in enumerate(several) if times[end] > 1] for split, several in ends.items()}
     pictures: Pictures = {}

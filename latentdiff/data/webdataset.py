@@ -56,8 +56,8 @@ class WebDatasetSource(EncodedImages):
         shard, record = self._images[self.rows[i]]
         return BytesIO(shard.read(record.offset, record.size))
 
-    def ends(self) -> list[str]:
-        return [self._images[row][1].ends for row in self.rows]
+    def ends(self, limit: int | None = None) -> list[str]:
+        return [self._images[row][1].ends for row in self.rows[:limit]]
 
 
 def is_shards(data: str) -> bool:

@@ -1,0 +1,150 @@
+"""What a fit runs on: the device, its name and memory, and how long a training step of a network takes there."""
+
+from __future__ import annotations
+
+import gc
+import os
+import platform
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from latentdiff.utils import processes
+
+GIB = 2**30
+CPUINFO = Path("/proc/cpuinfo")
+ENCODED = 16  # pictures that are encoded to time it
+BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM processors that compute in bfloat16
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine, as far as it decides what can be trained on it.
+
+    Attributes:
+        device: of torch, such as "cpu" or "cuda:0".
+        name: of the GPU, or of the processor.
+        cores: processors that this process may use.
+        threads: of torch.
+        memory: bytes, of the GPU or of the machine.
+        bfloat16: whether the device has instructions for it; what is faster is measured.
+        processes: of this launch, which share the batch.
+    """
+
+    device: str
+    name: str
+    cores: int
+    threads: int
+    memory: int
+    bfloat16: bool
+    processes: int = 1
+
+    @property
+    def gpu(self) -> bool:
+        return not self.device.startswith("cpu")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def line(self) -> str:
+        """The machine in one line."""
+        if self.gpu:
+            several = f"{self.processes} of " if self.processes > 1 else ""
+            return f"{several}{self.name} ({self.device}), {self.memory / GIB:.0f} GiB"
+        kind = "with" if self.bfloat16 else "without"
+        return f"{self.name}, {self.cores} cores, {self.memory / GIB:.0f} GiB, {kind} bfloat16 instructions, no GPU"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long a training step takes.
+
+    Attributes:
+        precision: the faster one.
+        seconds: of a step in it.
+        batch: samples of a step.
+    """
+
+    precision: str
+    seconds: float
+    batch: int
+
+
+def measure() -> Machine:
+    """The machine that this process runs on. It takes no longer than importing torch."""
+    import psutil
+    import torch
+
+    device = processes.pick_device()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count, threads = processes.count(), torch.get_num_threads()
+    if device.type == "cuda":
+        facts = torch.cuda.get_device_properties(device)
+        bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Machine(str(device), facts.name, cores, threads, facts.total_memory, bfloat16, count)
+    name, flags = _processor()
+    memory = psutil.virtual_memory().total
+    return Machine(str(device), name, cores, threads, memory, any(flag in flags for flag in BFLOAT16_FLAGS), count)
+
+
+def _processor() -> tuple[str, set[str]]:
+    """(name, flags) of the processor; a name of the architecture alone where the system tells no more."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    values = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = values.get("model name") or platform.processor() or platform.machine() or "unknown processor"
+    return name, set((values.get("flags") or values.get("Features") or "").split())
+
+
+def time_steps(trial: Any, device: str, batch: int, precision: str | None = None, patience: float = 5.0) -> Timing | None:
+    """How long a training step takes, and in which precision it is faster; None where it does not fit in memory.
+
+    Args:
+        trial: makes the steps, as of `latentdiff.training.precision.measure`.
+        device: of torch.
+        batch: samples of a step of one process.
+        precision: the one to measure; None: each that the device may be faster in.
+        patience: seconds after which no further round begins.
+    """
+    import torch
+
+    from latentdiff.training.precision import PROBE, OneProcess, candidates, choose_precision, timed
+
+    where = torch.device(device)
+    names = [precision] if precision is not None else candidates(where)
+    with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
+        try:
+            step = trial(OneProcess(where))
+            # A few samples tell the precisions apart; the step is then timed as it will be
+            chosen = (
+                choose_precision(timed(step, where, names, min(PROBE, batch), patience / 2)) if len(names) > 1 else names[0]
+            )
+            seconds = timed(step, where, [chosen], batch, patience)[chosen] * batch
+        except RuntimeError as error:
+            if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+                raise
+            return None
+        finally:
+            gc.collect()
+            if where.type == "cuda":
+                torch.cuda.empty_cache()
+    return Timing(chosen, seconds, batch)
+
+
+def time_encoding(codec: Any, size: tuple[int, int]) -> float:
+    """Seconds that an autoencoder takes to encode one picture of size (height, width), on the device where it is."""
+    import torch
+
+    pictures = torch.zeros(ENCODED, codec.image_channels, *size)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.no_grad():
+            codec.moments(pictures)
+        if codec.device.type == "cuda":
+            torch.cuda.synchronize(codec.device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / ENCODED
