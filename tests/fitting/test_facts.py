@@ -85,7 +85,8 @@ def test_empty_single_and_mostly_broken_folders_are_one_line(tmp_path):
     picture(tmp_path / "one" / "1.png")
     for i in range(4):
         (picture(tmp_path / "broken" / f"{i}.png")).write_bytes(b"no picture" if i else b"")
-    for name, words in (("empty", "no images"), ("one", "one picture"), ("broken", "cannot be read"), ("none", "no such folder")):
+    cases = {"empty": "no images", "one": "one picture", "broken": "cannot be read", "none": "no such folder"}
+    for name, words in cases.items():
         with pytest.raises(UserError, match=words) as caught:
             look(str(tmp_path / name))
         assert "\n" not in str(caught.value) and name in str(caught.value)
