@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -15,8 +15,16 @@ if TYPE_CHECKING:
     from latentdiff.data.transforms import Preprocess
 
 
+SHOWN = 256  # images in the picture at most
+
+
 def reconstruct(
-    model: str | Path, images: list[str | Path], out: str | Path = "reconstructions.png", own_size: bool = False
+    model: str | Path,
+    images: list[str | Path],
+    out: str | Path = "reconstructions.png",
+    own_size: bool = False,
+    size: int | None = None,
+    framing: Literal["crop", "letterbox", "resize"] = "crop",
 ) -> dict[str, Any]:
     """Show images beside their reconstructions by the model's autoencoder, in one PNG, with PSNR and SSIM of each.
 
@@ -25,19 +33,23 @@ def reconstruct(
 
     Args:
         model: a checkpoint, a run of stage 1 or an autoencoder's folder.
-        images: image files.
-        out: a .png file: each image on the left, its reconstruction on the right.
+        images: image files, or folders whose image files are taken, those in sub-folders too.
+        out: a .png file: each image on the left, its reconstruction on the right; of many images a selection.
         own_size: take each image at its file's size, cropped at the bottom and right to a multiple of the autoencoder's
             factor. So it is too where nothing says how the model was trained.
+        size: bring each image to size x size pixels instead, whatever the model was trained on.
+        framing: how images come to that size, as data.framing.
 
     Returns:
-        {"out", "images": [{"image", "prepared", "psnr_db", "ssim"}]}; prepared says how an image was brought to its size,
-        and ssim is None for images of fewer than 11 pixels.
+        {"out", "mean", "images": [{"image", "prepared", "psnr_db", "ssim"}], "unreadable"}; mean has images, psnr_db and
+        ssim over all, prepared says how an image was brought to its size, ssim is None for images of fewer than 11 pixels,
+        and unreadable names files of the folders that are left out.
 
     Raises:
         UserError: an image that cannot be read, by name, or a model that cannot be used.
     """
     from latentdiff.checkpoints import resolve_model
+    from latentdiff.data.transforms import Preprocess
     from latentdiff.evaluation.image_quality import SSIM_MIN_SIDE, psnr, ssim
     from latentdiff.evaluation.reference_data import preprocessing
     from latentdiff.models.autoencoder import load_autoencoder
@@ -45,24 +57,63 @@ def reconstruct(
     from latentdiff.utils.images import save_png, tile, to_uint8
     from latentdiff.utils.outputs import check_out
 
-    path = check_out(out, len(images))
+    if size is not None and own_size:
+        raise UserError("--size and --own-size exclude each other: leave one out")
+    files, found = _image_files(images)
+    path = check_out(out, min(len(files), SHOWN))
     if path.suffix != ".png":
         raise UserError(f"--out {out}: must end in .png")
     folder = resolve_model(model)
     codec = LatentCodec(load_autoencoder(str(folder)))
-    data = None if own_size else _data_of(folder)
+    if size is not None and (size < 1 or size % codec.factor):
+        raise UserError(f"--size {size}: must be a multiple of {codec.factor}, the autoencoder's factor")
+    data = None if own_size or size is not None else _data_of(folder)
     rule = None if data is None else preprocessing(data, codec)
-    rows, scores = [], []
-    for name in images:
-        x, content, prepared = _prepare_image(Path(name), rule, codec)  # x: [1, C, H, W]
+    if size is not None:
+        rule = Preprocess((size, size), codec.image_channels, framing, codec.factor)
+    rows: list[list[np.ndarray]] = []
+    scores: list[dict[str, Any]] = []
+    unreadable: list[str] = []
+    shown = set(np.linspace(0, len(files) - 1, min(len(files), SHOWN)).astype(int).tolist())
+    for k, name in enumerate(files):
+        try:
+            x, content, prepared = _prepare_image(name, rule, codec)  # x: [1, C, H, W]
+        except UserError:
+            if name not in found:
+                raise
+            unreadable.append(str(name))
+            continue
         y = codec.reconstruct(x).clamp(-1, 1)
         top, left, height, width = content
         x, y = (image[..., top : top + height, left : left + width] for image in (x, y))
-        rows.append(np.concatenate([to_uint8(x)[0], to_uint8(y)[0]], axis=1))
+        if k in shown:
+            rows.append([np.concatenate([to_uint8(x)[0], to_uint8(y)[0]], axis=1)])
         score = ssim(y, x)[0].item() if min(height, width) >= SSIM_MIN_SIDE else None
         scores.append({"image": str(name), "prepared": prepared, "psnr_db": psnr(y, x)[0].item(), "ssim": score})
-    save_png(tile([[row] for row in rows], scale=1), path)
-    return {"out": str(path), "images": scores}
+    if not rows:
+        raise UserError(f"{files[0]}: cannot be read as an image, and no other in its folder")
+    save_png(tile(rows, scale=1), path)
+    similar = [score["ssim"] for score in scores if score["ssim"] is not None]
+    mean = {
+        "images": len(scores),
+        "psnr_db": sum(score["psnr_db"] for score in scores) / len(scores),
+        "ssim": sum(similar) / len(similar) if similar else None,
+    }
+    return {"out": str(path), "mean": mean, "images": scores, "unreadable": unreadable}
+
+
+def _image_files(images: list[str | Path]) -> tuple[list[Path], set[Path]]:
+    """(the image files, folders replaced by what they hold; which of them were found in folders)."""
+    from latentdiff.data.folders import list_folder
+    from latentdiff.data.image_source import Columns
+
+    files: list[Path] = []
+    found: set[Path] = set()
+    for each in map(Path, images):
+        inside = [each / name for name in list_folder(each, Columns(), with_captions=False).files] if each.is_dir() else []
+        files += inside or [each]
+        found.update(inside)
+    return files, found
 
 
 def _prepare_image(file: Path, rule: Preprocess | None, codec: Any) -> tuple[Tensor, tuple[int, int, int, int], dict[str, Any]]:

@@ -357,6 +357,24 @@ def test_reconstruct_takes_images_of_several_sizes(run, here, model):
     assert report["images"][0]["prepared"] == {"file_size": [24, 24], "size": [24, 24], "framing": "own size"}
 
 
+def test_reconstruct_takes_a_folder_at_a_size(run, here, refused, model):
+    (here / "pictures" / "inside").mkdir(parents=True)
+    for k, size in enumerate(((24, 40), (16, 16))):
+        Image.fromarray(np.full((*size, 3), 90 * k, np.uint8)).save(here / "pictures" / ("inside" if k else "") / f"{k}.png")
+    (here / "pictures" / "broken.png").write_bytes(b"no image")
+    report = json.loads(run("reconstruct", model, "pictures", "--size", 32, "--framing", "letterbox"))
+    assert [each["image"] for each in report["images"]] == ["pictures/0.png", "pictures/inside/1.png"]
+    assert report["unreadable"] == ["pictures/broken.png"]
+    assert report["images"][0]["prepared"]["size"] == [32, 32]
+    decibels = [each["psnr_db"] for each in report["images"]]
+    assert report["mean"]["images"] == 2
+    assert report["mean"]["psnr_db"] == pytest.approx(sum(decibels) / 2)
+    assert np.asarray(Image.open(here / report["out"])).shape[:2] == (2 * 34, 64 + 2)
+    assert "--size 31: must be a multiple of 2" in refused("reconstruct", model, "pictures", "--size", 31)
+    assert "exclude each other" in refused("reconstruct", model, "pictures", "--size", 32, "--own-size")
+    assert "broken.png: cannot be read" in refused("reconstruct", model, "pictures/broken.png")
+
+
 def test_reconstruct_reads_images_as_training_does(run, here, model, autoencoder_run):
     wide = np.zeros((16, 32), np.uint16)
     wide[:, 8:24] = 65535 // 2  # 16 bit, and what matters in the middle
