@@ -183,8 +183,21 @@ class TrainConfig(Section):
 
 
 class LoopConfig(TrainConfig):
-    """Training options shared by both stages. They affect speed, memory and recovery, not results."""
+    """Training options shared by both stages. Most affect speed, memory and recovery, not results."""
 
+    minutes: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="minutes that the run may take, all its parts together; the learning rate then falls by the clock, and "
+        "steps is an upper bound. None: no limit",
+    )
+    picture_minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="minutes of training between pictures, besides those of picture_every"
+    )
+    snapshot_minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="minutes of training between snapshots, besides those of snapshot_every"
+    )
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="as in the other stages; float16, with a scaled loss, is for GPUs without bfloat16"
     )

@@ -223,23 +223,17 @@ class _Fit:
 
     def config(self, phase: str) -> Any:
         """The config of a stage, with the minutes that it may take now."""
-        from latentdiff.config import LoopConfig, load_config
+        from latentdiff.config import load_config
 
         minutes = self.record["minutes"].get(phase)
-        known = minutes is not None and "minutes" in LoopConfig.model_fields
         path = self.output / "configs" / f"{phase}.yaml"
-        return load_config(path, [f"train.minutes={minutes:.4f}"] if known else [])
+        return load_config(path, [] if minutes is None else [f"train.minutes={minutes:.4f}"])
 
     def minutes(self, phase: str, seconds: float) -> float:
         """What train.minutes is to be for a stage that may take so many seconds more: its earlier parts count too."""
         from latentdiff.training import state
 
-        folders = [f for f in state.state_folders(self.output / phase) if state.damage(f, quick=True) is None]
-        used = 0.0
-        if folders:
-            meta = json.loads((folders[-1] / "state.json").read_text(encoding="utf-8"))
-            used = float(meta.get("minutes", 0.0))
-        return round(used + seconds / 60, 4)
+        return round((state.seconds_used(self.output / phase) + seconds) / 60, 4)
 
     def train(self, phase: str) -> None:
         """Train a stage, or go on with it. Every process calls this."""

@@ -33,6 +33,9 @@ def train(config: Config | str | Path, resume: bool = False, overrides: Sequence
         Stopped: a SystemExit, after another signal.
     """
     # Imports stand where they are used: the command line reads this signature without waiting for torch
+    from latentdiff.training import run_clock
+
+    began = run_clock.now()  # train.minutes counts the imports too
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import AutoencoderConfig, ClassifierConfig, DiffusionConfig, JudgeConfig, load_config
     from latentdiff.training.accelerator import torch_settings_restored
@@ -48,11 +51,11 @@ def train(config: Config | str | Path, resume: bool = False, overrides: Sequence
         if isinstance(config, AutoencoderConfig):
             from latentdiff.training.train_autoencoder import train_autoencoder
 
-            return train_autoencoder(config, resume)
+            return train_autoencoder(config, resume, began)
         if isinstance(config, DiffusionConfig):
             from latentdiff.training.train_diffusion import train_diffusion
 
-            return train_diffusion(config, resume)
+            return train_diffusion(config, resume, began)
 
         # Smaller networks: in one go, on one process. A judge's folder is replaced as a whole, so its lock lies beside it
         if processes.count() > 1:

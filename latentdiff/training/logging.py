@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.errors import UserError, printable
+from latentdiff.training.run_clock import RunClock
 from latentdiff.utils import atomic, progress_bars
 
 Values = Mapping[str, Tensor | tuple[Tensor, int]]  # name -> a mean, or (a mean, how many samples it is of)
@@ -94,9 +95,18 @@ class RunLogger:
         start: the step it continues from. Whatever was logged after it is forgotten, since it is logged again.
         accelerator: keeps the trackers; an accelerate.Accelerator.
         trackers: names that `check_trackers` accepts.
+        clock: the run's. Where that limits the run, the bar shows its time instead of its steps; None: no limit.
     """
 
-    def __init__(self, output: Path, steps: int, start: int, accelerator: Any, trackers: Sequence[str] = ("tensorboard",)):
+    def __init__(
+        self,
+        output: Path,
+        steps: int,
+        start: int,
+        accelerator: Any,
+        trackers: Sequence[str] = ("tensorboard",),
+        clock: RunClock | None = None,
+    ):
         self.enabled = accelerator.is_main_process
         if not self.enabled:
             return
@@ -110,7 +120,8 @@ class RunLogger:
         self.lines = self.path.open("a", encoding="utf-8")
         accelerator.log_with = [self._tracker(name, start if rewrites else None) for name in trackers]
         accelerator.init_trackers("latentdiff")
-        self.bar = progress_bars.bar(total=steps, initial=start, unit="step")
+        by_clock = clock is not None and clock.limit is not None and progress_bars.alone()
+        self.bar: Any = TimeBar(clock, start) if by_clock else progress_bars.bar(total=steps, initial=start, unit="step")
 
     def _tracker(self, name: str, start: int | None) -> Any:
         """accelerate's tracker of this name. start: the step whose successors TensorBoard shall forget."""
@@ -192,6 +203,33 @@ class RunLogger:
             with contextlib.suppress(OSError):  # an error in writing was raised where it was written
                 close()
         self.accelerator.trackers.clear()  # accelerate would finish them once more at the end
+
+
+class TimeBar:
+    """A bar over the seconds of a run that ends by the clock. As other bars it is told of steps.
+
+    Args:
+        clock: the run's, with a limit.
+        step: the step that the run continues from.
+    """
+
+    def __init__(self, clock: RunClock, step: int):
+        assert clock.limit is not None
+        self.clock, self.limit, self.n = clock, clock.limit, step
+        shape = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
+        used = min(clock.seconds(), clock.limit)
+        self.bar = progress_bars.bar(total=clock.limit, initial=used, desc=f"step {step}", bar_format=shape)
+        self.set_postfix, self.write, self.close = self.bar.set_postfix, self.bar.write, self.bar.close
+
+    def update(self, n: float = 1) -> None:
+        """n more steps are done."""
+        self.n += int(n)
+        self.bar.set_description_str(f"step {self.n}", refresh=False)
+        self.bar.update(min(self.clock.seconds(), self.limit) - self.bar.n)
+
+    def refresh(self) -> None:
+        """Draw the bar again, with the step that `n` was set to."""
+        self.bar.set_description_str(f"step {self.n}")
 
 
 def forget_lines(path: Path, after: int) -> None:

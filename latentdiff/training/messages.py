@@ -74,7 +74,8 @@ def data_warnings(config: AutoencoderConfig | DiffusionConfig, count: int) -> li
         )
     if epochs < 1:
         warnings.append(f"train.steps: {train.steps} steps see {epochs:.0%} of the {count} images; raise it to see them all")
-    if epochs > MANY_EPOCHS:
+    # With train.minutes the steps are only an upper bound; mostly the clock ends the run long before
+    if epochs > MANY_EPOCHS and train.minutes is None:
         fewer = max(1, MANY_EPOCHS * count // train.batch_size)
         warnings.append(
             f"train.steps: {train.steps} steps see each of the {count} images {epochs:.0f} times, and a model memorises so "
@@ -117,9 +118,11 @@ def autoencoder_warnings(where: str) -> list[str]:
 
 def where_results_appear(config: AutoencoderConfig | DiffusionConfig) -> str:
     """One line on where a run's pictures and curves appear."""
-    output, every = Path(config.output), config.train.picture_every
+    output, every, minutes = Path(config.output), config.train.picture_every, config.train.picture_minutes
     pictures = f"{output / 'pictures'} every {every} steps"
-    if every > config.train.steps:
+    if minutes is not None:
+        pictures = f"{output / 'pictures'} every {minutes:g} minutes"
+    elif every > config.train.steps:
         # Stage 2 draws a picture at its last step in any case
         pictures = f"{output / ('pictures' if isinstance(config, DiffusionConfig) else 'report.png')} at the end"
     return f"pictures: {pictures}; curves: {output / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(output / 'logs'))}"

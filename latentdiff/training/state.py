@@ -166,6 +166,18 @@ def newest_step(output: Path) -> int | None:
     return int(whole[-1].name.removeprefix("step-")) if whole else None
 
 
+def seconds_used(output: Path) -> float:
+    """Seconds that the run in a folder had used, over all its parts, at its newest state; 0 where there is none.
+
+    States of versions that kept no times count as 0.
+    """
+    step = newest_step(output)
+    if step is None:
+        return 0.0
+    meta = json.loads((output / "state" / f"step-{step}" / "state.json").read_text(encoding="utf-8"))
+    return float(meta.get("clock", {}).get("seconds", 0.0))
+
+
 def step_folders(output: Path, kind: str = "state") -> list[Path]:
     """All folders of states, or with kind="snapshots" of snapshots, whole or not, oldest first."""
     folders = [p for p in (output / kind).glob("step-*") if p.name.removeprefix("step-").isdecimal()]

@@ -21,7 +21,7 @@ from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, load_aut
 from latentdiff.models.codebook import CodeUsage, revive_dead_codes
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
-from latentdiff.training import messages, state
+from latentdiff.training import messages, run_clock, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.autoencoder_checkpoint import save_autoencoder, save_reconstructions
 from latentdiff.training.autoencoder_loss import ADAPTIVE_MAX, discriminator_terms, likeness_and_adversarial, stage1_terms
@@ -39,7 +39,7 @@ from latentdiff.utils.random import derive_seed, randn
 Means = dict[str, tuple[Tensor, int]]  # name -> (mean over samples, how many samples)
 
 
-def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
+def train_autoencoder(config: AutoencoderConfig, resume: bool = False, began: float | None = None) -> Path:
     """Train stage 1 and return the folder of the finished autoencoder, <output>/autoencoder.
 
     Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, report.json and report.png.
@@ -47,19 +47,21 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False) -> Path:
     Args:
         config: of stage "autoencoder".
         resume: continue the run in config.output from its newest training state.
+        began: when the run was called, by `run_clock.now`; None: now. Its minutes count from then.
 
     Raises:
         UserError: a mistake in the config, the data or the output folder. Nothing was written then.
     """
+    began = run_clock.now() if began is None else began
     output = Path(config.output)
     accelerator = start_accelerator(config.train)
     with locked_run_folder(output, config, resume) as resumes:
-        _train(config, resumes, accelerator)
+        _train(config, resumes, accelerator, began)
     accelerator.end_training()
     return output / "autoencoder"
 
 
-def _train(config: AutoencoderConfig, resume: bool, accelerator: Any) -> None:
+def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, began: float) -> None:
     output = Path(config.output)
 
     # 1. The network and the images. Their sides are padded to multiples of the network's factor.
@@ -75,6 +77,7 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any) -> None:
 
     # 3. Optimizer, discriminator and averaged weights; then the state of the run that is resumed.
     trainer = AutoencoderTrainer(config, vae, images, accelerator)
+    trainer.clock.began = began  # what came before counts too: measuring the precision, say
     if config.train.compile:
         trainer.compile()
     if resume:
@@ -87,7 +90,8 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any) -> None:
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
-    with RunLogger(output, config.train.steps, trainer.progress.step, accelerator, config.train.trackers) as log:
+    steps, clock = config.train.steps, trainer.clock
+    with RunLogger(output, steps, trainer.progress.step, accelerator, config.train.trackers, clock) as log:
         trainer.run(log)
 
     # 5. Publish the averaged weights.
@@ -400,12 +404,12 @@ class AutoencoderTrainer(Trainer):
         if self.code_usage is not None and done % max(1, len(self.images.train) // train.batch_size) == 0:
             metrics = self._end_of_epoch(done - 1)
             self.code_usage.reset()
-        if done % train.picture_every == 0 and self.accelerator.is_main_process:
+        if (done % train.picture_every == 0 or self.due.picture) and self.accelerator.is_main_process:
             path = self.output / "pictures" / f"step-{done:06d}.png"
             save_reconstructions(self.model.vae, self.images, path)
             if self.log is not None:
                 self.log.picture(done, "reconstructions", path)
-        if done == train.steps:
+        if self.is_last(done):
             self.stop_reading()
         return metrics
 

@@ -27,7 +27,7 @@ from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, add_noise, diffusion_loss, loss_weight, weighted_error
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditioning, distributed, lora, messages, monitor, state
+from latentdiff.training import conditioning, distributed, lora, messages, monitor, run_clock, state
 from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
@@ -49,7 +49,7 @@ VALIDATION = 2  # version of the validation loss; 1 was computed on posterior me
 QUARTERS = 4  # parts of the time interval for which the loss is logged separately
 
 
-def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
+def train_diffusion(config: DiffusionConfig, resume: bool = False, began: float | None = None) -> Path:
     """Train stage 2 and return the folder of the published pipeline, <output>/model.
 
     Also written: run.json (the config), metrics.jsonl, logs/ (TensorBoard), pictures/, state/, and the latent cache.
@@ -57,21 +57,23 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False) -> Path:
     Args:
         config: of stage "diffusion".
         resume: continue the run in config.output from its newest training state.
+        began: when the run was called, by `run_clock.now`; None: now. Its minutes count from then.
 
     Raises:
         UserError: a mistake in the config, the data or the output folder. Nothing was written then.
     """
+    began = run_clock.now() if began is None else began
     output = Path(config.output)
     config = conditioning.with_recorded_dropout(config, output) if resume else config
     check_config(config)
     accelerator = start_accelerator(config.train, shards=True)
     with locked_run_folder(output, config, resume) as resumes:
-        _train(config, resumes, accelerator)
+        _train(config, resumes, accelerator, began)
     accelerator.end_training()
     return output / "model"
 
 
-def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
+def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float) -> None:
     output = Path(config.output)
 
     # 1. The frozen autoencoder and the images. The latents' shape follows from both.
@@ -100,6 +102,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
 
     # 5. The U-Net, its optimizer and its averaged weights; then the state of the run that is resumed.
     trainer = DiffusionTrainer(config, latents, conditions, accelerator)
+    trainer.clock.began = began  # what came before counts too: encoding, say
     if config.train.compile:
         trainer.compile()
     trainer.prepare_validation()
@@ -112,7 +115,8 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any) -> None:
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
-    with RunLogger(output, config.train.steps, trainer.progress.step, accelerator, config.train.trackers) as log:
+    steps, clock = config.train.steps, trainer.clock
+    with RunLogger(output, steps, trainer.progress.step, accelerator, config.train.trackers, clock) as log:
         trainer.run(log)
 
     # 7. Publish the averaged weights.
@@ -388,7 +392,8 @@ class DiffusionTrainer(Trainer):
         """Where it is due: the validation loss, a distance of pictures from the data, and a grid of pictures."""
         config, device = self.config, self.accelerator.device
         periods = config.train.picture_every, config.evaluate.every
-        draw, measure = (every and (done % every == 0 or done == config.train.steps) for every in periods)
+        draw, measure = (every and (done % every == 0 or self.is_last(done)) for every in periods)
+        draw = draw or self.due.picture
         if not draw and not measure:
             return {}
         self.ema_model.to(device)

@@ -23,6 +23,7 @@ from latentdiff.training.accelerator import wait_for_everyone
 from latentdiff.training.logging import Averages, RunLogger, Values
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.optimizer import learning_rate
+from latentdiff.training.run_clock import Due, RunClock
 from latentdiff.utils import signals
 
 SMALLEST_LR_FACTOR = 2.0**-6  # a run that still fails at this share of its learning rate is stopped
@@ -61,6 +62,8 @@ class Trainer(ABC):
         accelerator: an accelerate.Accelerator, or a `precision.OneProcess` while steps are timed.
         loss_scale: the factor of the loss in float16.
         progress: where the run is.
+        clock: the time that the run has used, and what is due by it.
+        due: what the clock said about the present step; the same on all processes.
         log: the run's logs, while `run` runs.
     """
 
@@ -69,6 +72,7 @@ class Trainer(ABC):
         self.output = Path(config.output)
         self.loss_scale = LossScale(config.train.precision, accelerator.device)
         self.progress = Progress()
+        self.clock, self.due = RunClock(config.train), Due()
         self.log: RunLogger | None = None
 
     # What a stage fills in
@@ -83,7 +87,10 @@ class Trainer(ABC):
 
     @abstractmethod
     def after_step(self, done: int) -> dict[str, float]:
-        """What is due after `done` steps: validation, pictures, the end of an epoch. Returns metrics for the log."""
+        """What is due after `done` steps: validation, pictures, the end of an epoch. Returns metrics for the log.
+
+        See also `due` and `is_last`.
+        """
 
     @abstractmethod
     def image_indices(self, step: int) -> Tensor:
@@ -110,22 +117,29 @@ class Trainer(ABC):
     def run(self, log: RunLogger) -> None:
         """Take the steps from `progress.step` to train.steps, with logs, training states and snapshots on the way.
 
+        With train.minutes the run ends by the clock, if that is earlier.
+
         Raises:
             signals.Stopped, signals.Interrupted: after a signal, once the state is saved.
             UserError: more than train.bad_steps steps in a row were not finite, and train.on_bad does not help.
         """
         config, train, progress = self.config, self.config.train, self.progress
         self.log = log
-        clock = SaveClock(train.save_minutes)
+        saves, clock = SaveClock(train.save_minutes), self.clock
+        clock.enter_loop()
         with signals.watched() as watch, watch.deferred():
-            while progress.step < train.steps:
+            if clock.active:
+                _, _, self.due = agree(self.accelerator, False, watch, clock.due(progress.step))
+                self._say_time_is_over()
+            while progress.step < train.steps and not self.due.over:
                 step = progress.step
 
                 # Update the weights. In float16 a gradient that overflows halves the loss scale, and the step is repeated.
-                lr = progress.rate * learning_rate(config.optimizer, step, train.steps)
-                values, finite = self.train_step(step, lr)
-                while not finite and self.loss_scale.lowered():
+                lr = progress.rate * learning_rate(config.optimizer, step, train.steps, self.due.share)
+                with clock.timing("step"):
                     values, finite = self.train_step(step, lr)
+                    while not finite and self.loss_scale.lowered():
+                        values, finite = self.train_step(step, lr)
 
                 # Count the step. A few that are not finite are skipped; after too many the run stops or rolls back.
                 progress.step += 1
@@ -137,28 +151,48 @@ class Trainer(ABC):
                 log.advance()
 
                 # Log the means over the steps since the last line.
-                done, last = step + 1, step + 1 == train.steps
+                done, last = step + 1, self.is_last(step + 1)
                 if done % train.log_every == 0 or last:
                     means = {f"train/{name}": value for name, value in progress.averages.take(self.accelerator).items()}
                     skipped = {"train/skipped": float(progress.skipped)} if progress.skipped else {}
                     log.metrics(done, {**means, **skipped, "lr": lr})
 
                 # Validate and draw pictures, when they are due.
-                metrics = self.after_step(done)
+                with clock.timing("after"):
+                    metrics = self.after_step(done)
                 if metrics:
                     log.metrics(done, metrics)
-                if train.snapshot_every and done % train.snapshot_every == 0:
+                if self.due.snapshot or (train.snapshot_every and done % train.snapshot_every == 0):
                     self.save_snapshot()
 
                 # Save the state: by the clock, at the end, after a signal, and when it is the best so far. While steps
                 # are not finite the clock does not count: a roll-back has to lead to before them.
                 best = self._improves(metrics)
-                due, stop = agree(self.accelerator, progress.in_a_row == 0 and clock.due(), watch)
-                if due or stop or last or best:
-                    self.save(best)
+                save = progress.in_a_row == 0 and saves.due()
+                due = clock.due(done, saves=save or best) if clock.active else Due()
+                save, stop, due = agree(self.accelerator, save, watch, due)
+                if save or stop or last or best:
+                    with clock.timing("save"):
+                        self.save(best)
                 if stop:
                     wait_for_everyone(self.accelerator)
                     watch.stop(stop)
+                if last:
+                    break
+                self.due = due
+
+    def _say_time_is_over(self) -> None:
+        """Print that train.minutes were used up before this part of the run began, if they were."""
+        minutes, step = self.config.train.minutes, self.progress.step
+        assert self.log is not None
+        if self.due.over:
+            self.log.print(f"train.minutes: the run has used its {minutes:g} minutes and ends with the weights of step {step}")
+        elif self.due.last:
+            self.log.print(f"warning: train.minutes: {minutes:g} minutes were over before the first step, so one step is taken")
+
+    def is_last(self, done: int) -> bool:
+        """Whether the run ends after `done` steps: they are train.steps, or the time of train.minutes is used up."""
+        return self.due.last or done == self.config.train.steps
 
     def _improves(self, metrics: dict[str, float]) -> bool:
         """Whether the metric that train.best names is lower than ever before; keeps it as the lowest."""
@@ -208,6 +242,7 @@ class Trainer(ABC):
             self.progress.step = meta["step"]
             for name, default in {"rate": 1.0, "skipped": 0, "in_a_row": 0, "best": None}.items():
                 setattr(self.progress, name, meta.get(name, default))
+            self.clock.restore(meta.get("clock", {}))
             self.progress.averages.restore(tensors.get("averages", {}), self.accelerator)
         except (KeyError, TypeError) as error:
             missing = f"{error} is missing" if isinstance(error, KeyError) else " ".join(str(error).split())[:80]
@@ -226,14 +261,16 @@ class Trainer(ABC):
         tensors = distributed.gathered(tensors, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             progress = {name: getattr(self.progress, name) for name in ("rate", "skipped", "in_a_row", "best")}
-            meta = {**self.state_meta(), **progress, "made_of": self.made_from()}
+            clock = self.clock.state(last=self.due.last)
+            meta = {**self.state_meta(), **progress, "clock": clock, "made_of": self.made_from()}
             state.save_state(self.output, self.progress.step, tensors, meta, self.config.train.keep, best)
 
     def save_snapshot(self) -> None:
         """Keep the averaged weights of this step for good, for `latentdiff publish`."""
         tensors = distributed.gathered({"ema": self.state_tensors()["ema"]}, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            state.save_snapshot(self.output, self.progress.step, tensors, {**self.state_meta(), "made_of": self.made_from()})
+            meta = {**self.state_meta(), "clock": self.clock.state(last=False), "made_of": self.made_from()}
+            state.save_snapshot(self.output, self.progress.step, tensors, meta)
 
 
 def micro_batches(count: int, size: int | str | None) -> list[slice]:
@@ -269,20 +306,23 @@ class SaveClock:
         return True
 
 
-def agree(accelerator: Any, due: bool, watch: signals.Watch) -> tuple[bool, int | None]:
-    """(whether to save, the signal to stop for, or None), the same on all processes.
+def agree(accelerator: Any, save: bool, watch: signals.Watch, due: Due) -> tuple[bool, int | None, Due]:
+    """(whether to save, the signal to stop for, or None, what is due at the next step), the same on all processes.
 
-    The main process's clock decides when to save. Any process may have got a signal; SIGINT (Ctrl-C) goes before others.
+    The main process's clock decides when to save and what is due. Any process may have got a signal; SIGINT (Ctrl-C) goes
+    before others.
     """
     own = watch.received[0] if watch else None
     if accelerator.num_processes == 1:
-        return due, own
-    flags = [due and accelerator.is_main_process, own is not None and own != signal.SIGINT, own == signal.SIGINT]
-    counts = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device), "sum")
-    saving, stopped, interrupted = (counts > 0).tolist()
-    if interrupted:
-        return saving, int(signal.SIGINT)
-    return saving, (own or int(signal.SIGTERM)) if stopped else None
+        return save, own, due
+    signalled = [own is not None and own != signal.SIGINT, own == signal.SIGINT]
+    by_clock = [save, *due] if accelerator.is_main_process else [0.0] * (1 + len(due))
+    numbers = torch.tensor([*signalled, *by_clock], dtype=torch.float32, device=accelerator.device)
+    stopped, interrupted, saving, share, *flags = accelerator.reduce(numbers, "sum").tolist()
+    agreed = Due(share, *(flag > 0 for flag in flags))
+    if interrupted > 0:
+        return saving > 0, int(signal.SIGINT), agreed
+    return saving > 0, (own or int(signal.SIGTERM)) if stopped > 0 else None, agreed
 
 
 # What a state is made from: its name in a message, and what the user can do

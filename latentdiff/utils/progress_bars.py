@@ -30,6 +30,11 @@ def bar(**settings: Any) -> Any:
     return tqdm(mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)
 
 
+def alone() -> bool:
+    """Whether bars are drawn by themselves: the caller is not within `shown_by`."""
+    return _larger_job.get() is None
+
+
 @contextlib.contextmanager
 def shown_by(make: Callable[..., Any]) -> Iterator[None]:
     """Within the block `bar(**settings)` returns make(**settings). Threads that the block starts do not take part."""

@@ -21,6 +21,7 @@ import latentdiff
 from latentdiff.errors import UserError
 from latentdiff.training import autoencoder_checkpoint, state, train, trainer
 from latentdiff.training import train_autoencoder as stage1
+from latentdiff.training.run_clock import Due
 from latentdiff.utils import locks, signals
 
 OFTEN = {"train__steps": 4, "train__save_minutes": 1e-9, "train__keep": 10}
@@ -266,16 +267,23 @@ def test_a_signal_in_a_step_stops_after_it(tmp_path, stripe_folder, sending, cap
 def test_processes_agree_on_the_signal():
     def answers(*sums):
         accelerator = SimpleNamespace(num_processes=2, is_main_process=False, device="cpu")
-        accelerator.reduce = lambda flags, how: torch.tensor(sums)
+        accelerator.reduce = lambda numbers, how: torch.tensor(sums)
         return accelerator
 
+    def agreed(accelerator, save):
+        return trainer.agree(accelerator, save, watch, Due(0.9, last=True))
+
     watch = signals.Watch()
-    assert trainer.agree(answers(0.0, 0.0, 0.0), True, watch) == (False, None)
-    assert trainer.agree(answers(1.0, 0.0, 0.0), False, watch) == (True, None)
-    assert trainer.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGTERM)
+    # The sums over the processes: another signal, Ctrl-C, save; and what is due by the main process's clock
+    nothing = Due()
+    assert agreed(answers(0.0, 0.0, 0.0, *nothing), True) == (False, None, nothing)
+    assert agreed(answers(0.0, 0.0, 1.0, *nothing), False) == (True, None, nothing)
+    assert agreed(answers(1.0, 0.0, 0.0, *nothing), False) == (False, signal.SIGTERM, nothing)
+    due = Due(0.25, last=True, snapshot=True)
+    assert agreed(answers(0.0, 0.0, 0.0, *due), True) == (False, None, due)
     watch.received = [signal.SIGUSR1]
-    assert trainer.agree(answers(0.0, 1.0, 0.0), False, watch) == (False, signal.SIGUSR1)
-    assert trainer.agree(answers(0.0, 1.0, 1.0), False, watch) == (False, signal.SIGINT)  # Ctrl-C goes before the others
+    assert agreed(answers(1.0, 0.0, 0.0, *nothing), False) == (False, signal.SIGUSR1, nothing)
+    assert agreed(answers(1.0, 1.0, 0.0, *nothing), False) == (False, signal.SIGINT, nothing)  # Ctrl-C goes before others
 
 
 @pytest.mark.slow
