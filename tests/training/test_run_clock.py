@@ -8,7 +8,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from processes import free_port
 from tiny_runs import autoencoder_config, diffusion_config, diffusion_tree, write_yaml
 
 from latentdiff.config import LoopConfig, OptimizerConfig
@@ -160,36 +159,49 @@ def test_the_rate_by_the_clock_and_by_steps():
         assert learning_rate(OptimizerConfig(lr=1.0, schedule=name), 0, 10**6, 0.5) == pytest.approx(value)
 
 
-IN_ONE_OF_TWO_PROCESSES = """
-import json, os, sys, time
-from latentdiff.training import run_clock, train, train_diffusion
+TWO_PROCESSES = """
+import json, os, sys, traceback
 
-rank, config, seen = int(os.environ["RANK"]), sys.argv[1], []
-run_clock.now = lambda: time.monotonic() * (1 + 3 * rank)  # the second process's clock is wrong
-step = train_diffusion.DiffusionTrainer.train_step
-train_diffusion.DiffusionTrainer.train_step = lambda self, n, lr: seen.append(lr) or step(self, n, lr)
-train(config)
-print(json.dumps(seen))
+import torch
+from diffusers import UNet2DModel
+
+from latentdiff.training import run_clock, train, train_diffusion
+from processes import ended, free_port
+
+torch.set_num_threads(1)
+config, out = sys.argv[1:]
+os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+children = []
+for rank in range(2):
+    children.append(os.fork())
+    if children[-1] == 0:
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        seen, step = [], train_diffusion.DiffusionTrainer.train_step
+        run_clock.now = lambda: len(seen) * (0.5 + 2 * rank)  # for the second process each step takes five times as long
+        train_diffusion.DiffusionTrainer.train_step = lambda self, n, lr: seen.append(lr) or step(self, n, lr)
+        try:
+            train(config)
+            open(f"{out}-{rank}", "w").write(json.dumps(seen))
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+sys.exit(sum(ended(children, together=True)))
 """
 
 
 def test_processes_go_by_the_clock_of_the_first(tmp_path, stripe_folder, autoencoder_run):
-    changes = {"train__steps": 10**6, "train__minutes": 0.15, "train__picture_minutes": 0.03, "train__timeout_minutes": 1.0}
-    changes |= {"train__trackers": [], **WSD}
-    tree = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run, **changes)
-    config, port = write_yaml(tmp_path / "run.yaml", tree), str(free_port())
-    jobs = []
-    for rank in ("0", "1"):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        environment = {**os.environ, **world, "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-        command = [sys.executable, "-c", IN_ONE_OF_TWO_PROCESSES, str(config)]
-        jobs.append(subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    (first, errors), (second, _) = (process.communicate(timeout=120) for process in jobs)
-    assert [process.returncode for process in jobs] == [0, 0], errors[-2000:]
-    seen = json.loads(first.splitlines()[-1])
-    assert json.loads(second.splitlines()[-1]) == seen and len(seen) == state.newest_step(tmp_path / "run")
-    assert seen[0] == pytest.approx(5e-3) and seen[-1] < 0.5 * seen[0]  # the decay began
-    assert len(steps_of(tmp_path / "run", "pictures")) > 1 and state.seconds_used(tmp_path / "run") < 15
+    changes = {"train__steps": 10**6, "train__minutes": 0.1, "train__picture_minutes": 0.04, "optimizer__lr": 0.01, **WSD}
+    tree = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run, **changes, train__trackers=[])
+    config, out = write_yaml(tmp_path / "run.yaml", tree), tmp_path / "rates"
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-c", TWO_PROCESSES, str(config), str(out)]
+    done = subprocess.run(command, env={**os.environ, **paths}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = (json.loads(Path(f"{out}-{rank}").read_text()) for rank in range(2))
+    # Six seconds are twelve steps of the first process
+    assert first == second == pytest.approx([0.01] * 7 + [0.01 * k / 6 for k in (5, 4, 3, 2, 1)])
+    assert steps_of(tmp_path / "run", "pictures") == [6, 12] and state.newest_step(tmp_path / "run") == 12
 
 
 def test_intervals_go_on_over_a_resume(monkeypatch):
