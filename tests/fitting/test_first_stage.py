@@ -5,16 +5,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from PIL import Image
 from tiny_models import tiny_vae
+from tiny_runs import diffusion_tree
 
-from latentdiff.config import DataConfig
+from latentdiff.config import DataConfig, parse_config
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.image_source import ArraySource
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.fitting import first_stage
+from latentdiff.fitting.facts import Facts
 from latentdiff.fitting.first_stage import Verdict, try_autoencoder
+from latentdiff.fitting.machine import Machine, Timing
+from latentdiff.fitting.plan import make_plan
+from latentdiff.training.latents import prepare_latents
 
 COLORS = {"red": (200, 20, 20), "green": (20, 200, 20), "grey": (90, 90, 90)}
 
@@ -150,19 +156,59 @@ def test_what_does_not_fit_is_said_in_a_line(tmp_path, monkeypatch):
     assert try_autoencoder(str(tmp_path / "vae"), padded).factor == 2
 
 
-def test_the_layout_of_stable_diffusion(tmp_path):
-    blocks = (8, 8, 8, 8)
+@pytest.fixture(scope="module")
+def stable_folder(tmp_path_factory) -> Path:
+    """A folder in Stable Diffusion's layout with a tiny autoencoder in it: factor 8, 4 channels, scaling factor 0.18215."""
     vae = tiny_vae(
         in_channels=3,
         out_channels=3,
-        block_out_channels=blocks,
+        block_out_channels=(8,) * 4,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         scaling_factor=0.18215,
     )
-    vae.save_pretrained(tmp_path / "sd" / "vae")  # beside a U-Net, as in a pipeline's folder
-    data = DataConfig(source=str(write_colors(tmp_path / "data", each=1)), size=(256, 256), framing="crop")
-    verdict = try_autoencoder(str(tmp_path / "sd"), data)
-    assert (verdict.factor, verdict.latent_channels, verdict.normaliser) == (8, 4, "measured")  # its weights are random
+    folder = tmp_path_factory.mktemp("stable")
+    vae.save_pretrained(folder / "vae")
+    return folder
+
+
+def test_an_autoencoder_of_stable_diffusion_serves_pictures_of_256_pixels(tmp_path, stable_folder):
+    folder, data = str(stable_folder), write_colors(tmp_path / "data", each=1, size=300)
+    verdict = try_autoencoder(folder, DataConfig(source=str(data), size=(256, 256), framing="crop"))
+    assert (verdict.factor, verdict.latent_channels) == (8, 4)
+    assert verdict.normaliser == "measured"  # its weights are random, so its factor of 0.18215 does not fit
     assert verdict.decision == "decoder"
-    assert verdict.within(0).decision == "skip"
+    facts = Facts(
+        str(data), 300, smallest=[300, 300], median=[300, 300], largest=[300, 300], classes=dict.fromkeys(COLORS, 100)
+    )
+    machine = Machine("cpu", "a processor", 2, 2, 8 << 30, False)
+    plan = make_plan(
+        facts,
+        machine,
+        0.5,
+        verdict.within(0),
+        ["data.size=[256,256]", f"autoencoder={folder}"],
+        measure=lambda config, trial, device, precision: Timing("float32", 0.1, config.train.batch_size),
+        out=tmp_path / "out",
+    )
+    assert plan.autoencoder is None
+    assert (plan.diffusion.autoencoder, plan.diffusion.normaliser) == (folder, "measured")
+    assert plan.diffusion.data.size == (256, 256)
+
+
+def test_its_normaliser_is_measured_on_the_folder_by_stage_2(tmp_path, stable_folder):
+    tree = diffusion_tree(
+        write_colors(tmp_path / "data"),
+        tmp_path / "run",
+        stable_folder,
+        data__channels=3,
+        data__size=[64, 64],
+        data__framing="crop",
+    )
+    config = parse_config(tree | {"normaliser": "stored"})
+    with pytest.raises(UserError, match="set normaliser=measured"):
+        prepare_latents(config, Accelerator(cpu=True))
+    latents = prepare_latents(config.model_copy(update={"normaliser": "measured"}), Accelerator(cpu=True))
+    noise = torch.randn((len(latents.cache), *latents.cache.latent_shape), generator=torch.Generator().manual_seed(0))
+    z = latents.normalised(torch.arange(len(noise)), noise, False)
+    assert z.square().mean((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=0.1)
