@@ -57,6 +57,9 @@ class DataConfig(Section):
     image_column: str | None = Field(None, description="column of tables, shards and metadata files; None: the usual names")
     label_column: str | None = Field(None, description="column of the class; None: the usual names")
     text_column: str | None = Field(None, description="column of the caption; None: the usual names")
+    caption: str | None = Field(
+        None, min_length=1, description="caption of each image that has none; {class} in it becomes the class's name"
+    )
     size: tuple[PositiveInt, PositiveInt] | None = Field(
         None, description="(height, width) of the content; None: the images' own size"
     )
@@ -135,6 +138,9 @@ class LoraConfig(Section):
 class DiffusionModelConfig(ModelConfig):
     """The U-Net of stage 2."""
 
+    match_classes: bool = Field(
+        False, description="classes take the rows that model.pretrained's pipeline has for their names; new ones start anew"
+    )
     lora: LoraConfig | None = Field(None, description="train low-rank changes of model.pretrained alone; None: all its weights")
 
 

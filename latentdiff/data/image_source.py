@@ -29,11 +29,15 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table or an archive keeps images, labels and captions; None: the usual names (see open_source)."""
+    """Where a table or an archive keeps images, labels and captions; None: the usual names (see open_source).
+
+    caption: of each image that has none; {class} in it becomes the name of the image's class.
+    """
 
     image: str | None = None
     label: str | None = None
     text: str | None = None
+    caption: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ Image i is the same on every machine: files are sorted by name, and never used i
 """
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,10 @@ def open_source(
         raise UserError(f"channels={channels}: valid are 1, 3 or none (taken from the data)")
     if split not in ("train", "test"):
         raise UserError(f"split '{split}': valid are train and test")
+    if columns.caption is not None:
+        named = replace(columns, caption=None)
+        source = open_source(data, split, channels, max_bad_share, named, streaming, background)
+        return _with_captions(source, columns.caption)
     kind, reading = kind_of(data), Reading(channels, max_bad_share, background)
     if kind == "fashion-mnist" and columns != USUAL_COLUMNS:
         raise UserError(f"data '{data}': has no columns; leave image_column, label_column and text_column out")
@@ -84,6 +89,18 @@ def open_source(
             raise UserError(f"data '{data}': shards have no test split; hold a share of their images out")
         return webdataset.open_shards(data, columns, reading)
     return open_folder(data, split, columns, reading)
+
+
+def _with_captions(source: ImageSource, caption: str) -> ImageSource:
+    """The source, in which every image without a caption has this one. UserError for {class} where there are no classes."""
+    texts = [caption] * len(source)
+    if "{class}" in caption:
+        if source.labels is None:
+            raise UserError(f"data.caption: {caption!r} names the class, and data '{source.name}' has no classes")
+        texts = [caption.replace("{class}", source.class_names[label]) for label in source.labels.tolist()]
+    before = source.captions or [()] * len(source)
+    source.captions = [own if any(own) else (text,) for own, text in zip(before, texts, strict=True)]
+    return source
 
 
 def kind_of(data: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def reference_sets(
     """
     preprocess = preprocess or Preprocess()
     channels, background = preprocess.channels, preprocess.background
-    columns, streaming = columns if takes_columns(data) else USUAL_COLUMNS, streaming and kind_of(data) == "table"
+    columns = columns if takes_columns(data) else replace(USUAL_COLUMNS, caption=columns.caption)
+    streaming = streaming and kind_of(data) == "table"
     source = open_source(data, "train", channels, max_bad_share, columns, streaming, background)
     if "test" in splits(data, streaming):
         train = ImageDataset(source, preprocess)
@@ -73,7 +75,7 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
     return (
         preprocessing(data, codec),
         data["held_out"],
-        Columns(*(data.get(f"{name}_column") for name in ("image", "label", "text"))),
+        Columns(*(data.get(key) for key in ("image_column", "label_column", "text_column", "caption"))),
         data.get("streaming", False),
         data.get("held_out_rule", "random"),  # the only rule of earlier versions
         data.get("max_bad_share", 0.01),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from latentdiff import prediction as predictions
@@ -47,10 +49,14 @@ class PretrainedUNet:
 def check_unet(config: DiffusionConfig) -> None:
     """UserError, before anything is encoded, for a U-Net that cannot be built or does not fit the rest of the config."""
     if config.model.pretrained is None:
+        if config.model.match_classes:
+            raise UserError("model.match_classes: has no effect without model.pretrained; leave it out")
         _unet_arguments(config)
         return
     start = find_pretrained(config)
     _check_conditions(config, start)
+    if config.model.match_classes:
+        _recorded_classes(start)
     _check_process(config, start)
     # Where the autoencoder is no folder, its channels are checked once it is loaded
     autoencoder = Path(config.autoencoder)
@@ -75,7 +81,11 @@ def check_unet_size(config: DiffusionConfig, latent_shape: tuple[int, int, int],
 
 
 def make_unet(
-    config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None, text_width: int | None = None
+    config: DiffusionConfig,
+    latent_shape: tuple[int, int, int],
+    num_class_embeds: int | None,
+    text_width: int | None = None,
+    class_names: Sequence[str] = (),
 ) -> nn.Module:
     """The U-Net that training starts from: a new one, or the one of model.pretrained.
 
@@ -83,6 +93,7 @@ def make_unet(
         latent_shape: (c, h, w) of the latents.
         num_class_embeds: rows of the class embedding, the null class included; None without classes.
         text_width: width of the text encoder's states; None without text.
+        class_names: of the data, for model.match_classes.
 
     Raises:
         UserError: the config, the latents and the U-Net contradict each other.
@@ -92,13 +103,15 @@ def make_unet(
     start = find_pretrained(config)
     _check_channels(config, start, latent_shape[0])
     rows = start.config.get("num_class_embeds")
-    if rows != num_class_embeds:
+    if rows != num_class_embeds and not config.model.match_classes:
         raise UserError(
             f"model.pretrained {start.name}: its num_class_embeds is {rows}, and data.source {config.data.source} with "
             f"condition.dropout {config.condition.dropout:g} needs {num_class_embeds} (one a class, and the null class)"
         )
     _check_sides(latent_shape, len(start.config["block_out_channels"]), "model.pretrained")
     unet = load_part(start.folder, start.kind)
+    if config.model.match_classes and num_class_embeds is not None:
+        _match_classes(unet, start, class_names, num_class_embeds)
     # Its convolutions take any size. The pipeline draws images of the size that is written here
     unet.register_to_config(sample_size=sample_size(latent_shape))
     return unet
@@ -213,6 +226,36 @@ def _check_conditions(config: DiffusionConfig, start: PretrainedUNet) -> None:
         )
 
 
+def _recorded_classes(start: PretrainedUNet) -> tuple[list[str], int | None]:
+    """(class names in the order of their rows, the null class's row or None) of the pipeline that a U-Net is a part of."""
+    index = {} if start.pipeline is None else read_json(start.pipeline / "model_index.json")
+    names = index.get("class_names") or {}
+    if start.config.get("num_class_embeds") is None or not isinstance(names, dict) or not names:
+        raise UserError(f"model.match_classes: model.pretrained {start.name} names no classes; leave it out")
+    return [str(names[key]) for key in sorted(names, key=int)], index.get("null_class")
+
+
+@torch.no_grad()
+def _match_classes(unet: Any, start: PretrainedUNet, class_names: Sequence[str], rows: int) -> None:
+    """Give a U-Net a class embedding of `rows` rows for other classes, in place.
+
+    A class that the U-Net knows by its name keeps its row, and so does the null class, which comes last. New classes, and a
+    new null class, start from the old null class, or where there is none from the mean of all rows.
+
+    class_names: of the data; the classes beyond them are new.
+    """
+    known, null = _recorded_classes(start)
+    old = unet.class_embedding.weight
+    fresh = old.mean(0) if null is None else old[null]
+    new = torch.nn.Embedding(rows, old.shape[1])
+    new.weight.copy_(fresh.expand_as(new.weight))
+    for row, name in enumerate(class_names):
+        if name in known:
+            new.weight[row] = old[known.index(name)]
+    unet.class_embedding = new
+    unet.register_to_config(num_class_embeds=rows)
+
+
 def _check_channels(config: DiffusionConfig, start: PretrainedUNet, channels: int) -> None:
     for key in ("in_channels", "out_channels"):
         if start.config.get(key) != channels:
@@ -233,14 +276,18 @@ def _check_process(config: DiffusionConfig, start: PretrainedUNet) -> None:
         raise UserError(
             f"prediction: {config.prediction}, but the U-Net of model.pretrained {start.name} predicts {prediction}"
         )
-    try:
-        check_same_path(schedule, other, "")
-        same = schedule.num_steps == other.num_steps
-    except UserError:
-        same = False
-    if not same:
+    if not _same_noise(schedule, other):
         current = _with_parameters(config.schedule.name, config.schedule.params)
         raise UserError(f"schedule: {current}, but the U-Net of model.pretrained {start.name} was trained on {name}")
+
+
+def _same_noise(schedule: NoiseSchedule, other: NoiseSchedule) -> bool:
+    """Whether two schedules have the same noise at the same timestep."""
+    try:
+        check_same_path(schedule, other, "")
+        return schedule.num_steps == other.num_steps
+    except UserError:
+        return False
 
 
 def _recorded_process(start: PretrainedUNet) -> tuple[NoiseSchedule, str, str] | None:
@@ -252,27 +299,65 @@ def _recorded_process(start: PretrainedUNet) -> tuple[NoiseSchedule, str, str] |
         parameters = dict(index["schedule"])
         schedule = make_schedule(**parameters)
         return schedule, index["prediction"], _with_parameters(parameters.pop("name"), parameters)
-    kind: Any = part_class(index.get("scheduler"), f"{start.pipeline / 'model_index.json'}: scheduler")
-    read_json(start.pipeline / "scheduler" / "scheduler_config.json")
-    with quiet():
-        scheduler = kind.from_pretrained(str(start.pipeline / "scheduler"))
+    scheduler = _scheduler(start.pipeline)
     return NoiseSchedule.from_scheduler(scheduler), predictions.from_scheduler(scheduler), _scheduler_name(scheduler)
 
 
-def _scheduler_name(scheduler: Any) -> str:
-    """The noise of a diffusers scheduler, named as a config would name it."""
+def recorded_noise(pipeline: Path) -> tuple[str, dict[str, Any], str]:
+    """(name of the noise schedule, its parameters, the prediction) of a pipeline's folder, as a config writes them.
+
+    Raises:
+        UserError: no schedule of a config is that of the pipeline's scheduler.
+    """
+    index = read_json(pipeline / "model_index.json")
+    if index.get("schedule") and index.get("prediction"):
+        parameters = dict(index["schedule"])
+        return str(parameters.pop("name")), parameters, str(index["prediction"])
+    scheduler = _scheduler(pipeline)
+    named = _named(scheduler)
+    if named is None or not _same_noise(make_schedule(named[0], **named[1]), NoiseSchedule.from_scheduler(scheduler)):
+        raise UserError(
+            f"{pipeline / 'scheduler'}: {_scheduler_name(scheduler)} has noise that no schedule of a config gives; valid are "
+            f"the beta_schedules {', '.join(BETAS)}, flow matching and EDM's"
+        )
+    return *named, predictions.from_scheduler(scheduler)
+
+
+def _scheduler(pipeline: Path) -> Any:
+    """The diffusers scheduler in a pipeline's folder."""
+    kind: Any = part_class(
+        read_json(pipeline / "model_index.json").get("scheduler"), f"{pipeline / 'model_index.json'}: scheduler"
+    )
+    read_json(pipeline / "scheduler" / "scheduler_config.json")
+    with quiet():
+        return kind.from_pretrained(str(pipeline / "scheduler"))
+
+
+def _named(scheduler: Any) -> tuple[str, dict[str, Any]] | None:
+    """(name, parameters) of the noise of a diffusers scheduler in a config; None where no name gives it."""
     options = scheduler.config
+    if "sigma_data" in options:
+        return "edm", {"sigma_min": options["sigma_min"], "sigma_max": options["sigma_max"]}
+    if options.get("use_flow_sigmas") or ("beta_start" not in options and "shift" in options):
+        return "flow", {}
     if options.get("trained_betas") or options.get("beta_schedule") not in BETAS:
-        return type(scheduler).__name__ + (" with its own trained_betas" if options.get("trained_betas") else "")
-    name = BETAS[options["beta_schedule"]]
-    parameters = {}
+        return None
+    name, parameters = BETAS[options["beta_schedule"]], {}
     if name != "ddpm-cosine":
         parameters = {"beta_start": options["beta_start"], "beta_end": options["beta_end"]}
     if options["num_train_timesteps"] != 1000:
         parameters["num_steps"] = options["num_train_timesteps"]
     if options.get("rescale_betas_zero_snr"):
         parameters["zero_terminal_snr"] = True
-    return _with_parameters(name, parameters)
+    return name, parameters
+
+
+def _scheduler_name(scheduler: Any) -> str:
+    """The noise of a diffusers scheduler, named as a config would name it."""
+    named = _named(scheduler)
+    if named is not None and named[0] in BETAS.values():
+        return _with_parameters(*named)
+    return type(scheduler).__name__ + (" with its own trained_betas" if scheduler.config.get("trained_betas") else "")
 
 
 def _with_parameters(name: str, parameters: dict[str, Any]) -> str:

@@ -153,8 +153,8 @@ def _open(config: DataConfig, part: str) -> ImageSource:
 
 
 def columns_of(config: DataConfig) -> Columns:
-    """The columns of images, labels and captions that a data section names."""
-    return Columns(config.image_column, config.label_column, config.text_column)
+    """The columns of images, labels and captions that a data section names, and its caption for images without one."""
+    return Columns(config.image_column, config.label_column, config.text_column, config.caption)
 
 
 def sweep(dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from latentdiff.config import ClassifierConfig, DiffusionConfig
 from latentdiff.data.latent_cache import LatentCache, build_cache, build_part
 from latentdiff.errors import UserError
-from latentdiff.models.autoencoder import load_autoencoder, set_normaliser
+from latentdiff.models.autoencoder import autoencoder_folder, load_autoencoder, set_normaliser
 from latentdiff.models.codec import LatentCodec
 from latentdiff.training.images import Images
 from latentdiff.utils import progress_bars
@@ -117,8 +117,17 @@ def prepare_latents(
         set_normaliser(codec.vae, statistics.mean, statistics.std)
         codec = LatentCodec(codec.vae)
     latents = Latents(codec, images, cache)
-    check_normaliser(latents, config.autoencoder)
+    if not (config.normaliser == "stored" and goes_on_with_both(config)):
+        check_normaliser(latents, config.autoencoder)
     return latents
+
+
+def goes_on_with_both(config: DiffusionConfig | ClassifierConfig) -> bool:
+    """Whether autoencoder and model.pretrained are of one pipeline: then the U-Net knows its normaliser, right or not."""
+    start = getattr(config.model, "pretrained", None)
+    own = None if start is None else autoencoder_folder(start)
+    used = autoencoder_folder(config.autoencoder)
+    return own is not None and used is not None and own.resolve() == used.resolve()
 
 
 def open_inputs(config: DiffusionConfig | ClassifierConfig, device: torch.device) -> tuple[LatentCodec, Images]:

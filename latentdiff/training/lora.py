@@ -46,6 +46,8 @@ def check(config: DiffusionConfig) -> None:
             "condition.text.encoder: a LoRA holds no text encoder, so name the one that the U-Net of model.pretrained "
             f"{start.name} was trained with"
         )
+    if config.model.match_classes:
+        raise UserError("model.match_classes: a LoRA holds no class embedding; leave it out, or leave model.lora out")
     if distributed.fsdp_requested():
         raise UserError("model.lora: is not sharded by accelerate launch --use_fsdp; launch with --multi_gpu")
     try:

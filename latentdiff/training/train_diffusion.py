@@ -238,7 +238,8 @@ class DiffusionTrainer(Trainer):
         # The network, and a copy of it for the averaged weights
         classes, text = conditions.classes, conditions.text
         class_rows, text_width = classes and classes.num_embeddings, text and text.prompt_encoder.width
-        unet = make_unet(config, latents.cache.latent_shape, class_rows, text_width)
+        names = latents.images.class_names if latents.images else []
+        unet = make_unet(config, latents.cache.latent_shape, class_rows, text_width, names)
         self.trained: set[str] | None = None
         if config.model.lora is not None:
             self.trained = lora.add_lora(unet, config.model.lora, config.seed)
