@@ -83,6 +83,11 @@ class DataConfig(Section):
         0.01, ge=0, lt=1, description="share of the images that may be unreadable; one always may, unless this is 0"
     )
     flips: bool = Field(False, description="mirror images left-right at random")
+    copies: int = Field(
+        1, ge=1, le=1000, description="how often each training image is there: itself, and moved and scaled copies of it"
+    )
+    shift: float = Field(0.0, ge=0, le=0.5, description="how far copies are moved at most, as a share of the sides")
+    zoom: float = Field(0.0, ge=0, le=0.5, description="how much larger or smaller copies are at most: 0.1 is 0.9 to 1.1 times")
     workers: int = Field(0, ge=0, description="threads that read images ahead")
 
     @model_validator(mode="before")

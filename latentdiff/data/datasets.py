@@ -6,6 +6,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 import torch
 
+from latentdiff.data.copies import ONCE, Copies
 from latentdiff.data.image_source import ImageSource, UnreadableImage
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
@@ -15,9 +16,10 @@ class ImageDataset:
     """The images of a source with a preprocessing applied.
 
     indices: which images of the source, in this order (default: all). split: the rule that chose the indices, where it is
-    not the rule of earlier versions; a latent cache keeps it. Attributes: source, preprocess (with size and channels filled
-    in from the source), indices (int64 [N]), class_names, labels (int64 [N] or None), blocks (as the source's, of these N
-    images).
+    not the rule of earlier versions; a latent cache keeps it. copies: how often each image stands in the data set, one copy
+    after another. Attributes: source, preprocess (with size and channels filled in from the source), copies, indices (int64
+    [N]; each image stands copies.count times in it), class_names, labels (int64 [N] or None), blocks (as the source's, of
+    these N images).
     """
 
     def __init__(
@@ -26,9 +28,11 @@ class ImageDataset:
         preprocess: Preprocess,
         indices: torch.Tensor | Sequence[int] | None = None,
         split: str | None = None,
+        copies: Copies = ONCE,
     ):
-        self.source, self.preprocess, self.split = source, preprocess.for_source(source), split
-        self.indices = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self.source, self.preprocess, self.split, self.copies = source, preprocess.for_source(source), split, copies
+        self._images = torch.arange(len(source)) if indices is None else torch.as_tensor(indices, dtype=torch.int64)
+        self.indices = self._images.repeat_interleave(copies.count)
         self.class_names = source.class_names
         self.labels = None if source.labels is None else source.labels[self.indices]
         self.blocks = None if source.blocks is None else self._blocks(source.blocks)
@@ -52,12 +56,17 @@ class ImageDataset:
         """(images float32 [B, C, H', W'] in [-1, 1], labels int64 [B] | None) at the given indices of this data set.
 
         flips: bool or [B]; True mirrors left-right. An image that cannot be read is replaced, together with its label, by the
-        next image of this data set that can. UserError where more images are bad than the source allows.
+        next image of this data set that can. UserError where more images are bad than the source allows. Of an image that
+        comes several times, as its copies, the pixels are read once.
         """
         index = torch.as_tensor(indices, dtype=torch.int64)
         mirrored = torch.as_tensor(flips).expand(len(index)).tolist()
-        numbered = [self._read_or_next(i) for i in index.tolist()]
-        images = self.preprocess.batch([image for _, image in numbered], mirrored)
+        count = self.copies.count
+        read = {i: self._read_or_next(i * count) for i in dict.fromkeys((index // count).tolist())}
+        numbered = [read[i] for i in (index // count).tolist()]
+        copies = (index % count).tolist()
+        moves = [self.copies.move(j, copy) for (j, _), copy in zip(numbered, copies, strict=True)]
+        images = self.preprocess.batch([image for _, image in numbered], mirrored, moves)
         labels = None if self.source.labels is None else self.source.labels[[j for j, _ in numbered]]
         return images, labels
 
@@ -91,7 +100,7 @@ class ImageDataset:
         return captions
 
     def fingerprint(self) -> str:
-        """Hex sha256 of the source's content and of which of its images are used."""
+        """Hex sha256 of the source's content and of which of its images are used, whatever their copies."""
         return self._digest(self.source.fingerprint())
 
     def latents_fingerprint(self) -> str:
@@ -99,4 +108,4 @@ class ImageDataset:
         return self._digest(self.source.latents_fingerprint())
 
     def _digest(self, content: str) -> str:
-        return hashlib.sha256(content.encode() + self.indices.numpy().tobytes()).hexdigest()
+        return hashlib.sha256(content.encode() + self._images.numpy().tobytes()).hexdigest()

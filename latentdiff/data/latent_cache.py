@@ -2,7 +2,7 @@
 
 The mean and standard deviation are kept, not draws: each epoch takes fresh latents mean + std * noise, so no noise is
 frozen into the data. Mirrored images are encoded apart, because an encoder does not commute with mirroring. A cache that
-was made of another autoencoder, preprocessing or data is refused.
+was made of another autoencoder, preprocessing, data or copies is refused.
 
     manifest.json                written last: if it is there, all shards are; it has the sha256 of each
     shard-00000.safetensors      mean, std [n, c, h, w]; mirrored.mean, mirrored.std where flips were cached; labels [n]
@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from latentdiff.data.copies import ONCE
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.tensor_shards import (
     Identity,
@@ -166,11 +167,20 @@ class LatentCache:
 
 def identity(codec: Codec, dataset: ImageDataset) -> Identity:
     """The parts of a cache's identity that decide its latents; give it to open_cache as `expect`."""
-    return {
+    made_of = {
         "autoencoder": codec.fingerprint(latents_only=True),
         "preprocessing": dataset.preprocess.describe(),
         "data": dataset.latents_fingerprint(),
-    } | ({"split": dataset.split} if dataset.split else {})
+    }
+    # Earlier versions wrote neither of these
+    made_of |= {"split": dataset.split} if dataset.split else {}
+    return made_of | ({"copies": dataset.copies.describe()} if dataset.copies.count > 1 else {})
+
+
+def _refuse_other(folder: Path, stored: Identity, expected: Identity) -> None:
+    """UserError where a cache's identity differs from the expected one. One that says nothing of copies has none."""
+    plain = {"copies": ONCE.describe()}
+    refuse_difference(folder, plain | stored, (plain if "data" in expected else {}) | expected)
 
 
 def open_cache(
@@ -190,7 +200,7 @@ def open_cache(
     expected = dict(expect or {})
     if expected.get("flips") is False:
         del expected["flips"]  # a cache that also has mirrored encodings is fine
-    refuse_difference(folder, manifest["identity"], expected)
+    _refuse_other(folder, manifest["identity"], expected)
     cache = LatentCache(folder, manifest)
     if check == "full":
         _check_hashes(folder, manifest, rank, world)
@@ -287,7 +297,7 @@ def _identity_here(codec: Codec, dataset: ImageDataset, folder: Path, flips: boo
     if manifest is None:
         return {**expected, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
     # A finished cache serves whatever its dtype and shard size; damaged shards of it are made again in its own way
-    refuse_difference(folder, manifest["identity"], {**expected, "flips": True} if flips else expected)
+    _refuse_other(folder, manifest["identity"], {**expected, "flips": True} if flips else expected)
     return manifest["identity"]
 
 

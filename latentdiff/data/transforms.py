@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from latentdiff.data.copies import Box, Move, moved
 from latentdiff.data.image_files import WHITE, Color
 from latentdiff.data.image_source import ImageSource
 from latentdiff.errors import UserError
@@ -116,12 +117,15 @@ class Preprocess:
         """uint8 [H0, W0, C0] -> float32 [C, H', W'] in [-1, 1]; mirrored left-right before padding when `flip`."""
         return self.batch([image], [flip])[0]
 
-    def batch(self, images: Sequence[np.ndarray], flips: Sequence[bool]) -> torch.Tensor:
+    def batch(
+        self, images: Sequence[np.ndarray], flips: Sequence[bool], moves: Sequence[Move | None] | None = None
+    ) -> torch.Tensor:
         """B images, uint8 [H0, W0, C0] each -> float32 [B, C, H', W'] in [-1, 1].
 
-        flips: for each image, whether it is mirrored left-right, before padding. UserError for an image that does not fit.
+        flips: for each image, whether it is mirrored left-right, before padding. moves: for each image, how it is moved and
+        scaled, before it is mirrored; None: not at all. UserError for an image that does not fit.
         """
-        fitted = np.stack([self._fit(image) for image in images])  # [B, H, W, C]
+        fitted = np.stack([self._fit(image, move) for image, move in zip(images, moves or [None] * len(images), strict=True)])
         mirrored = np.asarray(flips, dtype=bool)
         fitted[mirrored] = fitted[mirrored, :, ::-1]
         (top, left, height, width), (tall, wide) = self.content, self.padded_size
@@ -134,16 +138,29 @@ class Preprocess:
         pixels = torch.from_numpy(planes.reshape(-1)).view(planes.shape)
         return pixels.to(torch.float32) / 127.5 - 1.0
 
-    def _fit(self, image: np.ndarray) -> np.ndarray:
+    def _fit(self, image: np.ndarray, move: Move | None = None) -> np.ndarray:
         """uint8 [H0, W0, C0] -> uint8 [H, W, C]: the content."""
         self._check_fits(*image.shape[:2])
         image = _match_channels(image, self.channels or image.shape[-1])
         _, _, height, width = self.content
+        if move is not None:
+            color = _color(self.background, image.shape[-1])
+            return moved(image, self._shown(image.shape[:2], (height, width)), (height, width), color, move)
         if image.shape[:2] == (height, width):
             return image
         if self.framing == "letterbox":
             return _letterbox(image, (height, width), self.background)
         return _resample(image, (height, width), crop=self.framing == "crop")
+
+    def _shown(self, old: tuple[int, int], size: tuple[int, int]) -> Box:
+        """The box of an image of size `old` that the content of size (H, W) shows, in the image's pixels."""
+        if self.framing == "crop":
+            return _cropped_box(old, size)
+        if self.framing != "letterbox":
+            return 0.0, 0.0, float(old[0]), float(old[1])
+        (top, left), inner = _letterbox_place(old, size)
+        dense, across = old[0] / inner[0], old[1] / inner[1]
+        return -top * dense, -left * across, (size[0] - top) * dense, (size[1] - left) * across
 
     def _known_size(self) -> tuple[int, int]:
         if self.size is None:
@@ -181,29 +198,40 @@ def _match_channels(image: np.ndarray, channels: int) -> np.ndarray:
 
 def _resample(image: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarray:
     """Lanczos with antialiasing to `size`; with crop, of the largest centred box that has the new aspect ratio."""
-    (height, width), (old_height, old_width) = size, image.shape[:2]
-    box_height, box_width = float(old_height), float(old_width)
-    if crop:
-        scale = min(old_height / height, old_width / width)
-        box_height, box_width = height * scale, width * scale
-    left, top = (old_width - box_width) / 2, (old_height - box_height) / 2
-    box = (left, top, left + box_width, top + box_height)
+    height, width = size
+    top, left, bottom, right = _cropped_box(image.shape[:2], size) if crop else (0.0, 0.0, *map(float, image.shape[:2]))
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=box))
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
     return resized[..., None] if image.shape[-1] == 1 else resized
 
 
 def _letterbox(image: np.ndarray, size: tuple[int, int], background: Color) -> np.ndarray:
     """The whole image, scaled with its aspect kept to fit into `size`, in the middle of the background."""
-    (height, width), (old_height, old_width), channels = size, image.shape[:2], image.shape[-1]
-    scale = min(height / old_height, width / old_width)
-    tall, wide = (min(side, max(1, round(old * scale))) for side, old in ((height, old_height), (width, old_width)))
-    color = _match_channels(np.array([[background]], dtype=np.uint8), channels)
-    whole = np.tile(color, (height, width, 1))
-    top, left = (height - tall) // 2, (width - wide) // 2
+    (top, left), (tall, wide) = _letterbox_place(image.shape[:2], size)
+    whole = np.tile(_color(background, image.shape[-1]), (*size, 1))
     scaled = image if image.shape[:2] == (tall, wide) else _resample(image, (tall, wide), crop=False)
     whole[top : top + tall, left : left + wide] = scaled
     return whole
+
+
+def _cropped_box(old: tuple[int, int], size: tuple[int, int]) -> Box:
+    """The largest centred box of an image of size `old` that has the aspect ratio of `size`."""
+    scale = min(old[0] / size[0], old[1] / size[1])
+    box_height, box_width = size[0] * scale, size[1] * scale
+    left, top = (old[1] - box_width) / 2, (old[0] - box_height) / 2
+    return top, left, top + box_height, left + box_width
+
+
+def _letterbox_place(old: tuple[int, int], size: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """((top, left), (height, width)) of an image of size `old` within a letterbox of `size`."""
+    scale = min(size[0] / old[0], size[1] / old[1])
+    tall, wide = (min(side, max(1, round(length * scale))) for side, length in zip(size, old, strict=True))
+    return ((size[0] - tall) // 2, (size[1] - wide) // 2), (tall, wide)
+
+
+def _color(color: Color, channels: int) -> np.ndarray:
+    """The colour as uint8 [channels]."""
+    return _match_channels(np.array([[color]], dtype=np.uint8), channels)[0, 0]
 
 
 def _round_up(side: int, multiple: int) -> int:

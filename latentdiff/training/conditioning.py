@@ -293,7 +293,7 @@ def prepare_conditions(
     if condition.includes("class"):
         classes = ClassCondition(len(latents.images.class_names), condition.dropout, condition.effective_joint_dropout)
     if condition.includes("text"):
-        captions = Captions(latents.images.train.captions(latents.cache.manifest["unreadable"]) or [])
+        captions = Captions(latents.images.samples.captions(latents.cache.manifest["unreadable"]) or [])
         text = _text_condition(config, captions, accelerator, progress, reader)
     return Conditions(classes, latents.cache.labels, text, condition.effective_joint_dropout)
 

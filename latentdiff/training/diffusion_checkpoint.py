@@ -83,13 +83,13 @@ def save_checkpoint(
     if config.model.lora is not None:
         files[lora.FILE] = lora.lora_file(parts["unet"])
         parts = {**parts, "unet": lora.merged(parts["unet"])}
-    cache = latents.cache
+    cache, images = latents.cache, latents.images.train
     statistics = cache.statistics()
     meta = {
         "config": config.model_dump(mode="json"),
         "steps": step,
         "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": ema_updates},
-        "data": {"source": config.data.source, "images": len(cache), "fingerprint": latents.images.train.fingerprint()},
+        "data": {"source": config.data.source, "images": len(images), "fingerprint": images.fingerprint()},
         "autoencoder": {"fingerprint": latents.codec.fingerprint()},
         "latents": {
             "shape": list(cache.latent_shape),

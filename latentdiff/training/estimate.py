@@ -393,7 +393,7 @@ def _encoding_facts(
     if images is None:
         return {}
     finished = read_manifest(cache_folder(config)) is not None
-    size = cache_bytes(config, len(images.train), codec.latent_shape(*images.preprocess.padded_size))
+    size = cache_bytes(config, len(images.samples), codec.latent_shape(*images.preprocess.padded_size))
     facts: dict[str, Any] = {"latent_cache": {"folder": str(cache_folder(config)), "bytes": size, "finished": finished}}
     if not channels_fit:
         return facts
@@ -405,7 +405,7 @@ def _encoding_facts(
             f"{name}: its normaliser {keys} gives latents of this data a root mean square of {rms:.3g} instead of 1; set "
             "normaliser=measured"
         )
-    images_to_encode = 0 if finished else len(images.train) * (1 + config.data.flips)
+    images_to_encode = 0 if finished else len(images.samples) * (1 + config.data.flips)
     return facts | {"hours": {"encoding": three_figures(seconds * images_to_encode / 3600)}}
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from latentdiff.config import DataConfig
+from latentdiff.data.copies import Copies
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.file_report import FileReport
 from latentdiff.data.framing import framing_facts, framing_lines
@@ -37,7 +38,8 @@ class Images:
         multiple_of: both sides of the image tensors must be divisible by it (the autoencoder's factor).
 
     Attributes:
-        train, held_out: ImageDatasets.
+        train, held_out: ImageDatasets of the images as they are.
+        samples: the ImageDataset that training draws from: `train` with data.copies of each image.
         nothing_held_out: whether held_out is the training images.
         split: how the held-out part was chosen, in words.
         preprocess: what turns an image into a tensor.
@@ -64,6 +66,9 @@ class Images:
             split = "per_class" if per_class else None
             self.train = ImageDataset(source, preprocess, kept, split)
             self.held_out = ImageDataset(source, preprocess, kept if self.nothing_held_out else apart, split)
+        self.samples, copies = self.train, Copies(config.copies, config.shift, config.zoom)
+        if copies.count > 1:
+            self.samples = ImageDataset(source, self.train.preprocess, self.train.indices, self.train.split, copies)
         self.preprocess = self.train.preprocess
         self.class_names = list(source.class_names)
         self.workers = config.workers
@@ -82,8 +87,10 @@ class Images:
 
     def facts(self) -> dict[str, Any]:
         """The numbers of images used, the files left out with the reasons, and the effect of framing, as JSON values."""
+        copies = {} if self.samples is self.train else {"copies": self.samples.copies.count}
         return {
             "images": len(self.train),
+            **copies,
             "held_out": 0 if self.nothing_held_out else len(self.held_out),
             "split": self.split,
             "framing": framing_facts(self.train.source, self.preprocess),
@@ -95,7 +102,10 @@ class Images:
         apart = f"{len(self.held_out)} held out ({self.split})"
         if self.nothing_held_out:
             apart = "none held out, because each class has one image; what is measured on held-out images is measured on these"
-        lines = [f"{len(self.train)} images to train on, {apart}"]
+        times = (
+            "" if self.samples is self.train else f" ({self.samples.copies.count} copies of each, {len(self.samples)} in all)"
+        )
+        lines = [f"{len(self.train)} images to train on{times}, {apart}"]
         if self.split == "drawn per class" and not self.nothing_held_out:
             alone = int((torch.bincount(self.train.source.labels) == 1).sum())
             lines[0] += f"; {alone} classes have one image, which is trained on" if alone else ""
@@ -123,7 +133,7 @@ class Images:
     def batches(self, seed: int, batch_size: int, start_step: int, accelerator) -> Batches:
         """Endless training batches of this process, from the given step on. batch_size: of all processes together."""
         return Batches(
-            self.train,
+            self.samples,
             batch_size,
             seed,
             start_step * batch_size,

@@ -45,7 +45,7 @@ def encode_part(
     codec, images = opened
     missing = build_part(
         codec,
-        images.train,
+        images.samples,
         cache_folder(config),
         config.data.flips,
         config.cache.batch_size,
@@ -102,7 +102,7 @@ def prepare_latents(
     codec, images = opened or open_inputs(config, accelerator.device)
     cache = build_cache(
         codec,
-        images.train,
+        images.samples,
         cache_folder(config),
         flips=config.data.flips,
         batch=config.cache.batch_size,
@@ -154,12 +154,12 @@ def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> s
     codec: the autoencoder. images: of the run. Nothing is printed.
     """
     folder = cache_folder(config)
-    size = cache_bytes(config, len(images.train), codec.latent_shape(*images.preprocess.padded_size))
+    size = cache_bytes(config, len(images.samples), codec.latent_shape(*images.preprocess.padded_size))
     place = folder.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    line = f"latents of {len(images.train)} images into {folder}: {size / 2**20:.3g} MiB"
+    line = f"latents of {len(images.samples)} images into {folder}: {size / 2**20:.3g} MiB"
     return line if size < free else f"warning: {line}, and only {free / 2**20:.3g} MiB are free there"
 
 

@@ -68,7 +68,9 @@ def data_warnings(config: AutoencoderConfig | DiffusionConfig, count: int) -> li
     train = config.train
     warnings: list[str] = []
     epochs = train.steps * train.batch_size / count
-    if train.batch_size > count:
+    if config.data.copies == 1 and (config.data.shift or config.data.zoom):
+        warnings.append("data.copies: 1, so data.shift and data.zoom move nothing; each image stands data.copies times")
+    if train.batch_size > count * config.data.copies:
         warnings.append(
             f"train.batch_size: {train.batch_size}, but only {count} images train, so a step sees some of them twice; lower it"
         )

@@ -305,7 +305,7 @@ class AutoencoderTrainer(Trainer):
     def image_indices(self, step: int) -> Tensor:
         """The training images of a step's global batch, int64 [batch_size]."""
         assert self.images is not None
-        size, images = self.config.train.batch_size, self.images.train
+        size, images = self.config.train.batch_size, self.images.samples
         return stream(len(images), self.config.seed, step * size, size, images.blocks)
 
     def draw_noise(self, images: Tensor, step: int) -> Tensor | None:

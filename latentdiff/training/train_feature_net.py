@@ -30,6 +30,10 @@ def train_feature_network(config: FeaturesConfig, resume: bool = False) -> Path:
     output = Path(config.output)
     if resume or (output / "features").exists():
         raise UserError(f"output {output}: a feature network trains in one go; leave --resume out and name a new folder")
+    if config.data.copies > 1:
+        raise UserError(
+            f"data.copies: {config.data.copies}, but a feature network trains on the images themselves; set it to 1"
+        )
     images = Images(config.data, multiple_of=1)
     accelerator = start_accelerator(config.train)
     if accelerator.num_processes > 1:
