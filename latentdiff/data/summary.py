@@ -111,9 +111,7 @@ def _caption_facts(captions: list[tuple[str, ...]]) -> dict[str, Any]:
     return {"captions": len(texts), "distinct": len(set(texts)), "words": lengths, "tokens": own_token_facts(texts)}
 
 
-def equal_pictures(
-    sources: dict[str, ImageSource], many_pixels: int, limit: int | None = None
-) -> tuple[str, Pictures]:
+def equal_pictures(sources: dict[str, ImageSource], many_pixels: int, limit: int | None = None) -> tuple[str, Pictures]:
     """(what was compared, the pictures by their pixels).
 
     Where there are more than many_pixels, which take too long to decode, only files are decoded that have the same length,

@@ -33,7 +33,8 @@ def base_settings(base: str, lora: int | None, facts: Any, overrides: Words = ()
         overrides: key=value words of the fit; one of data.caption is kept.
 
     Raises:
-        UserError: the folder is no such model, cannot be trained on here, or needs classes that the pictures do not have.
+        UserError: the folder is no such model, cannot be trained on here, or needs classes that the pictures do not have; or
+            a word names another autoencoder or U-Net.
     """
     return _Base(base, lora, facts, overrides).settings()
 
@@ -59,6 +60,9 @@ class _Base:
 
         self.base, self.lora, self.facts = base, lora, facts
         self.captioned = any(item.startswith("data.caption=") for item in overrides)
+        for item in overrides:
+            if item.startswith(("autoencoder=", "model.pretrained=")):
+                raise UserError(f"{item}: --base {base} brings its own autoencoder and U-Net; leave it out")
         self.folder = checkpoints.resolve_model(base, "--base").resolve()
         checkpoints.check(self.folder)
         self.index, self.unet = (read_json(self.folder / name) for name in ("model_index.json", "unet/config.json"))

@@ -189,7 +189,11 @@ def _config(name: str, overrides: Sequence[str], where: str) -> Any:
 
 
 def choose_data(
-    facts: Facts, machine: Machine, hours: float | None, overrides: Sequence[str] = ()
+    facts: Facts,
+    machine: Machine,
+    hours: float | None,
+    overrides: Sequence[str] = (),
+    base: Mapping[str, Any] | None = None,
 ) -> tuple[DataConfig, dict[str, str]]:
     """(the data section of both stages, reasons in words).
 
@@ -198,6 +202,7 @@ def choose_data(
         machine: what it is trained on.
         hours: of the whole fit; None: as many as are needed.
         overrides: the key=value words of the fit; those of `data.` win over what is decided here.
+        base: settings that an existing model asks for; its data section wins over what is decided here too.
 
     Raises:
         UserError: an override is not valid, or the pictures are too large for the autoencoder that ships.
@@ -221,6 +226,10 @@ def choose_data(
     bad = len(facts.unreadable) / max(1, facts.images + len(facts.unreadable))
     if bad > 0.01:
         values["max_bad_share"] = min(0.99, round(bad + 0.01, 3))
+    if base is not None and base.get("data"):
+        values |= base["data"]
+        height, width = values["size"]
+        reasons["pictures"] = f"{width}x{height} pixels, as the base draws; {why}"
     data = parse_data(values, asked.data)
     if data.size is not None and "size" in given:
         reasons["pictures"] = f"{data.size[1]}x{data.size[0]} pixels, as asked; data.framing is {data.framing}"
@@ -228,7 +237,7 @@ def choose_data(
         reasons["mirrored"] = f"data.flips={str(data.flips).lower()}, as asked"
     if "background" in given:
         reasons.pop("background", None)
-    if data.size is not None and max(data.size) >= LARGE_SIDE and asked.autoencoder is None:
+    if data.size is not None and max(data.size) >= LARGE_SIDE and asked.autoencoder is None and base is None:
         raise UserError(
             f"data.size={list(data.size)}: {LARGE_SIDE} pixels and more need an autoencoder made for them; "
             "name one, such as autoencoder=FOLDER_OR_HUB_NAME of Stable Diffusion, or autoencoder=train"
@@ -330,7 +339,7 @@ def make_plan(
         UserError: an override is not valid, or the time does not suffice for these pictures.
     """
     asked = sort_overrides(overrides)
-    data, reasons = choose_data(facts, machine, hours, overrides)
+    data, reasons = choose_data(facts, machine, hours, overrides, base)
     return _Planning(facts, machine, asked, data, reasons, verdict, base, Path(out), measure or _measure).plan(hours)
 
 
@@ -501,7 +510,8 @@ class _Planning:
         if self.facts.images < 5 * COPIED:
             network["dropout"] = 0.1
         if self.base is not None:
-            tree = _merged(tree, self.base, whole=("model", "schedule", "noise_levels"))
+            rest = {key: value for key, value in self.base.items() if key != "data"}  # which is in self.data already
+            tree = _merged(tree, rest, whole=("model", "schedule", "noise_levels", "condition"))
         for item in self.asked.stage2:
             override(tree, item)
         return tree

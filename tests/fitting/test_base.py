@@ -15,7 +15,10 @@ from tiny_stable import BETAS, WEIGHTS, change_json, open_stock
 from latentdiff import checkpoints
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
-from latentdiff.fitting.base import base_lines, base_settings
+from latentdiff.fitting.base import LORA_RATE, base_lines, base_settings
+from latentdiff.fitting.facts import look
+from latentdiff.fitting.machine import Machine, Timing
+from latentdiff.fitting.plan import make_plan
 from latentdiff.training import train
 from latentdiff.training.images import Images
 
@@ -119,6 +122,29 @@ def test_classes_are_matched_by_name_and_new_ones_start_without_a_class(diffusio
     lines = base_lines(str(model), None, facts(folder, classes))
     assert any(line.endswith("without a class: a new one") for line in lines)
     assert any(line.endswith(f"are dropped: {names[0]}") for line in lines)
+
+
+def test_a_plan_keeps_to_the_base_where_no_word_says_otherwise(base, pictures):
+    seen = look(str(pictures))
+    machine = Machine("cpu", "a processor", 2, 2, 8 << 30, False)
+
+    def planned(*words):
+        settings = base_settings(str(base), 4, seen, words)
+        measure = lambda *_: Timing("float32", 0.1, 4)  # noqa: E731
+        return make_plan(seen, machine, 0.1, None, words, settings, "runs/x", measure)
+
+    made = planned()
+    assert made.autoencoder is None and made.seconds["autoencoder"] == 0
+    config = made.diffusion
+    assert (config.data.size, config.data.caption) == ((16, 16), "striped things")
+    assert (config.model.lora.rank, config.model.config, config.optimizer.lr) == (4, {}, LORA_RATE)
+    assert (config.condition.type, config.sample.guidance, config.schedule.name) == ("text", 7.5, "ddpm-scaled-linear")
+    assert "16x16 pixels, as the base draws" in made.reasons["pictures"]
+    config = planned("data.size=[32,32]", "data.caption=things", "optimizer.lr=0.5", "model.lora.alpha=8").diffusion
+    assert (config.data.size, config.data.caption) == ((32, 32), "things")
+    assert (config.optimizer.lr, config.model.lora.alpha) == (0.5, 8)
+    with pytest.raises(UserError, match="autoencoder=x: --base .* brings its own autoencoder and U-Net; leave it out"):
+        planned("autoencoder=x")
 
 
 def test_what_is_no_base_is_one_line(base, diffusion_run, pictures, tmp_path):
