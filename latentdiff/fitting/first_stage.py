@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from latentdiff.models.codec import LatentCodec
 
 AUTOENCODER = "weights/autoencoder-rgb"  # comes with latentdiff
-SKIP_DB = 26.0  # mean PSNR from which on stage 1 is left out
-DECODER_DB = 22.0  # from which on the encoder is kept
+# Mean PSNR from which on stage 1 is left out: what training one reaches in the time that a fit of half an hour or an hour has
+# for it. The autoencoder of weights/emoji reached 26.3 dB on held-out pictures of its own kind, in 27 minutes of one core
+SKIP_DB = 26.0
+DECODER_DB = 22.0  # from which on the encoder is kept: below it, what the decoder cannot see is lost to any decoder
 FAR_BELOW = 5.0  # dB that a class may lie below SKIP_DB
 MOMENT = (0.7, 1.4)  # second moment of normalised latents for which a stored normaliser is kept
 BATCH_PIXELS = 16 * 64 * 64  # of the images that are reconstructed together

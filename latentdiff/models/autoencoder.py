@@ -89,7 +89,7 @@ def load_autoencoder(where: str, verify: bool = True) -> nn.Module:
         name = read_json(found / "config.json").get("_class_name", "")
         kind = diffusers_class(name, LOADABLE, f"{found / 'config.json'}: _class_name")
         return freeze(load_part(found, kind, verify=verify))
-    if folder.exists() or where.count("/") != 1 or where.startswith((".", "/")):
+    if folder.exists() or where.count("/") != 1 or where.startswith((".", "/", "weights/")):
         raise UserError(
             f"{where}: no autoencoder there; expected a folder with config.json (or autoencoder/ or vae/), or a Hub name"
         )
