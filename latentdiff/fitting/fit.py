@@ -18,11 +18,14 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import Budget, check_hours, in_words, process_age
+from latentdiff.fitting.page import LivePage
+from latentdiff.fitting.progress import PlanBar
 from latentdiff.utils import atomic, locks, processes, signals
 
 FILE, VERSION = "fit.json", 1
 PHASES = ("look", "autoencoder", "diffusion", "choose", "report")
 DOING = {
+    "look": "looking at images and machine",
     "autoencoder": "stage 1, the autoencoder",
     "diffusion": "stage 2, the diffusion model",
     "choose": "choosing the best state",
@@ -165,8 +168,10 @@ class _Fit:
             if self.main:
                 _say(f"{self.output}: this fit is finished; more --hours let it train on")
             return
-        with self.budget:
+        # The page goes last, so that it shows the clock as it stopped
+        with LivePage(self.output, self.main), self.budget, PlanBar(None, self.budget.used, self.main) as bar:
             for phase in self.unfinished():
+                bar.phase(DOING[phase], None if phase == "look" else 3600 * self.budget.hours)
                 if phase == "choose" and processes.count() > 1 and not _leave_launch():
                     return  # one process does the rest
                 if phase == "look":
@@ -342,4 +347,6 @@ def _leave_launch() -> bool:
 def _say(line: str) -> None:
     """A line on stderr, above any bar, of the main process."""
     if processes.rank() == 0:
-        print(printable(line), file=sys.stderr, flush=True)
+        from tqdm import tqdm
+
+        tqdm.write(printable(line), file=sys.stderr)

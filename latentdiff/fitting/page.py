@@ -602,13 +602,14 @@ class LivePage:
 
         # Stage 1
         report = read_json(self.out / "autoencoder" / "report.json")
-        pretrained = (record["plan"].get("first_stage") or {}) if isinstance(record["plan"], Mapping) else {}
         if "psnr_db" in report:
             found.append(autoencoder_verdict(report["psnr_db"]))
         elif self.stages["autoencoder"].curves:
             found.append(self._loss("autoencoder", "error of stage 1", "train/l1", "train/l2", "train/total"))
-        elif isinstance(pretrained, Mapping) and isinstance(pretrained.get("psnr"), int | float):
-            found.append(autoencoder_verdict(pretrained["psnr"], "these pictures, without any training"))
+        elif "psnr_db" in (tried := first_stage(record)) and tried.get("decision") != "train":
+            found.append(autoencoder_verdict(tried["psnr_db"], "these pictures, which it never saw"))
+            if worst := tried.get("worst_classes"):
+                found.append(Verdict("look", f"It reconstructs these classes worst: {', '.join(map(str, worst))}."))
         return [verdict for verdict in found if verdict is not None]
 
     def _loss(self, stage: str, name: str, *metrics: str) -> Verdict | None:
@@ -688,6 +689,13 @@ def evaluation_rows(values: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         if (entry := first_entry(values, name)) is not None:
             rows.append((words, *value_cells(entry)[:2]))
     return rows
+
+
+def first_stage(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """How the pretrained autoencoder did, as `first_stage.Verdict.as_json` gives it; {} where none was tried."""
+    plan = record.get("plan") or {}
+    tried = plan.get("first_stage") or (plan.get("facts") or {}).get("first_stage") or record.get("first_stage")
+    return tried if isinstance(tried, Mapping) else {}
 
 
 def last_lines(record: Mapping[str, Any]) -> list[str]:

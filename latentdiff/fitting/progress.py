@@ -12,6 +12,7 @@ from typing import Any
 from latentdiff.errors import printable
 from latentdiff.utils import progress_bars
 
+PATIENCE = 3.0  # seconds after which a bar without a plan is shown on a terminal
 NUMBERS = 3  # of a run's newest numbers that are shown
 FORMAT = "{percentage:3.0f}%|{bar:20}| {desc}"
 
@@ -23,13 +24,14 @@ class PlanBar:
     thread refreshes it: each second on a terminal, each half minute in a file.
 
     Args:
-        total_seconds: the whole plan.
+        total_seconds: the whole plan; None while there is none. `phase` can say it later.
         used: seconds that earlier parts of a resumed plan have used, and what has passed before the bar is made.
         enabled: False shows nothing, as on all processes but the first.
     """
 
-    def __init__(self, total_seconds: float, used: float = 0.0, enabled: bool = True):
-        self.total, self.used, self.enabled = max(1.0, float(total_seconds)), float(used), enabled
+    def __init__(self, total_seconds: float | None, used: float = 0.0, enabled: bool = True):
+        self.total = None if total_seconds is None else max(1.0, float(total_seconds))
+        self.used, self.enabled = float(used), enabled
         self.began = time.monotonic()
         self.interval = 1.0 if sys.stderr.isatty() else 30.0
         self._stack = contextlib.ExitStack()
@@ -37,32 +39,37 @@ class PlanBar:
         self._thread = threading.Thread(target=self._refresh_often, name="plan bar", daemon=True)
         self._part: Part | None = None  # what is running
         self._bar: Any = None
+        self._guard = threading.Lock()
         self._phase = "starting"
 
     def __enter__(self) -> PlanBar:
-        from tqdm import tqdm
-
         self._stack.enter_context(progress_bars.shown_by(self._new_part))
         if self.enabled:
-            settings = {"total": self.total, "initial": self._shown(), "bar_format": FORMAT}
-            with contextlib.suppress(OSError):  # a closed terminal is no reason to lose work
-                self._bar = tqdm(desc=self.text(), dynamic_ncols=True, **settings)
-            if self._bar is not None:
-                self._thread.start()
+            self.refresh()
+            self._thread.start()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._stop.set()
-        if self._bar is not None:
+        if self.enabled:
             self._thread.join(timeout=5)
+        if self._bar is not None:
             self.refresh()
-            with contextlib.suppress(OSError):
+            self._bar.leave = self.total is not None
+            with contextlib.suppress(OSError):  # a closed terminal is no reason to lose work
                 self._bar.close()
         self._stack.close()
 
-    def phase(self, name: str) -> None:
-        """A new phase of the plan begins; what the last one showed is dropped. name: such as "training the U-Net"."""
+    def phase(self, name: str, total_seconds: float | None = None) -> None:
+        """A new phase of the plan begins; what the last one showed is dropped.
+
+        Args:
+            name: such as "training the U-Net".
+            total_seconds: what the whole plan takes, where that has changed or become known.
+        """
         self._phase, self._part = name, None
+        if total_seconds is not None:
+            self.total = max(1.0, float(total_seconds))
         self.refresh()
 
     def seconds(self) -> float:
@@ -72,8 +79,12 @@ class PlanBar:
     def text(self) -> str:
         """What stands behind the bar: the phase, time used, the whole time, time left, and what is running."""
         used = self.seconds()
-        left = f"{duration(self.total - used)} left" if used <= self.total else f"{duration(used - self.total)} over"
-        words = [self._phase, f"{duration(used)} of {duration(self.total)}, {left}"]
+        if self.total is None:
+            time_words = duration(used)
+        else:
+            left = f"{duration(self.total - used)} left" if used <= self.total else f"{duration(used - self.total)} over"
+            time_words = f"{duration(used)} of {duration(self.total)}, {left}"
+        words = [self._phase, time_words]
         part = self._part
         if part is not None and (text := part.text()):
             words.append(text)
@@ -81,15 +92,25 @@ class PlanBar:
 
     def refresh(self) -> None:
         """Draw the bar as it is now."""
-        if self._bar is None:
-            return
-        with contextlib.suppress(OSError, ValueError):
-            self._bar.n = self._shown()
-            self._bar.set_description_str(self.text(), refresh=False)
-            self._bar.refresh()
+        with self._guard, contextlib.suppress(OSError, ValueError):
+            if self._bar is None and self._begins():
+                from tqdm import tqdm
+
+                self._bar = tqdm(total=self.total or 1.0, bar_format=FORMAT, dynamic_ncols=True, delay=1e-9)
+            if self._bar is not None:
+                self._bar.total = self.total or 1.0
+                self._bar.n = self._shown()
+                self._bar.set_description_str(self.text(), refresh=False)
+                self._bar.refresh()
+
+    def _begins(self) -> bool:
+        """Whether the bar is to be shown now. Before there is a plan a mistake may end it all, and is then a line alone."""
+        if not self.enabled:
+            return False
+        return self.total is not None or (sys.stderr.isatty() and time.monotonic() - self.began > PATIENCE)
 
     def _shown(self) -> float:
-        return min(self.seconds(), self.total)
+        return 0.0 if self.total is None else min(self.seconds(), self.total)
 
     def _refresh_often(self) -> None:
         while not self._stop.wait(self.interval):

@@ -46,6 +46,18 @@ def test_the_bar_says_time_left_and_what_runs(monkeypatch):
     assert type(progress_bars.bar(total=1, disable=True)).__name__ == "tqdm"
 
 
+def test_a_plan_may_get_its_length_later(monkeypatch):
+    stderr = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with PlanBar(None, used=20) as plan:
+        plan.phase("looking")
+        assert plan.text() == "looking; 20 s"
+        assert not stderr.getvalue()  # a mistake that is found now is one line
+        plan.phase("training", 3600)
+        assert plan.text() == "training; 20 s of 60 min, 60 min left"
+        assert "  1%|" in stderr.getvalue() and "training; 20 s of" in stderr.getvalue()
+
+
 def test_a_run_within_a_plan_shows_one_bar(tmp_path, stripe_folder, autoencoder_run, monkeypatch):
     stderr = io.StringIO()
     monkeypatch.setattr(sys, "stderr", stderr)
