@@ -195,9 +195,11 @@ class Part:
 
 
 def duration(seconds: float) -> str:
-    """A time in words that fit a bar: "45 s", "12 min", "1 h 05 min"."""
+    """A time in words that fit a bar: "45 s", "2 min 05 s", "12 min", "1 h 05 min"."""
     seconds = max(0.0, seconds)
     if seconds < 90:
         return f"{seconds:.0f} s"
+    if seconds < 599.5:
+        return f"{round(seconds) // 60} min {round(seconds) % 60:02d} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02d} min"

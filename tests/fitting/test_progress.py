@@ -12,7 +12,7 @@ from latentdiff.utils import progress_bars
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(-3, "0 s"), (45, "45 s"), (600, "10 min"), (3900, "65 min"), (7500, "2 h 05 min")]
+    ("seconds", "words"), [(-3, "0 s"), (45, "45 s"), (125, "2 min 05 s"), (600, "10 min"), (7500, "2 h 05 min")]
 )
 def test_durations_are_short_words(seconds, words):
     assert duration(seconds) == words
