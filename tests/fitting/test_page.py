@@ -155,7 +155,7 @@ def write_record(out, **changes):
         **changes,
     }
     (out / "fit.json").write_text(json.dumps(record))
-    (out / "clock.json").write_text(json.dumps({"seconds": 600.0, "parts": 2, "hours": 0.5, "time": time.time()}))
+    (out / "clock.json").write_text(json.dumps({"seconds": 1200.0, "parts": 2, "hours": 0.5, "time": time.time()}))
 
 
 @pytest.fixture(scope="module")
@@ -188,14 +188,14 @@ def test_a_running_fit_is_shown_from_its_files(out):
             time.sleep(0.05)
         html = read(out)
     shown = Links(html)
-    assert 'http-equiv="refresh"' in html and "10 min of 30 min used, 20 min left" in shown.text and "in 2 parts" in shown.text
+    assert 'http-equiv="refresh"' in html and "20 min of 30 min used, 10 min left" in shown.text and "in 2 parts" in shown.text
     assert "The autoencoder reconstructs poorly" in shown.text and "The loss of stage 2 " in shown.text
     assert "loss on held-out pictures" in shown.text and re.search(r"Pictures (change little|still change)", shown.text)
     assert html.count("<svg") == 2 and "--resume" in shown.text
     assert "<script" not in html and HOSTILE in shown.text
     assert {link for link in shown.links if "step-" in link} == {f"diffusion/pictures/step-{k:06d}.png" for k in (2, 4, 6)}
     assert all((out / link.partition("?")[0]).is_file() for link in shown.links) and "://" not in html
-    assert "Step 6, 10 min" in shown.text and "could not be made" not in shown.text
+    assert "Step 6, 20 min" in shown.text and "could not be made" not in shown.text
 
 
 def test_a_finished_fit_shows_choice_and_evaluation_and_stays_still(out):
@@ -241,7 +241,7 @@ def test_the_page_is_whole_after_a_kill_and_a_resume(out):
         os.utime(path, (time.time() - 9e4, time.time() - 9e4))
     (out / "index.html").unlink()
     assert LivePage(out).write()
-    assert page.read_json(out / page.TIMES) == before and "Step 2, 10 min" in Links(read(out)).text
+    assert page.read_json(out / page.TIMES) == before and "Step 2, 20 min" in Links(read(out)).text
 
 
 def test_no_page_before_there_is_a_plan(tmp_path):
