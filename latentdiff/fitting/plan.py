@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from latentdiff.checkpoints import resolve_config
-from latentdiff.config import AutoencoderConfig, DataConfig, DiffusionConfig, LoopConfig, override, parse_config, parse_data
+from latentdiff.config import AutoencoderConfig, DataConfig, DiffusionConfig, override, parse_config, parse_data
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.facts import COPIED, GENERALISED, Facts
 from latentdiff.fitting.machine import Machine, Timing, time_encoding, time_steps
@@ -54,13 +54,19 @@ HOURS = (0.25, 12.0)  # the least and the most that a plan recommends
 REST_SHARE, REST_LEAST, REST_MOST = 0.1, 40.0, 1800.0  # choosing and measuring: the share, and its bounds in seconds
 FIRST_SHARE, DECODER_SHARE = 0.28, 0.15  # stage 1, and its decoder alone
 LOOK = 30.0  # seconds of looking, measuring and trying the autoencoder
+MOST_PATIENCE = 5.0  # seconds of timing the steps of one network
 SPEED = 0.9  # of the steps that the timing promises: pictures, validation and saved states take the rest
 MOST_ENCODING = 0.5  # share of stage 2 that encoding the pictures may take
 PICTURES, SNAPSHOTS = 12, 5  # over stage 2
+# Copies of the pictures of small folders
+VARIANTS, MOST_COPIES = 4 * COPIED, 8  # so many pictures and copies in all, and so many of each at most
+SHIFT, ZOOM = 0.05, 0.1
+COPYING = 0.1  # share of stage 2 that encoding the copies may take
+LEAST_BATCH = 4
 SLOWER = 2.0  # the upper bound of the steps is so many times what is expected, should the machine turn out faster
 
-# measure(config, trial, device, precision): how long a training step takes, or None where it does not fit in memory
-Measure = Callable[[Any, Any, str, str | None], Timing | None]
+# measure(config, trial, device, precision, patience): how long a training step takes, or None where it does not fit in memory
+Measure = Callable[[Any, Any, str, str | None, float], Timing | None]
 
 
 @dataclass
@@ -223,6 +229,9 @@ def choose_data(
     values["held_out"] = _held_out(facts)
     values["flips"], why_flips = _flips(facts)
     reasons["mirrored"] = why_flips
+    copies = min(MOST_COPIES, VARIANTS // max(1, facts.images))
+    if copies > 1:
+        values |= {"copies": copies, "shift": SHIFT, "zoom": ZOOM}
     bad = len(facts.unreadable) / max(1, facts.images + len(facts.unreadable))
     if bad > 0.01:
         values["max_bad_share"] = min(0.99, round(bad + 0.01, 3))
@@ -333,7 +342,7 @@ def make_plan(
         overrides: key=value words; see `sort_overrides`.
         base: settings of stage 2 that an existing model asks for, as nested dicts. Its U-Net and autoencoder are then used.
         out: the fit's folder; the configs write their runs into it.
-        measure: measure(config, trial, device, precision) times a training step; None: `time_steps` does.
+        measure: measure(config, trial, device, precision, patience) times a training step; None: `time_steps` does.
 
     Raises:
         UserError: an override is not valid, or the time does not suffice for these pictures.
@@ -371,8 +380,7 @@ class _Planning:
         first, codec = self._first_stage(hours)
         height, width = self.data.size or (64, 64)
         latent_shape = codec.latent_shape(height, width)
-        variants = (1 + self.data.flips) * getattr(self.data, "copies", 1)
-        encoding = time_encoding(codec, (height, width)) * self.facts.images * variants
+        encoding = self._copies(time_encoding(codec, (height, width)) * self.facts.images * (1 + self.data.flips), hours)
 
         # Stage 2: the largest U-Net that gets enough steps
         size, tree, timing = self._choose_size(hours, first, encoding, codec, latent_shape)
@@ -401,6 +409,21 @@ class _Planning:
             _ordered(self.reasons),
             self.notes,
         )
+
+    def _copies(self, encoding: float, hours: float | None) -> float:
+        """Seconds to encode all pictures and copies; the copies are made fewer where that would take too long.
+
+        encoding: seconds to encode each picture once.
+        """
+        data, whole = self.data, math.inf if hours is None else self._seconds(hours, self.decision != "skip")["diffusion"]
+        if "data.copies" not in _keys(self.asked.data) and data.copies > 1:
+            copies = max(1, min(data.copies, int(COPYING * whole / max(encoding, 1e-9)) if whole < math.inf else data.copies))
+            less = {"copies": copies} if copies > 1 else {"copies": 1, "shift": 0.0, "zoom": 0.0}
+            self.data = data.model_copy(update=less)
+        if self.data.copies > 1:
+            moved = f"moved by up to {self.data.shift:.0%} and scaled by up to {self.data.zoom:.0%}"
+            self.reasons["copies"] = f"{self.data.copies} of each picture, {moved}, so that fewer are learnt by heart"
+        return encoding * self.data.copies
 
     # Stage 1
 
@@ -447,9 +470,13 @@ class _Planning:
         blocks = tree["model"]["config"]["block_out_channels"]
         if max(self.data.size or (64, 64)) <= 32:  # at factor 8 their latents would be 4x4, which is little to draw on
             tree["model"]["config"] |= {"block_out_channels": [blocks[0], *blocks[2:]], "latent_channels": 8}
-        if self.machine.gpu:
-            tree["train"]["batch_size"] = 32
+        batch = 32 if self.machine.gpu else 16
+        _batch(tree, batch, self._variants(), self.machine.processes, _keys(self.asked.stage1))
         return self._parse_autoencoder(tree)
+
+    def _variants(self) -> int:
+        """Pictures and copies that are trained on, about."""
+        return int(self.facts.images * (1 - self.data.held_out)) * self.data.copies
 
     def _parse_autoencoder(self, tree: dict[str, Any]) -> AutoencoderConfig:
         data = self.data.model_dump(mode="json", exclude_unset=True)
@@ -475,14 +502,13 @@ class _Planning:
         vae = train_autoencoder.make_autoencoder(config)
         height, width = self.data.size or (64, 64)
         trial = partial(train_autoencoder.trial_steps, config, vae, (config.data.channels, height, width))
-        timing = self.measure(config, trial, self.machine.device, None)
+        timing = self.measure(config, trial, self.machine.device, None, self._patience(hours))
         steps = self._steps(seconds, timing)
         tree = self.first_tree
         own = _keys(self.asked.stage1)
         _set_times(tree["train"], steps, seconds, hours, own)
         _set(tree, "train.precision", timing.precision if timing else "auto", own)
         _set(tree, "optimizer.warmup_steps", max(1, min(tree["optimizer"].get("warmup_steps", 100), steps // 20)), own)
-        _set(tree, "train.picture_every", max(50, steps // 6), own)
         start = tree["loss"].get("adversarial_start")
         if start:
             _set(tree, "loss.adversarial_start", steps // 2, own)
@@ -531,12 +557,12 @@ class _Planning:
             if chosen is not None and not self._worth(size, chosen[2], hours, first, encoding):
                 break
             tree = self._tree(size)
-            _batch(tree, self.machine, _keys(self.asked.stage2))
+            _batch(tree, 128 if self.machine.gpu else 32, self._variants(), self.machine.processes, _keys(self.asked.stage2))
             config: Any = parse_config(copy.deepcopy(tree), "fit")
             train_diffusion.check_config(config)
             train_diffusion.check_unet_size(config, shape, codec.factor)
             trial = partial(train_diffusion.trial_steps, config, codec, None, shape, classes)
-            timing = self.measure(config, trial, self.machine.device, precision)
+            timing = self.measure(config, trial, self.machine.device, precision, self._patience(hours))
             if timing is None and chosen is not None:
                 break  # it does not fit in memory
             precision = timing.precision if timing else None
@@ -563,15 +589,17 @@ class _Planning:
         own = _keys(self.asked.stage2)
         _set_times(tree["train"], steps, seconds, hours, own)
         _set(tree, "train.precision", timing.precision if timing else "auto", own)
-        _set(tree, "train.picture_every", max(100, steps // PICTURES), own)
+        _set(tree, "train.snapshot_minutes", round(seconds / 60 / (SNAPSHOTS + 1), 3), own)
         _set(tree, "optimizer.warmup_steps", max(1, min(300, steps // 20)), own)
         # An average over the last thirtieth of the steps: longer ones lag behind, shorter ones keep the noise of the steps
         _set(tree, "ema.decay", round(min(0.9998, max(0.98, 1 - 30 / max(steps, 1))), 5), own)
-        if "snapshot_minutes" not in LoopConfig.model_fields:
-            _set(tree, "train.snapshot_every", max(1, steps // (SNAPSHOTS + 1)), own)
         return parse_config(tree, "fit")  # type: ignore[return-value]
 
     # Time
+
+    def _patience(self, hours: float | None) -> float:
+        """Seconds that one timing may take, about: a hundredth of the whole, as there are up to four."""
+        return MOST_PATIENCE if hours is None else min(MOST_PATIENCE, max(1.0, 36 * hours))
 
     def _seconds(self, hours: float, trains_first: bool) -> dict[str, float]:
         """Seconds of each phase of a fit of some hours."""
@@ -631,32 +659,33 @@ TRANSPARENT_SHARE = 0.05  # of the pictures; of fewer, the background is white w
 
 
 def _ordered(reasons: dict[str, str]) -> dict[str, str]:
-    order = ("pictures", "background", "mirrored", "autoencoder", "U-Net", "hours")
+    order = ("pictures", "background", "mirrored", "copies", "autoencoder", "U-Net", "hours")
     return {key: reasons[key] for key in order if key in reasons}
 
 
-def _measure(config: Any, trial: Any, device: str, precision: str | None) -> Timing | None:
+def _measure(config: Any, trial: Any, device: str, precision: str | None, patience: float) -> Timing | None:
     """How long a training step takes here; None where it does not fit in memory."""
     share = max(1, config.train.batch_size // int(os.environ.get("WORLD_SIZE", "1")))
-    return time_steps(trial, device, share, precision)
+    return time_steps(trial, device, share, precision, patience)
 
 
-def _batch(tree: dict[str, Any], machine: Machine, own: set[str]) -> None:
-    """The batch, so that all processes of the launch share it alike."""
-    batch = 128 if machine.gpu else 32
-    _set(tree, "train.batch_size", -(-batch // machine.processes) * machine.processes, own)
+def _batch(tree: dict[str, Any], batch: int, variants: int, processes: int, own: set[str]) -> None:
+    """The batch, in place: no larger than what there is to train on, and shared alike by the processes of the launch."""
+    batch = min(batch, max(LEAST_BATCH, variants))
+    _set(tree, "train.batch_size", -(-batch // processes) * processes, own)
 
 
 def _set_times(train: dict[str, Any], steps: int, seconds: float, hours: float, own: set[str]) -> None:
-    """What goes by the clock, in place. own: keys that the user gave."""
-    fields = LoopConfig.model_fields
-    values: dict[str, Any] = {"save_minutes": round(min(2.0, max(0.5, 0.02 * hours * 60)), 2)}
-    clock = "minutes" in fields
-    values["steps"] = math.ceil(SLOWER * steps / 100) * 100 if clock else steps
-    if clock:
-        values["minutes"] = round(seconds / 60, 2)
-        values["picture_minutes"] = round(min(5.0, max(0.5, seconds / 60 / PICTURES)), 2)
-        values["snapshot_minutes"] = round(seconds / 60 / (SNAPSHOTS + 1), 3)
+    """What goes by the clock, in place. The steps are an upper bound. own: keys that the user gave."""
+    bound = math.ceil(SLOWER * steps / 100) * 100
+    minutes = seconds / 60
+    values = {
+        "steps": bound,
+        "minutes": round(minutes, 2),
+        "picture_every": bound,
+        "picture_minutes": round(min(5.0, max(0.5, minutes / PICTURES)), 2),
+        "save_minutes": round(min(2.0, max(0.5, 0.02 * hours * 60)), 2),
+    }
     for key, value in values.items():
         if f"train.{key}" not in own:
             train[key] = value

@@ -30,7 +30,7 @@ def verdict(decision="skip"):
 def at_speed(seconds):
     """A measurement that finds this time of a step of the small U-Net, and times in proportion for the others."""
 
-    def measure(config, trial, device, precision):
+    def measure(config, trial, device, precision, patience):
         widths = config.model.config.get("block_out_channels", [96])
         return Timing("float32", seconds * WIDTHS.get(widths[0], 1.0), config.train.batch_size)
 
@@ -163,3 +163,28 @@ def test_a_real_folder_is_planned_and_timed(tmp_path):
     assert made.diffusion.data.size == (32, 32) and made.steps["diffusion"] > 10
     assert all("\n" not in line for line in made.lines()) and 8 <= len(made.lines()) <= 20
     assert yaml.safe_load((write_configs(made, tmp_path)[0]).read_text())["stage"] == "diffusion"
+
+
+def test_small_folders_get_copies_that_fit_the_time():
+    made = plan(found=facts(600))
+    assert made.diffusion.data.copies == 6 and made.diffusion.data.shift > 0 and "copies" in made.reasons
+    assert plan(found=facts(10_000)).diffusion.data.copies == 1
+    assert plan(overrides=["data.copies=1"], found=facts(600)).diffusion.data.copies == 1
+
+
+def test_the_clock_ends_both_stages():
+    made = plan(0.5, kind=None)
+    for name, config in (("autoencoder", made.autoencoder), ("diffusion", made.diffusion)):
+        train = config.train
+        assert train.minutes == pytest.approx(made.seconds[name] / 60, abs=0.01)
+        assert train.steps > made.steps[name] and config.optimizer.schedule == "wsd"
+        assert train.save_minutes <= 2 and train.picture_minutes <= 5
+    assert made.diffusion.train.snapshot_minutes * 4 < made.diffusion.train.minutes
+
+
+def test_the_batch_suits_few_pictures_and_several_processes():
+    assert plan(found=facts(600)).diffusion.train.batch_size == 32
+    assert plan(found=facts(3), overrides=["data.copies=1"]).diffusion.train.batch_size == 4
+    three = Machine("cpu", "a processor", 2, 2, 8 << 30, False, processes=3)
+    made = plan(machine=three, kind=None)
+    assert made.diffusion.train.batch_size % 3 == 0 and made.autoencoder.train.batch_size % 3 == 0
