@@ -99,8 +99,10 @@ def test_a_snapshot_is_published_as_if_the_run_had_ended_there(trained, data, ba
     assert (folder / FILE).read_bytes() != (trained / "model" / FILE).read_bytes()
 
 
-@pytest.mark.parametrize("changes", [{"train__micro_batch": 1}, {"train__gradient_checkpointing": True}])
-def test_memory_is_saved_without_another_result(changes, trained, data, base, tmp_path):
+@pytest.mark.parametrize(
+    "changes", [{"train__micro_batch": 1}, {"train__gradient_checkpointing": True}, {"train__picture_every": 1}]
+)
+def test_memory_and_pictures_change_no_result(changes, trained, data, base, tmp_path):
     train(parse_config(lora_tree(data, base, tmp_path / "run", model__lora__alpha=6.0, **changes)))
     expected = load_file(trained / "model" / FILE)
     for name, value in load_file(tmp_path / "run" / "model" / FILE).items():
