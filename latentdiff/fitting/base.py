@@ -24,7 +24,8 @@ def base_settings(base: str, lora: int | None, facts: Any, overrides: Words = ()
     """Changes of a stage-2 config that a base asks for, as nested dicts; each section that is named is complete.
 
     The keys are autoencoder, normaliser, data (size, channels and perhaps caption), model, schedule, prediction, noise_levels,
-    weighting, min_snr_gamma, condition, optimizer (lr) and sample.
+    weighting, min_snr_gamma, condition, optimizer (lr) and sample. "notes" is no key of a config: lines for people, on what is
+    done with the base.
 
     Args:
         base: the folder of a checkpoint, or of a pipeline in Stable Diffusion's layout.
@@ -37,11 +38,6 @@ def base_settings(base: str, lora: int | None, facts: Any, overrides: Words = ()
             a word names another autoencoder or U-Net.
     """
     return _Base(base, lora, facts, overrides).settings()
-
-
-def base_lines(base: str, lora: int | None, facts: Any, overrides: Words = ()) -> list[str]:
-    """What is done with a base, for people, one thought a line. Arguments and errors as `base_settings`."""
-    return _Base(base, lora, facts, overrides).lines()
 
 
 class _Base:
@@ -127,6 +123,7 @@ class _Base:
             "condition": self.condition(),
             "optimizer": {"lr": self.rate()},
             "sample": self.sample(),
+            "notes": self.notes(),
         }
 
     def data(self) -> dict[str, Any]:
@@ -186,8 +183,8 @@ class _Base:
 
     # In words
 
-    def lines(self) -> list[str]:
-        """See `base_lines`."""
+    def notes(self) -> list[str]:
+        """What is done with the base, one thought a line."""
         how = "the whole U-Net" if self.lora is None else f"a LoRA of rank {self.lora} of its U-Net"
         kept = "its autoencoder and its noise schedule are kept"
         if "text" in self.kind:

@@ -340,7 +340,7 @@ def make_plan(
         hours: of the whole; None: what the plan recommends.
         verdict: on the pretrained autoencoder, a `first_stage.Verdict`; None where none is to be tried (autoencoder=train).
         overrides: key=value words; see `sort_overrides`.
-        base: settings of stage 2 that an existing model asks for, as nested dicts. Its U-Net and autoencoder are then used.
+        base: what `base.base_settings` gave for an existing model. Its U-Net and autoencoder are then used.
         out: the fit's folder; the configs write their runs into it.
         measure: measure(config, trial, device, precision, patience) times a training step; None: `time_steps` does.
 
@@ -369,7 +369,7 @@ class _Planning:
     ):
         self.facts, self.machine, self.asked, self.data, self.reasons = facts, machine, asked, data, reasons
         self.verdict, self.base, self.out, self.measure = verdict, base, out, measure
-        self.notes: list[str] = []
+        self.notes: list[str] = list(base.get("notes", [])) if base is not None else []
         self.decision = "train" if verdict is None else str(verdict.decision)
         if base is not None and base.get("autoencoder"):
             self.decision = "skip"
@@ -536,7 +536,7 @@ class _Planning:
         if self.facts.images < 5 * COPIED:
             network["dropout"] = 0.1
         if self.base is not None:
-            rest = {key: value for key, value in self.base.items() if key != "data"}  # which is in self.data already
+            rest = {key: value for key, value in self.base.items() if key not in ("data", "notes")}  # used already
             tree = _merged(tree, rest, whole=("model", "schedule", "noise_levels", "condition"))
         for item in self.asked.stage2:
             override(tree, item)

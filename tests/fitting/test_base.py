@@ -15,7 +15,7 @@ from tiny_stable import BETAS, WEIGHTS, change_json, open_stock
 from latentdiff import checkpoints
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
-from latentdiff.fitting.base import LORA_RATE, base_lines, base_settings
+from latentdiff.fitting.base import LORA_RATE, base_settings
 from latentdiff.fitting.facts import look
 from latentdiff.fitting.machine import Machine, Timing
 from latentdiff.fitting.plan import make_plan
@@ -34,7 +34,7 @@ def tree(settings, source, output, **train):
     data = {"source": str(source), "held_out": 0.34, **settings["data"]}
     sample = {**settings.get("sample", {}), "steps": 2, "per_class": 1}
     run = {"stage": "diffusion", "output": str(output), "data": data, "train": {**TRAIN, **train}, "sample": sample}
-    return {**settings, **run}
+    return {key: value for key, value in (settings | run).items() if key != "notes"}
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_a_latent_of_another_scale_is_what_the_base_knows(base, pictures, tmp_pa
     ],
 )
 def test_pictures_without_captions_get_one_and_a_line_says_so(base, pictures, classes, captions, overrides, said):
-    first, *more = base_lines(str(base), None, facts(pictures, classes, captions), overrides)
+    first, *more = base_settings(str(base), None, facts(pictures, classes, captions), overrides)["notes"]
     assert first.startswith("goes on from") and "the whole U-Net; its autoencoder, its text encoder and its noise" in first
     assert len(more) == (said is not None) and all(said in line for line in more)
 
@@ -119,7 +119,7 @@ def test_classes_are_matched_by_name_and_new_ones_start_without_a_class(diffusio
     expected = torch.stack([before[1], before[2], before[3], before[3]])
     torch.testing.assert_close(after, expected, rtol=1e-3, atol=1e-4)
     assert checkpoints.load(moved).class_names == classes
-    lines = base_lines(str(model), None, facts(folder, classes))
+    lines = settings["notes"]
     assert any(line.endswith("without a class: one more") for line in lines)
     assert any(line.endswith(f"are dropped: {names[0]}") for line in lines)
 
@@ -139,6 +139,7 @@ def test_a_plan_keeps_to_the_base_where_no_word_says_otherwise(base, pictures):
     assert (config.data.size, config.data.caption) == ((16, 16), "striped things")
     assert (config.model.lora.rank, config.model.config, config.optimizer.lr) == (4, {}, LORA_RATE)
     assert (config.condition.type, config.sample.guidance, config.schedule.name) == ("text", 7.5, "ddpm-scaled-linear")
+    assert made.notes[0].startswith("goes on from ") and "each has 'striped things'" in made.notes[1]
     assert "16x16 pixels, as the base draws" in made.reasons["pictures"]
     config = planned("data.size=[32,32]", "data.caption=things", "optimizer.lr=0.5", "model.lora.alpha=8").diffusion
     assert (config.data.size, config.data.caption) == ((32, 32), "things")
