@@ -48,6 +48,13 @@ ROWS = {
     NEAR_COPIES: "Samples that are about copies of a training picture (lower is better)",
     "reconstruction_psnr": "Reconstructions: PSNR in dB (higher is better)",
 }
+# Of the candidates: names of their values, for people
+COLUMNS = {
+    "distance": "Fréchet distance",
+    "label_accuracy": "right class",
+    "closer_to_training": "about copies",
+    "held_out_loss": "held-out loss",
+}
 
 
 # Verdicts: numbers in, words out
@@ -491,7 +498,7 @@ class LivePage:
             "final": part(lambda: self._picture(self.out / "samples.png", fresh=True), None),
             "charts": [c for c in part(self._charts, []) if c],
             "reconstructions": part(self._reconstructions, None),
-            "choice": part(lambda: choice_table(record.get("choice")), None),
+            "choice": part(lambda: choice_table(self._choice(record)), None),
             "rows": part(lambda: evaluation_rows(values), []),
             "report": (self.out / "report" / "index.html").is_file(),
             "lines": last_lines(record) if status == "finished" else [],
@@ -503,6 +510,15 @@ class LivePage:
     def _stopped(self, record: Mapping[str, Any], error: BaseException | None) -> list[str]:
         reason = printable(" ".join(str(error).split()))[:300] if isinstance(error, UserError) else ""
         return [reason] if reason else []
+
+    def _choice(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Which state is kept: as fit.json says it, else as the choice itself recorded it."""
+        return record.get("choice") or read_json(self.out / "diffusion" / "choice.json")
+
+    def _kept(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of the candidate that is kept; {} where there are none."""
+        choice = self._choice(record)
+        return next((each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")), {})
 
     # Pictures
 
@@ -589,6 +605,8 @@ class LivePage:
             found.append(frechet_verdict(entries["frechet["]["value"], entries["frechet["].get("floor")))
         if near := entries[NEAR_COPIES]:
             found.append(copies_verdict(near["value"], near.get("floor") or 0.01, near.get("images")))
+        elif (share := self._kept(record).get("closer_to_training")) is not None:
+            found.append(copies_verdict(share, images=self._choice(record).get("images")))
 
         # Stage 2
         second = self.stages["diffusion"]
@@ -659,17 +677,27 @@ def plan_phases(record: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def choice_table(choice: Any) -> dict[str, Any] | None:
-    """The candidates of fit.json's "choice" as a table. None where nothing was chosen yet."""
-    if not isinstance(choice, Mapping) or not choice.get("candidates"):
+    """The candidates of a choice (see `choose.Choice`) as a table, and the reason. None where nothing was chosen yet."""
+    if not isinstance(choice, Mapping) or not choice.get("why"):
         return None
-    candidates = [each for each in choice["candidates"] if isinstance(each, Mapping)]
-    columns = list(dict.fromkeys(name for each in candidates for name in each))
+    candidates = [each for each in choice.get("candidates") or [] if isinstance(each, Mapping)]
+    names = list(dict.fromkeys(name for each in candidates for name in each))
+    names = [name for name in names if any(each.get(name) is not None for each in candidates)]
     rows = [
-        {"cells": [_cell(each.get(name)) for name in columns], "kept": each.get("step") == choice.get("step")}
+        {
+            "mark": "kept" if each.get("step") == choice.get("step") else "",
+            "cells": [_cell(each.get(name)) for name in names],
+        }
         for each in candidates
     ]
-    why = str(choice.get("why") or f"The state of step {choice.get('step')} is kept.")
-    return {"why": why, "columns": [str(name).replace("_", " ") for name in columns], "rows": rows}
+    if (real := choice.get("real")) and candidates:
+        rows.append({"mark": "real", "cells": [_cell(real.get(name)) for name in names]})
+    words = [str(choice["why"])]
+    if choice.get("images"):
+        words.append(f"Each was judged by {choice['images']} pictures; the row \u201creal\u201d is of held-out pictures.")
+    if (limit := choice.get("memorisation_limit")) is not None and "closer_to_training" in names:
+        words.append(f"At most {100 * limit:.0f} of 100 pictures may be about copies.")
+    return {"why": " ".join(words), "columns": [COLUMNS.get(name, str(name).replace("_", " ")) for name in names], "rows": rows}
 
 
 def _cell(value: Any) -> str:

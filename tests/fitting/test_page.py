@@ -209,10 +209,12 @@ def test_a_finished_fit_shows_choice_and_evaluation_and_stays_still(out):
     }
     (out / "report" / "metrics.json").write_text(json.dumps({"values": values}))
     Image.new("RGB", (30, 20)).save(out / "samples.png")
-    candidates = [{"step": 2, "frechet": 12.0, "copies": None}, {"step": 4, "frechet": 9.0, "copies": 0.12}]
+    names = ("step", "distance", "label_accuracy", "closer_to_training")
+    candidates = [dict(zip(names, row, strict=True)) for row in ((2, 12.0, None, None), (4, 9.0, None, 0.12))]
     lines = ["Good: as real ones", "See pictures: latentdiff generate --all-classes", "Better with: more time"]
     phases = dict.fromkeys(page.PHASES, "done")
-    write_record(out, choice={"step": 4, "why": "closest", "candidates": candidates}, phases=phases, lines=lines)
+    choice = {"step": 4, "why": "closest", "candidates": candidates, "real": {"distance": 3.0}, "images": 64}
+    write_record(out, choice=choice, phases=phases, lines=lines)
     live = LivePage(out)
     assert live.write("finished")
     html, shown = read(out), Links(read(out))
@@ -220,8 +222,27 @@ def test_a_finished_fit_shows_choice_and_evaluation_and_stays_still(out):
     assert all(line in shown.text for line in lines)
     assert "in 12 of 100 cases (400 samples)" in shown.text and "recognised well" in shown.text and "3.0 times" in shown.text
     assert re.search(r'class="kept"><td>kept</td><td class="n">4</td>', html) and "9.0000" in shown.text
+    assert "about copies" in shown.text and "right class" not in shown.text  # nothing says anything of classes
+    assert re.search(r"<td>real</td>.*3", html) and "judged by 64 pictures" in shown.text
     assert "report/index.html" in shown.links and any(link.startswith("samples.png?") for link in shown.links)
     assert "still change" not in shown.text
+
+
+def test_the_choice_says_how_much_is_copied_before_the_evaluation_does(out):
+    choice = {"step": 4, "why": "nearest", "candidates": [{"step": 4, "closer_to_training": 0.3}], "images": 64}
+    (out / "diffusion" / "choice.json").write_text(json.dumps(choice))
+    LivePage(out).write()
+    shown = Links(read(out))
+    assert "in 30 of 100 cases (64 samples)" in shown.text and "nearest" in shown.text
+
+
+def test_a_pretrained_autoencoder_is_judged_too(out):
+    shutil.rmtree(out / "autoencoder")
+    tried = {"decision": "skip", "psnr_db": 29.0, "worst_classes": ["flags (22.0 dB)"]}
+    write_record(out, plan={"lines": [], "seconds": {}, "first_stage": tried})
+    LivePage(out).write()
+    text = Links(read(out)).text
+    assert "reconstructs well: 29.0 dB on these pictures, which it never saw." in text and "flags (22.0 dB)" in text
 
 
 def test_nothing_is_written_while_nothing_changes(out):
