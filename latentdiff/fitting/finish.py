@@ -82,6 +82,7 @@ def measure(output: Path, config: Any, pace: float, seconds: float) -> dict[str,
 
     pace: seconds that an image takes. Where nothing can be measured, the result says why, under "reason".
     """
+    from latentdiff.evaluation import default_features
     from latentdiff.evaluation.evaluate import evaluate
 
     classes = len(class_names(output)) if config.condition.type == "class" else 1
@@ -92,7 +93,7 @@ def measure(output: Path, config: Any, pace: float, seconds: float) -> dict[str,
             output / "model",
             config.data.source,
             num_images=count,
-            features=features_for(config.data.channels),
+            features=default_features(config.data.channels),
             out=output / "report",
             cas_seeds=0,
             reference_cache=output / "report" / "features",
@@ -103,15 +104,6 @@ def measure(output: Path, config: Any, pace: float, seconds: float) -> dict[str,
         return {"reason": reason}
     values = json.loads((output / "report" / "metrics.json").read_text(encoding="utf-8"))["values"]
     return {"images": count, "values": values}
-
-
-def features_for(channels: int) -> str:
-    """The feature network that ships for images of so many channels."""
-    from latentdiff.checkpoints import shipped_folder
-
-    folder = shipped_folder("weights")
-    general = folder is not None and (folder / "rgb-features").is_dir()
-    return "weights/rgb-features" if channels == 3 and general else "weights/fashion-mnist-features"
 
 
 def entry(result: dict[str, Any], name: str) -> dict[str, Any]:

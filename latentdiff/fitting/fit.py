@@ -257,9 +257,10 @@ class _Fit:
 
     def choose(self, seconds: float) -> None:
         """Keep the best state of stage 2 as <output>/model."""
-        from latentdiff.training.publish import publish
+        from latentdiff.fitting.choose import choose_state
 
-        publish(self.output / "diffusion", out=self.output / "model")
+        choice = choose_state(self.config("diffusion"), seconds, self.output / "model")
+        self.write(choice=choice.as_json())
 
     def report(self, seconds: float) -> None:
         """Draw samples.png, measure the model, fill its card, and record the last lines."""

@@ -54,7 +54,7 @@ def save_picture(config: DiffusionConfig, parts: dict[str, Any], conditions: Con
 
     parts: what `pipeline_parts` gave. Every process calls this and draws its share of the rows; the main one writes.
     """
-    pipeline = _pipeline(config, parts)
+    pipeline = sampling_pipeline(config, parts)
     classes: list[int | None] = list(range(min(MAX_CLASSES, pipeline.num_classes))) or [None] * ROWS
     prompts: list[str] | None = None
     if conditions.text:
@@ -97,7 +97,7 @@ class Monitor:
         """{"evaluation/frechet", "evaluation/floor", "evaluation/seconds"} of a pipeline. parts: from `pipeline_parts`."""
         began = time.monotonic()
         config = self.config
-        pipeline = _pipeline(config, parts)
+        pipeline = sampling_pipeline(config, parts)
         texts = self.images.held_out_captions(config.evaluate.images) if self.conditions.text else None
         classes = list(range(pipeline.num_classes)) or [None]
 
@@ -137,14 +137,17 @@ class Monitor:
         return Moments(rows.shape[1]).update(rows)
 
 
-def _pipeline(config: DiffusionConfig, parts: dict[str, Any]) -> Any:
-    """A quiet pipeline with the config's guidance scale. An image that is not finite is no error: training goes on."""
+def sampling_pipeline(config: DiffusionConfig, parts: dict[str, Any], refuse_non_finite: bool = False) -> Any:
+    """A quiet pipeline with the config's guidance scale. parts: what `pipeline_parts` gave.
+
+    refuse_non_finite: raise NotFiniteError for such an image. By default it is no error: training goes on.
+    """
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
     # The scale is given as a default: then it is off without a condition, and a call would be refused
     pipeline = LatentDiffusionPipeline(**parts, default_guidance_scale=guidance_scale(config))
     pipeline.set_progress_bar_config(disable=True)
-    pipeline.refuse_non_finite = False
+    pipeline.refuse_non_finite = refuse_non_finite
     return pipeline
 
 

@@ -12,6 +12,7 @@ from latentdiff.utils import locks, processes, signals
 
 if TYPE_CHECKING:
     from latentdiff.config import AutoencoderConfig, DiffusionConfig, Section
+    from latentdiff.training.train_diffusion import DiffusionTrainer
 
 PRODUCTS = {"autoencoder": "autoencoder", "diffusion": "model"}  # the folder that a stage publishes, within its output
 
@@ -46,7 +47,7 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
         raise UserError("--step and --best: give one of them")
     folder = Path(out) if out is not None else output / PRODUCTS[config.stage]
     if out is not None:
-        _check_out(folder, config)
+        check_out(folder, config)
     advice = "wait for it, or give --out another folder"
     held = locks.locked(output, advice) if out is None else locks.locked(folder, advice, beside=True)
     with torch_settings_restored(), signals.watched(signals.again), held:
@@ -83,23 +84,42 @@ def _publish_autoencoder(config: AutoencoderConfig, folder: Path, tensors: dict[
 
 
 def _publish_diffusion(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
-    """The same for stage 2. The run's latent cache is opened, or built again where it is not there any more."""
-    from latentdiff.training import conditioning, state
+    """The same for stage 2."""
+    trainer = open_diffusion(config)
+    load_averages(trainer, tensors, meta)
+    trainer.publish(folder, meta["step"])
+
+
+def open_diffusion(config: DiffusionConfig) -> DiffusionTrainer:
+    """A stage-2 run with its images, autoencoder, text encoder and network, but none of its weights.
+
+    The run's latent cache is opened, or built again where it is not there any more. config: as the run recorded it.
+    """
+    from latentdiff.training import conditioning
     from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import open_inputs, prepare_latents, progress_bar
     from latentdiff.training.train_diffusion import DiffusionTrainer
-    from latentdiff.training.trainer import check_made_from
 
-    output, accelerator = Path(config.output), start_accelerator(config.train)
+    accelerator = start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as bar:
         latents = prepare_latents(config, accelerator, bar, open_inputs(config, accelerator.device))
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
-    trainer = DiffusionTrainer(config, latents, conditions, accelerator)
+    return DiffusionTrainer(config, latents, conditions, accelerator)
+
+
+def load_averages(trainer: DiffusionTrainer, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Put the averaged weights of a state or snapshot into a run's `ema_model`. UserError where they are of other data.
+
+    tensors, meta: as `state.load_folder` gives them; of the tensors only "ema" is used.
+    """
+    from latentdiff.training import state
+    from latentdiff.training.trainer import check_made_from
+
+    output = Path(trainer.config.output)
     check_made_from(output, meta.get("made_of"), trainer.made_from())
     state.load_into(trainer.ema_model, tensors["ema"], str(output), trainer.trained)
     trainer.ema.updates = meta["ema_updates"]
-    trainer.publish(folder, meta["step"])
 
 
 def _config(output: Path) -> AutoencoderConfig | DiffusionConfig:
@@ -164,7 +184,7 @@ def state_to_publish(output: Path, step: int | None, best: bool) -> Path:
     raise UserError(problems[0])
 
 
-def _check_out(folder: Path, config: Section) -> None:
+def check_out(folder: Path, config: Section) -> None:
     """UserError unless a folder is new, is empty, or was published by this run."""
     from latentdiff.training.run_folder import first_difference
     from latentdiff.utils.outputs import check_out_folder

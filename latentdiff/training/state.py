@@ -231,10 +231,13 @@ def load_state(output: Path, warn: bool = True) -> tuple[dict[str, dict[str, Ten
     raise UserError(f"{problems[0]}; no state before it is whole; set output= elsewhere to start afresh")
 
 
-def load_folder(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """({NAME: tensors by name}, meta) of the folder of a state or a snapshot in which `damage` found nothing."""
+def load_folder(folder: Path, only: str | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """({NAME: tensors by name}, meta) of the folder of a state or a snapshot in which `damage` found nothing.
+
+    only: the one NAME whose tensors are read; None reads all.
+    """
     meta = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    tensors = {path.stem: load_file(path) for path in sorted(folder.glob("*.safetensors"))}
+    tensors = {path.stem: load_file(path) for path in sorted(folder.glob(f"{only or '*'}.safetensors"))}
     return tensors, {key: value for key, value in meta.items() if key not in ("files", "sha256")}
 
 

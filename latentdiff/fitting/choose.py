@@ -1,0 +1,572 @@
+"""Which state of stage 2 is kept: the one whose generated pictures are nearest to the data, and are no copies of it.
+
+Candidates are the run's snapshots and its newest state, with averaged weights. From each the same pictures are generated:
+same classes or captions, same noise. They are measured in the space of a feature network:
+
+- The Fréchet distance to the training pictures (arXiv 1706.08500). It depends on the number of pictures, and all candidates
+  have the same number, so it ranks them also where they are few. The kernel distance (KID) has no such bias, but with a
+  small network's features it hardly sees how varied the pictures are.
+- Label accuracy, by a linear probe on the training pictures.
+- The share of pictures that are closer to a training picture than 1 % of held-out pictures are. A candidate above
+  `memorisation_limit` is taken only where all are.
+
+The held-out loss stands beside them. It is lowest long before a small model draws well, so it decides nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from latentdiff.errors import NotFiniteError, UserError, printable
+from latentdiff.utils import atomic, locks, progress_bars, signals
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from latentdiff.config import DiffusionConfig
+    from latentdiff.data.datasets import ImageDataset
+    from latentdiff.evaluation.linear_probe import LinearProbe
+    from latentdiff.models.feature_net import FeatureSpace
+    from latentdiff.training.train_diffusion import DiffusionTrainer
+
+FILE = "choice.json"
+MOST_CANDIDATES = 8
+MOST_IMAGES = 1000  # of a candidate: more would not change the order
+FEWEST_IMAGES = 32  # of a candidate, below which fewer candidates are compared
+BATCH = 64  # pictures that are generated at a time, at most
+FIRST = 4  # pictures of the first batch, which warms up
+ROUNDS = 6  # at least so many rounds of pictures are planned, so that a slow machine ends in time
+REFERENCE_SHARE = 0.2  # of the time, for features of real pictures
+SAVING_SHARE = 0.1  # of the time, kept for publishing
+FOLDS = 10  # of the jackknife that says how much of a difference is noise
+PERCENT = 1  # of held-out pictures that are closer to the training pictures than a copy's distance
+LIMIT = 5.0  # times the share that real pictures would have
+FEWEST_HELD_OUT = 10  # below, nothing says how close real pictures come
+
+
+@dataclass
+class Choice:
+    """Which state is kept, and why; all values are JSON.
+
+    Attributes:
+        step: of the state.
+        why: in words.
+        candidates: of each candidate its step; distance (Fréchet), label_accuracy and closer_to_training, where they were
+            measured; and held_out_loss, of the nearest step.
+        real: the same values of held-out pictures, with their number as "images"; {} where there are too few.
+        images: pictures that were generated from each candidate; 0 where none were.
+        reference_images: training pictures that they were compared with.
+        features: name of the feature network; None where nothing was measured.
+        memorisation_limit: the largest closer_to_training that is allowed; None where there are too few held-out pictures.
+        seconds: what it took.
+    """
+
+    step: int
+    why: str
+    candidates: list[dict[str, Any]] = field(default_factory=list)
+    real: dict[str, Any] = field(default_factory=dict)
+    images: int = 0
+    reference_images: int = 0
+    features: str | None = None
+    memorisation_limit: float | None = None
+    seconds: float = 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """The choice as JSON values."""
+        return asdict(self)
+
+
+def choose_state(
+    config: DiffusionConfig,
+    seconds: float,
+    out: str | Path,
+    features: str | Path | None = None,
+    most_candidates: int = MOST_CANDIDATES,
+) -> Choice:
+    """Publish the best state of a stage-2 run.
+
+    Also written: choice.json in the run's folder.
+
+    Args:
+        config: of the run, whose output folder holds its states and snapshots.
+        seconds: what all of it may take. Fewer pictures and fewer candidates are compared where there is less.
+        out: the folder of the checkpoint: a new one, or one that this run has published.
+        features: a feature network, as of `evaluate`; None: the one that ships for so many channels.
+        most_candidates: compare at most so many states.
+
+    Returns:
+        The choice.
+
+    Raises:
+        UserError: the run has no state that can be read, its data have changed, or `out` holds something else.
+    """
+    from latentdiff.config import DiffusionConfig
+    from latentdiff.training import publish, state
+    from latentdiff.training.accelerator import torch_settings_restored
+    from latentdiff.training.run_folder import recorded_config
+
+    began = time.monotonic()
+    output, folder = Path(config.output), Path(out)
+    recorded: Any = recorded_config(output, DiffusionConfig)
+    publish.check_out(folder, recorded)
+    held = locks.locked(folder, "wait for it, or give another folder", beside=True)
+    with torch_settings_restored(), signals.watched(signals.again), held:
+        folders = whole_states(output, most_candidates)
+        trainer = publish.open_diffusion(recorded)
+        saving = max(SAVING_SHARE * seconds, 1.0)
+        try:
+            choice = _compare(trainer, folders, began + seconds - saving, features)
+        except (UserError, ValueError) as error:
+            step = max(folders)
+            choice = Choice(step, f"The newest state, of step {step}, is kept: nothing was compared ({_line(error)}).")
+        tensors, meta = state.load_folder(folders[choice.step], only="ema")
+        publish.load_averages(trainer, tensors, meta)
+        trainer.publish(folder, choice.step)
+    choice.seconds = round(time.monotonic() - began, 1)
+    atomic.write_json(output / FILE, choice.as_json())
+    print(printable(choice.why), file=sys.stderr)
+    return choice
+
+
+def whole_states(output: Path, most: int) -> dict[int, Path]:
+    """{step: folder} of a run's snapshots and newest state that are whole, evenly spread where there are more than `most`.
+
+    UserError where there is none.
+    """
+    from latentdiff.training import publish, state
+
+    folders = [*state.state_folders(output), *state.step_folders(output, "snapshots")]
+    newest = max((folder for folder in state.state_folders(output) if state.damage(folder) is None), key=_step, default=None)
+    kept = [folder for folder in folders if folder == newest or folder.parent.name == "snapshots"]
+    whole = {_step(folder): folder for folder in kept if state.damage(folder) is None}
+    if not whole:
+        folder = publish.state_to_publish(output, None, best=False)  # says what is wrong
+        whole = {_step(folder): folder}
+    return thinned(whole, most)
+
+
+def _step(folder: Path) -> int:
+    """The step of the folder of a state or a snapshot."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def thinned(folders: dict[int, Path], most: int) -> dict[int, Path]:
+    """At most so many of the candidates: the last one, and others evenly spread before it."""
+    steps = sorted(folders)
+    if len(steps) <= most:
+        return {step: folders[step] for step in steps}
+    places = {round((k + 1) * len(steps) / most) - 1 for k in range(most)}
+    return {steps[place]: folders[steps[place]] for place in sorted(places)}
+
+
+# What is measured
+
+
+class Space(NamedTuple):
+    """Real pictures in the space of a feature network.
+
+    Attributes:
+        net: the network.
+        reference: features of training pictures, [N, D].
+        mirrored: of the same pictures mirrored, where training mirrors them; else [0, D].
+        distance: the Fréchet distance of features [n, D] to the reference.
+        probe: tells the classes; None without classes.
+        real: values of held-out pictures, see `Choice.real`.
+        limit: see `Choice.memorisation_limit`.
+        near: the distance to a training picture below which a picture counts as a copy; None without a limit.
+    """
+
+    net: FeatureSpace
+    reference: Tensor
+    mirrored: Tensor
+    distance: Callable[[Tensor], float]
+    probe: LinearProbe | None
+    real: dict[str, Any]
+    limit: float | None
+    near: float | None
+
+    def closest(self, features: Tensor) -> Tensor:
+        """The distance of features [n, D] to the nearest training picture, float64 [n]."""
+        import torch
+
+        from latentdiff.evaluation.memorization import nearest_by_features
+
+        return nearest_by_features(features, torch.cat([self.reference, self.mirrored])).distances
+
+    def copies(self, features: Tensor) -> float | None:
+        """The share of pictures that count as copies; None without a limit."""
+        return None if self.near is None else (self.closest(features) < self.near).double().mean().item()
+
+
+def open_space(trainer: DiffusionTrainer, features: str | Path | None, until: float) -> Space:
+    """Measure the real pictures. until: when to stop reading them (of time.monotonic), with the pictures read so far."""
+    import torch
+
+    from latentdiff.evaluation import default_features
+    from latentdiff.evaluation.feature_spaces import open_features
+    from latentdiff.evaluation.frechet import Moments, frechet_distance_to
+    from latentdiff.evaluation.linear_probe import fit_probe
+
+    images, device = trainer.latents.images, trainer.accelerator.device
+    net = open_features(default_features(images.preprocess.channels) if features is None else features).to(device)
+    train = images.train
+    held_out = None if images.nothing_held_out else images.held_out
+    began = time.monotonic()
+    apart, apart_rows = _features(net, held_out, began + (until - began) / 4) if held_out else (torch.empty(0, net.dim), [])
+    reference, rows = _features(net, train, until if not trainer.config.data.flips else (until + time.monotonic()) / 2)
+    mirrored = reference[:0]
+    if trainer.config.data.flips:
+        mirrored = _features(net, train, math.inf, rows, flips=True)[0]
+    if len(reference) < 2:
+        raise UserError(f"{len(reference)} training picture, and a distance needs two")
+
+    def moments(rows: Tensor) -> Moments:
+        return Moments(net.dim).update(rows)
+
+    to_reference = frechet_distance_to(moments(reference))
+    with_classes = trainer.conditions.classes is not None and train.labels is not None
+    same_classes = held_out is not None and held_out.labels is not None and held_out.class_names == train.class_names
+    probe = fit_probe(reference, train.labels[rows], len(train.class_names)) if with_classes else None
+    space = Space(net, reference, mirrored, lambda rows: to_reference(moments(rows)), probe, {}, None, None)
+
+    # The same values of held-out pictures
+    count = len(apart)
+    real: dict[str, Any] = {"images": count} if count else {}
+    if count >= 2:
+        real["distance"] = space.distance(apart)
+    if count and probe is not None and same_classes:
+        real["label_accuracy"] = probe.accuracy(apart, held_out.labels[apart_rows])
+    if count < FEWEST_HELD_OUT:
+        return space._replace(real=real)
+    distances = space.closest(apart)
+    near = distances.quantile(PERCENT / 100).item()
+    real["closer_to_training"] = (distances < near).double().mean().item()
+    return space._replace(real=real, limit=memorisation_limit(count), near=near)
+
+
+def memorisation_limit(held_out: int) -> float:
+    """The largest share of pictures that may be closer to a training picture than 1 % of held-out ones are.
+
+    Pictures that are no copies have a share of 1 %, or of 1 / (n + 1) where the 1 % of n held-out pictures is hardly one of
+    them. The limit is LIMIT times that, for samples are smoother than photographs, and smooth pictures are all close.
+    """
+    return LIMIT * max(PERCENT / 100, 1 / (held_out + 1))
+
+
+def _features(
+    net: FeatureSpace, dataset: ImageDataset, until: float, rows: list[int] | None = None, flips: bool = False
+) -> tuple[Tensor, list[int]]:
+    """(features [n, D], which images they are of) of a data set's images, without padding, in a fixed random order.
+
+    until: no batch is begun after that time, but the first. rows: these images. flips: mirrored.
+    """
+    import torch
+
+    from latentdiff.data.shuffling import permutation
+    from latentdiff.evaluation.sample_sets import without_padding
+    from latentdiff.models.feature_net import extract
+
+    plain, parts = without_padding(dataset), []
+    order = permutation(len(plain), 0, "choose").tolist() if rows is None else rows
+    for start in range(0, len(order), BATCH):
+        if start and time.monotonic() > until:
+            order = order[:start]
+            break
+        parts.append(extract(net, plain.batch(order[start : start + BATCH], flips=flips)[0])[0].float())
+    features = torch.cat(parts) if parts else torch.empty(0, net.dim)
+    if not bool(features.isfinite().all()):
+        raise NotFiniteError(f"feature network {net.name}: its features are not finite")
+    return features, order
+
+
+class Wanted(NamedTuple):
+    """What the pictures are to show: subjects, as of `generate_batches`, and the class of each, None without classes."""
+
+    subjects: list[Any]
+    labels: list[int] | None
+
+
+def wanted(trainer: DiffusionTrainer, count: int) -> Wanted:
+    """What `count` pictures show, so that any first part of them is a fair draw: classes in turn, or held-out captions."""
+    from latentdiff.data.shuffling import permutation
+    from latentdiff.evaluation.sample_sets import draw_prompts
+
+    images, conditions = trainer.latents.images, trainer.conditions
+    if conditions.text:
+        part, dataset = ("train", images.train) if images.nothing_held_out else ("test", images.held_out)
+        if not any(any(texts) for texts in dataset.captions() or []):
+            part, dataset = "train", images.train
+        drawn = draw_prompts(dataset, count, part, trainer.config.data.source)
+        order = permutation(count, 0, "choose captions").tolist()
+        labels = drawn.labels[order].tolist() if conditions.classes is not None and drawn.labels is not None else None
+        return Wanted([drawn.texts[k] for k in order], labels)
+    if conditions.classes is None:
+        return Wanted([None] * count, None)
+    classes = permutation(len(images.class_names), 0, "choose classes").tolist()
+    rows = [classes[k % len(classes)] for k in range(count)]
+    return Wanted(rows, rows)
+
+
+def draw(trainer: DiffusionTrainer, what: Wanted, part: slice) -> Tensor:
+    """Pictures [B, C, H, W] in [-1, 1], in 8 bits, of the weights in `ema_model`; always the same noise for the same part."""
+    import torch
+
+    from latentdiff.generation import generate_batches
+    from latentdiff.training.monitor import sampling_pipeline
+    from latentdiff.utils.random import derive_seed
+
+    config = trainer.config
+    pipeline = sampling_pipeline(config, trainer.pipeline_parts(), refuse_non_finite=True)
+    with trainer.accelerator.autocast():
+        batches = generate_batches(
+            pipeline,
+            what.subjects,
+            1,
+            derive_seed(config.seed, "choose"),
+            BATCH,
+            label=what.labels if trainer.conditions.text else None,
+            part=part,
+            guidance_interval=config.sample.guidance_interval,
+            num_inference_steps=config.sample.steps,
+        )
+        pictures = [torch.from_numpy(images) for images, _ in batches]
+    return torch.cat(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+
+
+class Contest:
+    """Generates pictures of several candidates in rounds, the same for each, until the time is over.
+
+    Args:
+        folders: {step: folder} of the candidates.
+        trainer: the run.
+        space: the real pictures.
+        until: when it is to end, of time.monotonic.
+    """
+
+    def __init__(self, folders: dict[int, Path], trainer: DiffusionTrainer, space: Space, until: float):
+        import torch
+
+        self.folders, self.trainer, self.space, self.until = folders, trainer, space, until
+        self.what = wanted(trainer, MOST_IMAGES)
+        self.done = 0  # pictures of each candidate
+        self.features = {step: torch.empty(0, space.net.dim) for step in folders}
+        self.broken: set[int] = set()  # candidates whose pictures are not finite
+
+    def run(self) -> None:
+        """Generate. The first batch, of the newest candidate, says how many candidates and pictures there is time for."""
+        newest, size, began = max(self.folders), FIRST, time.monotonic()
+        self._draw(newest, slice(0, size))  # warms up, so its pace is too slow
+        pace = (time.monotonic() - began) / size
+        if time.monotonic() < self.until:
+            more = min(BATCH, MOST_IMAGES - size, max(FIRST, int(0.1 * (self.until - time.monotonic()) / pace)))
+            began = time.monotonic()
+            self._draw(newest, slice(size, size + more))
+            pace, size = (time.monotonic() - began) / more, size + more
+        left = self.until - time.monotonic()
+        affordable = int(left / (pace * FEWEST_IMAGES)) if pace > 0 else len(self.folders)
+        self.folders = thinned(self.folders, max(1, min(len(self.folders), affordable)))
+        self.features = {step: self.features[step] for step in self.folders}
+        if len(self.folders) == 1:
+            self.done = size
+            return
+        with progress_bars.bar(total=None, unit="image", desc="choosing the state", delay=0.5) as bar:
+            bar.update(size)
+            self._rounds(pace, bar)
+
+    def _rounds(self, pace: float, bar: Any) -> None:
+        """Rounds of pictures, in each of which every candidate draws as many; the last one that fits ends it."""
+        while self.done < MOST_IMAGES:
+            left, count = self.until - time.monotonic(), len(self.folders)
+            affordable = int(left / (pace * count)) if pace > 0 else MOST_IMAGES
+            size = min(BATCH, MOST_IMAGES - self.done, max(affordable // ROUNDS, min(affordable, 8)))
+            if size < 1 and self.done:
+                break
+            size = max(size, FIRST)  # of the first round, which there must be
+            began, drawn = time.monotonic(), 0
+            for step in self.folders:
+                missing = slice(len(self.features[step]), self.done + size)
+                if step not in self.broken and missing.stop > missing.start:
+                    self._draw(step, missing)
+                    drawn += missing.stop - missing.start
+                    bar.update(missing.stop - missing.start)
+            self.done += size
+            if drawn:
+                pace = (time.monotonic() - began) / drawn
+
+    def _draw(self, step: int, part: slice) -> None:
+        """Generate a part of a candidate's pictures, and keep their features."""
+        import torch
+
+        from latentdiff.models.feature_net import extract
+        from latentdiff.training import publish, state
+
+        tensors, meta = state.load_folder(self.folders[step], only="ema")
+        publish.load_averages(self.trainer, tensors, meta)
+        try:
+            features = extract(self.space.net, draw(self.trainer, self.what, part))[0].float()
+        except NotFiniteError:
+            self.broken.add(step)
+            return
+        self.features[step] = torch.cat([self.features[step], features])
+
+    def measured(self) -> dict[int, Tensor]:
+        """{step: features of its pictures, [n, D]}, n the same for all; without candidates whose pictures are not finite."""
+        return {step: rows[: self.done] for step, rows in self.features.items() if step not in self.broken}
+
+
+def _compare(trainer: DiffusionTrainer, folders: dict[int, Path], until: float, features: str | Path | None) -> Choice:
+    """The choice among candidates, made until about a time of time.monotonic."""
+    import torch
+
+    trainer.ema_model.to(trainer.accelerator.device)
+    began = time.monotonic()
+    space = open_space(trainer, features, began + REFERENCE_SHARE * max(0.0, until - began))
+    contest = Contest(folders, trainer, space, until)
+    contest.run()
+    losses = held_out_losses(Path(trainer.config.output))
+    table, vectors = [], contest.measured()
+    labels = None if contest.what.labels is None else torch.tensor(contest.what.labels[: contest.done])
+    for step in contest.folders:
+        entry: dict[str, Any] = {"step": step, "distance": None}
+        if step in vectors and len(vectors[step]) >= 2:
+            entry["distance"] = space.distance(vectors[step])
+            if space.probe is not None and labels is not None:
+                entry["label_accuracy"] = space.probe.accuracy(vectors[step], labels[: len(vectors[step])])
+            if space.near is not None:
+                entry["closer_to_training"] = space.copies(vectors[step])
+        table.append({**entry, "held_out_loss": nearest_loss(losses, step)})
+    noise = {step: noise_of(space, vectors, step) for step in vectors}
+    step, reason = decide(table, noise, space.limit, contest.done)
+    if len(table) < len(folders):
+        reason += f"; there was time for {len(table)} of {len(folders)} states"
+    choice = Choice(step, "", table, space.real, contest.done, len(space.reference), space.net.name, space.limit)
+    choice.why = in_words(choice, reason)
+    return choice
+
+
+def noise_of(space: Space, vectors: dict[int, Tensor], step: int) -> float:
+    """The standard error of how much further a candidate's pictures are than those of the nearest one; inf for very few.
+
+    A jackknife over groups of pictures. The candidates' pictures come from the same noise, so it is that of the difference.
+    """
+    import torch
+
+    rows = vectors[step]
+    best = min(vectors, key=lambda each: space.distance(vectors[each]) if len(vectors[each]) >= 2 else math.inf)
+    if step == best:
+        return 0.0
+    if len(rows) < 2 * FOLDS:
+        return math.inf
+    group = torch.arange(len(rows)) % FOLDS
+    kept = [group != fold for fold in range(FOLDS)]
+    differences = torch.tensor([space.distance(rows[k]) - space.distance(vectors[best][k]) for k in kept]).double()
+    return ((FOLDS - 1) / FOLDS * (differences - differences.mean()).square().sum()).sqrt().item()
+
+
+# The decision
+
+
+def decide(table: Sequence[dict[str, Any]], noise: dict[int, float], limit: float | None, images: int) -> tuple[int, str]:
+    """(the step that is kept, why) among the entries of `Choice.candidates`.
+
+    The lowest distance wins among those within the limit. Those that are further only by noise count as equal. Of equals
+    those with the highest label accuracy stay, up to its own noise, and of these the latest is kept.
+
+    Args:
+        table: the candidates.
+        noise: {step: standard error of the difference of its distance from the lowest}.
+        limit: of closer_to_training; None: none.
+        images: pictures of each candidate.
+    """
+    measured = [entry for entry in table if entry["distance"] is not None]
+    if not measured:
+        return max(entry["step"] for entry in table), "no candidate's pictures could be measured"
+    if len(measured) == 1:
+        return measured[0]["step"], "it is the only one whose pictures were measured"
+    fair = [entry for entry in measured if limit is None or entry.get("closer_to_training", 0.0) <= limit]
+    if not fair:
+        least = min(measured, key=lambda entry: (entry["closer_to_training"], entry["distance"]))
+        return least["step"], "all are above the limit of memorisation, and it copies least"
+    nearest = min(fair, key=lambda entry: entry["distance"])
+    equal = [
+        entry for entry in fair if entry["distance"] - nearest["distance"] <= max(noise[entry["step"]], noise[nearest["step"]])
+    ]
+    reason = "it has the lowest distance"
+    if len(equal) > 1:
+        reason = f"its distance and that of {len(equal) - 1} more differ by noise only, and it is the latest of them"
+        best = max(entry.get("label_accuracy", 0.0) for entry in equal)
+        clear = [entry for entry in equal if best - entry.get("label_accuracy", 0.0) <= accuracy_noise(best, images)]
+        if len(clear) < len(equal):
+            reason = (
+                f"its distance and that of {len(equal) - 1} more differ by noise only, and it has the highest label accuracy"
+            )
+        equal = clear
+    if len(fair) < len(measured):
+        reason += f", among the {len(fair)} of {len(measured)} within the limit of memorisation"
+    return max(entry["step"] for entry in equal), reason
+
+
+def accuracy_noise(accuracy: float, images: int) -> float:
+    """The standard error of a label accuracy over so many pictures. It is not taken for 0 where all or none are right."""
+    return math.sqrt(max(accuracy * (1 - accuracy), 0.01) / max(images, 1))
+
+
+def in_words(choice: Choice, reason: str) -> str:
+    """The choice as a sentence or three."""
+    kept = next(entry for entry in choice.candidates if entry["step"] == choice.step)
+    count = len(choice.candidates)
+    words = f"The state of step {choice.step} is kept{f', of {count}' if count > 1 else ''}: {reason}."
+    if kept["distance"] is None:
+        return words
+    real = choice.real
+    facts = [f"Fréchet distance {kept['distance']:.3g}" + _beside(real, "distance", ".3g")]
+    if "label_accuracy" in kept:
+        facts.append(f"the right class in {kept['label_accuracy']:.0%}" + _beside(real, "label_accuracy", ".0%"))
+    if "closer_to_training" in kept:
+        facts.append(
+            f"{kept['closer_to_training']:.1%} closer to a training picture than {PERCENT} % of real ones are "
+            f"(limit {choice.memorisation_limit:.0%})"
+        )
+    if kept["held_out_loss"] is not None:
+        facts.append(f"held-out loss {kept['held_out_loss']:.3g}")
+    words += f" Over {choice.images} pictures: {', '.join(facts)}."
+    if choice.memorisation_limit is None:
+        words += f" Copies cannot be told from likeness: {real.get('images', 0)} held-out pictures are too few."
+    return words
+
+
+def _beside(real: dict[str, Any], name: str, form: str) -> str:
+    return f" ({real[name]:{form}} for {real['images']} real ones)" if name in real else ""
+
+
+def held_out_losses(output: Path) -> dict[int, float]:
+    """{step: held-out loss of the averaged weights} of a run's metrics.jsonl."""
+    losses = {}
+    try:
+        lines = (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return {}
+    for line in lines:
+        try:
+            entry = json.loads(line)
+            losses[int(entry["step"])] = float(entry["validation/loss_ema"])
+        except (ValueError, LookupError, TypeError):
+            continue
+    return losses
+
+
+def nearest_loss(losses: dict[int, float], step: int) -> float | None:
+    """The loss of the step that is nearest to a step; None where there is none."""
+    near = min(losses, key=lambda each: (abs(each - step), each), default=None)
+    return None if near is None or not math.isfinite(losses[near]) else losses[near]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
