@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +36,8 @@ def dry_run(step: Step, phases: Sequence[tuple[int, int]], train: TrainConfig, m
     try:
         for number, _ in phases:
             step(number, train.batch_size)
-            timed[f"step {number}"] = [_seconds(step, number, train.batch_size, memory.device) for _ in range(TIMED)]
+            again = partial(step, number, train.batch_size)
+            timed[f"step {number}"] = [seconds_of(again, memory.device) for _ in range(TIMED)]
         used = memory.facts()
         flops = _flops(step, phases[-1][0])
     except RuntimeError as error:
@@ -67,9 +69,10 @@ def three_figures(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _seconds(step: Step, number: int, batch: int, device: torch.device) -> float:
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Seconds that some work takes on a device, until the device has done it."""
     start = time.perf_counter()
-    step(number, batch)
+    work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start

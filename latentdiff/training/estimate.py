@@ -117,13 +117,15 @@ def plan(config: Config, path: Path) -> dict[str, Any]:
     try:
         with torch.random.fork_rng(), PlanningProgress() as progress:
             notes = Notes(progress)
-            notes.warnings += messages.length_warnings(config)
+            if config.train.minutes is None:  # otherwise the length follows from the time of a step
+                notes.warnings += messages.length_warnings(config)
             if config.train.compile:
                 notes.unknown["compile"] = "it takes minutes and writes to disk, so the steps are timed without it"
             if isinstance(config, AutoencoderConfig):
                 facts = _plan_autoencoder(config, notes)
             else:
                 facts = _plan_diffusion(config, path, notes)
+            config = _as_long_as_its_minutes(config, facts, notes)
             _say_time(config, facts, notes)
     finally:
         torch.set_num_threads(threads)
@@ -330,8 +332,9 @@ def _data_facts(
         facts |= images.facts() | {"classes": len(images.class_names)}
         # The first line only counts
         notes.warnings += [f"data {config.data.source}: {line}" for line in images.report_lines()[1:]]
-        facts["epochs"] = three_figures(config.train.steps * config.train.batch_size / count)
-        notes.warnings += messages.data_warnings(config, count)
+        if config.train.minutes is None:
+            facts["epochs"] = three_figures(config.train.steps * config.train.batch_size / count)
+            notes.warnings += messages.data_warnings(config, count)
     return {"data": facts | ({"tensor": list(shape)} if shape else {})}
 
 
@@ -444,6 +447,31 @@ def _note_memory(facts: dict[str, Any], notes: Notes) -> dict[str, Any]:
     return facts
 
 
+def _as_long_as_its_minutes(config: Any, facts: dict[str, Any], notes: Notes) -> Any:
+    """The config with the steps that its train.minutes allow on this machine; the facts then tell them, and their hours.
+
+    Without train.minutes, or where the time of a step is not known, the config is as it was.
+    """
+    if config.train.minutes is None:
+        return config
+    hours, data = facts.get("hours"), facts.get("data", {})
+    if hours is None or "step" not in facts:
+        notes.unknown["steps"] = "train.minutes ends the run, and the time of a step is not known"
+        return config
+    # Encoding is a part of the minutes
+    left = max(0.0, config.train.minutes / 60 - hours.get("encoding", 0.0))
+    steps = min(config.train.steps, max(1, int(left * 3600 / facts["step"]["seconds"])))
+    hours["training"] = min(hours["training"], three_figures(left))
+    facts["steps"] = steps
+    config = config.model_copy(update={"train": config.train.model_copy(update={"steps": steps, "minutes": None})})
+    notes.progress(f"train.minutes: about {steps} steps, of {three_figures(facts['step']['seconds'])} s each")
+    notes.warnings += messages.length_warnings(config)
+    if "images" in data:
+        data["epochs"] = three_figures(steps * config.train.batch_size / data["images"])
+        notes.warnings += messages.data_warnings(config, data["images"])
+    return config
+
+
 def _say_time(config: AutoencoderConfig | DiffusionConfig, facts: dict[str, Any], notes: Notes) -> None:
     """Print how long the run takes here, and warn where that is days of a CPU."""
     hours, step = facts.get("hours"), facts.get("step")
@@ -452,7 +480,8 @@ def _say_time(config: AutoencoderConfig | DiffusionConfig, facts: dict[str, Any]
     parts = " and ".join(f"{value:.2g} h of {name}" for name, value in hours.items())
     where = f"{step['device']}, {step['threads']} CPU thread(s), {step['precision']}"
     notes.progress(f"on this machine ({where}) the run takes {parts}")
-    if step["device"] != "cpu" or hours["training"] <= DAY:
+    asked_for = "steps" in facts  # by train.minutes
+    if step["device"] != "cpu" or hours["training"] <= DAY or asked_for:
         return
     steps = int(config.train.steps * DAY / hours["training"])
     narrower = "a smaller data.size" + (" or model.config.block_out_channels" if config.model.pretrained is None else "")

@@ -11,6 +11,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from latentdiff.config import Section
 from latentdiff.errors import UserError
 from latentdiff.training.accelerator import PRECISIONS
+from latentdiff.training.dry_run import seconds_of
 from latentdiff.training.run_folder import first_difference
 
 AUTO = "auto"
@@ -205,21 +207,13 @@ def timed(step: Step, device: torch.device, names: list[str], batch: int, patien
             step(name, size)
         for _ in range(ROUNDS):
             for name in names:
-                seconds[name].append(_seconds(step, name, size, device) / size)
+                seconds[name].append(seconds_of(partial(step, name, size), device) / size)
             if time.perf_counter() - began > patience:
                 break
         timings = {name: statistics.median(several) for name, several in seconds.items()}
         if max(timings.values()) > CLEAR * min(timings.values()) or time.perf_counter() - began > patience:
             break
     return timings
-
-
-def _seconds(step: Step, name: str, size: int, device: torch.device) -> float:
-    start = time.perf_counter()
-    step(name, size)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def plain_steps(alone: OneProcess, network: nn.Module, loss: Callable[[nn.Module, int], Tensor]) -> Step:

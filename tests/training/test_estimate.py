@@ -14,6 +14,7 @@ from tiny_text import ENCODER, text_tree, write_bert, write_captioned
 from latentdiff.cli.info import info
 from latentdiff.config import LoopConfig
 from latentdiff.models.text_encoder import build_text_encoder
+from latentdiff.training import estimate
 from latentdiff.training.dry_run import dry_run
 from latentdiff.training.memory import Memory
 from latentdiff.training.random_data import Vocabulary
@@ -182,6 +183,19 @@ def test_an_average_longer_than_the_run_is_warned_of(plan, stripe_folder, tmp_pa
     warning = plan(config, "ema.decay=0.99999", "train.steps=50000")["warnings"][0]
     assert "ema.decay=0.999861 takes" in warning
     assert plan(config, "ema.decay=0.9", "train.steps=7")["warnings"] == []
+
+
+def test_minutes_are_planned_as_the_steps_they_allow(monkeypatch, stripe_folder, autoencoder_run, tmp_path):
+    step = {"device": "cpu", "threads": 1, "precision": "float32", "seconds": 2.0}
+    monkeypatch.setattr(estimate, "dry_run", lambda *arguments: {"step": step, "hours": {"training": 99.0}})
+    monkeypatch.setattr(estimate, "_encode_some", lambda codec, images: (1.0, 60 / 36))  # a minute for all images
+    many = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run, train__steps=10**6, train__minutes=3.0)
+    facts = info(str(write_yaml(tmp_path / "a.yaml", many)), ["ema.decay=0.999"])
+    assert facts["steps"] == pytest.approx(60, abs=1) and facts["hours"]["training"] == pytest.approx(2 / 60, rel=0.01)
+    assert facts["data"]["epochs"] == pytest.approx(60 * 8 / 36, rel=0.03)
+    assert of_the_config(facts)[0].startswith("ema.decay: 0.999 takes 693 steps to forget half of the old weights, and the run")
+    few = info(str(tmp_path / "a.yaml"), ["train.steps=10", "ema.decay=0.5"])
+    assert few["steps"] == 10 and of_the_config(few) == []
 
 
 def test_guidance_that_is_not_trained_is_warned_of(plan, stripe_folder, autoencoder_run, tmp_path):

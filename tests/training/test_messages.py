@@ -152,6 +152,12 @@ def test_too_many_passes_over_few_images_are_warned_of(stripe_folder, tmp_path):
     assert messages.data_warnings(autoencoder_config(stripe_folder, tmp_path, train__steps=4500), 36) == []
 
 
+def test_steps_that_the_clock_may_end_are_not_held_against_the_images(stripe_folder, tmp_path):
+    config = autoencoder_config(stripe_folder, tmp_path, train__steps=10**9, train__minutes=5.0, train__picture_minutes=0.5)
+    assert messages.data_warnings(config, 36) == messages.length_warnings(config) == []
+    assert messages.where_results_appear(config).startswith(f"pictures: {tmp_path / 'pictures'} every 0.5 minutes; ")
+
+
 def test_days_of_a_cpu_are_warned_of(monkeypatch, stripe_folder, tmp_path, said):
     def slow(*arguments):
         step = {"device": "cpu", "threads": 1, "precision": "float32"}

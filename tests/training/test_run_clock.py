@@ -130,11 +130,11 @@ def test_a_resumed_run_counts_what_it_has_used(tmp_path, stripe_folder, autoenco
 
 def test_a_run_whose_minutes_are_used_up_is_published_as_it_is(tmp_path, stripe_folder, autoencoder_run, monkeypatch, capsys):
     output = tmp_path / "run"
-    changes = {"train__steps": 10**6, "train__minutes": 0.1}
+    changes = {"train__steps": 10**6, "train__minutes": 0.11}  # six steps of a second, and something is left over
     FalseClock(monkeypatch)
     train(diffusion_config(stripe_folder, output, autoencoder_run, **changes))
     made = (output / "model" / "model_index.json").stat().st_mtime_ns
-    for minutes in (0.1, 0.05):
+    for minutes in (0.11, 0.05):
         train(diffusion_config(stripe_folder, output, autoencoder_run, **{**changes, "train__minutes": minutes}), resume=True)
         said = f"train.minutes: the run has used its {minutes:g} minutes and ends with the weights of step 6"
         assert said in capsys.readouterr().err
@@ -155,6 +155,7 @@ def test_the_rate_by_the_clock_and_by_steps():
     assert learning_rate(config, 50, 100, 0.9) == pytest.approx(0.4)  # the clock is ahead
     assert learning_rate(config, 95, 100, 0.5) == pytest.approx(0.2)  # the steps are
     assert learning_rate(config, 4, 10**6, 0.5) == 0.5 and learning_rate(config, 4, 10**6, 0.95) == pytest.approx(0.2)
+    assert learning_rate(OptimizerConfig(lr=1.0, schedule="linear"), 60, 100, 0.5) == pytest.approx(0.4)
     for name, value in (("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)):
         assert learning_rate(OptimizerConfig(lr=1.0, schedule=name), 0, 10**6, 0.5) == pytest.approx(value)
 
@@ -210,11 +211,11 @@ def test_intervals_go_on_over_a_resume(monkeypatch):
     train = LoopConfig(steps=10, snapshot_minutes=1.0)
     first = RunClock(train)
     first.enter_loop()
-    now[0] = 50.0
-    assert not first.due(3).snapshot
+    now[0] = 70.0
+    assert first.due(3).snapshot and not first.due(4).snapshot
     second = RunClock(train)
     second.restore(first.state(last=False))
     second.enter_loop()
     assert not second.due(3).snapshot
-    now[0] = 61.0
+    now[0] = 121.0
     assert second.due(4).snapshot and not second.due(5).snapshot
