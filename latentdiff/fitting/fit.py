@@ -83,8 +83,10 @@ def fit(
         return None
     if processes.count() > 1:
         from accelerate import PartialState
+        from accelerate.utils import parse_flag_from_env
 
-        PartialState()  # joins the processes as training needs it, before they first wait for one another
+        # Joins the processes as training needs it, before they first wait for one another
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     with signals.watched(lambda: _how_to_continue(output, source)), locks.locked(output, "wait for it or give another --out"):
         run = _Fit(output, asked, resume, started_before)
         run.go()
@@ -170,7 +172,8 @@ class _Fit:
             return
         # The page goes last, so that it shows the clock as it stopped
         with LivePage(self.output, self.main), self.budget, PlanBar(None, self.budget.used, self.main) as bar:
-            for phase in self.unfinished():
+            while self.unfinished():
+                phase = self.unfinished()[0]
                 bar.phase(DOING[phase], None if phase == "look" else 3600 * self.budget.hours)
                 if phase == "choose" and processes.count() > 1 and not _leave_launch():
                     return  # one process does the rest
