@@ -151,16 +151,22 @@ def see_pictures(output: Path, config: Any) -> str:
 def what_helps(output: Path, config: Any, record: dict[str, Any], result: dict[str, Any]) -> str:
     """The third line: what would make the model better, from the facts."""
     facts = (record.get("plan") or {}).get("facts", {})
-    images, classes = facts.get("images", 0), max(1, len(facts.get("class_names") or []))
+    images, classes = facts.get("images", 0), max(1, len(facts.get("classes") or []))
     advice = []
     if images and images / classes < 50:
         advice.append(f"more pictures ({images} is few{f' for {classes} classes' if classes > 1 else ''})")
-    advice.append(f"more time (latentdiff fit {shlex.quote(record['folder'])} --resume --hours {more_hours(record['hours'])})")
+    advice.append(f"more time ({more_time(output, record)})")
     return f"Better with: {', or '.join(advice)}"
 
 
-def more_hours(hours: float) -> str:
-    return f"{2 * hours:.3g}"
+def more_time(output: Path, record: dict[str, Any]) -> str:
+    """The command that trains for twice the hours."""
+    from latentdiff.fitting.fit import default_name
+
+    source = record["folder"]
+    elsewhere = output.resolve() != (Path("runs") / default_name(source)).resolve()
+    out = f" --out {shlex.quote(str(output))}" if elsewhere else ""
+    return f"latentdiff fit {shlex.quote(source)}{out} --resume --hours {2 * record['hours']:.3g}"
 
 
 def write_card(output: Path, config: Any, record: dict[str, Any], result: dict[str, Any]) -> None:

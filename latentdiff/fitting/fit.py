@@ -79,7 +79,7 @@ def fit(
     asked = {"folder": _absolute(source), "hours": hours, "overrides": list(overrides), "base": base, "lora": lora}
     if dry_run:
         if processes.rank() == 0:
-            print(*_plan(output, asked).lines(), sep="\n")
+            print(*_plan(output, asked)[0].lines(), sep="\n")
         return None
     if processes.count() > 1:
         from accelerate import PartialState
@@ -111,10 +111,26 @@ def _how_to_continue(output: Path, source: str) -> str:
     return f"what was done is saved; go on with: {signals.command(['--resume'], python)}"
 
 
-def _plan(output: Path, asked: dict[str, Any]) -> Any:
-    from latentdiff.fitting import stand_in
+def _plan(output: Path, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """(the plan of a fit, facts on the pretrained first stage as JSON values).
 
-    return stand_in.make_plan(asked["folder"], asked["hours"], asked["overrides"], str(output))
+    output: the fit's folder. asked: folder, hours, overrides, base and lora. UserError for what cannot be done.
+    """
+    from latentdiff.fitting import machine, plan
+    from latentdiff.fitting.base import base_settings
+    from latentdiff.fitting.facts import look
+    from latentdiff.fitting.first_stage import try_autoencoder
+
+    overrides, hours = asked["overrides"], asked["hours"]
+    words = plan.sort_overrides(overrides)  # a mistyped key is refused before anything is read
+    facts, here = look(asked["folder"], words.data), machine.measure()
+    base = None if asked["base"] is None else base_settings(asked["base"], asked["lora"], facts, overrides)
+    data, _ = plan.choose_data(facts, here, hours, overrides, base)
+    verdict = None
+    if base is None and words.autoencoder != plan.TRAIN:
+        verdict = try_autoencoder(words.autoencoder, data, device=here.device)
+    first_stage = {} if verdict is None else verdict.as_json()
+    return plan.make_plan(facts, here, hours, verdict, overrides, base, output), first_stage
 
 
 class _Fit:
@@ -199,8 +215,7 @@ class _Fit:
         problem = None
         if self.main:
             try:
-                plan = _plan(self.output, self.record)
-                self.write_plan(plan)
+                self.write_plan(*_plan(self.output, self.record))
             except UserError as error:
                 problem = error
                 self.budget.discard()
@@ -210,24 +225,19 @@ class _Fit:
         self.read()
         self.budget.hours = self.record["hours"]
 
-    def write_plan(self, plan: Any) -> None:
+    def write_plan(self, plan: Any, first_stage: dict[str, Any]) -> None:
         """Print a plan, write its configs, and record it."""
-        import yaml
-
+        from latentdiff.fitting.plan import write_configs
         from latentdiff.training.train_diffusion import check_config
 
         check_config(plan.diffusion)
         for line in plan.lines():
             _say(line)
-        for name, config in (("autoencoder", plan.autoencoder), ("diffusion", plan.diffusion)):
-            if config is not None:
-                text = yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False)
-                atomic.write_text(self.output / "configs" / f"{name}.yaml", text)
+        write_configs(plan, self.output)
         phases = {**self.record["phases"], "look": "done"}
         if plan.autoencoder is None:
             phases["autoencoder"] = "skipped"
-        recorded = {"seconds": plan.seconds, "lines": plan.lines(), "facts": plan.facts}
-        self.write(hours=plan.hours, plan=recorded, phases=phases)
+        self.write(hours=plan.hours, plan=plan.as_json() | {"first_stage": first_stage}, phases=phases)
 
     def config(self, phase: str) -> Any:
         """The config of a stage, with the minutes that it may take now."""
@@ -235,7 +245,7 @@ class _Fit:
 
         minutes = self.record["minutes"].get(phase)
         path = self.output / "configs" / f"{phase}.yaml"
-        return load_config(path, [] if minutes is None else [f"train.minutes={minutes:.4f}"])
+        return load_config(path, [] if minutes is None else [f"train.minutes={minutes}"])
 
     def minutes(self, phase: str, seconds: float) -> float:
         """What train.minutes is to be for a stage that may take so many seconds more: its earlier parts count too."""
