@@ -741,7 +741,7 @@ def next_commands(out: Path, record: Mapping[str, Any], status: str) -> list[tup
         hours = record.get("hours")
         more = f"{resume} --hours {2 * hours:.3g}" if isinstance(hours, int | float) else resume
         model = shlex.quote(str(out / "model"))
-        classes = (record["plan"].get("facts") or {}).get("class_names")
+        classes = (record["plan"].get("facts") or {}).get("classes")
         draw = "latentdiff generate --all-classes" if classes else "latentdiff generate"
         return [("Draw pictures:", f"{draw} --model {model} --out samples.png"), ("Train for longer:", more)]
     if status == "stopped":
