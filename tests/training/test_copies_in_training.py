@@ -1,5 +1,7 @@
 """data.copies in both stages: what is trained on, and that what is measured is measured on the images themselves."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
@@ -9,7 +11,7 @@ from latentdiff import train
 from latentdiff.checkpoints import read_meta
 from latentdiff.data.latent_cache import open_cache
 from latentdiff.errors import UserError
-from latentdiff.training import messages, state
+from latentdiff.training import conditioning, messages, state
 from latentdiff.training.dropout import replace_dropout, set_keys
 from latentdiff.training.estimate import plan
 from latentdiff.training.images import Images
@@ -83,6 +85,16 @@ def test_stage_2_trains_on_the_copies_of_its_cache(tmp_path, stripe_folder, auto
     )
     with pytest.raises(UserError, match="data.copies, data.shift or data.zoom .copies 3, now 1"):
         train(other)
+
+
+def test_a_sample_has_the_caption_of_its_image(tmp_path, stripe_folder, monkeypatch):
+    config = diffusion_config(stripe_folder, tmp_path, tmp_path, **MOVED, condition={"type": "text"})
+    images = Images(config.data, 2)
+    images.train.source.captions = [(str(k),) for k in range(48)]
+    monkeypatch.setattr(conditioning, "_text_condition", lambda config, captions, *rest: captions)
+    cache = SimpleNamespace(labels=None, manifest={"unreadable": {}})
+    conditions = conditioning.prepare_conditions(config, SimpleNamespace(images=images, cache=cache), None)
+    assert conditions.text.first(torch.arange(108)) == [str(int(k)) for k in images.samples.indices]
 
 
 def test_an_estimate_counts_latents_of_copies_and_epochs_of_images(tmp_path, stripe_folder, autoencoder_run):
