@@ -216,20 +216,26 @@ class TimeBar:
     def __init__(self, clock: RunClock, step: int):
         assert clock.limit is not None
         self.clock, self.limit, self.n = clock, clock.limit, step
-        shape = "{percentage:3.0f}%|{bar}| {desc}, {remaining} left{postfix}"
-        used = min(clock.seconds(), clock.limit)
-        self.bar = progress_bars.bar(total=clock.limit, initial=used, desc=f"step {step}", bar_format=shape)
+        shape, used = "{percentage:3.0f}%|{bar}| {desc}{postfix}", min(clock.seconds(), clock.limit)
+        self.bar = progress_bars.bar(total=clock.limit, initial=used, desc=self._text(used), bar_format=shape)
         self.set_postfix, self.write, self.close = self.bar.set_postfix, self.bar.write, self.bar.close
 
     def update(self, n: float = 1) -> None:
         """n more steps are done."""
         self.n += int(n)
-        self.bar.set_description_str(f"step {self.n}", refresh=False)
-        self.bar.update(min(self.clock.seconds(), self.limit) - self.bar.n)
+        used = min(self.clock.seconds(), self.limit)
+        self.bar.set_description_str(self._text(used), refresh=False)
+        self.bar.update(used - self.bar.n)
 
     def refresh(self) -> None:
         """Draw the bar again, with the step that `n` was set to."""
-        self.bar.set_description_str(f"step {self.n}")
+        self.bar.set_description_str(self._text(self.bar.n))
+
+    def _text(self, used: float) -> str:
+        """What stands behind the bar after so many seconds."""
+        from tqdm import tqdm
+
+        return f"step {self.n}, {tqdm.format_interval(self.limit - used)} left"
 
 
 def forget_lines(path: Path, after: int) -> None:
