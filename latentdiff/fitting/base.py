@@ -133,14 +133,12 @@ class _Base:
         vae = read_json(self.folder / "vae" / "config.json")
         blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]
         factor, side = 2 ** (len(blocks) - 1), self.unet.get("sample_size")
-        size = self.index.get("image_size")
-        if size is None and side is not None:
+        size = None
+        if side is not None:  # with the border of a base whose images are padded, as pictures of other sizes cannot be
             size = [each * factor for each in (side if isinstance(side, list) else [side, side])]
         if size is None or not all(isinstance(each, int) and 0 < each <= LARGEST for each in size):
             raise UserError(f"--base {self.base}: unet/config.json has no sample_size of images up to {LARGEST} pixels")
         data: dict[str, Any] = {"size": list(size), "channels": int(vae.get("in_channels", 3))}
-        if any(each % factor for each in size):  # such models pad their images
-            data["framing"] = "pad"
         if "text" in self.kind and self.facts.captions is None and not self.captioned:
             data["caption"] = self.caption()
         return data
