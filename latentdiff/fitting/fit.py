@@ -52,7 +52,7 @@ def fit(
             data.source takes it.
         hours: what the whole may take, all parts of a resumed fit together. By default what the plan recommends.
         out: a new folder for everything that is written. By default runs/ and the name of FOLDER.
-        base: an existing latent diffusion model to go on from: a folder or a Hub name.
+        base: an existing latent diffusion model to go on from: the folder of a checkpoint, or one in Stable Diffusion's layout.
         lora: train only a LoRA of this rank on the base.
         resume: go on with the fit in the output folder. Its hours, base and other settings are those it began with; more
             hours may be given.

@@ -12,7 +12,7 @@ from tiny_lora import write_base, write_sidecars
 from tiny_runs import write_stripes
 from tiny_stable import BETAS, WEIGHTS, change_json, open_stock
 
-from latentdiff import checkpoints
+from latentdiff import checkpoints, fit
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
 from latentdiff.fitting.base import LORA_RATE, base_settings
@@ -61,6 +61,27 @@ def test_a_lora_on_a_stable_diffusion_folder_trains_as_the_settings_say(base, pi
     stock.load_lora_weights(model)
     assert checkpoints.load(model).config.prediction == "v_prediction"
     assert len(load_file(tmp_path / "run" / "captions" / "shard-00000.safetensors")["states"]) == 2  # it and the empty one
+
+
+def test_a_fit_of_three_captioned_pictures_gives_a_lora_for_stock_diffusers(tmp_path):
+    three = write_sidecars(tmp_path / "three")
+    base = write_base(tmp_path / "base", three)
+    few = ["train.steps=4", "train.batch_size=2", "train.threads=1", "optimizer.warmup_steps=0", "optimizer.lr=0.05"]
+    few += ["ema.decay=0.5", "sample.steps=2", "train.precision=float32", "data.copies=1"]
+    model = fit(three, 0.05, tmp_path / "out", base=str(base), lora=4, overrides=few)
+    ours, stock, drawn = checkpoints.load(base), open_stock(base), []
+    for pipe in (ours, stock):
+        pipe.set_progress_bar_config(disable=True)
+        for loads in (False, True):
+            if loads:
+                pipe.load_lora_weights(model)
+            call = dict(num_inference_steps=4, guidance_scale=3.0, generator=torch.Generator().manual_seed(0))
+            drawn.append(torch.from_numpy(pipe("vertical stripes", output_type="np", **call).images))
+    for before, after in zip(drawn[:2], drawn[2:], strict=True):
+        torch.testing.assert_close(before, after, rtol=0, atol=1e-4)
+    assert (drawn[1] - drawn[0]).abs().max() > 0.01
+    with pytest.raises(UserError, match="--lora 4: give --base too"):
+        fit(three, 0.05, tmp_path / "other", lora=4)
 
 
 def test_a_latent_of_another_scale_is_what_the_base_knows(base, pictures, tmp_path):
