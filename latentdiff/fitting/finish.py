@@ -14,7 +14,9 @@ from latentdiff.fitting.budget import in_words
 from latentdiff.utils import atomic
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
-MOST_IMAGES = 2000  # of the evaluation
+MOST_IMAGES = 1000  # of the evaluation
+WEAK_DB = 24.0  # mean PSNR of reconstructions below which the autoencoder limits what is drawn
+FEW, FEW_PER_CLASS = 300, 50  # pictures, below which more of them help most
 BEGIN, END = "<!-- fit -->", "<!-- /fit -->"
 
 
@@ -31,7 +33,7 @@ def finish(output: Path, config: Any, record: dict[str, Any], seconds: float) ->
         What goes into fit.json: "lines", the three last lines, and "result", the values that they are made of.
     """
     began = time.monotonic()
-    pace = draw_samples(output, config)
+    pace = min(draw_samples(output, config), choosing_pace(record))
     left = seconds - (time.monotonic() - began)
     result = measure(output, config, pace, left)
     lines = last_three(output, config, record, result)
@@ -51,6 +53,13 @@ def draw_samples(output: Path, config: Any) -> float:
         output / "model", what=what, all_classes=all_classes, num_images=columns, out=output / "samples.png", progress=False
     )
     return (time.monotonic() - began) / (columns if config.condition.type == "none" else max(1, rows) * columns)
+
+
+def choosing_pace(record: dict[str, Any]) -> float:
+    """Seconds that a picture took while the best state was chosen, its share of everything else included."""
+    choice = record.get("choice") or {}
+    images = (choice.get("images") or 0) * len(choice.get("candidates") or [])
+    return choice["seconds"] / images if images and choice.get("seconds") else float("inf")
 
 
 def class_names(output: Path) -> list[str]:
@@ -113,18 +122,44 @@ def entry(result: dict[str, Any], name: str) -> dict[str, Any]:
 
 def last_three(output: Path, config: Any, record: dict[str, Any], result: dict[str, Any]) -> list[str]:
     """How good the model is, what to type to see pictures, and what would make it better."""
-    return [how_good(result), see_pictures(output, config), what_helps(output, config, record, result)]
+    return [how_good(result, record), see_pictures(output, config), what_helps(output, config, record, result)]
 
 
-def how_good(result: dict[str, Any]) -> str:
+def how_good(result: dict[str, Any], record: dict[str, Any]) -> str:
     """The first line: a word, and the numbers beside those of real images."""
-    if "reason" in result:
-        return f"The model draws pictures, but how good they are was not measured: {result['reason']}"
-    frechet, accuracy = entry(result, "frechet"), entry(result, "label_accuracy")
-    facts = [f"Fréchet distance {frechet['value']:.3g} (real pictures {frechet['floor']:.3g})"]
+    frechet, accuracy, copies = entry(result, "frechet["), accuracy_entry(result, record), copied(result)
+    facts = []
     if accuracy:
-        facts.append(f"the right class in {accuracy['value']:.0%} (real pictures {accuracy['floor']:.0%})")
-    return f"{word_for(frechet, accuracy)}: {', '.join(facts)}, over {result['images']} pictures"
+        beside = f" (of real pictures in {accuracy['floor']:.0%})" if accuracy.get("floor") is not None else ""
+        facts.append(f"the right class is seen in {accuracy['value']:.0%} of its pictures{beside}")
+    if frechet:
+        facts.append(f"Fréchet distance {frechet['value']:.3g} (real pictures {frechet['floor']:.3g})")
+    if copies is not None:
+        facts.append(f"{copies:.0%} are about copies of training pictures")
+    if not facts:
+        return f"The model draws pictures. How good they are was not measured: {result.get('reason', 'no time was left')}"
+    count = f", over {result['images']} pictures" if result.get("images") else ""
+    return f"{word_for(frechet, accuracy)}: {', '.join(facts)}{count}"
+
+
+def accuracy_entry(result: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
+    """{"value", "floor"} of the label accuracy: of the evaluation, else of the choice; {} where neither has one."""
+    found = entry(result, "label_accuracy")
+    if found:
+        return found
+    choice = record.get("choice") or {}
+    kept = next((each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")), {})
+    if kept.get("label_accuracy") is None:
+        return {}
+    return {"value": kept["label_accuracy"], "floor": (choice.get("real") or {}).get("label_accuracy")}
+
+
+def copied(result: dict[str, Any]) -> float | None:
+    """The share of pictures that are nearer to a training picture than nearly all held-out ones, where it stands out."""
+    near = entry(result, "closer_to_training_than_1%_of_held_out[features]")
+    if not near or near["value"] <= max(5 * (near.get("floor") or 0.0), 0.05):
+        return None
+    return near["value"]
 
 
 def word_for(frechet: dict[str, Any], accuracy: dict[str, Any]) -> str:
@@ -132,6 +167,8 @@ def word_for(frechet: dict[str, Any], accuracy: dict[str, Any]) -> str:
     if accuracy and accuracy.get("floor"):
         share = accuracy["value"] / accuracy["floor"]
         return "Good" if share >= 0.85 else "Recognisable" if share >= 0.6 else "Rough"
+    if not frechet:
+        return "Not compared with real pictures"
     times = frechet["value"] / max(frechet["floor"], 1e-9)
     return "Good" if times < 4 else "Fair" if times < 12 else "Rough"
 
@@ -149,14 +186,23 @@ def see_pictures(output: Path, config: Any) -> str:
 
 
 def what_helps(output: Path, config: Any, record: dict[str, Any], result: dict[str, Any]) -> str:
-    """The third line: what would make the model better, from the facts."""
-    facts = (record.get("plan") or {}).get("facts", {})
+    """The third line: what would make the model better, from the facts, the weightiest first."""
+    plan = record.get("plan") or {}
+    facts, choice = plan.get("facts") or {}, record.get("choice") or {}
     images, classes = facts.get("images", 0), max(1, len(facts.get("classes") or []))
     advice = []
-    if images and images / classes < 50:
-        advice.append(f"more pictures ({images} is few{f' for {classes} classes' if classes > 1 else ''})")
-    advice.append(f"more time ({more_time(output, record)})")
-    return f"Better with: {', or '.join(advice)}"
+    psnr = entry(result, "reconstruction_psnr").get("value")
+    if psnr is not None and psnr < WEAK_DB:
+        advice.append(f"a better autoencoder (it reconstructs your pictures at {psnr:.0f} dB, and 25 are good)")
+    few = classes > 1 and images / classes < FEW_PER_CLASS
+    if images and (few or images < FEW or copied(result) is not None):
+        advice.append(f"more pictures ({images}{f' in {classes} classes' if classes > 1 else ''} is few)")
+    steps = [each["step"] for each in choice.get("candidates") or []]
+    if choice.get("step") in steps and choice["step"] < max(steps):
+        advice.append(f"hardly with more time: its state after {choice['step']} of {max(steps)} steps was the best")
+    else:
+        advice.append(f"more time: {more_time(output, record)}")
+    return f"Better with {'; '.join(advice)}"
 
 
 def more_time(output: Path, record: dict[str, Any]) -> str:

@@ -253,3 +253,49 @@ def test_one_fit_at_a_time(pictures, finished):
 def test_the_folder_has_the_name_of_the_data(source, name, here):
     (here / "a" / "b").mkdir(parents=True)
     assert fitting.default_name(source) == name
+
+
+# The last lines, from the facts
+
+
+def entries(**values) -> dict:
+    """The result of an evaluation. values: (value, floor) by the beginning of a metric's name."""
+    names = {"frechet": "frechet[net]", "accuracy": "label_accuracy[probe]", "psnr": "reconstruction_psnr"}
+    names["copies"] = "closer_to_training_than_1%_of_held_out[features]"
+    return {"images": 200, "values": {names[key]: {"value": a, "floor": b} for key, (a, b) in values.items()}}
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        (entries(frechet=(0.3, 0.1), accuracy=(0.8, 0.9)), ["Good: ", "in 80%", "in 90%", "0.3 (real", "200 pict"]),
+        (entries(frechet=(0.3, 0.1), accuracy=(0.3, 0.9)), ["Rough: "]),
+        (entries(frechet=(0.9, 0.1)), ["Fair: "]),
+        (entries(frechet=(0.9, 0.1), copies=(0.4, 0.01)), ["40% are about copies"]),
+        ({"reason": "too few"}, ["was not measured: too few"]),
+    ],
+)
+def test_the_first_line_says_how_good(result, words):
+    line = finish.how_good(result, {})
+    assert [word for word in words if word not in line] == []
+
+
+def test_without_an_evaluation_the_choice_says_how_good():
+    choice = {"step": 5, "candidates": [{"step": 5, "label_accuracy": 0.7}], "real": {"label_accuracy": 0.8, "images": 9}}
+    assert finish.how_good({"reason": "no time"}, {"choice": choice}).startswith("Good: the right class is seen in 70%")
+
+
+@pytest.mark.parametrize(
+    ("result", "facts", "steps", "words", "absent"),
+    [
+        (entries(psnr=(19.0, None)), {"images": 5000}, [5, 9], ["better autoencoder", "19 dB", "more time"], "more pictures"),
+        (entries(psnr=(30.0, None)), {"images": 5000}, [9, 5], ["hardly with more time", "5 of 9"], "--hours"),
+        (entries(), {"images": 80, "classes": {"a": 40, "b": 40}}, [5, 9], ["80 in 2 classes is few", "--hours 1"], "autoenc"),
+        (entries(copies=(0.4, 0.01)), {"images": 5000}, [5, 9], ["more pictures"], "autoencoder"),
+    ],
+)
+def test_the_third_line_says_what_helps(result, facts, steps, words, absent, tmp_path):
+    choice = {"step": steps[-1], "candidates": [{"step": step} for step in steps]}
+    record = {"folder": "x", "hours": 0.5, "plan": {"facts": facts}, "choice": choice}
+    line = finish.what_helps(tmp_path, None, record, result)
+    assert [word for word in words if word not in line] == [] and absent not in line
