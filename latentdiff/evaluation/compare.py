@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation import DEFAULT_FEATURES
 
 
 def compare(
@@ -15,7 +14,7 @@ def compare(
     samplers: Sequence[str] = (),
     steps: Sequence[int] = (5, 10, 20, 50),
     num_images: int = 1000,
-    features: str | Path = DEFAULT_FEATURES,
+    features: str | Path | None = None,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     precision: str = "float32",
@@ -35,7 +34,7 @@ def compare(
         steps: numbers of steps.
         num_images: images of each sampler and number of steps, the same number of each class.
         features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
-            the file of Inception's weights.
+            the file of Inception's weights. By default one that ships, for colour or for grey.
         guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
         guidance_interval: guide only at times t from LOW to HIGH, where 0 is data and 1 is noise; 0 1 is everywhere. By
             default the checkpoint's.

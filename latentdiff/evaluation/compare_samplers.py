@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation import DEFAULT_FEATURES
+from latentdiff.evaluation import default_features
 from latentdiff.evaluation.tables import NONE, markdown_table
 
 TABLE = "comparison"
@@ -38,7 +38,7 @@ def compare_samplers(
     steps: Sequence[int],
     num_images: int = 1000,
     out: str | Path = "comparison",
-    features: str | Path = DEFAULT_FEATURES,
+    features: str | Path | None = None,
     seed: int = 0,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
@@ -126,7 +126,9 @@ class SamplerBenchmark:
         UserError: num_images is no multiple of the classes, or the data have other classes.
     """
 
-    def __init__(self, model: str | Path, data: str, num_images: int, features: str | Path, precision: str, batch_size: int):
+    def __init__(
+        self, model: str | Path, data: str, num_images: int, features: str | Path | None, precision: str, batch_size: int
+    ):
 
         from latentdiff.checkpoints import load, resolve_model
         from latentdiff.evaluation.feature_spaces import open_features
@@ -141,8 +143,9 @@ class SamplerBenchmark:
         self.rows = every_class(self.pipeline)
         if num_images % len(self.rows):
             raise UserError(f"--num-images {num_images}: must be a multiple of the model's {len(self.rows)} classes")
-        net = open_features(features)
-        train, test = reference_sets(data, *data_rule(self.folder, LatentCodec(self.pipeline.vae)))
+        codec = LatentCodec(self.pipeline.vae)
+        net = open_features(default_features(codec.image_channels) if features is None else features)
+        train, test = reference_sets(data, *data_rule(self.folder, codec))
         check_classes(self.pipeline, test, data)  # before anything is generated
         self.labels = None if self.rows == [None] else np.repeat(self.rows, num_images // len(self.rows))
         self.protocol = {

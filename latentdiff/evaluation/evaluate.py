@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation import DEFAULT_FEATURES
+from latentdiff.evaluation import default_features
 from latentdiff.utils import processes, progress_bars
 from latentdiff.utils.deprecation import renamed
 
@@ -57,7 +58,7 @@ def evaluate(
     data: str,
     num_images: int = 5000,
     samples: str | Path | None = None,
-    features: str | Path = DEFAULT_FEATURES,
+    features: str | Path | None = None,
     out: str | Path | None = None,
     cas_seeds: int = 1,
     device: str = "auto",
@@ -88,7 +89,8 @@ def evaluate(
         num_images: images to draw, the same number of each class; or of captions.
         samples: measure an .npz file or a folder of images instead of a model.
         features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
-            the file of Inception's weights.
+            the file of Inception's weights. By default one that ships: weights/rgb-features for colour images,
+            weights/fashion-mnist-features for grey ones.
         out: a folder for evaluation.json and evaluation.md, the record metrics.json and the page index.html.
         cas_seeds: classifiers on each side of CAS; 0 leaves it out. They train on the CPU.
         device: of the model and the feature network: auto, cpu, cuda, cuda:1, mps or another of torch's names.
@@ -128,8 +130,9 @@ def evaluate(
     started = time.perf_counter()
 
     # 2. The images: drawn by the model, or read
-    net = open_features(features)
+    net = None if features is None else open_features(features)
     if model is not None:
+        net = net or open_features(default_features(_channels(model)))
         call = {
             "num_inference_steps": steps,
             "sampler": sampler,
@@ -140,9 +143,11 @@ def evaluate(
         numbers = num_images, seeds, curve_images, bits_images
         images = _generate(model, data, numbers, seed, guidance_curve, prompts, device, precision, call)
     else:
-        images = _read(samples, data, net.channels, device) if processes.rank() == 0 else None  # nothing of these is shared
+        channels = None if net is None else net.channels
+        images = _read(samples, data, channels, device) if processes.rank() == 0 else None  # nothing of these is shared
     if images is None:
         return None
+    net = net or open_features(default_features(images.train.preprocess.channels))
     generated = time.perf_counter()
 
     # 3. The features of the training images. Several processes share the work; only the first one goes on
@@ -184,8 +189,19 @@ def evaluate(
     return report
 
 
-def _read(samples: str | Path | None, data: str, channels: int, device: str) -> _Images:
-    """Images of a file or a folder, and the data set as it is."""
+def _channels(model: str | Path) -> int:
+    """The image channels of a checkpoint, as its autoencoder says; 3 where that says nothing."""
+    from latentdiff.checkpoints import resolve_model
+
+    try:
+        config = json.loads((resolve_model(model) / "vae" / "config.json").read_text(encoding="utf-8"))
+        return int(config.get("in_channels", 3))
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return 3  # loading it will say what is wrong
+
+
+def _read(samples: str | Path | None, data: str, channels: int | None, device: str) -> _Images:
+    """Images of a file or a folder, and the data set as it is; channels: None for those that the data have."""
     from latentdiff.data.transforms import Preprocess
     from latentdiff.evaluation.reference_data import reference_sets
     from latentdiff.evaluation.sample_sets import read_folder, read_npz, sample_set, without_padding

@@ -9,6 +9,7 @@ import torch
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_statistics, read_batches
 from latentdiff.evaluation.frechet import frechet_distance
+from latentdiff.evaluation.linear_probe import LinearProbe
 from latentdiff.evaluation.precision_recall import NEIGHBOURS, precision_recall
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.evaluation.tables import NONE, markdown_table
@@ -27,6 +28,7 @@ def guidance_curve(
     seed: int = 0,
     batch: int = 250,
     log: Callable[[str], None] = lambda line: None,
+    probe: LinearProbe | None = None,
 ) -> dict[str, Any]:
     """Measure sets of samples from the same noise at several guidance scales, and as many real images in the same way.
 
@@ -42,10 +44,11 @@ def guidance_curve(
         seed: draws the real images.
         batch: images in a batch of the network.
         log: gets a line of progress for each scale.
+        probe: tells the classes where the network does not know them.
 
     Returns:
         {"images": N, "points": [...], "floor": {...}, "floor_images"}. A point has guidance, frechet, label_accuracy (None
-        where the network was not trained on these classes), precision and recall (arXiv 1904.06991; None for NEIGHBOURS
+        where neither network nor probe tells these classes), precision and recall (arXiv 1904.06991; None for NEIGHBOURS
         images or fewer). The floor has the same metrics for held-out images.
     """
     train, test = without_padding(train), without_padding(test)
@@ -54,13 +57,18 @@ def guidance_curve(
     real = reference.features[matching_rows(train, classes, count, seed)]  # [n, D]
     classifies = net.info.get("class_names") == list(train.class_names)
 
+    def accuracy(images: ImageDataset, current: FeatureStatistics) -> float | None:
+        if probe is not None:
+            return None if images.labels is None else probe.accuracy(current.features, images.labels)
+        return current.accuracy if classifies else None
+
     def measure(images: ImageDataset) -> dict[str, Any]:
         current = feature_statistics(net, read_batches(images, batch), keep_features=True)
         enough = min(len(real), len(current.features)) > NEIGHBOURS
         manifold = precision_recall(real, current.features) if enough else None
         return {
             "frechet": frechet_distance(current.moments, reference.moments),
-            "label_accuracy": current.accuracy if classifies else None,
+            "label_accuracy": accuracy(images, current),
             "precision": manifold and manifold.precision,
             "recall": manifold and manifold.recall,
         }

@@ -19,6 +19,7 @@ USUAL_STRENGTH = 1e-2  # where there are too few images to set any aside
 ASIDE = 0.2  # the share of the images of each class on which the strength is chosen
 FEWEST_ASIDE = 20  # images set aside, or the choice would be chance
 STEPS = 100  # of L-BFGS, at most
+MOST_IMAGES = 10_000  # that it is fitted to
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,10 @@ class LinearProbe:
         """Which of features [N, D] are classified as their labels [N] say, bool [N]."""
         return self.predict(features) == labels
 
+    def describe(self) -> str:
+        """What it is, in words. Accuracies of probes that are described alike can be compared."""
+        return f"linear probe {VERSION} on the features of {self.images} training images"
+
     def accuracy(self, features: Tensor, labels: Tensor) -> float:
         """The share of features [N, D] that are classified as their labels [N] say. ValueError for N = 0."""
         if not len(labels):
@@ -57,7 +62,7 @@ class LinearProbe:
 
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> LinearProbe:
-    """Multinomial logistic regression, by L-BFGS in float64.
+    """Multinomial logistic regression, by L-BFGS in float64, on at most MOST_IMAGES images.
 
     Each class weighs the same, however many images it has: samples are drawn evenly over the classes. The L2 penalty is the
     one of STRENGTHS that serves best on a fifth of each class; then all images are fitted.
@@ -66,13 +71,16 @@ def fit_probe(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> 
         features: of the real training images, [N, D].
         labels: their classes, int64 [N].
         classes: number of classes; some may have no image.
-        seed: draws the images that are set aside.
+        seed: draws the images where there are more, and those that are set aside.
 
     Raises:
         ValueError: no images, or as many labels as features are not there.
     """
     if not len(features) or labels.shape != (len(features),):
         raise ValueError(f"a probe needs features [N, D] and labels [N], got {list(features.shape)} and {list(labels.shape)}")
+    if len(features) > MOST_IMAGES:
+        drawn = permutation(len(features), seed, "linear probe's images")[:MOST_IMAGES]
+        features, labels = features[drawn], labels[drawn]
     mean = features.double().mean(dim=0)
     std = features.double().std(dim=0, correction=0)
     std = torch.where(std > 0, std, torch.ones_like(std))

@@ -7,6 +7,7 @@ the value of the autoencoder's own reconstructions of them; no denoiser in its l
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,10 +22,12 @@ from latentdiff.evaluation.feature_metrics import FeatureMetrics, mean_over_seed
 from latentdiff.evaluation.feature_statistics import FeatureStatistics, feature_statistics, read_batches
 from latentdiff.evaluation.frechet import frechet_distance
 from latentdiff.evaluation.image_quality import psnr, ssim
+from latentdiff.evaluation.linear_probe import LinearProbe, fit_probe
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.feature_net import FeatureSpace
 
+OWN_CLASSES = "the feature network's own classes"  # who tells the classes for the label accuracy
 # What a reader needs to repeat a number. What the caller does not know stays None and is shown as "not stated"
 PROTOCOL_FIELDS = ("model", "sampler", "steps", "guidance", "seed")
 
@@ -101,8 +104,15 @@ def evaluate_samples(
     of_sets = [feature_statistics(net, read_batches(each, batch, "features of samples"), keep_features=True) for each in sets]
     floor = feature_statistics(net, read_batches(held_out, batch, "features of test images"), keep_features=True)
 
+    # Who tells the classes: the network itself if it knows them, else a linear probe on its features
+    probe = _probe(net, train, reference, generated, log)
+    if probe is not None:
+        of_sets = [_classified(each, probe, images) for each, images in zip(of_sets, sets, strict=True)]
+        floor = _classified(floor, probe, held_out)
+
     # Metrics of each set, averaged
-    metrics = mean_over_seeds([_basic_metrics(net, train, reference, each, floor, log) for each in of_sets])
+    metrics = mean_over_seeds([_basic_metrics(net, train, reference, each, floor, probe) for each in of_sets])
+    accuracy = next((name for name in metrics if name.startswith("label_accuracy")), None)
     if train_classifier is not None and generated.labels is not None:
         log(f"evaluate: training {2 * len(cas_seeds)} classifiers for CAS")
         metrics["cas"] = _cas(train_classifier, generated, train_content, test_content, cas_seeds, draw_seed)
@@ -118,6 +128,7 @@ def evaluate_samples(
             "features": net.name,
             "features_sha256": net.fingerprint(),
             "features_accuracy": net.info.get("test_accuracy"),
+            "classifier": None if accuracy is None else OWN_CLASSES if probe is None else probe.describe(),
             "held_out_sha256": floor.sha256,
             "held_out_images": len(floor_rows),
         },
@@ -130,8 +141,10 @@ def evaluate_samples(
 
     # What is measured only where it is wanted, or where there are classes
     if guided is not None:
-        report["guidance_curve"] = guidance_curve.guidance_curve(net, reference, train, test, *guided, draw_seed, batch, log)
-    per_class = measure.per_class(of_sets[0], generated, f"label_accuracy[{net.name}]" in metrics)
+        report["guidance_curve"] = guidance_curve.guidance_curve(
+            net, reference, train, test, *guided, draw_seed, batch, log, probe
+        )
+    per_class = measure.per_class(of_sets[0], generated, accuracy is not None)
     if per_class is not None:
         report["per_class"] = per_class
     if codec is not None:
@@ -147,9 +160,9 @@ def _basic_metrics(
     reference: FeatureStatistics,
     current: FeatureStatistics,
     floor: FeatureStatistics,
-    log: Callable[[str], None],
+    probe: LinearProbe | None,
 ) -> dict[str, dict[str, Any]]:
-    """The Fréchet distance, and the label accuracy where the network knows the classes."""
+    """The Fréchet distance, and the label accuracy where the network or a probe on its features tells the classes."""
     metrics: dict[str, dict[str, Any]] = {
         f"frechet[{net.name}]": {
             "value": frechet_distance(current.moments, reference.moments),
@@ -158,16 +171,38 @@ def _basic_metrics(
             "floor_images": floor.moments.count,
         }
     }
-    if current.accuracy is not None and net.info.get("class_names") == list(train.class_names):
-        metrics[f"label_accuracy[{net.name}]"] = {
+    by = net.name if probe is None else f"linear probe on {net.name}"
+    if current.accuracy is not None and (probe is not None or net.info.get("class_names") == list(train.class_names)):
+        metrics[f"label_accuracy[{by}]"] = {
             "value": current.accuracy,
             "real": floor.accuracy,
             "images": current.moments.count,
             "real_images": floor.moments.count,
         }
-    elif current.accuracy is not None:
-        log(f"evaluate: no label accuracy: {net.name!r} was not trained on the classes of data '{train.source.name}'")
     return metrics
+
+
+def _probe(
+    net: FeatureSpace,
+    train: ImageDataset,
+    reference: FeatureStatistics,
+    generated: ImageDataset,
+    log: Callable[[str], None],
+) -> LinearProbe | None:
+    """A linear probe on the training images, where samples and data have classes that the network does not know; or None."""
+    names = list(train.class_names)
+    if generated.labels is None or train.labels is None or len(names) < 2 or net.info.get("class_names") == names:
+        return None
+    log(f"evaluate: {net.name!r} does not know the classes of data '{train.source.name}'; a linear probe on it tells them")
+    return fit_probe(reference.features, train.labels, len(names))
+
+
+def _classified(statistics: FeatureStatistics, probe: LinearProbe, images: ImageDataset) -> FeatureStatistics:
+    """Statistics whose accuracy is that of a probe; None where the images have no labels."""
+    if images.labels is None:
+        return replace(statistics, accuracy=None, correct=None)
+    correct = probe.correct(statistics.features, images.labels)
+    return replace(statistics, accuracy=correct.double().mean().item(), correct=correct)
 
 
 def _cas(

@@ -27,6 +27,7 @@ EVALUATE_PROTOCOL = (
     "held_out_images",
     "features",
     "features_sha256",
+    "classifier",
     "preparation",
     "draw_seed",
     "cas_seeds",
@@ -37,7 +38,7 @@ EVALUATE_PROTOCOL = (
 JUDGE_PROTOCOL = ("seen_pairs", "held_out_pairs", "pairs_sha256", "judge_sha256", "prompts", "strength_of_augmentation")
 PROTOCOLS = {"evaluate": EVALUATE_PROTOCOL, "judge": JUDGE_PROTOCOL}
 # Fields of measurements that may be left out, with their value in a record that has none: it compares with one that has
-LEFT_OUT: dict[str, Any] = {"cas_seeds": 0, "likelihood": {}}
+LEFT_OUT: dict[str, Any] = {"cas_seeds": 0, "likelihood": {}, "classifier": None}
 # What the protocol's "likelihood" holds of the likelihood's own protocol
 LIKELIHOOD_FIELDS = (
     "split",
@@ -83,6 +84,7 @@ def make_record(report: Mapping[str, Any], made: Mapping[str, Any], seconds: Map
         "held_out_images": reference["held_out_images"],
         "features": reference["features"],
         "features_sha256": reference["features_sha256"],
+        "classifier": reference["classifier"],
         "preparation": preparation,
         "cas_seeds": len(report["metrics"].get("cas", {}).get("seeds", [])),
         "settings": dict(report["settings"]),
@@ -213,6 +215,7 @@ def read_record(what: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: kind is {_short(record.get('kind'))}; valid are {', '.join(PROTOCOLS)}")
     if record["kind"] == "evaluate":
         record["protocol"].setdefault("prompts", {})  # earlier versions measured no models that read text
+        record["protocol"].setdefault("classifier", None)  # they had none but the feature network's own
     missing = [field for field in PROTOCOLS[record["kind"]] if field not in record["protocol"]]
     if missing:
         raise UserError(f"{path}: protocol.{missing[0]} is missing; a value without its protocol says nothing")

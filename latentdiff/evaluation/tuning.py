@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError, printable
-from latentdiff.evaluation import DEFAULT_FEATURES
 from latentdiff.evaluation.compare_samplers import SCHEDULER, SamplerBenchmark, check_samplers, open_table, write_table
 from latentdiff.evaluation.tables import markdown_table
 
@@ -42,7 +41,7 @@ def tune(
     max_evaluations: float | None = None,
     out: str | Path = "tuning",
     write: bool = False,
-    features: str | Path = DEFAULT_FEATURES,
+    features: str | Path | None = None,
     seed: int = 0,
     precision: str = "float32",
     batch_size: int = 128,
@@ -66,7 +65,7 @@ def tune(
         out: a folder.
         write: make the choice the checkpoint's default.
         features: the network whose features are compared: a feature network's folder, a vision encoder's folder or Hub name, or
-            the file of Inception's weights.
+            the file of Inception's weights. By default one that ships, for colour or for grey.
         seed: of the search and its images.
         precision: of the U-Net: float32 or bfloat16.
         batch_size: images made at a time.

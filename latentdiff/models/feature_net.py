@@ -57,7 +57,7 @@ class FeatureSpace(nn.Module):
         name: what numbers measured in this space are labelled with.
         channels: image channels that it takes.
         dim: length of a feature vector.
-        info: facts about it; class_names where it has a `head` with these classes.
+        info: facts about it; class_names where it has a `head` that tells these classes. Without them a head means nothing.
     """
 
     name: str
@@ -184,9 +184,9 @@ def match_channels(images: Tensor, channels: int) -> Tensor:
 def extract(net: FeatureSpace, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """(features [B, D], predicted classes int64 [B]) of images [B, C, H, W] in [-1, 1], both on the CPU.
 
-    The classes are None for a network without a head. ValueError as `match_channels`.
+    The classes are None for a network without a head, or with one that names no classes. ValueError as `match_channels`.
     """
     device = next(net.parameters()).device
     features = net.features(match_channels(images.to(device), net.channels))  # [B, D]
-    head = getattr(net, "head", None)
+    head = getattr(net, "head", None) if net.info.get("class_names") else None
     return features.cpu(), None if head is None else head(features).argmax(dim=1).cpu()

@@ -17,6 +17,7 @@ from tiny_runs import write_stripes
 from latentdiff.errors import UserError
 from latentdiff.evaluation import feature_spaces
 from latentdiff.evaluation.feature_cache import reference_statistics
+from latentdiff.evaluation import default_features
 from latentdiff.evaluation.feature_spaces import open_inception, open_space
 from latentdiff.evaluation.metrics import evaluate_samples
 from latentdiff.evaluation.records import make_record, read_record
@@ -82,13 +83,13 @@ def test_of_clip_the_vision_tower_is_taken(tmp_path):
     assert not any("text" in name for name, _ in space.named_parameters())
 
 
-def test_a_report_in_such_a_space_says_which_and_tells_no_classes(dino, tmp_path):
+def test_a_report_in_such_a_space_says_which(dino, tmp_path):
     space = open_space(dino)
     pixels, labels = stripe_pixels(60, seed=3)
     quiet = {"log": lambda line: None, "train": stripes(90, 1), "test": stripes(60, 2)}
     report = evaluate_samples(pixels, labels.numpy(), net=space, **quiet)
     entry = report["metrics"]["frechet[dino]"]
-    assert 0 <= entry["value"] < 3 * entry["floor"] and not any("accuracy" in name for name in report["metrics"])
+    assert 0 <= entry["value"] < 3 * entry["floor"] and [*report["metrics"]][1] == "label_accuracy[linear probe on dino]"
     protocol = make_record(report, {}, {})["protocol"]
     assert protocol["features"] == "dino" and protocol["features_sha256"] == space.fingerprint()
     kept = [reference_statistics(space, without_padding(quiet["train"]), 250, tmp_path, quiet["log"]) for _ in range(2)]
@@ -142,3 +143,11 @@ def test_inception_is_torch_fidelitys_with_2048_features(tmp_path, monkeypatch):
     torch.save({"weights": Path("anything")}, path)  # an object, where tensors belong
     with pytest.raises(UserError, match="weights.pth: cannot be read as Inception's weights"):
         open_inception(path, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def test_the_default_follows_the_channels(tmp_path, monkeypatch):
+    monkeypatch.setattr("latentdiff.checkpoints.shipped_folder", lambda kind: tmp_path)
+    assert {default_features(1), default_features(3)} == {"weights/fashion-mnist-features"}  # nothing for colour is there
+    (tmp_path / "rgb-features").mkdir()
+    (tmp_path / "rgb-features" / "model.safetensors").touch()
+    assert [default_features(channels) for channels in (1, 3)] == ["weights/fashion-mnist-features", "weights/rgb-features"]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
-from stripes import stripes
+from stripes import CLASSES, stripes
 
 from latentdiff.evaluation.classification import cas, label_accuracy
 from latentdiff.evaluation.feature_statistics import feature_statistics, read_batches
@@ -129,7 +129,7 @@ def test_cas_averages_over_seeds_and_refuses_other_class_counts():
     def trainer(dataset, seed):
         trainings.append((dataset.source.name, seed))
         torch.manual_seed(seed)
-        return FeatureNet(1, 3, WIDTHS).eval()
+        return FeatureNet(1, 3, WIDTHS, info={"class_names": CLASSES}).eval()
 
     score = cas(trainer, stripes(30, seed=1), stripes(30, seed=2), test, seeds=(3, 4))
     assert [seed for _, seed in trainings] == [3, 4, 3, 4]

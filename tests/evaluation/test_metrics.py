@@ -11,8 +11,9 @@ from stripes import CLASSES, stripe_pixels, stripes
 from latentdiff.config import parse_config
 from latentdiff.errors import UserError
 from latentdiff.evaluation.feature_training import train_features
-from latentdiff.evaluation.markdown_report import write_report
-from latentdiff.evaluation.metrics import evaluate_samples
+from latentdiff.evaluation.markdown_report import report_markdown, write_report
+from latentdiff.evaluation.metrics import OWN_CLASSES, evaluate_samples
+from latentdiff.evaluation.records import check_comparable, make_record
 from latentdiff.evaluation.reference_data import reference_sets
 from latentdiff.models.feature_net import FeatureNet, load_features
 from latentdiff.training.train_feature_net import train_feature_network
@@ -114,13 +115,44 @@ def test_cas_uses_as_many_real_images_of_each_class(net):
     assert entry["images"] == 45 and entry["seeds"] == [0, 1] and len(entry["values"]) == 2 and entry["ratio"] == 1
 
 
-def test_label_accuracy_is_left_out_where_the_network_knows_other_classes(net):
-    other = FeatureNet(1, 3, WIDTHS, "other", {"class_names": ["x", "y", "z"]}).eval()
+@pytest.mark.parametrize("info", [{"class_names": ["x", "y", "z"]}, {}])
+def test_a_linear_probe_tells_the_classes_where_the_network_does_not_know_them(net, info):
+    other = FeatureNet(1, 3, WIDTHS, "other", info).eval()
+    other.load_state_dict(net.state_dict() | {name: 0 * value for name, value in other.head.state_dict(prefix="head.").items()})
+    pixels, labels = stripe_pixels(60, seed=3)
+    lines, key = [], "label_accuracy[linear probe on other]"
+    report = evaluate(pixels, labels.numpy(), other, log=lines.append, guided=({1.0: pixels}, labels.numpy()))
+    assert any("other" in line and "linear probe" in line for line in lines)
+    assert list(report["metrics"]) == ["frechet[other]", key]
+    assert report["metrics"][key]["value"] > 0.9 < report["metrics"][key]["real"]
+    assert report["metrics"][key]["real_images"] == 60
+    assert report["reference"]["classifier"] == "linear probe 1 on the features of 150 training images"
+    assert "linear probe 1" in report_markdown(report)
+    assert report["guidance_curve"]["points"][0]["label_accuracy"] == report["metrics"][key]["value"]
+    shares = report["per_class"]["label_accuracy"]
+    assert sum(each["value"] * each["images"] for each in shares.values()) / 60 == pytest.approx(
+        report["metrics"][key]["value"]
+    )
+    wrong = evaluate(pixels, (labels.numpy() + 1) % 3, other)["metrics"][key]
+    assert wrong["value"] < 0.1 < 0.9 < wrong["real"]
+
+
+def test_records_of_a_probe_and_of_a_network_with_classes_are_not_compared(net):
     pixels, labels = stripe_pixels(30)
-    lines = []
-    assert list(evaluate(pixels, labels.numpy(), other, log=lines.append)["metrics"]) == ["frechet[other]"]
-    assert any("other" in line and "classes" in line for line in lines)
-    assert list(evaluate(pixels, None, net)["metrics"]) == [KEY]
+    own = evaluate(pixels, labels.numpy(), net)
+    record = make_record(own, {}, {})
+    assert record["protocol"]["classifier"] == own["reference"]["classifier"] == OWN_CLASSES
+    own["reference"]["classifier"] = "linear probe 1 on the features of 150 training images"
+    with pytest.raises(UserError, match="classifier is"):
+        check_comparable("a", record, "b", make_record(own, {}, {}))
+    own["reference"]["classifier"] = None  # as in records of earlier versions
+    check_comparable("a", record, "b", make_record(own, {}, {}))
+
+
+def test_without_labels_there_is_no_label_accuracy(net):
+    report = evaluate(stripe_pixels(30)[0], None, net)
+    assert list(report["metrics"]) == [KEY]
+    assert report["reference"]["classifier"] is None
 
 
 def test_written_reports_carry_the_protocol_and_never_a_plain_fid(net, tmp_path):
