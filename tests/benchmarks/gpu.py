@@ -83,11 +83,13 @@ class Results:
 def run_part(name: str, seconds: float, dry: bool, folder: Path, device: str) -> dict[str, Any]:
     """Run a part in a process of its own, killed at the limit; its rows, how long it took, and what went wrong.
 
-    The process is forked: the libraries are imported once. This process itself never opens the GPU, which no fork survives.
+    On a CPU the process is forked, so that the libraries are imported once. A GPU that this process has opened cannot be used
+    after a fork, and importing the libraries may open it; there the process is a new one.
     """
     path = folder / f"part-{list(PARTS).index(name)}.jsonl"
     began = time.monotonic()
-    child = multiprocessing.get_context("fork").Process(target=_child, args=(name, seconds, dry, path, device))
+    method = "fork" if device == "cpu" else "spawn"
+    child = multiprocessing.get_context(method).Process(target=_child, args=(name, seconds, dry, path, device))
     child.start()
     child.join(seconds + SPARE)
     problem = None

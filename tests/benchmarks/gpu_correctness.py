@@ -93,8 +93,11 @@ def training(device: torch.device, folder: Path, clock: Any, results: Any) -> No
 
     data, steps = write_stripes(folder / "data"), 6
     expected = curves(data, folder / "cpu", "float32", torch.device("cpu"), steps)
+    if expected.pop("device") != "cpu":
+        raise RuntimeError("the reference was not trained on the CPU")
     for precision in ("float32", "bfloat16", "float16"):
         made = curves(data, folder / precision, precision, device, steps)
+        results.add(f"training in {precision} on {device.type}", right=made.pop("device") == device.type)
         for stage, losses in made.items():
             reference = np.array(expected[stage])
             difference = float(np.abs(np.array(losses) - reference).max() / reference[0])
@@ -111,10 +114,11 @@ def training(device: torch.device, folder: Path, clock: Any, results: Any) -> No
         )
 
 
-def curves(data: Path, folder: Path, precision: str, device: torch.device, steps: int) -> dict[str, list[float]]:
-    """Losses of tiny runs of both stages. The second stage's output is kept for `resumed`."""
+def curves(data: Path, folder: Path, precision: str, device: torch.device, steps: int) -> dict[str, Any]:
+    """Losses of tiny runs of both stages, and the type of the device they ran on. `resumed` needs the second stage's output."""
     import json
 
+    from accelerate import PartialState
     from tiny_runs import autoencoder_config, diffusion_config
 
     from latentdiff.training import train
@@ -124,7 +128,7 @@ def curves(data: Path, folder: Path, precision: str, device: torch.device, steps
         # The second stage sees the same latents everywhere: those of the CPU's first stage
         first = folder.parent / "cpu" / "stage1"
         train(diffusion_config(data, folder / "stage2", first, train__steps=steps, train__precision=precision))
-    found = {}
+        found: dict[str, Any] = {"device": PartialState().device.type}
     for stage, key in (("stage 1", "train/total"), ("stage 2", "train/loss")):
         lines = (folder / stage.replace(" ", "") / "metrics.jsonl").read_text().splitlines()
         found[stage] = [value[key] for value in map(json.loads, lines) if key in value]
@@ -149,12 +153,17 @@ def resumed(data: Path, folder: Path, precision: str, device: torch.device, step
 @contextmanager
 def trainers_on(device: torch.device) -> Iterator[None]:
     """Within the block accelerate takes this device."""
+    from accelerate.state import AcceleratorState
+
     before = os.environ.pop("ACCELERATE_USE_CPU", None)
     if device.type == "cpu":
         os.environ["ACCELERATE_USE_CPU"] = "true"
+    # accelerate keeps the first run's device for the life of the process
+    AcceleratorState._reset_state(reset_partial_state=True)
     try:
         yield
     finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
         os.environ.pop("ACCELERATE_USE_CPU", None)
         if before is not None:
             os.environ["ACCELERATE_USE_CPU"] = before
