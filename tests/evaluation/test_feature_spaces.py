@@ -15,9 +15,8 @@ from stripes import stripe_pixels, stripes
 from tiny_runs import write_stripes
 
 from latentdiff.errors import UserError
-from latentdiff.evaluation import feature_spaces
+from latentdiff.evaluation import default_features, feature_spaces
 from latentdiff.evaluation.feature_cache import reference_statistics
-from latentdiff.evaluation import default_features
 from latentdiff.evaluation.feature_spaces import open_inception, open_space
 from latentdiff.evaluation.metrics import evaluate_samples
 from latentdiff.evaluation.records import make_record, read_record
