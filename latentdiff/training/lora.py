@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import nn
 
 from latentdiff.config import DiffusionConfig, LoraConfig
 from latentdiff.errors import UserError
@@ -80,9 +80,8 @@ def add_lora(unet: Any, lora: LoraConfig, seed: int) -> set[str]:
     unet.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "lora"))
-        unet.add_adapter(
-            peft.LoraConfig(r=lora.rank, lora_alpha=lora.scale * lora.rank, target_modules=list(lora.targets)), ADAPTER
-        )
+        alpha: Any = lora.scale * lora.rank  # PEFT's annotation says int, and it divides any number by the rank
+        unet.add_adapter(peft.LoraConfig(r=lora.rank, lora_alpha=alpha, target_modules=list(lora.targets)), ADAPTER)
     return {name for name, parameter in unet.named_parameters() if parameter.requires_grad}
 
 
@@ -111,7 +110,7 @@ def lora_file(unet: nn.Module) -> bytes:
     """
     from peft.tuners.lora import LoraLayer
 
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, Any] = {}
     for name, layer in unet.named_modules():
         if isinstance(layer, LoraLayer):
             tensors[f"{PREFIX}{name}.lora_A.weight"] = layer.lora_A[ADAPTER].weight
