@@ -120,8 +120,11 @@ class RunLogger:
         self.lines = self.path.open("a", encoding="utf-8")
         accelerator.log_with = [self._tracker(name, start if rewrites else None) for name in trackers]
         accelerator.init_trackers("latentdiff")
-        by_clock = clock is not None and clock.limit is not None and progress_bars.alone()
-        self.bar: Any = TimeBar(clock, start) if by_clock else progress_bars.bar(total=steps, initial=start, unit="step")
+        self.bar: Any
+        if clock is not None and clock.limit is not None and progress_bars.alone():
+            self.bar = TimeBar(clock, start)
+        else:
+            self.bar = progress_bars.bar(total=steps, initial=start, unit="step")
 
     def _tracker(self, name: str, start: int | None) -> Any:
         """accelerate's tracker of this name. start: the step whose successors TensorBoard shall forget."""
