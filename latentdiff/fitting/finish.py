@@ -6,6 +6,7 @@ import json
 import shlex
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from latentdiff.utils import atomic
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
 MOST_IMAGES = 1000  # of the evaluation
+WORDS = ("Good", "Fair", "Rough")
+BLURRED_DB = 16.0  # mean PSNR of reconstructions below which hardly anything can be recognised
 WEAK_DB = 24.0  # mean PSNR of reconstructions below which the autoencoder limits what is drawn
 FEW, FEW_PER_CLASS = 300, 50  # pictures, below which more of them help most
 BEGIN, END = "<!-- fit -->", "<!-- /fit -->"
@@ -127,50 +130,93 @@ def last_three(output: Path, config: Any, record: dict[str, Any], result: dict[s
 
 def how_good(result: dict[str, Any], record: dict[str, Any]) -> str:
     """The first line: a word, and the numbers beside those of real images."""
-    frechet, accuracy, copies = entry(result, "frechet["), accuracy_entry(result, record), copied(result)
+    found = numbers(result, record)
     facts = []
-    if accuracy:
-        beside = f" (of real pictures in {accuracy['floor']:.0%})" if accuracy.get("floor") is not None else ""
-        facts.append(f"the right class is seen in {accuracy['value']:.0%} of its pictures{beside}")
-    if frechet:
-        facts.append(f"Fréchet distance {frechet['value']:.3g} (real pictures {frechet['floor']:.3g})")
-    if copies is not None:
-        facts.append(f"{copies:.0%} are about copies of training pictures")
+    if found.accuracy is not None:
+        beside = "" if found.real_accuracy is None else f" (of real pictures in {found.real_accuracy:.0%})"
+        facts.append(f"the right class is seen in {found.accuracy:.0%} of its pictures{beside}")
+    if found.distance is not None:
+        beside = "" if found.real_distance is None else f" (real pictures {found.real_distance:.3g})"
+        facts.append(f"Fréchet distance {found.distance:.3g}{beside}")
+    if found.copies is not None:
+        facts.append(f"{found.copies:.0%} are about copies of training pictures")
     if not facts:
         return f"The model draws pictures. How good they are was not measured: {result.get('reason', 'no time was left')}"
-    count = f", over {result['images']} pictures" if result.get("images") else ""
-    return f"{word_for(frechet, accuracy)}: {', '.join(facts)}{count}"
+    return f"{word_for(found)}: {', '.join(facts)}; over {found.images} pictures"
 
 
-def accuracy_entry(result: dict[str, Any], record: dict[str, Any]) -> dict[str, Any]:
-    """{"value", "floor"} of the label accuracy: of the evaluation, else of the choice; {} where neither has one."""
-    found = entry(result, "label_accuracy")
-    if found:
-        return found
+@dataclass
+class Numbers:
+    """What says how good a model is; None where it was not measured.
+
+    Attributes:
+        images: pictures that were measured.
+        accuracy, real_accuracy: share of the pictures, and of real ones, whose class a classifier sees.
+        distance, real_distance: Fréchet distance of the pictures, and of real ones.
+        copies: share of the pictures that are about copies of training pictures; None also where it does not stand out.
+        psnr: of the autoencoder's reconstructions, in dB.
+        classes: of the model; 0 without.
+    """
+
+    images: int = 0
+    accuracy: float | None = None
+    real_accuracy: float | None = None
+    distance: float | None = None
+    real_distance: float | None = None
+    copies: float | None = None
+    psnr: float | None = None
+    classes: int = 0
+
+
+def numbers(result: dict[str, Any], record: dict[str, Any]) -> Numbers:
+    """The numbers of the evaluation or, where it had less time for pictures, of the choice of the best state."""
     choice = record.get("choice") or {}
+    classes = len(((record.get("plan") or {}).get("facts") or {}).get("classes") or [])
+    psnr = entry(result, "reconstruction_psnr").get("value")
     kept = next((each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")), {})
-    if kept.get("label_accuracy") is None:
-        return {}
-    return {"value": kept["label_accuracy"], "floor": (choice.get("real") or {}).get("label_accuracy")}
-
-
-def copied(result: dict[str, Any]) -> float | None:
-    """The share of pictures that are nearer to a training picture than nearly all held-out ones, where it stands out."""
+    if (choice.get("images") or 0) > (result.get("images") or 0):
+        real, limit, near = choice.get("real") or {}, choice.get("memorisation_limit"), kept.get("closer_to_training")
+        return Numbers(
+            choice["images"],
+            kept.get("label_accuracy"),
+            real.get("label_accuracy"),
+            kept.get("distance"),
+            real.get("distance"),
+            near if near is not None and limit is not None and near > limit else None,
+            psnr,
+            classes,
+        )
+    frechet, accuracy = entry(result, "frechet["), entry(result, "label_accuracy")
     near = entry(result, "closer_to_training_than_1%_of_held_out[features]")
-    if not near or near["value"] <= max(5 * (near.get("floor") or 0.0), 0.05):
-        return None
-    return near["value"]
+    stands_out = bool(near) and near["value"] > max(5 * (near.get("floor") or 0.0), 0.05)
+    return Numbers(
+        result.get("images") or 0,
+        accuracy.get("value"),
+        accuracy.get("floor"),
+        frechet.get("value"),
+        frechet.get("floor"),
+        near["value"] if stands_out else None,
+        psnr,
+        classes,
+    )
 
 
-def word_for(frechet: dict[str, Any], accuracy: dict[str, Any]) -> str:
-    """A word for the quality: by the share of real images' label accuracy, else by the distance."""
-    if accuracy and accuracy.get("floor"):
-        share = accuracy["value"] / accuracy["floor"]
-        return "Good" if share >= 0.85 else "Recognisable" if share >= 0.6 else "Rough"
-    if not frechet:
-        return "Not compared with real pictures"
-    times = frechet["value"] / max(frechet["floor"], 1e-9)
-    return "Good" if times < 4 else "Fair" if times < 12 else "Rough"
+def word_for(found: Numbers) -> str:
+    """A word for the quality: the weaker one of what classes and distance say, and "Rough" where nothing can be seen.
+
+    Of the label accuracy counts what is above chance, as a share of what real pictures have above it.
+    """
+    ranks = []
+    if found.accuracy is not None and found.real_accuracy is not None:
+        chance = 1 / max(2, found.classes)
+        share = (found.accuracy - chance) / max(found.real_accuracy - chance, 1e-6)
+        ranks.append(0 if share >= 0.85 else 1 if share >= 0.6 else 2)
+    if found.distance is not None and found.real_distance:
+        times = found.distance / found.real_distance
+        ranks.append(0 if times < 4 else 1 if times < 12 else 2)
+    if found.psnr is not None and found.psnr < BLURRED_DB:
+        ranks.append(2)
+    return WORDS[max(ranks)] if ranks else "Not compared with real pictures"
 
 
 def see_pictures(output: Path, config: Any) -> str:
@@ -191,11 +237,11 @@ def what_helps(output: Path, config: Any, record: dict[str, Any], result: dict[s
     facts, choice = plan.get("facts") or {}, record.get("choice") or {}
     images, classes = facts.get("images", 0), max(1, len(facts.get("classes") or []))
     advice = []
-    psnr = entry(result, "reconstruction_psnr").get("value")
-    if psnr is not None and psnr < WEAK_DB:
-        advice.append(f"a better autoencoder (it reconstructs your pictures at {psnr:.0f} dB, and 25 are good)")
+    found = numbers(result, record)
+    if found.psnr is not None and found.psnr < WEAK_DB:
+        advice.append(f"a better autoencoder (it reconstructs your pictures at {found.psnr:.0f} dB, and 25 are good)")
     few = classes > 1 and images / classes < FEW_PER_CLASS
-    if images and (few or images < FEW or copied(result) is not None):
+    if images and (few or images < FEW or found.copies is not None):
         advice.append(f"more pictures ({images}{f' in {classes} classes' if classes > 1 else ''} is few)")
     steps = [each["step"] for each in choice.get("candidates") or []]
     if choice.get("step") in steps and choice["step"] < max(steps):

@@ -265,24 +265,39 @@ def entries(**values) -> dict:
     return {"images": 200, "values": {names[key]: {"value": a, "floor": b} for key, (a, b) in values.items()}}
 
 
+TEN = {"plan": {"facts": {"classes": dict.fromkeys("abcdefghij", 50)}}}
+
+
 @pytest.mark.parametrize(
     ("result", "words"),
     [
         (entries(frechet=(0.3, 0.1), accuracy=(0.8, 0.9)), ["Good: ", "in 80%", "in 90%", "0.3 (real", "200 pict"]),
+        (entries(frechet=(0.3, 0.1), accuracy=(0.6, 0.9)), ["Fair: "]),
         (entries(frechet=(0.3, 0.1), accuracy=(0.3, 0.9)), ["Rough: "]),
-        (entries(frechet=(0.9, 0.1)), ["Fair: "]),
+        (entries(frechet=(0.9, 0.1), accuracy=(0.9, 0.9)), ["Fair: "]),
+        (entries(frechet=(0.3, 0.1), psnr=(9.0, None)), ["Rough: "]),
         (entries(frechet=(0.9, 0.1), copies=(0.4, 0.01)), ["40% are about copies"]),
         ({"reason": "too few"}, ["was not measured: too few"]),
     ],
 )
 def test_the_first_line_says_how_good(result, words):
-    line = finish.how_good(result, {})
+    line = finish.how_good(result, TEN)
     assert [word for word in words if word not in line] == []
 
 
-def test_without_an_evaluation_the_choice_says_how_good():
-    choice = {"step": 5, "candidates": [{"step": 5, "label_accuracy": 0.7}], "real": {"label_accuracy": 0.8, "images": 9}}
-    assert finish.how_good({"reason": "no time"}, {"choice": choice}).startswith("Good: the right class is seen in 70%")
+def test_accuracy_counts_above_chance():
+    two = {"plan": {"facts": {"classes": {"a": 5, "b": 5}}}}
+    assert finish.how_good(entries(frechet=(0.1, 0.1), accuracy=(0.6, 0.9)), two).startswith("Rough")
+
+
+def test_the_choice_says_how_good_where_the_evaluation_had_less_time():
+    kept = {"step": 5, "label_accuracy": 0.7, "distance": 3.0, "closer_to_training": 0.5}
+    real = {"label_accuracy": 0.72, "distance": 1.0, "images": 90}
+    choice = {"step": 5, "candidates": [kept], "real": real, "images": 300, "memorisation_limit": 0.1}
+    for result in ({"reason": "no time"}, entries(frechet=(0.9, 0.1))):
+        line = finish.how_good(result, TEN | {"choice": choice})
+        assert line.startswith("Good: the right class is seen in 70%") and "50% are about copies" in line
+        assert line.endswith("over 300 pictures")
 
 
 @pytest.mark.parametrize(
