@@ -10,6 +10,8 @@ same classes or captions, same noise. They are measured in the space of a featur
 - The share of pictures that are closer to a training picture than 1 % of held-out pictures are. A candidate above
   `memorisation_limit` is taken only where all are.
 
+Then the time that is left goes to other guidance scales of the state that is kept.
+
 The held-out loss stands beside them. It is lowest long before a small model draws well, so it decides nothing.
 """
 
@@ -22,7 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from latentdiff.errors import NotFiniteError, UserError, printable
 from latentdiff.utils import atomic, locks, progress_bars, signals
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from latentdiff.models.feature_net import FeatureSpace
     from latentdiff.training.train_diffusion import DiffusionTrainer
 
+K = TypeVar("K", int, float)  # what names a candidate: the step of a state, or a guidance scale
+
 FILE = "choice.json"
 MOST_CANDIDATES = 8
 MOST_IMAGES = 1000  # of a candidate: more would not change the order
@@ -45,6 +49,9 @@ FIRST = 4  # pictures of the first batch, which warms up
 ROUNDS = 6  # at least so many rounds of pictures are planned, so that a slow machine ends in time
 REFERENCE_SHARE = 0.2  # of the time, for features of real pictures
 SAVING_SHARE = 0.1  # of the time, kept for publishing
+GUIDANCE_SHARE = 0.25  # of the time for pictures, for other guidance scales of the state that is kept
+GUIDANCE_STEP = 1.75  # the factor between scales
+ENOUGH = 0.8  # of real pictures' label accuracy, which guidance should reach
 FOLDS = 10  # of the jackknife that says how much of a difference is noise
 PERCENT = 1  # of held-out pictures that are closer to the training pictures than a copy's distance
 LIMIT = 5.0  # times the share that real pictures would have
@@ -61,10 +68,12 @@ class Choice:
         candidates: of each candidate its step; distance (Fréchet), label_accuracy and closer_to_training, where they were
             measured; and held_out_loss, of the nearest step.
         real: the same values of held-out pictures, with their number as "images"; {} where there are too few.
-        images: pictures that were generated from each candidate; 0 where none were.
+        images: pictures that were measured of each candidate; 0 where none were.
+        generated: pictures in all.
         reference_images: training pictures that they were compared with.
         features: name of the feature network; None where nothing was measured.
         memorisation_limit: the largest closer_to_training that is allowed; None where there are too few held-out pictures.
+        guidance: {"scale": what became the default, "images", "scales": values at each scale}; {} where only one was tried.
         seconds: what it took.
     """
 
@@ -76,6 +85,8 @@ class Choice:
     reference_images: int = 0
     features: str | None = None
     memorisation_limit: float | None = None
+    generated: int = 0
+    guidance: dict[str, Any] = field(default_factory=dict)
     seconds: float = 0.0
 
     def as_json(self) -> dict[str, Any]:
@@ -89,8 +100,9 @@ def choose_state(
     out: str | Path,
     features: str | Path | None = None,
     most_candidates: int = MOST_CANDIDATES,
+    guidance: bool = True,
 ) -> Choice:
-    """Publish the best state of a stage-2 run.
+    """Publish the best state of a stage-2 run, with the best of some guidance scales as its default.
 
     Also written: choice.json in the run's folder.
 
@@ -100,6 +112,7 @@ def choose_state(
         out: the folder of the checkpoint: a new one, or one that this run has published.
         features: a feature network, as of `evaluate`; None: the one that ships for so many channels.
         most_candidates: compare at most so many states.
+        guidance: try other guidance scales than the config's.
 
     Returns:
         The choice.
@@ -122,7 +135,7 @@ def choose_state(
         trainer = publish.open_diffusion(recorded)
         saving = max(SAVING_SHARE * seconds, 1.0)
         try:
-            choice = _compare(trainer, folders, began + seconds - saving, features)
+            choice = _compare(trainer, folders, began + seconds - saving, features, guidance)
         except (UserError, ValueError) as error:
             step = max(folders)
             choice = Choice(step, f"The newest state, of step {step}, is kept: nothing was compared ({_line(error)}).")
@@ -149,7 +162,7 @@ def whole_states(output: Path, most: int) -> dict[int, Path]:
     if not whole:
         folder = publish.state_to_publish(output, None, best=False)  # says what is wrong
         whole = {_step(folder): folder}
-    return thinned(whole, most)
+    return {step: whole[step] for step in thinned(sorted(whole), most)}
 
 
 def _step(folder: Path) -> int:
@@ -157,13 +170,12 @@ def _step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def thinned(folders: dict[int, Path], most: int) -> dict[int, Path]:
+def thinned(candidates: Sequence[K], most: int) -> list[K]:
     """At most so many of the candidates: the last one, and others evenly spread before it."""
-    steps = sorted(folders)
-    if len(steps) <= most:
-        return {step: folders[step] for step in steps}
-    places = {round((k + 1) * len(steps) / most) - 1 for k in range(most)}
-    return {steps[place]: folders[steps[place]] for place in sorted(places)}
+    if len(candidates) <= most:
+        return list(candidates)
+    places = {round((k + 1) * len(candidates) / most) - 1 for k in range(most)}
+    return [candidates[place] for place in sorted(places)]
 
 
 # What is measured
@@ -340,140 +352,218 @@ def draw(trainer: DiffusionTrainer, what: Wanted, part: slice) -> Tensor:
     return torch.cat(pictures).permute(0, 3, 1, 2) / 127.5 - 1
 
 
-class Contest:
+class Contest(Generic[K]):
     """Generates pictures of several candidates in rounds, the same for each, until the time is over.
 
     Args:
-        folders: {step: folder} of the candidates.
+        candidates: their keys, in order; the last one is drawn first.
+        prepare: prepare(key) puts a candidate into the trainer's `ema_model` and config.
         trainer: the run.
         space: the real pictures.
         until: when it is to end, of time.monotonic.
+
+    Attributes:
+        candidates: those that there was time for.
+        done: pictures of each.
+        drawn: pictures of all.
     """
 
-    def __init__(self, folders: dict[int, Path], trainer: DiffusionTrainer, space: Space, until: float):
+    def __init__(
+        self, candidates: Sequence[K], prepare: Callable[[K], None], trainer: DiffusionTrainer, space: Space, until: float
+    ):
         import torch
 
-        self.folders, self.trainer, self.space, self.until = folders, trainer, space, until
+        self.candidates, self.prepare, self.trainer, self.space, self.until = list(candidates), prepare, trainer, space, until
         self.what = wanted(trainer, MOST_IMAGES)
-        self.done = 0  # pictures of each candidate
-        self.features = {step: torch.empty(0, space.net.dim) for step in folders}
-        self.broken: set[int] = set()  # candidates whose pictures are not finite
+        self.most, self.done, self.drawn = MOST_IMAGES, 0, 0
+        self.pace = 0.0  # seconds that a picture takes
+        self.features = {key: torch.empty(0, space.net.dim) for key in self.candidates}
+        self.broken: set[K] = set()  # candidates whose pictures are not finite
 
     def run(self) -> None:
-        """Generate. The first batch, of the newest candidate, says how many candidates and pictures there is time for."""
-        newest, size, began = max(self.folders), FIRST, time.monotonic()
-        self._draw(newest, slice(0, size))  # warms up, so its pace is too slow
-        pace = (time.monotonic() - began) / size
+        """Generate. The first two batches say how many candidates and pictures there is time for."""
+        first, size = self.candidates[-1], FIRST
+        self._draw(first, slice(0, size))  # warms up, so its pace is too slow
         if time.monotonic() < self.until:
-            more = min(BATCH, MOST_IMAGES - size, max(FIRST, int(0.1 * (self.until - time.monotonic()) / pace)))
-            began = time.monotonic()
-            self._draw(newest, slice(size, size + more))
-            pace, size = (time.monotonic() - began) / more, size + more
+            more = min(BATCH, self.most - size, max(FIRST, int(0.2 * (self.until - time.monotonic()) / self.pace)))
+            self._draw(first, slice(size, size + more))
+            size += more
         left = self.until - time.monotonic()
-        affordable = int(left / (pace * FEWEST_IMAGES)) if pace > 0 else len(self.folders)
-        self.folders = thinned(self.folders, max(1, min(len(self.folders), affordable)))
-        self.features = {step: self.features[step] for step in self.folders}
-        if len(self.folders) == 1:
+        affordable = int(left / (max(self.pace, 1e-6) * FEWEST_IMAGES))
+        self.candidates = thinned(self.candidates, max(1, min(len(self.candidates), affordable)))
+        if len(self.candidates) == 1:
             self.done = size
             return
-        with progress_bars.bar(total=None, unit="image", desc="choosing the state", delay=0.5) as bar:
-            bar.update(size)
-            self._rounds(pace, bar)
+        self.rounds()
 
-    def _rounds(self, pace: float, bar: Any) -> None:
+    def rounds(self) -> None:
         """Rounds of pictures, in each of which every candidate draws as many; the last one that fits ends it."""
-        while self.done < MOST_IMAGES:
-            left, count = self.until - time.monotonic(), len(self.folders)
-            affordable = int(left / (pace * count)) if pace > 0 else MOST_IMAGES
-            size = min(BATCH, MOST_IMAGES - self.done, max(affordable // ROUNDS, min(affordable, 8)))
-            if size < 1 and self.done:
-                break
-            size = max(size, FIRST)  # of the first round, which there must be
-            began, drawn = time.monotonic(), 0
-            for step in self.folders:
-                missing = slice(len(self.features[step]), self.done + size)
-                if step not in self.broken and missing.stop > missing.start:
-                    self._draw(step, missing)
-                    drawn += missing.stop - missing.start
-                    bar.update(missing.stop - missing.start)
-            self.done += size
-            if drawn:
-                pace = (time.monotonic() - began) / drawn
+        with progress_bars.bar(total=None, unit="image", desc="choosing", delay=0.5) as bar:
+            while self.done < self.most:
+                left, count = self.until - time.monotonic(), len(self.candidates)
+                affordable = int(left / (max(self.pace, 1e-6) * count))
+                size = min(BATCH, self.most - self.done, max(affordable // ROUNDS, min(affordable, 2 * FIRST)))
+                if size < 1 and self.done:
+                    break
+                size = max(size, FIRST)  # of the first round, which there must be
+                for key in self.candidates:
+                    before = self.drawn
+                    self._draw(key, slice(len(self.features[key]), self.done + size))
+                    bar.update(self.drawn - before)
+                self.done += size
 
-    def _draw(self, step: int, part: slice) -> None:
-        """Generate a part of a candidate's pictures, and keep their features."""
+    def _draw(self, key: K, part: slice) -> None:
+        """Generate a part of a candidate's pictures, and keep their features. Nothing where it is empty."""
         import torch
 
         from latentdiff.models.feature_net import extract
-        from latentdiff.training import publish, state
 
-        tensors, meta = state.load_folder(self.folders[step], only="ema")
-        publish.load_averages(self.trainer, tensors, meta)
+        count = part.stop - part.start
+        if count < 1 or key in self.broken:
+            return
+        began = time.monotonic()
+        self.prepare(key)
         try:
             features = extract(self.space.net, draw(self.trainer, self.what, part))[0].float()
+            self.features[key] = torch.cat([self.features[key], features])
         except NotFiniteError:
-            self.broken.add(step)
-            return
-        self.features[step] = torch.cat([self.features[step], features])
+            self.broken.add(key)
+        self.drawn += count
+        self.pace = (time.monotonic() - began) / count
 
-    def measured(self) -> dict[int, Tensor]:
-        """{step: features of its pictures, [n, D]}, n the same for all; without candidates whose pictures are not finite."""
-        return {step: rows[: self.done] for step, rows in self.features.items() if step not in self.broken}
+    def entries(self) -> list[dict[str, Any]]:
+        """The values of each candidate: distance, label_accuracy and closer_to_training, as in `Choice.candidates`."""
+        import torch
+
+        table, space = list[dict[str, Any]](), self.space
+        labels = None if self.what.labels is None else torch.tensor(self.what.labels[: self.done])
+        for key in self.candidates:
+            rows, entry = self.features[key][: self.done], dict[str, Any](distance=None)
+            if key not in self.broken and len(rows) >= 2:
+                entry["distance"] = space.distance(rows)
+                if space.probe is not None and labels is not None:
+                    entry["label_accuracy"] = space.probe.accuracy(rows, labels[: len(rows)])
+                if space.near is not None:
+                    entry["closer_to_training"] = space.copies(rows)
+            table.append(entry)
+        return table
+
+    def noise(self, key: K, other: K) -> float:
+        """The standard error of the difference between two candidates' distances; inf for very few pictures.
+
+        A jackknife over groups of pictures. Both have pictures from the same noise, which takes much of the error away.
+        """
+        import torch
+
+        if key == other:
+            return 0.0
+        if self.done < 2 * FOLDS:
+            return math.inf
+        group = torch.arange(self.done) % FOLDS
+        rows = [self.features[each][: self.done] for each in (key, other)]
+        distances = [[self.space.distance(each[group != fold]) for fold in range(FOLDS)] for each in rows]
+        differences = torch.tensor(distances[0]).double() - torch.tensor(distances[1]).double()
+        return ((FOLDS - 1) / FOLDS * (differences - differences.mean()).square().sum()).sqrt().item()
 
 
-def _compare(trainer: DiffusionTrainer, folders: dict[int, Path], until: float, features: str | Path | None) -> Choice:
-    """The choice among candidates, made until about a time of time.monotonic."""
-    import torch
+def _compare(
+    trainer: DiffusionTrainer, folders: dict[int, Path], until: float, features: str | Path | None, guidance: bool
+) -> Choice:
+    """The choice among candidates, made until about a time of time.monotonic; its guidance is left in the trainer's config."""
+    from latentdiff.training import publish, state
 
     trainer.ema_model.to(trainer.accelerator.device)
     began = time.monotonic()
     space = open_space(trainer, features, began + REFERENCE_SHARE * max(0.0, until - began))
-    contest = Contest(folders, trainer, space, until)
+    now = time.monotonic()
+    if now > until and len(folders) > 1:
+        raise UserError("there was no time left")
+
+    def prepare(step: int) -> None:
+        tensors, meta = state.load_folder(folders[step], only="ema")
+        publish.load_averages(trainer, tensors, meta)
+
+    # The state
+    scales = other_scales(trainer.config) if guidance else []
+    share = GUIDANCE_SHARE if scales else 0.0
+    contest = Contest(sorted(folders), prepare, trainer, space, now + (1 - share) * (until - now))
     contest.run()
     losses = held_out_losses(Path(trainer.config.output))
-    table, vectors = [], contest.measured()
-    labels = None if contest.what.labels is None else torch.tensor(contest.what.labels[: contest.done])
-    for step in contest.folders:
-        entry: dict[str, Any] = {"step": step, "distance": None}
-        if step in vectors and len(vectors[step]) >= 2:
-            entry["distance"] = space.distance(vectors[step])
-            if space.probe is not None and labels is not None:
-                entry["label_accuracy"] = space.probe.accuracy(vectors[step], labels[: len(vectors[step])])
-            if space.near is not None:
-                entry["closer_to_training"] = space.copies(vectors[step])
-        table.append({**entry, "held_out_loss": nearest_loss(losses, step)})
-    noise = {step: noise_of(space, vectors, step) for step in vectors}
-    step, reason = decide(table, noise, space.limit, contest.done)
+    table = [
+        {"step": step, **entry, "held_out_loss": nearest_loss(losses, step)}
+        for step, entry in zip(contest.candidates, contest.entries(), strict=True)
+    ]
+    step, reason = decide(table, contest.noise, space.limit, contest.done)
     if len(table) < len(folders):
         reason += f"; there was time for {len(table)} of {len(folders)} states"
     choice = Choice(step, "", table, space.real, contest.done, len(space.reference), space.net.name, space.limit)
     choice.why = in_words(choice, reason)
+    choice.generated = contest.drawn
+
+    # The guidance scale, of this state
+    if scales and contest.done >= 2 * FOLDS and step not in contest.broken:
+        prepare(step)
+        _guide(trainer, space, contest, step, scales, until, choice)
     return choice
 
 
-def noise_of(space: Space, vectors: dict[int, Tensor], step: int) -> float:
-    """The standard error of how much further a candidate's pictures are than those of the nearest one; inf for very few.
+def _guide(
+    trainer: DiffusionTrainer,
+    space: Space,
+    of_states: Contest[int],
+    step: int,
+    scales: list[float],
+    until: float,
+    choice: Choice,
+) -> None:
+    """Try other guidance scales on the state that is kept, and put the best one into the trainer's config and the choice.
 
-    A jackknife over groups of pictures. The candidates' pictures come from the same noise, so it is that of the difference.
+    of_states: the contest in which the state's pictures were drawn, at the config's own scale; they are compared here too.
     """
-    import torch
+    from latentdiff.training.conditioning import guidance_scale
 
-    rows = vectors[step]
-    best = min(vectors, key=lambda each: space.distance(vectors[each]) if len(vectors[each]) >= 2 else math.inf)
-    if step == best:
-        return 0.0
-    if len(rows) < 2 * FOLDS:
-        return math.inf
-    group = torch.arange(len(rows)) % FOLDS
-    kept = [group != fold for fold in range(FOLDS)]
-    differences = torch.tensor([space.distance(rows[k]) - space.distance(vectors[best][k]) for k in kept]).double()
-    return ((FOLDS - 1) / FOLDS * (differences - differences.mean()).square().sum()).sqrt().item()
+    own, sample = guidance_scale(trainer.config), trainer.config.sample
+
+    def prepare(scale: float) -> None:
+        sample.guidance = scale
+
+    contest = Contest([*scales, own], prepare, trainer, space, until)
+    affordable = (until - time.monotonic()) / max(of_states.pace, 1e-6) / len(scales)
+    if affordable < FEWEST_IMAGES:
+        return
+    contest.features[own] = of_states.features[step]
+    contest.pace, contest.most = of_states.pace, of_states.done
+    contest.rounds()
+    table = [{"guidance": key, **entry} for key, entry in zip(contest.candidates, contest.entries(), strict=True)]
+    scale = decide_guidance(table, contest.noise, space.limit, contest.done, space.real.get("label_accuracy"))
+    sample.guidance = scale
+    choice.generated += contest.drawn
+    choice.guidance = {"scale": scale, "images": contest.done, "scales": sorted(table, key=lambda entry: entry["guidance"])}
+    choice.why += f" Guidance {scale:g} is its default" + (
+        ": of the scales tried it is the best." if scale != own else ", as planned: no other scale tried is better."
+    )
+
+
+def other_scales(config: DiffusionConfig) -> list[float]:
+    """Guidance scales beside the config's own that are worth a try; [] for a model without guidance."""
+    from latentdiff.training.conditioning import guidance_scale
+
+    if config.condition.type == "none":
+        return []
+    try:
+        guidance_scale(config.model_copy(update={"sample": config.sample.model_copy(update={"guidance": 2.0})}))
+    except UserError:
+        return []  # training never drops the condition
+    own = guidance_scale(config)
+    return [scale for scale in (max(1.0, round(own / GUIDANCE_STEP, 2)), round(own * GUIDANCE_STEP, 2)) if scale != own]
 
 
 # The decision
 
 
-def decide(table: Sequence[dict[str, Any]], noise: dict[int, float], limit: float | None, images: int) -> tuple[int, str]:
+def decide(
+    table: Sequence[dict[str, Any]], noise: Callable[[int, int], float], limit: float | None, images: int
+) -> tuple[int, str]:
     """(the step that is kept, why) among the entries of `Choice.candidates`.
 
     The lowest distance wins among those within the limit. Those that are further only by noise count as equal. Of equals
@@ -481,7 +571,7 @@ def decide(table: Sequence[dict[str, Any]], noise: dict[int, float], limit: floa
 
     Args:
         table: the candidates.
-        noise: {step: standard error of the difference of its distance from the lowest}.
+        noise: of two steps, the standard error of the difference of their distances.
         limit: of closer_to_training; None: none.
         images: pictures of each candidate.
     """
@@ -490,14 +580,12 @@ def decide(table: Sequence[dict[str, Any]], noise: dict[int, float], limit: floa
         return max(entry["step"] for entry in table), "no candidate's pictures could be measured"
     if len(measured) == 1:
         return measured[0]["step"], "it is the only one whose pictures were measured"
-    fair = [entry for entry in measured if limit is None or entry.get("closer_to_training", 0.0) <= limit]
+    fair = within(measured, limit)
     if not fair:
         least = min(measured, key=lambda entry: (entry["closer_to_training"], entry["distance"]))
         return least["step"], "all are above the limit of memorisation, and it copies least"
     nearest = min(fair, key=lambda entry: entry["distance"])
-    equal = [
-        entry for entry in fair if entry["distance"] - nearest["distance"] <= max(noise[entry["step"]], noise[nearest["step"]])
-    ]
+    equal = [e for e in fair if e["distance"] - nearest["distance"] <= noise(e["step"], nearest["step"])]
     reason = "it has the lowest distance"
     if len(equal) > 1:
         reason = f"its distance and that of {len(equal) - 1} more differ by noise only, and it is the latest of them"
@@ -511,6 +599,42 @@ def decide(table: Sequence[dict[str, Any]], noise: dict[int, float], limit: floa
     if len(fair) < len(measured):
         reason += f", among the {len(fair)} of {len(measured)} within the limit of memorisation"
     return max(entry["step"] for entry in equal), reason
+
+
+def within(table: Sequence[dict[str, Any]], limit: float | None) -> list[dict[str, Any]]:
+    """The entries within the limit of memorisation; None: all."""
+    return [entry for entry in table if limit is None or entry.get("closer_to_training", 0.0) <= limit]
+
+
+def decide_guidance(
+    table: Sequence[dict[str, Any]],
+    noise: Callable[[float, float], float],
+    limit: float | None,
+    images: int,
+    real_accuracy: float | None,
+) -> float:
+    """The guidance scale that is kept, of entries whose last one is of the scale that was planned.
+
+    Guidance trades distance for label accuracy. So the lowest distance wins among the scales whose pictures show their class
+    at ENOUGH of the rate of real ones. Where none does, the highest accuracy wins. Up to noise the planned scale stays.
+
+    table, noise, limit, images: as in `decide`, with "guidance" for "step". real_accuracy: of held-out pictures.
+    """
+    planned = table[-1]
+    fair = [entry for entry in within(table, limit) if entry["distance"] is not None]
+    if planned["distance"] is None or not fair:
+        return planned["guidance"]
+    if real_accuracy is not None and all("label_accuracy" in entry for entry in fair):
+        enough = [entry for entry in fair if entry["label_accuracy"] >= ENOUGH * real_accuracy]
+        if not enough:
+            best = max(fair, key=lambda entry: entry["label_accuracy"])
+            gain = best["label_accuracy"] - planned["label_accuracy"]
+            stays = planned in fair and gain <= accuracy_noise(best["label_accuracy"], images)
+            return planned["guidance"] if stays else best["guidance"]
+        fair = enough
+    nearest = min(fair, key=lambda entry: entry["distance"])
+    stays = planned in fair and planned["distance"] - nearest["distance"] <= noise(planned["guidance"], nearest["guidance"])
+    return planned["guidance"] if stays else nearest["guidance"]
 
 
 def accuracy_noise(accuracy: float, images: int) -> float:

@@ -61,7 +61,7 @@ def draw_samples(output: Path, config: Any) -> float:
 def choosing_pace(record: dict[str, Any]) -> float:
     """Seconds that a picture took while the best state was chosen, its share of everything else included."""
     choice = record.get("choice") or {}
-    images = (choice.get("images") or 0) * len(choice.get("candidates") or [])
+    images = choice.get("generated")
     return choice["seconds"] / images if images and choice.get("seconds") else float("inf")
 
 

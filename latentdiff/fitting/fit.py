@@ -272,7 +272,8 @@ class _Fit:
         """Keep the best state of stage 2 as <output>/model."""
         from latentdiff.fitting.choose import choose_state
 
-        choice = choose_state(self.config("diffusion"), seconds, self.output / "model")
+        free = not any(item.startswith("sample.guidance=") for item in self.record["overrides"])
+        choice = choose_state(self.config("diffusion"), seconds, self.output / "model", guidance=free)
         self.write(choice=choice.as_json())
 
     def report(self, seconds: float) -> None:

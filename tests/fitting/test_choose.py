@@ -8,8 +8,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_runs import autoencoder_config, diffusion_config, write_stripes
+from tiny_text import text_tree, write_captioned
 
 from latentdiff.checkpoints import load, read_meta
+from latentdiff.config import parse_config
 from latentdiff.errors import UserError
 from latentdiff.evaluation.sample_sets import without_padding
 from latentdiff.fitting import choose
@@ -48,7 +50,7 @@ def entry(step: int, distance: float | None, accuracy: float | None = None, copi
 
 
 def kept(*table: dict, noise: float = 0.1, limit: float | None = 0.05) -> tuple[int, str]:
-    return choose.decide(table, {each["step"]: noise for each in table}, limit, 400)
+    return choose.decide(table, lambda step, other: noise, limit, 400)
 
 
 def test_the_lowest_distance_is_kept():
@@ -83,10 +85,31 @@ def test_the_limit_is_five_times_what_real_pictures_have():
 
 
 def test_candidates_are_thinned_evenly_and_the_last_stays():
-    folders = {step: Path(str(step)) for step in range(10, 110, 10)}
-    assert list(choose.thinned(folders, 4)) == [20, 50, 80, 100]
-    assert list(choose.thinned(folders, 1)) == [100]
-    assert choose.thinned(folders, 99) == folders
+    steps = list(range(10, 110, 10))
+    assert choose.thinned(steps, 4) == [20, 50, 80, 100]
+    assert choose.thinned(steps, 1) == [100]
+    assert choose.thinned(steps, 99) == steps
+
+
+def scale(guidance: float, distance: float, accuracy: float | None = None, copies: float = 0.0) -> dict:
+    values = {} if accuracy is None else {"label_accuracy": accuracy}
+    return {"guidance": guidance, "distance": distance, "closer_to_training": copies, **values}
+
+
+@pytest.mark.parametrize(
+    "table, best",
+    [
+        ([scale(1, 3.0, 0.2), scale(4, 9.0, 0.9), scale(2, 4.0, 0.6)], 4),  # only it shows the classes
+        ([scale(1, 3.0, 0.85), scale(4, 9.0, 0.9), scale(2, 4.0, 0.9)], 1),  # all do
+        ([scale(1, 3.95, 0.85), scale(4, 9.0, 0.9), scale(2, 4.0, 0.9)], 2),  # by noise only
+        ([scale(1, 3.0, 0.1), scale(4, 9.0, 0.3), scale(2, 4.0, 0.29)], 2),
+        ([scale(1, 3.0, 0.1), scale(4, 9.0, 0.5), scale(2, 4.0, 0.3)], 4),
+        ([scale(1, 3.0), scale(4, 9.0), scale(2, 4.0)], 1),
+        ([scale(1, 3.0, copies=0.5), scale(4, 9.0), scale(2, 4.0)], 2),
+    ],
+)
+def test_guidance_is_as_strong_as_the_classes_need(table, best):
+    assert choose.decide_guidance(table, lambda one, other: 0.1, 0.05, 400, 1.0) == best
 
 
 # Planted candidates
@@ -107,6 +130,8 @@ def planted(run, monkeypatch):
             images, count = trainer.latents.images, part.stop - part.start
             generator = torch.Generator().manual_seed(part.start)
             kind = by_step[steps[-1]]
+            if kind == "needs guidance":
+                kind = "others" if (trainer.config.sample.guidance or 0) > 2 else "wrong class"
             if kind == "noise":
                 return torch.rand(count, 1, 16, 16, generator=generator) * 2 - 1
             labels = torch.tensor(what.labels[part])
@@ -165,6 +190,18 @@ def test_pictures_of_other_classes_have_a_low_accuracy(run, planted, tmp_path, m
     assert table[6]["label_accuracy"] < 0.2
 
 
+def test_other_guidance_is_kept_where_it_is_better(run, planted, tmp_path, monkeypatch):
+    monkeypatch.setattr(choose, "MOST_IMAGES", 60)
+    planted({2: "noise", 4: "noise", 6: "needs guidance"})
+    choice = choose.choose_state(run, 20, tmp_path / "model")
+    assert [each["guidance"] for each in choice.guidance["scales"]] == [1.0, 1.5, 2.62]
+    assert choice.step == 6
+    assert choice.guidance["scale"] == load(tmp_path / "model").config.default_guidance_scale == 2.62
+    assert "Guidance 2.62" in choice.why
+    assert choose.choose_state(run, 20, tmp_path / "model", guidance=False).guidance == {}
+    assert load(tmp_path / "model").config.default_guidance_scale == 1.5
+
+
 # Whole runs
 
 
@@ -172,7 +209,7 @@ def test_a_run_is_chosen_from_within_the_time_and_can_be_chosen_again(run, tmp_p
     began = time.monotonic()
     choice = choose.choose_state(run, 5, tmp_path / "model")
     assert time.monotonic() - began < 7
-    assert [each["step"] for each in choice.candidates] == [2, 4, 6]
+    assert choice.candidates[-1]["step"] == 6
     assert all(each["held_out_loss"] > 0 for each in choice.candidates)
     assert choose.choose_state(run, 0.1, tmp_path / "model").step == 6  # there is no time to compare
 
@@ -196,6 +233,19 @@ def test_three_pictures_without_classes_make_a_model(tmp_path, autoencoder):
     assert choice.memorisation_limit is None
     assert "too few" in choice.why
     assert load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("kind", ["text", "class+text"])
+def test_models_of_text_draw_held_out_captions(tmp_path, autoencoder, kind, monkeypatch):
+    monkeypatch.setattr(choose, "MOST_IMAGES", 12)
+    captioned = write_captioned(tmp_path / "data", 24)
+    changes = {"condition__type": kind, "train__snapshot_every": 3}
+    config = parse_config(text_tree(captioned, tmp_path / "run", autoencoder, **changes))
+    train_diffusion(config)
+    choice = choose.choose_state(config, 30, tmp_path / "model")
+    assert [each["step"] for each in choice.candidates] == [3, 6]
+    assert all(("label_accuracy" in each) == (kind == "class+text") for each in choice.candidates)
+    assert load(tmp_path / "model").text_encoder is not None
 
 
 def test_damaged_snapshots_are_no_candidates(run, tmp_path):
