@@ -82,8 +82,8 @@ class Verdict:
         """The verdict where stage 1 may take so many seconds: "decoder" becomes "skip" if they are too few for it."""
         if self.decision != "decoder" or seconds >= self.decoder_seconds():
             return self
-        short = f"{self.reason}; there is no time to go on with its decoder"
-        return replace(self, decision="skip", reason=short)
+        found = self.reason.rpartition(": ")[0]
+        return replace(self, decision="skip", reason=f"{found}: it is used as it is, as there is no time to train its decoder")
 
 
 def try_autoencoder(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,9 @@ def autoencoder_folder(where: str) -> Path | None:
 def _from_hub(where: str, subfolder: str) -> nn.Module:
     import diffusers
 
-    config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # diffusers names an argument that huggingface_hub no longer takes
+        config = diffusers.AutoencoderKL.load_config(where, subfolder=subfolder)
     cls: Any = diffusers_class(config.get("_class_name", "AutoencoderKL"), LOADABLE, where)
     with quiet():
         vae, info = cls.from_pretrained(
