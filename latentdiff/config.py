@@ -83,6 +83,9 @@ class DataConfig(Section):
         0.01, ge=0, lt=1, description="share of the images that may be unreadable; one always may, unless this is 0"
     )
     flips: bool = Field(False, description="mirror images left-right at random")
+    limit: PositiveInt | None = Field(
+        None, description="images that are trained on at most, spread evenly over the data; None: all"
+    )
     copies: int = Field(
         1, ge=1, le=1000, description="how often each training image is there: itself, and moved and scaled copies of it"
     )

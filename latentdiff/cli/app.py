@@ -85,6 +85,16 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
+def _yielding_threads() -> None:
+    """Let the threads of OpenMP, which torch computes with on a CPU, sleep soon while they wait for one another.
+
+    GNU's OpenMP lets them spin 300,000 turns first. Where another program wants the processors too, they then hold up the very
+    thread that they wait for: with four programs for each core, a training step took 15 times as long. Results are the same.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def _command(tokens: list[str]) -> None:
     """Run what the tokens say and print its result."""
     name, rest = tokens[0] if tokens else "", tokens[1:]
@@ -102,6 +112,7 @@ def _command(tokens: list[str]) -> None:
     from latentdiff.cli.output import in_text
 
     _quiet_libraries()
+    _yielding_threads()
     command = COMMANDS[name]
     function, arguments = parse(name, command, rest)
     with hashes.checked(not arguments.pop("no_verify", False)):

@@ -6,7 +6,9 @@ import gc
 import os
 import platform
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from latentdiff.utils import processes
 
 GIB = 2**30
 CPUINFO = Path("/proc/cpuinfo")
+ROUNDS = 3  # steps that are timed
 ENCODED = 16  # pictures that are encoded to time it
 BFLOAT16_FLAGS = ("avx512_bf16", "amx_bf16", "bf16")  # of x86 and ARM processors that compute in bfloat16
 
@@ -102,27 +105,38 @@ def _processor() -> tuple[str, set[str]]:
 def time_steps(trial: Any, device: str, batch: int, precision: str | None = None, patience: float = 5.0) -> Timing | None:
     """How long a training step takes, and in which precision it is faster; None where it does not fit in memory.
 
+    It takes about three times `patience`, however busy the machine is. Where a step takes longer than that, its time follows
+    from one on fewer samples.
+
     Args:
         trial: makes the steps, as of `latentdiff.training.precision.measure`.
         device: of torch.
         batch: samples of a step of one process.
         precision: the one to measure; None: each that the device may be faster in.
-        patience: seconds after which no further round begins.
+        patience: seconds after which no further step begins.
     """
     import torch
 
-    from latentdiff.training.precision import PROBE, OneProcess, candidates, choose_precision, timed
+    from latentdiff.training.precision import PROBE, OneProcess, candidates, choose_precision
 
     where = torch.device(device)
     names = [precision] if precision is not None else candidates(where)
+    probe = min(PROBE, batch)
     with torch.random.fork_rng(devices=[where] if where.type == "cuda" else []):
         try:
             step = trial(OneProcess(where))
-            # A few samples tell the precisions apart; the step is then timed as it will be
-            chosen = (
-                choose_precision(timed(step, where, names, min(PROBE, batch), patience / 2)) if len(names) > 1 else names[0]
-            )
-            seconds = timed(step, where, [chosen], batch, patience)[chosen] * batch
+            # A few samples tell the precisions apart
+            timings: dict[str, float] = {}
+            start = time.perf_counter()
+            for name in names:
+                timings[name] = _least(partial(step, name, probe), where, patience / len(names))
+                if time.perf_counter() - start > patience:
+                    break
+            chosen = choose_precision(timings)
+            # The step as it will be
+            seconds = timings[chosen] * batch / probe
+            if batch > probe and seconds < patience:
+                seconds = _least(partial(step, chosen, batch), where, patience)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -134,17 +148,24 @@ def time_steps(trial: Any, device: str, batch: int, precision: str | None = None
     return Timing(chosen, seconds, batch)
 
 
+def _least(step: Callable[[], None], device: Any, patience: float) -> float:
+    """Seconds of the quickest of ROUNDS steps after a first one that warms up; of those begun before `patience` seconds."""
+    from latentdiff.training.dry_run import seconds_of
+
+    seconds: list[float] = []
+    while len(seconds) <= ROUNDS and sum(seconds) < patience:
+        seconds.append(seconds_of(step, device))
+    return min(seconds[1:] or seconds)
+
+
 def time_encoding(codec: Any, size: tuple[int, int]) -> float:
     """Seconds that an autoencoder takes to encode one picture of size (height, width), on the device where it is."""
     import torch
 
     pictures = torch.zeros(ENCODED, codec.image_channels, *size)
-    seconds = []
-    for _ in range(2):
-        start = time.perf_counter()
+
+    def encode() -> None:
         with torch.no_grad():
             codec.moments(pictures)
-        if codec.device.type == "cuda":
-            torch.cuda.synchronize(codec.device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / ENCODED
+
+    return _least(encode, codec.device, 3.0) / ENCODED

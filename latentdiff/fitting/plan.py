@@ -56,7 +56,8 @@ FIRST_SHARE, DECODER_SHARE = 0.28, 0.15  # stage 1, and its decoder alone
 LOOK = 30.0  # seconds of looking, measuring and trying the autoencoder
 MOST_PATIENCE = 5.0  # seconds of timing the steps of one network
 SPEED = 0.9  # of the steps that the timing promises: pictures, validation and saved states take the rest
-MOST_ENCODING = 0.5  # share of stage 2 that encoding the pictures may take
+MOST_ENCODING = 0.25  # share of stage 2 that encoding the pictures may take; of more pictures, a part is trained on
+LEAST_LIMIT = 50  # pictures; of many, training on fewer is refused
 PICTURES, SNAPSHOTS = 12, 5  # over stage 2
 # Copies of the pictures of small folders
 VARIANTS, MOST_COPIES = 4 * COPIED, 8  # so many pictures and copies in all, and so many of each at most
@@ -380,15 +381,16 @@ class _Planning:
         first, codec = self._first_stage(hours)
         height, width = self.data.size or (64, 64)
         latent_shape = codec.latent_shape(height, width)
-        encoding = self._copies(time_encoding(codec, (height, width)) * self.facts.images * (1 + self.data.flips), hours)
+        each = time_encoding(codec, (height, width)) * (1 + self.data.flips)
+        encoding = self._encoding(each, hours)
 
         # Stage 2: the largest U-Net that gets enough steps
         size, tree, timing = self._choose_size(hours, first, encoding, codec, latent_shape)
         if hours is None:
             hours = self._recommended(size, timing, encoding)
             self.reasons["hours"] = f"{hours:g}, as none were given (--hours H): {self._why_hours(timing)}"
+            encoding = self._encoding(each, hours)
         seconds = self._seconds(hours, first is not None)
-        self._check_encoding(encoding, seconds["diffusion"], hours)
         steps = self._steps(seconds["diffusion"] - encoding, timing)
         diffusion = self._finish_diffusion(tree, timing, steps, seconds["diffusion"], hours)
         self.reasons["U-Net"] = self._why_size(size, timing, steps, latent_shape, diffusion)
@@ -410,20 +412,35 @@ class _Planning:
             self.notes,
         )
 
-    def _copies(self, encoding: float, hours: float | None) -> float:
-        """Seconds to encode all pictures and copies; the copies are made fewer where that would take too long.
+    def _encoding(self, each: float, hours: float | None) -> float:
+        """Seconds to encode what is trained on. Where that would take too long, there are fewer copies, or fewer pictures.
 
-        encoding: seconds to encode each picture once.
+        each: seconds to encode a picture. hours: of the whole; None: not known yet, so nothing is left out.
         """
-        data, whole = self.data, math.inf if hours is None else self._seconds(hours, self.decision != "skip")["diffusion"]
-        if "data.copies" not in _keys(self.asked.data) and data.copies > 1:
-            copies = max(1, min(data.copies, int(COPYING * whole / max(encoding, 1e-9)) if whole < math.inf else data.copies))
-            less = {"copies": copies} if copies > 1 else {"copies": 1, "shift": 0.0, "zoom": 0.0}
-            self.data = data.model_copy(update=less)
-        if self.data.copies > 1:
-            moved = f"moved by up to {self.data.shift:.0%} and scaled by up to {self.data.zoom:.0%}"
-            self.reasons["copies"] = f"{self.data.copies} of each picture, {moved}, so that fewer are learnt by heart"
-        return encoding * self.data.copies
+        own, data = _keys(self.asked.data), self.data
+        whole = math.inf if hours is None else self._seconds(hours, self.decision != "skip")["diffusion"]
+        count = min(data.limit or self.facts.images, self.facts.images)
+        if data.copies > 1 and "data.copies" not in own and each * count * data.copies > COPYING * whole:
+            copies = max(1, int(COPYING * whole / (each * count)))
+            data = data.model_copy(update={"copies": copies} | ({} if copies > 1 else {"shift": 0.0, "zoom": 0.0}))
+        if "data.limit" not in own and each * count * data.copies > MOST_ENCODING * whole:
+            limit = int(MOST_ENCODING * whole / (each * data.copies))
+            if limit < LEAST_LIMIT:
+                raise UserError(
+                    f"--hours {hours:g}: a picture takes {each:.2g} s to encode here, which leaves no time to train on "
+                    f"{self.facts.images} of them; give more hours, or a smaller data.size"
+                )
+            data = data.model_copy(update={"limit": limit})
+        if data.limit is not None and data.limit < self.facts.images:
+            why = "as asked" if "data.limit" in own else f"as encoding all would take {in_words(each * count)}"
+            self.reasons["limit"] = f"{data.limit} of the {self.facts.images} pictures, spread evenly, are trained on, {why}"
+        if data.copies > 1:
+            moved = f"moved by up to {data.shift:.0%} and scaled by up to {data.zoom:.0%}"
+            self.reasons["copies"] = f"{data.copies} of each picture, {moved}, so that fewer are learnt by heart"
+        else:
+            self.reasons.pop("copies", None)
+        self.data = data
+        return each * self._variants()
 
     # Stage 1
 
@@ -476,15 +493,12 @@ class _Planning:
 
     def _variants(self) -> int:
         """Pictures and copies that are trained on, about."""
-        return int(self.facts.images * (1 - self.data.held_out)) * self.data.copies
+        kept = self.facts.images if self.facts.test_images else int(self.facts.images * (1 - self.data.held_out))
+        return min(self.data.limit or kept, kept) * self.data.copies
 
     def _parse_autoencoder(self, tree: dict[str, Any]) -> AutoencoderConfig:
         data = self.data.model_dump(mode="json", exclude_unset=True)
-        if (
-            self.decision == "train"
-            and self.facts.grey > 0.995
-            and not any(x.startswith("data.channels=") for x in self.asked.data)
-        ):
+        if self.decision == "train" and self.facts.grey > 0.995 and "data.channels" not in _keys(self.asked.data):
             data["channels"] = 1
             self.channels = 1
         self.autoencoder_folder = str(self.out / "autoencoder")
@@ -505,6 +519,7 @@ class _Planning:
         timing = self.measure(config, trial, self.machine.device, None, self._patience(hours))
         steps = self._steps(seconds, timing)
         tree = self.first_tree
+        tree["data"] = self._data()
         own = _keys(self.asked.stage1)
         _set_times(tree["train"], steps, seconds, hours, own)
         _set(tree, "train.precision", timing.precision if timing else "auto", own)
@@ -516,11 +531,15 @@ class _Planning:
 
     # Stage 2
 
+    def _data(self) -> dict[str, Any]:
+        """The data section of both stages, as JSON values."""
+        return self.data.model_dump(mode="json", exclude_unset=True) | {"channels": self.channels}
+
     def _tree(self, size: str) -> dict[str, Any]:
         """The config of stage 2 with a U-Net of a size, as nested dicts, overrides included."""
         condition = self.facts.condition
         tree = preset(f"{'text' if 'text' in condition else 'diffusion'}-{size}")
-        data = self.data.model_dump(mode="json", exclude_unset=True) | {"channels": self.channels}
+        data = self._data()
         tree |= {"output": str(self.out / "diffusion"), "autoencoder": self.autoencoder, "data": data}
         if self.normaliser == "measured":
             tree["normaliser"] = "measured"
@@ -632,16 +651,6 @@ class _Planning:
     def _why_hours(self, timing: Timing | None) -> str:
         return f"{self._enough()} steps of stage 2 are worth it for {self.facts.images} pictures"
 
-    def _check_encoding(self, encoding: float, seconds: float, hours: float) -> None:
-        """UserError where encoding the pictures leaves too little time to train."""
-        if encoding <= MOST_ENCODING * seconds:
-            return
-        least = math.ceil(encoding / MOST_ENCODING / 0.6 / 360) / 10
-        raise UserError(
-            f"--hours {hours:g}: encoding {self.facts.images} pictures takes about {in_words(encoding)} here, which leaves too "
-            f"little to train; give --hours {max(least, 0.1):g} or more, a smaller data.size, or fewer pictures"
-        )
-
     def _why_size(
         self, size: str | None, timing: Timing | None, steps: int, shape: tuple[int, int, int], config: DiffusionConfig
     ) -> str:
@@ -649,7 +658,7 @@ class _Planning:
         latents = f"latents of {'x'.join(map(str, shape))}"
         if timing is None:
             return f"{what}, {latents}; its steps could not be timed"
-        passes = steps * config.train.batch_size / max(1, self.facts.images)
+        passes = steps * config.train.batch_size / max(1, self._variants() // self.data.copies)
         each = f"{timing.seconds:.2g} s a step of {config.train.batch_size} in {timing.precision}"
         seen = f"about {steps} steps, each picture {passes:.0f} times" if passes >= 1 else f"about {steps} steps"
         return f"{what}, {latents}; {each}, so {seen}"
@@ -659,7 +668,7 @@ TRANSPARENT_SHARE = 0.05  # of the pictures; of fewer, the background is white w
 
 
 def _ordered(reasons: dict[str, str]) -> dict[str, str]:
-    order = ("pictures", "background", "mirrored", "copies", "autoencoder", "U-Net", "hours")
+    order = ("pictures", "background", "mirrored", "limit", "copies", "autoencoder", "U-Net", "hours")
     return {key: reasons[key] for key in order if key in reasons}
 
 

@@ -55,7 +55,8 @@ class Images:
         preprocess = Preprocess(config.size, config.channels, config.framing, multiple, background=config.background)
         self.nothing_held_out = False
         if "test" in splits(config.source, config.streaming):
-            self.train = ImageDataset(source, preprocess)
+            kept = torch.arange(len(source)) if config.limit else None
+            self.train = ImageDataset(source, preprocess, _limited(kept, config.limit))
             self.held_out = ImageDataset(_open(config, "test"), self.train.preprocess)
             self.split = "its test part"
         else:
@@ -64,6 +65,7 @@ class Images:
             per_class = source.labels is not None and config.held_out_rule == "per_class"
             self.split = "drawn per class" if per_class else "drawn at random"
             split = "per_class" if per_class else None
+            kept = _limited(kept, config.limit)
             self.train = ImageDataset(source, preprocess, kept, split)
             self.held_out = ImageDataset(source, preprocess, kept if self.nothing_held_out else apart, split)
         self.samples, copies = self.train, Copies(config.copies, config.shift, config.zoom)
@@ -155,6 +157,13 @@ class Images:
         texts = self.held_out.captions()
         n = len(self.held_out)
         return None if texts is None else [texts[i][0] for i in torch.linspace(0, n - 1, min(count, n)).long().tolist()]
+
+
+def _limited(indices: Tensor | None, limit: int | None) -> Tensor | None:
+    """The indices, or `limit` of them, spread evenly: as images are sorted by class and name, each class keeps its share."""
+    if limit is None or indices is None or len(indices) <= limit:
+        return indices
+    return indices[torch.linspace(0, len(indices) - 1, limit, dtype=torch.float64).long()]
 
 
 def _open(config: DataConfig, part: str) -> ImageSource:

@@ -178,7 +178,7 @@ def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
-            timings = timed(trial(OneProcess(device)), device, names, batch)
+            timings = _timed(trial(OneProcess(device)), device, names, batch)
         except RuntimeError as error:
             if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
                 raise
@@ -195,11 +195,8 @@ def measure(trial: Trial, device: torch.device, batch: int) -> tuple[str, str]:
     return chosen, f"{chosen} (auto: measured {1 / timings[chosen]:.3g} img/s against {others})"
 
 
-def timed(step: Step, device: torch.device, names: list[str], batch: int, patience: float = PATIENCE) -> dict[str, float]:
-    """{precision: seconds per sample}, medians over rounds: on a small batch if the difference is clear, else on `batch`.
-
-    patience: seconds after which no further round begins.
-    """
+def _timed(step: Step, device: torch.device, names: list[str], batch: int) -> dict[str, float]:
+    """{precision: seconds per sample}, medians over rounds: on a small batch if the difference is clear, else on `batch`."""
     began, timings = time.perf_counter(), dict[str, float]()
     for size in dict.fromkeys((min(PROBE, batch), batch)):
         seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -208,10 +205,10 @@ def timed(step: Step, device: torch.device, names: list[str], batch: int, patien
         for _ in range(ROUNDS):
             for name in names:
                 seconds[name].append(seconds_of(partial(step, name, size), device) / size)
-            if time.perf_counter() - began > patience:
+            if time.perf_counter() - began > PATIENCE:
                 break
         timings = {name: statistics.median(several) for name, several in seconds.items()}
-        if max(timings.values()) > CLEAR * min(timings.values()) or time.perf_counter() - began > patience:
+        if max(timings.values()) > CLEAR * min(timings.values()) or time.perf_counter() - began > PATIENCE:
             break
     return timings
 

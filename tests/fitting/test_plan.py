@@ -139,9 +139,12 @@ def test_large_pictures_need_an_autoencoder_of_their_own():
     assert choose_data(facts(), CPU, 1, ["data.size=[256,256]", f"autoencoder={VAE}"])[0].size == (256, 256)
 
 
-def test_too_many_pictures_for_the_time_are_refused():
-    with pytest.raises(UserError, match=r"encoding 1000000 pictures .*--hours"):
-        plan(0.1, found=facts(1_000_000))
+def test_of_too_many_pictures_for_the_time_a_part_is_trained_on():
+    made = plan(0.1, found=facts(10_000_000))
+    limit = made.diffusion.data.limit
+    assert 50 <= limit < 10_000_000 and f"{limit} of the 10000000" in made.reasons["limit"]
+    assert plan(0.1, found=facts(10_000_000), overrides=["data.limit=70"]).diffusion.data.limit == 70
+    assert plan(0.5).diffusion.data.limit is None
 
 
 def test_a_base_keeps_its_network_and_autoencoder():
