@@ -15,7 +15,10 @@ from latentdiff.fitting.budget import in_words
 from latentdiff.utils import atomic
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
+GRID_SHARE = 0.2  # of the time, for samples.png
 MOST_IMAGES = 1000  # of the evaluation
+FEW_IMAGES, FEW_SECONDS = 64, 30.0  # of the evaluation, where there is hardly any time
+SLOW = 1.0  # seconds that a picture is taken to need where nothing was measured
 WORDS = ("Good", "Fair", "Rough")
 BLURRED_DB = 16.0  # mean PSNR of reconstructions below which hardly anything can be recognised
 WEAK_DB = 24.0  # mean PSNR of reconstructions below which the autoencoder limits what is drawn
@@ -36,7 +39,8 @@ def finish(output: Path, config: Any, record: dict[str, Any], seconds: float) ->
         What goes into fit.json: "lines", the three last lines, and "result", the values that they are made of.
     """
     began = time.monotonic()
-    pace = min(draw_samples(output, config), choosing_pace(record))
+    known = choosing_pace(record)
+    pace = min(draw_samples(output, config, GRID_SHARE * seconds / known), known)
     left = seconds - (time.monotonic() - began)
     result = measure(output, config, pace, left)
     lines = last_three(output, config, record, result)
@@ -44,25 +48,29 @@ def finish(output: Path, config: Any, record: dict[str, Any], seconds: float) ->
     return {"result": result, "lines": lines}
 
 
-def draw_samples(output: Path, config: Any) -> float:
-    """Write <output>/samples.png; returns the seconds that an image takes."""
+def draw_samples(output: Path, config: Any, most: float = float("inf")) -> float:
+    """Write <output>/samples.png; returns the seconds that an image takes, loading the model included.
+
+    most: images for which there is time; two of each row are drawn in any case.
+    """
     from latentdiff.generation import generate
 
     what, all_classes = shown(output, config)
-    rows = len(what) or (GRID_ROWS if not all_classes else len(class_names(output)))
-    columns = GRID_COLUMNS * GRID_ROWS // 2 if config.condition.type == "none" else GRID_COLUMNS
+    rows = len(what) or (len(class_names(output)) if all_classes else 1)
+    largest = GRID_COLUMNS if what or all_classes else GRID_COLUMNS * GRID_ROWS // 2
+    columns = int(max(2, min(largest, most / rows)))
     began = time.monotonic()
     generate(
         output / "model", what=what, all_classes=all_classes, num_images=columns, out=output / "samples.png", progress=False
     )
-    return (time.monotonic() - began) / (columns if config.condition.type == "none" else max(1, rows) * columns)
+    return (time.monotonic() - began) / (rows * columns)
 
 
 def choosing_pace(record: dict[str, Any]) -> float:
     """Seconds that a picture took while the best state was chosen, its share of everything else included."""
     choice = record.get("choice") or {}
     images = choice.get("generated")
-    return choice["seconds"] / images if images and choice.get("seconds") else float("inf")
+    return choice["seconds"] / images if images and choice.get("seconds") else SLOW
 
 
 def class_names(output: Path) -> list[str]:
@@ -98,7 +106,8 @@ def measure(output: Path, config: Any, pace: float, seconds: float) -> dict[str,
     from latentdiff.evaluation.evaluate import evaluate
 
     classes = len(class_names(output)) if config.condition.type == "class" else 1
-    count = int(min(MOST_IMAGES, max(0.0, 0.6 * seconds) / max(pace, 1e-4)))
+    few = min(FEW_IMAGES, FEW_SECONDS / pace)  # these few are drawn also where no time is left
+    count = int(min(MOST_IMAGES, max(0.6 * seconds / pace, few)))
     count = max(classes, count // classes * classes, -(-2 // classes) * classes)
     try:
         evaluate(
@@ -173,11 +182,11 @@ def numbers(result: dict[str, Any], record: dict[str, Any]) -> Numbers:
     choice = record.get("choice") or {}
     classes = len(((record.get("plan") or {}).get("facts") or {}).get("classes") or [])
     psnr = entry(result, "reconstruction_psnr").get("value")
-    kept = next((each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")), {})
-    if (choice.get("images") or 0) > (result.get("images") or 0):
+    kept, images = chosen(choice)
+    if images > (result.get("images") or 0):
         real, limit, near = choice.get("real") or {}, choice.get("memorisation_limit"), kept.get("closer_to_training")
         return Numbers(
-            choice["images"],
+            images,
             kept.get("label_accuracy"),
             real.get("label_accuracy"),
             kept.get("distance"),
@@ -199,6 +208,16 @@ def numbers(result: dict[str, Any], record: dict[str, Any]) -> Numbers:
         psnr,
         classes,
     )
+
+
+def chosen(choice: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """(the values of the state that was kept, at the guidance scale that was kept; the pictures that they are of)."""
+    guidance = choice.get("guidance") or {}
+    for each in guidance.get("scales") or []:
+        if each.get("guidance") == guidance.get("scale"):
+            return each, guidance.get("images") or 0
+    kept = [each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")]
+    return (kept[0], choice.get("images") or 0) if kept else ({}, 0)
 
 
 def word_for(found: Numbers) -> str:
