@@ -147,7 +147,7 @@ def evaluate(
         images = _read(samples, data, channels, device) if processes.rank() == 0 else None  # nothing of these is shared
     if images is None:
         return None
-    net = net or open_features(default_features(images.train.preprocess.channels))
+    net = net or open_features(default_features(images.train.preprocess.channels or 3))
     generated = time.perf_counter()
 
     # 3. The features of the training images. Several processes share the work; only the first one goes on

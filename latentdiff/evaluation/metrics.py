@@ -191,15 +191,16 @@ def _probe(
 ) -> LinearProbe | None:
     """A linear probe on the training images, where samples and data have classes that the network does not know; or None."""
     names = list(train.class_names)
-    if generated.labels is None or train.labels is None or len(names) < 2 or net.info.get("class_names") == names:
+    known = len(names) < 2 or net.info.get("class_names") == names
+    if known or generated.labels is None or train.labels is None or reference.features is None:
         return None
     log(f"evaluate: {net.name!r} does not know the classes of data '{train.source.name}'; a linear probe on it tells them")
     return fit_probe(reference.features, train.labels, len(names))
 
 
 def _classified(statistics: FeatureStatistics, probe: LinearProbe, images: ImageDataset) -> FeatureStatistics:
-    """Statistics whose accuracy is that of a probe; None where the images have no labels."""
-    if images.labels is None:
+    """Statistics with features whose accuracy is that of a probe; None where the images have no labels."""
+    if images.labels is None or statistics.features is None:
         return replace(statistics, accuracy=None, correct=None)
     correct = probe.correct(statistics.features, images.labels)
     return replace(statistics, accuracy=correct.double().mean().item(), correct=correct)

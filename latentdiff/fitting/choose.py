@@ -38,10 +38,11 @@ if TYPE_CHECKING:
     from latentdiff.models.feature_net import FeatureSpace
     from latentdiff.training.train_diffusion import DiffusionTrainer
 
-K = TypeVar("K", int, float)  # what names a candidate: the step of a state, or a guidance scale
+K = TypeVar("K", bound=float)  # what names a candidate: the step of a state, or a guidance scale
 
 FILE = "choice.json"
 MOST_CANDIDATES = 8
+LIKE_THE_LAST = 0.05  # of the last state's steps, by which others must be earlier
 MOST_IMAGES = 1000  # of a candidate: more would not change the order
 FEWEST_IMAGES = 32  # of a candidate, below which fewer candidates are compared
 BATCH = 64  # pictures that are generated at a time, at most
@@ -151,7 +152,7 @@ def choose_state(
 def whole_states(output: Path, most: int) -> dict[int, Path]:
     """{step: folder} of a run's snapshots and newest state that are whole, evenly spread where there are more than `most`.
 
-    UserError where there is none.
+    Those shortly before the last one are left out. UserError where there is none.
     """
     from latentdiff.training import publish, state
 
@@ -162,7 +163,9 @@ def whole_states(output: Path, most: int) -> dict[int, Path]:
     if not whole:
         folder = publish.state_to_publish(output, None, best=False)  # says what is wrong
         whole = {_step(folder): folder}
-    return {step: whole[step] for step in thinned(sorted(whole), most)}
+    last = max(whole)
+    apart = [step for step in sorted(whole) if step == last or step < (1 - LIKE_THE_LAST) * last]
+    return {step: whole[step] for step in thinned(apart, most)}
 
 
 def _step(folder: Path) -> int:
@@ -227,7 +230,7 @@ def open_space(trainer: DiffusionTrainer, features: str | Path | None, until: fl
     from latentdiff.evaluation.linear_probe import fit_probe
 
     images, device = trainer.latents.images, trainer.accelerator.device
-    net = open_features(default_features(images.preprocess.channels) if features is None else features).to(device)
+    net = open_features(default_features(trainer.config.data.channels) if features is None else features).to(device)
     train = images.train
     held_out = None if images.nothing_held_out else images.held_out
     began = time.monotonic()
@@ -243,9 +246,9 @@ def open_space(trainer: DiffusionTrainer, features: str | Path | None, until: fl
         return Moments(net.dim).update(rows)
 
     to_reference = frechet_distance_to(moments(reference))
-    with_classes = trainer.conditions.classes is not None and train.labels is not None
-    same_classes = held_out is not None and held_out.labels is not None and held_out.class_names == train.class_names
-    probe = fit_probe(reference, train.labels[rows], len(train.class_names)) if with_classes else None
+    probe = None
+    if trainer.conditions.classes is not None and train.labels is not None:
+        probe = fit_probe(reference, train.labels[rows], len(train.class_names))
     space = Space(net, reference, mirrored, lambda rows: to_reference(moments(rows)), probe, {}, None, None)
 
     # The same values of held-out pictures
@@ -253,8 +256,9 @@ def open_space(trainer: DiffusionTrainer, features: str | Path | None, until: fl
     real: dict[str, Any] = {"images": count} if count else {}
     if count >= 2:
         real["distance"] = space.distance(apart)
-    if count and probe is not None and same_classes:
-        real["label_accuracy"] = probe.accuracy(apart, held_out.labels[apart_rows])
+    labels = held_out.labels if held_out is not None and held_out.class_names == train.class_names else None
+    if count and probe is not None and labels is not None:
+        real["label_accuracy"] = probe.accuracy(apart, labels[apart_rows])
     if count < FEWEST_HELD_OUT:
         return space._replace(real=real)
     distances = space.closest(apart)
@@ -393,11 +397,20 @@ class Contest(Generic[K]):
         self.candidates = thinned(self.candidates, max(1, min(len(self.candidates), affordable)))
         if len(self.candidates) == 1:
             self.done = size
-            return
         self.rounds()
 
+    def affords(self, count: int, until: float) -> bool:
+        """Whether so many other candidates could be compared with one of these until a time."""
+        least = max(2 * FOLDS, min(FEWEST_IMAGES, self.done))
+        return self.done >= 2 * FOLDS and (until - time.monotonic()) / max(self.pace, 1e-6) >= count * least
+
     def rounds(self) -> None:
-        """Rounds of pictures, in each of which every candidate draws as many; the last one that fits ends it."""
+        """Rounds of pictures, in each of which every candidate draws as many; the last one that fits ends it.
+
+        The only candidate has no need of more.
+        """
+        if len(self.candidates) == 1:
+            return
         with progress_bars.bar(total=None, unit="image", desc="choosing", delay=0.5) as bar:
             while self.done < self.most:
                 left, count = self.until - time.monotonic(), len(self.candidates)
@@ -488,6 +501,9 @@ def _compare(
     share = GUIDANCE_SHARE if scales else 0.0
     contest = Contest(sorted(folders), prepare, trainer, space, now + (1 - share) * (until - now))
     contest.run()
+    if scales and not contest.affords(len(scales), until):
+        scales, contest.until = [], until  # so the states have the time
+        contest.rounds()
     losses = held_out_losses(Path(trainer.config.output))
     table = [
         {"step": step, **entry, "held_out_loss": nearest_loss(losses, step)}
@@ -501,7 +517,7 @@ def _compare(
     choice.generated = contest.drawn
 
     # The guidance scale, of this state
-    if scales and contest.done >= 2 * FOLDS and step not in contest.broken:
+    if scales and step not in contest.broken:
         prepare(step)
         _guide(trainer, space, contest, step, scales, until, choice)
     return choice
@@ -528,9 +544,6 @@ def _guide(
         sample.guidance = scale
 
     contest = Contest([*scales, own], prepare, trainer, space, until)
-    affordable = (until - time.monotonic()) / max(of_states.pace, 1e-6) / len(scales)
-    if affordable < FEWEST_IMAGES:
-        return
     contest.features[own] = of_states.features[step]
     contest.pace, contest.most = of_states.pace, of_states.done
     contest.rounds()

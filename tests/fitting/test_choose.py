@@ -248,7 +248,7 @@ def test_models_of_text_draw_held_out_captions(tmp_path, autoencoder, kind, monk
     assert load(tmp_path / "model").text_encoder is not None
 
 
-def test_damaged_snapshots_are_no_candidates(run, tmp_path):
+def test_damaged_snapshots_are_no_candidates_nor_those_just_before_the_last(run, monkeypatch):
     folder = Path(run.output) / "snapshots" / "step-2" / "ema.safetensors"
     whole = folder.read_bytes()
     folder.write_bytes(whole[:-4] + b"abcd")
@@ -257,4 +257,6 @@ def test_damaged_snapshots_are_no_candidates(run, tmp_path):
     finally:
         folder.write_bytes(whole)
     assert [*choose.whole_states(Path(run.output), 9)] == [2, 4, 6]
+    monkeypatch.setattr(choose, "LIKE_THE_LAST", 0.5)
+    assert [*choose.whole_states(Path(run.output), 9)] == [2, 6]
     assert state.damage(folder.parent) is None
