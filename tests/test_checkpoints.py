@@ -16,6 +16,7 @@ from tiny_models import tiny_unet, tiny_vae
 
 from latentdiff import checkpoints
 from latentdiff.errors import UserError
+from latentdiff.models.autoencoder import autoencoder_folder, load_autoencoder
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.utils import shipped
 
@@ -299,6 +300,10 @@ def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert (checkpoints.resolve_model("weights/fashion-mnist") / checkpoints.INDEX).is_file()
     assert (checkpoints.resolve_model("weights/fashion-mnist-features") / "model.safetensors").is_file()
+    assert (autoencoder_folder("weights/autoencoder-rgb") / "config.json").is_file()  # as a config names it
+    assert autoencoder_folder("autoencoder-rgb") is None
+    with pytest.raises(UserError, match="weights/nothing: no autoencoder there"):  # never asked of the Hub
+        load_autoencoder("weights/nothing")
     assert checkpoints.resolve_config("configs/folder/diffusion.yaml").is_file()
     assert checkpoints.resolve_config("configs/folder/nothing.yaml") == Path("configs/folder/nothing.yaml")
 
