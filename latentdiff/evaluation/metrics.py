@@ -5,7 +5,6 @@ report holds all of these. It also holds the floor: the value of real held-out i
 the value of the autoencoder's own reconstructions of them; no denoiser in its latent space can be expected to do better.
 """
 
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,6 +25,7 @@ from latentdiff.evaluation.linear_probe import LinearProbe, fit_probe
 from latentdiff.evaluation.sample_sets import matching_rows, sample_set, subset, without_padding
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.feature_net import FeatureSpace
+from latentdiff.utils import progress_bars
 
 OWN_CLASSES = "the feature network's own classes"  # who tells the classes for the label accuracy
 # What a reader needs to repeat a number. What the caller does not know stays None and is shown as "not stated"
@@ -34,7 +34,7 @@ PROTOCOL_FIELDS = ("model", "sampler", "steps", "guidance", "seed")
 
 def say(line: str) -> None:
     """Print a line of progress to stderr."""
-    print(line, file=sys.stderr)
+    progress_bars.print_line(line)
 
 
 def evaluate_samples(

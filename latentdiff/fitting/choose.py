@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -145,7 +144,7 @@ def choose_state(
         trainer.publish(folder, choice.step)
     choice.seconds = round(time.monotonic() - began, 1)
     atomic.write_json(output / FILE, choice.as_json())
-    print(printable(choice.why), file=sys.stderr)
+    progress_bars.print_line(printable(choice.why))
     return choice
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import in_words
-from latentdiff.utils import atomic
+from latentdiff.utils import atomic, progress_bars
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
 GRID_SHARE = 0.2  # of the time, for samples.png
@@ -121,7 +120,7 @@ def measure(output: Path, config: Any, pace: float, seconds: float) -> dict[str,
         )
     except UserError as error:
         reason = " ".join(str(error).split())
-        print(printable(f"not measured: {reason}"), file=sys.stderr)
+        progress_bars.print_line(printable(f"not measured: {reason}"))
         return {"reason": reason}
     values = json.loads((output / "report" / "metrics.json").read_text(encoding="utf-8"))["values"]
     return {"images": count, "values": values}

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import Budget, check_hours, in_words, process_age
 from latentdiff.fitting.page import LivePage
 from latentdiff.fitting.progress import PlanBar
-from latentdiff.utils import atomic, locks, processes, signals
+from latentdiff.utils import atomic, locks, processes, progress_bars, signals
 
 FILE, VERSION = "fit.json", 1
 PHASES = ("look", "autoencoder", "diffusion", "choose", "report")
@@ -362,6 +361,4 @@ def _leave_launch() -> bool:
 def _say(line: str) -> None:
     """A line on stderr, above any bar, of the main process."""
     if processes.rank() == 0:
-        from tqdm import tqdm
-
-        tqdm.write(printable(line), file=sys.stderr)
+        progress_bars.print_line(printable(line))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
@@ -16,7 +15,7 @@ from latentdiff.config import TrainConfig
 from latentdiff.errors import UserError, printable
 from latentdiff.training import distributed
 from latentdiff.training.logging import check_trackers
-from latentdiff.utils import processes
+from latentdiff.utils import processes, progress_bars
 
 PRECISIONS = {"float32": "no", "bfloat16": "bf16", "float16": "fp16"}  # train.precision -> accelerate's name
 
@@ -88,15 +87,16 @@ def announcement(
 
     @functools.cache
     def announce() -> None:
-        accelerator.print(
+        if not accelerator.is_local_main_process:
+            return
+        progress_bars.print_line(
             f"latentdiff {command}: {accelerator.num_processes} process(es), device {accelerator.device}, "
             f"precision {precision or train.precision}, global batch {train.batch_size}, "
             f"{torch.get_num_threads()} CPU thread(s) per process"
-            + (", the network sharded over them (FSDP2)" if distributed.sharded(accelerator) else ""),
-            file=sys.stderr,
+            + (", the network sharded over them (FSDP2)" if distributed.sharded(accelerator) else "")
         )
         for line in lines:
-            accelerator.print(printable(line), file=sys.stderr)
+            progress_bars.print_line(printable(line))
 
     return announce
 

@@ -7,7 +7,6 @@ So the number is no part of the training state, and a resumed run tries again.
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ import torch
 from latentdiff.errors import UserError
 from latentdiff.training.memory import Memory
 from latentdiff.training.precision import AUTO, OneProcess, Trial
+from latentdiff.utils import progress_bars
 
 USABLE = 0.9  # share of the memory that may be used: pictures need some of it, and it fragments
 
@@ -46,7 +46,8 @@ def find_micro_batch(config: Any, accelerator: Any, trial: Trial) -> Any:
         torch.cuda.empty_cache()
     if accelerator.num_processes > 1:
         size = int(accelerator.gather(torch.tensor([size], device=device)).min())
-    accelerator.print(f"train.micro_batch: {size} of {share} samples at a time (auto)", file=sys.stderr)
+    if accelerator.is_local_main_process:
+        progress_bars.print_line(f"train.micro_batch: {size} of {share} samples at a time (auto)")
     return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": size})})
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from pydantic import ValidationError
 from latentdiff.config import Section, keep_split
 from latentdiff.errors import UserError, printable
 from latentdiff.training import state
-from latentdiff.utils import atomic, locks, processes, signals
+from latentdiff.utils import atomic, locks, processes, progress_bars, signals
 
 # Keys that may change on --resume: they change neither what is trained nor the order of the data
 FREE_ON_RESUME = (
@@ -63,7 +62,7 @@ def locked_run_folder(output: Path, config: Section, resume: bool) -> Iterator[b
         if processes.rank() == 0:
             atomic.sweep(output)
             if resume and not resumes:
-                print(f"{output}: no state was saved yet; the run starts from its beginning", file=sys.stderr)
+                progress_bars.print_line(f"{output}: no state was saved yet; the run starts from its beginning")
         processes.meet()
         yield resumes
 
@@ -118,7 +117,7 @@ def write_config(output: Path, config: Section, resumed: bool = False) -> None:
         for key, value in sorted(_flat(config.model_dump(mode="json")).items()):
             # What auto chose is in the record, so auto itself is no change
             if key.startswith(FREE_ON_RESUME) and key != "output" and value not in (before.get(key), "auto"):
-                print(printable(f"{output}: goes on with {key}={value} (was {before.get(key)})"), file=sys.stderr)
+                progress_bars.print_line(printable(f"{output}: goes on with {key}={value} (was {before.get(key)})"))
     atomic.write_json(output / "run.json", config.model_dump(mode="json"))
 
 

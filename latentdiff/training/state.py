@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.training.distributed import split
-from latentdiff.utils import atomic
+from latentdiff.utils import atomic, progress_bars
 from latentdiff.utils.hashes import sha256_of
 
 
@@ -223,7 +222,7 @@ def load_state(output: Path, warn: bool = True) -> tuple[dict[str, dict[str, Ten
             try:
                 tensors, meta = load_folder(folder)
                 for earlier in problems if warn else ():
-                    print(f"warning: {earlier}; it is left as it is, and {folder.name} is taken", file=sys.stderr)
+                    progress_bars.print_line(f"warning: {earlier}; it is left as it is, and {folder.name} is taken")
                 return tensors, meta
             except (SafetensorError, OSError, ValueError) as error:
                 problem = " ".join(str(error).split())[:120]

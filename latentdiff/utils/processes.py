@@ -13,13 +13,13 @@ from __future__ import annotations
 import atexit
 import functools
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import ReportedElsewhere, UserError
+from latentdiff.utils import progress_bars
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ def announce(command: str, device: torch.device, total: int, batch: int) -> None
     if rank() == 0 and (count() > 1 or device.type != "cpu"):
         batches = -(-total // batch)
         advice = f"; {batches} batch(es) to share, a smaller --batch-size makes more" if batches < count() else ""
-        print(f"latentdiff {command}: {count()} process(es), device {device}{advice}", file=sys.stderr)
+        progress_bars.print_line(f"latentdiff {command}: {count()} process(es), device {device}{advice}")
 
 
 def meet() -> None:

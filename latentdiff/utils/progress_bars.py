@@ -30,6 +30,19 @@ def bar(**settings: Any) -> Any:
     return tqdm(mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)
 
 
+def print_line(text: str) -> None:
+    """Print a line on stderr; within `shown_by` above the larger job's bar.
+
+    It is for lines before the caller's own bar is drawn: tqdm would draw that at once, although it waits for its delay.
+    """
+    if alone():
+        print(text, file=sys.stderr, flush=True)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
 def alone() -> bool:
     """Whether bars are drawn by themselves: the caller is not within `shown_by`."""
     return _larger_job.get() is None

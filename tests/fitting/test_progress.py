@@ -1,6 +1,7 @@
 """The one bar of a plan: its words, and that the bars of training and encoding become parts of it."""
 
 import io
+import re
 import sys
 
 import pytest
@@ -67,6 +68,8 @@ def test_a_run_within_a_plan_shows_one_bar(tmp_path, stripe_folder, autoencoder_
         monkeypatch.setattr(plan, "_ended", lambda part, ended=plan._ended: (seen.append(plan.text()), ended(part)))
         train(diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run))
     assert any("encoding" in text for text in seen) and any("step 6" in text and "loss" in text for text in seen)
+    # Lines stand above the bar, and not behind it
+    assert not re.search(r"[^\r\n](latentdiff train|data /|warning:|pictures:)", stderr.getvalue())
     bars = [line for line in stderr.getvalue().replace("\n", "\r").split("\r") if "|" in line]
     assert bars and all("of 60 s" in line for line in bars)
 
