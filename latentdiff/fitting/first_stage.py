@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latentdiff.errors import UserError
@@ -12,7 +13,7 @@ from latentdiff.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-    from latentdiff.config import DataConfig
+    from latentdiff.config import DataConfig, DiffusionConfig
     from latentdiff.data.datasets import ImageDataset
     from latentdiff.models.codec import LatentCodec
 
@@ -28,6 +29,7 @@ LEAST_IMAGES = 4  # that are reconstructed, however slow the autoencoder is
 DECODER_STEPS = 1000  # of DECODER_BATCH images each: with fewer, a decoder has hardly changed
 DECODER_BATCH = 8
 STEP_COST = 3.0  # a training step takes about this many times the reconstruction of its images
+SHOWING, FEWEST_SHOWN, MOST_SHOWN = 4.0, 4, 8  # of a picture of reconstructions: seconds, and images
 
 Decision = Literal["skip", "decoder", "train"]
 
@@ -148,6 +150,32 @@ def try_autoencoder(
         trainable,
         seconds,
     )
+
+
+def show_reconstructions(config: DiffusionConfig, path: Path, seconds_per_image: float | None = None) -> bool:
+    """Write a picture of held-out images above their reconstructions by the autoencoder of stage 2.
+
+    Args:
+        config: of stage 2. Its autoencoder is there already.
+        path: of the PNG.
+        seconds_per_image: to encode and decode one; None: not known. A slow autoencoder shows fewer images.
+
+    Returns:
+        Whether it was written. It is not where that takes too long, or where the autoencoder or an image cannot be used:
+        training says what is wrong.
+    """
+    from latentdiff.training.autoencoder_checkpoint import save_reconstructions
+    from latentdiff.training.images import Images
+
+    count = FEWEST_SHOWN if seconds_per_image is None else int(min(MOST_SHOWN, SHOWING / max(seconds_per_image, 1e-6)))
+    if count < FEWEST_SHOWN:
+        return False
+    try:
+        codec = _open(str(config.autoencoder), config.data, "cpu")
+        save_reconstructions(codec.vae, Images(config.data, codec.factor), path, count)
+    except UserError:
+        return False
+    return True
 
 
 def _open(name: str, data: DataConfig, device: str) -> LatentCodec:

@@ -17,7 +17,7 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import Budget, check_hours, in_words, process_age
-from latentdiff.fitting.page import LivePage
+from latentdiff.fitting.page import RECONSTRUCTIONS, LivePage
 from latentdiff.fitting.progress import PlanBar
 from latentdiff.utils import atomic, locks, processes, progress_bars, signals
 
@@ -226,6 +226,7 @@ class _Fit:
 
     def write_plan(self, plan: Any, first_stage: dict[str, Any]) -> None:
         """Print a plan, write its configs, and record it."""
+        from latentdiff.fitting.first_stage import show_reconstructions
         from latentdiff.fitting.plan import write_configs
         from latentdiff.training.train_diffusion import check_config
 
@@ -236,6 +237,7 @@ class _Fit:
         phases = {**self.record["phases"], "look": "done"}
         if plan.autoencoder is None:
             phases["autoencoder"] = "skipped"
+            show_reconstructions(plan.diffusion, self.output / RECONSTRUCTIONS, first_stage.get("seconds_per_image"))
         self.write(hours=plan.hours, plan=plan.as_json() | {"first_stage": first_stage}, phases=phases)
 
     def config(self, phase: str) -> Any:

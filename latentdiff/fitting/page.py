@@ -25,6 +25,7 @@ from latentdiff.fitting.progress import duration
 from latentdiff.utils import atomic
 
 PAGE, TIMES = "index.html", Path("page") / "times.json"
+RECONSTRUCTIONS = Path("page") / "reconstructions.png"  # of an autoencoder that was not trained
 PERIOD = 15.0  # seconds between two writings
 MOST_POINTS = 400  # of a curve that are kept; of more, neighbours are averaged
 STRIP = 8  # grids of samples that are shown
@@ -561,14 +562,15 @@ class LivePage:
         return known
 
     def _reconstructions(self) -> dict[str, Any] | None:
-        """The newest picture of stage 1: its report's, else the newest drawn while it trained."""
+        """The newest picture of stage 1: its report's, else the newest drawn while it trained, else the plan's."""
         report = self._picture(self.out / "autoencoder" / "report.png", fresh=True)
         if report is not None:
             return {**report, "words": "Held-out pictures, and below each its reconstruction by the trained autoencoder."}
         found = pictures(self.out / "autoencoder" / "pictures")
         newest = self._picture(found[-1][1]) if found else None
         if newest is None:
-            return None
+            first = self._picture(self.out / RECONSTRUCTIONS, fresh=True)
+            return first and {**first, "words": "Held-out pictures, and below each its reconstruction by the autoencoder."}
         return {**newest, "words": f"Held-out pictures, and below each its reconstruction after {found[-1][0]} steps."}
 
     def _change(self) -> float | None:

@@ -214,3 +214,19 @@ def test_its_normaliser_is_measured_on_the_folder_by_stage_2(tmp_path, stable_fo
     noise = torch.randn((len(latents.cache), *latents.cache.latent_shape), generator=torch.Generator().manual_seed(0))
     z = latents.normalised(torch.arange(len(noise)), noise, False)
     assert z.square().mean((0, 2, 3)).tolist() == pytest.approx([1.0] * 4, abs=0.1)
+
+
+def test_a_slow_autoencoder_shows_fewer_reconstructions_or_none(tmp_path):
+    tiny_vae(in_channels=3, out_channels=3).save_pretrained(tmp_path / "vae")
+    data = write_colors(tmp_path / "data", each=12)
+    tree = diffusion_tree(data, tmp_path / "run", tmp_path / "vae", data__channels=3)
+    path, widths = tmp_path / "page" / "shown.png", []
+    for seconds in (None, 0.001, 1000.0):
+        shown = first_stage.show_reconstructions(parse_config(tree), path, seconds)
+        assert shown == path.is_file() == (seconds != 1000.0)
+        if shown:
+            with Image.open(path) as image:
+                widths.append(image.width)
+            path.unlink()
+    assert widths[1] == pytest.approx(2 * widths[0], rel=0.1)
+    assert not first_stage.show_reconstructions(parse_config({**tree, "autoencoder": str(tmp_path / "none")}), path)

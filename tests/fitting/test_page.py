@@ -238,10 +238,13 @@ def test_the_choice_says_how_much_is_copied_before_the_evaluation_does(out):
 
 def test_a_pretrained_autoencoder_is_judged_too(out):
     shutil.rmtree(out / "autoencoder")
+    (out / "page").mkdir()
     tried = {"decision": "skip", "psnr_db": 29.0, "worst_classes": ["flags (22.0 dB)"]}
     write_record(out, plan={"lines": [], "seconds": {}, "first_stage": tried})
+    Image.new("RGB", (30, 20)).save(out / page.RECONSTRUCTIONS)
     LivePage(out).write()
     text = Links(read(out)).text
+    assert "its reconstruction by the autoencoder." in text
     assert "reconstructs well: 29.0 dB on these pictures, which it never saw." in text and "flags (22.0 dB)" in text
 
 
