@@ -149,13 +149,16 @@ def time_steps(trial: Any, device: str, batch: int, precision: str | None = None
 
 
 def _least(step: Callable[[], None], device: Any, patience: float) -> float:
-    """Seconds of the quickest of ROUNDS steps after a first one that warms up; of those begun before `patience` seconds."""
+    """Seconds of the quickest of ROUNDS steps, after one that warms up; of those begun before `patience` seconds, and of one.
+
+    The first step may take several times as long as the others, so it tells nothing.
+    """
     from latentdiff.training.dry_run import seconds_of
 
-    seconds: list[float] = []
+    seconds = [seconds_of(step, device) for _ in range(2)]
     while len(seconds) <= ROUNDS and sum(seconds) < patience:
         seconds.append(seconds_of(step, device))
-    return min(seconds[1:] or seconds)
+    return min(seconds[1:])
 
 
 def time_encoding(codec: Any, size: tuple[int, int]) -> float:

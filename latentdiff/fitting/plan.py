@@ -241,6 +241,8 @@ def choose_data(
         height, width = values["size"]
         reasons["pictures"] = f"{width}x{height} pixels, as the base draws; {why}"
     data = parse_data(values, asked.data)
+    if data.copies == 1:
+        data = data.model_copy(update={key: 0.0 for key in ("shift", "zoom") if key not in given})
     if data.size is not None and "size" in given:
         reasons["pictures"] = f"{data.size[1]}x{data.size[0]} pixels, as asked; data.framing is {data.framing}"
     if "flips" in given:
@@ -505,7 +507,9 @@ class _Planning:
         tree |= {"output": self.autoencoder_folder, "data": data}
         for item in self.asked.stage1:
             override(tree, item)
-        self.autoencoder, self.normaliser = self.autoencoder_folder, "stored"
+        self.autoencoder = self.autoencoder_folder
+        if self.decision == "train":
+            self.normaliser = "stored"  # stage 1 measures it. Where the encoder is kept, so is its normaliser
         self.first_tree = tree
         return parse_config(tree, "stage1")  # type: ignore[return-value]
 

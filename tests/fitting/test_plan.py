@@ -75,6 +75,10 @@ def test_configs_are_written_and_read(tmp_path):
     assert made.diffusion.autoencoder == "runs/x/autoencoder" and made.autoencoder.output == "runs/x/autoencoder"
 
 
+def test_an_encoder_that_is_kept_keeps_its_normaliser():
+    assert [plan(kind=kind).diffusion.normaliser for kind in ("skip", "decoder", None)] == ["measured", "measured", "stored"]
+
+
 def test_conditions_follow_the_folder():
     captions = {"captions": 9, "distinct": 9, "without": 0}
     assert plan().diffusion.condition.type == "class"
@@ -172,7 +176,8 @@ def test_small_folders_get_copies_that_fit_the_time():
     made = plan(found=facts(600))
     assert made.diffusion.data.copies == 6 and made.diffusion.data.shift > 0 and "copies" in made.reasons
     assert plan(found=facts(10_000)).diffusion.data.copies == 1
-    assert plan(overrides=["data.copies=1"], found=facts(600)).diffusion.data.copies == 1
+    alone = plan(overrides=["data.copies=1"], found=facts(600)).diffusion.data
+    assert (alone.copies, alone.shift, alone.zoom) == (1, 0, 0)
 
 
 def test_the_clock_ends_both_stages():
