@@ -17,7 +17,7 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import Budget, check_hours, in_words, process_age
-from latentdiff.fitting.page import RECONSTRUCTIONS, LivePage
+from latentdiff.fitting.page import PAGE, RECONSTRUCTIONS, LivePage
 from latentdiff.fitting.progress import PlanBar
 from latentdiff.utils import atomic, locks, processes, progress_bars, signals
 
@@ -196,7 +196,7 @@ class _Fit:
                     self.look()
                     continue
                 if self.main:
-                    seconds = self.budget.share(phase, self.record["plan"]["seconds"], self.unfinished())
+                    seconds = self.budget.share(phase, self.needs(), self.unfinished())
                     self.mark(phase, "running")
                     _say(f"{DOING[phase]}: {in_words(seconds)} of the {in_words(max(0, self.budget.left))} that are left")
                     if phase in ("autoencoder", "diffusion"):
@@ -233,6 +233,7 @@ class _Fit:
         check_config(plan.diffusion)
         for line in plan.lines():
             _say(line)
+        _say(f"watch: {self.output / PAGE} in a browser; Ctrl-C stops it, and --resume goes on")
         write_configs(plan, self.output)
         phases = {**self.record["phases"], "look": "done"}
         if plan.autoencoder is None:
@@ -240,13 +241,23 @@ class _Fit:
             show_reconstructions(plan.diffusion, self.output / RECONSTRUCTIONS, first_stage.get("seconds_per_image"))
         self.write(hours=plan.hours, plan=plan.as_json() | {"first_stage": first_stage}, phases=phases)
 
+    def needs(self) -> dict[str, float]:
+        """The planned seconds of each phase; in proportion where more hours were given than the plan is for."""
+        plan = self.record["plan"]
+        return {phase: seconds * self.record["hours"] / plan["hours"] for phase, seconds in plan["seconds"].items()}
+
     def config(self, phase: str) -> Any:
         """The config of a stage, with the minutes that it may take now."""
         from latentdiff.config import load_config
 
         minutes = self.record["minutes"].get(phase)
         path = self.output / "configs" / f"{phase}.yaml"
-        return load_config(path, [] if minutes is None else [f"train.minutes={minutes}"])
+        config: Any = load_config(path, [] if minutes is None else [f"train.minutes={minutes}"])
+        # The upper bound of the steps is for the hours of the plan
+        own = ("stage1." if phase == "autoencoder" else "") + "train.steps="
+        if not any(item.startswith(own) for item in self.record["overrides"]):
+            config.train.steps = math.ceil(config.train.steps * max(1.0, self.record["hours"] / self.record["plan"]["hours"]))
+        return config
 
     def minutes(self, phase: str, seconds: float) -> float:
         """What train.minutes is to be for a stage that may take so many seconds more: its earlier parts count too."""

@@ -43,6 +43,7 @@ from latentdiff.training.precision import OneProcess, Step, check_state, named, 
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.run_folder import locked_run_folder, write_config
 from latentdiff.training.trainer import Tensors, Trainer, accumulating, micro_batches
+from latentdiff.utils import progress_bars
 from latentdiff.utils.random import derive_seed, randn
 
 VALIDATION = 2  # version of the validation loss; 1 was computed on posterior means, without weights
@@ -125,7 +126,8 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
     if accelerator.is_main_process:
         trainer.publish(output / "model", trainer.progress.step)
         prompt = conditions.example_captions([None])[0] if conditions.text else None
-        messages.print_lines(messages.model_finished(config, prompt))
+        if progress_bars.alone():  # else the larger job says where its model is
+            messages.print_lines(messages.model_finished(config, prompt))
     wait_for_everyone(accelerator)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -165,6 +166,20 @@ def test_a_signal_names_the_command_that_goes_on(pictures, tmp_path, monkeypatch
     assert end.value.code == signals.INTERRUPTED
     (line,) = capsys.readouterr().err.splitlines()
     assert line.endswith(f"latentdiff fit {pictures} --hours 0.05 --out {tmp_path / 'fit'} --resume")
+
+
+def test_more_hours_let_a_finished_fit_train_on(finished, pictures, tmp_path, capsys):
+    out = tmp_path / "fit"
+    shutil.copytree(finished, out)
+    asked = {"folder": str(pictures.resolve()), "hours": 0.2, "overrides": [], "base": None, "lora": None}
+    longer = fitting._Fit(out, asked, resume=True, age=0.0)
+    assert "goes on with 0.2 hours (was 0.05)" in capsys.readouterr().err
+    assert longer.unfinished() == ["diffusion", "choose", "report"]
+    assert longer.config("diffusion").train.steps == 6  # as the overrides said
+    longer.record["overrides"] = []
+    assert longer.config("diffusion").train.steps == 24
+    planned = longer.record["plan"]["seconds"]
+    assert longer.needs()["report"] == pytest.approx(4 * planned["report"])
 
 
 # Refusals
