@@ -145,3 +145,9 @@ def test_each_image_is_shifted_by_its_own_offset_and_all_offsets_occur():
     assert set(offsets.tolist()) == {100.0 * dy + dx for dy in (-1, 0, 1) for dx in (-1, 0, 1)}
     inner = shifted[:, 0, 1:-1, 1:-1] - ramp[:, 0, 1:-1, 1:-1]
     assert torch.equal(inner, offsets[:, None, None].expand_as(inner))
+
+
+def test_a_head_without_class_names_tells_no_classes():
+    x = stripes(20).batch(range(20))[0]
+    for info, tells in (({"class_names": ["a", "b", "c"]}, True), ({}, False)):
+        assert (extract(FeatureNet(1, 3, WIDTHS, info=info).eval(), x)[1] is not None) == tells
