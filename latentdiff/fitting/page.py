@@ -692,14 +692,11 @@ def choice_table(choice: Any) -> dict[str, Any] | None:
         }
         for each in candidates
     ]
+    why = str(choice["why"])
     if (real := choice.get("real")) and candidates:
+        why += " The row \u201creal\u201d is of held-out pictures."
         rows.append({"mark": "real", "cells": [_cell(real.get(name)) for name in names]})
-    words = [str(choice["why"])]
-    if choice.get("images"):
-        words.append(f"Each was judged by {choice['images']} pictures; the row \u201creal\u201d is of held-out pictures.")
-    if (limit := choice.get("memorisation_limit")) is not None and "closer_to_training" in names:
-        words.append(f"At most {100 * limit:.0f} of 100 pictures may be about copies.")
-    return {"why": " ".join(words), "columns": [COLUMNS.get(name, str(name).replace("_", " ")) for name in names], "rows": rows}
+    return {"why": why, "columns": [COLUMNS.get(name, str(name).replace("_", " ")) for name in names], "rows": rows}
 
 
 def _cell(value: Any) -> str:

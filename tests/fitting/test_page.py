@@ -223,7 +223,7 @@ def test_a_finished_fit_shows_choice_and_evaluation_and_stays_still(out):
     assert "in 12 of 100 cases (400 samples)" in shown.text and "recognised well" in shown.text and "3.0 times" in shown.text
     assert re.search(r'class="kept"><td>kept</td><td class="n">4</td>', html) and "9.0000" in shown.text
     assert "about copies" in shown.text and "right class" not in shown.text  # nothing says anything of classes
-    assert re.search(r"<td>real</td>.*3", html) and "judged by 64 pictures" in shown.text
+    assert re.search(r"<td>real</td>.*3", html) and "is of held-out pictures" in shown.text
     assert "report/index.html" in shown.links and any(link.startswith("samples.png?") for link in shown.links)
     assert "still change" not in shown.text
 
