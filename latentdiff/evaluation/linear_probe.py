@@ -60,6 +60,32 @@ class LinearProbe:
             raise ValueError("an accuracy needs at least one image")
         return self.correct(features, labels).double().mean().item()
 
+    def accuracy_for(self, features: Tensor, labels: Tensor, wanted: Tensor) -> tuple[float, int]:
+        """(accuracy on real images in another mix of classes, number of the images that it is of).
+
+        The accuracy of each class is taken over all its images. So it is more certain than that of as many images of each
+        class as the mix asks for, of which the rarest class may have few.
+
+        Args:
+            features: of the images, [N, D].
+            labels: their classes, int64 [N].
+            wanted: classes in the mix that is asked for, int64 [M], such as those of samples. Those without images are left
+                out.
+
+        Raises:
+            ValueError: no image is of such a class.
+        """
+        correct, values, weights, count = self.correct(features, labels).double(), [], [], 0
+        for c in wanted.unique().tolist():
+            members = labels == c
+            if members.any():
+                values.append(correct[members].mean().item())
+                weights.append(int((wanted == c).sum()))
+                count += int(members.sum())
+        if not count:
+            raise ValueError("no image is of a class that is asked for")
+        return sum(value * weight for value, weight in zip(values, weights, strict=True)) / sum(weights), count
+
 
 def fit_probe(features: Tensor, labels: Tensor, classes: int, seed: int = 0) -> LinearProbe:
     """Multinomial logistic regression, by L-BFGS in float64, on at most MOST_IMAGES images.

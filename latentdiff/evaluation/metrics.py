@@ -105,14 +105,17 @@ def evaluate_samples(
     floor = feature_statistics(net, read_batches(held_out, batch, "features of test images"), keep_features=True)
 
     # Who tells the classes: the network itself if it knows them, else a linear probe on its features
-    probe = _probe(net, train, reference, generated, log)
+    probe, real = _probe(net, train, reference, generated, log), floor
     if probe is not None:
         of_sets = [_classified(each, probe, images) for each, images in zip(of_sets, sets, strict=True)]
         floor = _classified(floor, probe, held_out)
+        real = floor if len(held_out) == len(test) else feature_statistics(net, read_batches(test_content, batch), True)
 
     # Metrics of each set, averaged
     metrics = mean_over_seeds([_basic_metrics(net, train, reference, each, floor, probe) for each in of_sets])
     accuracy = next((name for name in metrics if name.startswith("label_accuracy")), None)
+    if probe is not None and accuracy is not None:
+        metrics[accuracy] |= _real_accuracy(probe, real, test_content, generated)
     if train_classifier is not None and generated.labels is not None:
         log(f"evaluate: training {2 * len(cas_seeds)} classifiers for CAS")
         metrics["cas"] = _cas(train_classifier, generated, train_content, test_content, cas_seeds, draw_seed)
@@ -196,6 +199,16 @@ def _probe(
         return None
     log(f"evaluate: {net.name!r} does not know the classes of data '{train.source.name}'; a linear probe on it tells them")
     return fit_probe(reference.features, train.labels, len(names))
+
+
+def _real_accuracy(
+    probe: LinearProbe, real: FeatureStatistics, test: ImageDataset, generated: ImageDataset
+) -> dict[str, float | int]:
+    """A probe's accuracy on all held-out images, in the samples' mix of classes. real: the statistics of test."""
+    if real.features is None or test.labels is None or generated.labels is None:
+        return {}
+    value, count = probe.accuracy_for(real.features, test.labels, generated.labels)
+    return {"real": value, "real_images": count}
 
 
 def _classified(statistics: FeatureStatistics, probe: LinearProbe, images: ImageDataset) -> FeatureStatistics:

@@ -257,7 +257,7 @@ def open_space(trainer: DiffusionTrainer, features: str | Path | None, until: fl
         real["distance"] = space.distance(apart)
     labels = held_out.labels if held_out is not None and held_out.class_names == train.class_names else None
     if count and probe is not None and labels is not None:
-        real["label_accuracy"] = probe.accuracy(apart, labels[apart_rows])
+        real["label_accuracy"] = probe.accuracy_for(apart, labels[apart_rows], torch.arange(len(train.class_names)))[0]
     if count < FEWEST_HELD_OUT:
         return space._replace(real=real)
     distances = space.closest(apart)

@@ -54,3 +54,12 @@ def test_few_images_absent_classes_and_still_features():
         probe.accuracy(features[:0], torch.tensor([], dtype=torch.int64))
     with pytest.raises(ValueError, match="labels"):
         fit_probe(features, torch.tensor([0, 1]), 2)
+
+
+def test_the_accuracy_of_another_mix_takes_every_image_of_a_class():
+    probe = fit_probe(torch.tensor([[0.0], [1.0], [0.1], [0.9]]), torch.tensor([0, 1, 0, 1]), 3)
+    features, labels = torch.tensor([[0.0], [0.1], [0.9], [1.0]]), torch.tensor([0, 0, 0, 1])
+    assert probe.accuracy_for(features, labels, torch.tensor([0, 1])) == (pytest.approx(5 / 6), 4)  # 2/3 and 1
+    assert probe.accuracy_for(features, labels, torch.tensor([1, 1, 2])) == (1.0, 1)
+    with pytest.raises(ValueError, match="no image"):
+        probe.accuracy_for(features, labels, torch.tensor([2]))
