@@ -518,6 +518,9 @@ def _compare(
     # The guidance scale, of this state
     if scales and step not in contest.broken:
         prepare(step)
+        kept = next(entry for entry in table if entry["step"] == step)
+        if not enough(kept, space.real.get("label_accuracy")):
+            scales = other_scales(trainer.config, stronger=True)
         _guide(trainer, space, contest, step, scales, until, choice)
     return choice
 
@@ -556,8 +559,11 @@ def _guide(
     )
 
 
-def other_scales(config: DiffusionConfig) -> list[float]:
-    """Guidance scales beside the config's own that are worth a try; [] for a model without guidance."""
+def other_scales(config: DiffusionConfig, stronger: bool = False) -> list[float]:
+    """Two guidance scales beside the config's own that are worth a try; [] for a model without guidance.
+
+    stronger: only such, as classes are not recognised often enough.
+    """
     from latentdiff.training.conditioning import guidance_scale
 
     if config.condition.type == "none":
@@ -567,7 +573,8 @@ def other_scales(config: DiffusionConfig) -> list[float]:
     except UserError:
         return []  # training never drops the condition
     own = guidance_scale(config)
-    return [scale for scale in (max(1.0, round(own / GUIDANCE_STEP, 2)), round(own * GUIDANCE_STEP, 2)) if scale != own]
+    scales = (own * GUIDANCE_STEP**power for power in ((1, 2) if stronger else (-1, 1)))
+    return [scale for scale in (max(1.0, round(each, 2)) for each in scales) if scale != own]
 
 
 # The decision
@@ -618,6 +625,11 @@ def within(table: Sequence[dict[str, Any]], limit: float | None) -> list[dict[st
     return [entry for entry in table if limit is None or entry.get("closer_to_training", 0.0) <= limit]
 
 
+def enough(entry: dict[str, Any], real_accuracy: float | None) -> bool:
+    """Whether pictures show their class often enough; True where that is not measured."""
+    return real_accuracy is None or "label_accuracy" not in entry or entry["label_accuracy"] >= ENOUGH * real_accuracy
+
+
 def decide_guidance(
     table: Sequence[dict[str, Any]],
     noise: Callable[[float, float], float],
@@ -628,7 +640,8 @@ def decide_guidance(
     """The guidance scale that is kept, of entries whose last one is of the scale that was planned.
 
     Guidance trades distance for label accuracy. So the lowest distance wins among the scales whose pictures show their class
-    at ENOUGH of the rate of real ones. Where none does, the highest accuracy wins. Up to noise the planned scale stays.
+    at ENOUGH of the rate of real ones. Where none does, the highest accuracy wins. Up to noise the planned scale stays, unless
+    another is better in both.
 
     table, noise, limit, images: as in `decide`, with "guidance" for "step". real_accuracy: of held-out pictures.
     """
@@ -636,14 +649,13 @@ def decide_guidance(
     fair = [entry for entry in within(table, limit) if entry["distance"] is not None]
     if planned["distance"] is None or not fair:
         return planned["guidance"]
-    if real_accuracy is not None and all("label_accuracy" in entry for entry in fair):
-        enough = [entry for entry in fair if entry["label_accuracy"] >= ENOUGH * real_accuracy]
-        if not enough:
-            best = max(fair, key=lambda entry: entry["label_accuracy"])
-            gain = best["label_accuracy"] - planned["label_accuracy"]
-            stays = planned in fair and gain <= accuracy_noise(best["label_accuracy"], images)
-            return planned["guidance"] if stays else best["guidance"]
-        fair = enough
+    recognised = [entry for entry in fair if enough(entry, real_accuracy)]
+    if not recognised:
+        best = max(fair, key=lambda entry: entry["label_accuracy"])
+        gain = best["label_accuracy"] - planned["label_accuracy"]
+        by_noise = gain <= accuracy_noise(best["label_accuracy"], images) and best["distance"] > planned["distance"]
+        return planned["guidance"] if planned in fair and by_noise else best["guidance"]
+    fair = recognised
     nearest = min(fair, key=lambda entry: entry["distance"])
     stays = planned in fair and planned["distance"] - nearest["distance"] <= noise(planned["guidance"], nearest["guidance"])
     return planned["guidance"] if stays else nearest["guidance"]

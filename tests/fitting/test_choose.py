@@ -103,6 +103,7 @@ def scale(guidance: float, distance: float, accuracy: float | None = None, copie
         ([scale(1, 3.0, 0.85), scale(4, 9.0, 0.9), scale(2, 4.0, 0.9)], 1),  # all do
         ([scale(1, 3.95, 0.85), scale(4, 9.0, 0.9), scale(2, 4.0, 0.9)], 2),  # by noise only
         ([scale(1, 3.0, 0.1), scale(4, 9.0, 0.3), scale(2, 4.0, 0.29)], 2),
+        ([scale(1, 3.0, 0.1), scale(4, 3.9, 0.3), scale(2, 4.0, 0.29)], 4),  # better in both
         ([scale(1, 3.0, 0.1), scale(4, 9.0, 0.5), scale(2, 4.0, 0.3)], 4),
         ([scale(1, 3.0), scale(4, 9.0), scale(2, 4.0)], 1),
         ([scale(1, 3.0, copies=0.5), scale(4, 9.0), scale(2, 4.0)], 2),
@@ -195,7 +196,7 @@ def test_other_guidance_is_kept_where_it_is_better(run, planted, tmp_path, monke
     monkeypatch.setattr(choose, "MOST_IMAGES", 60)
     planted({2: "noise", 4: "noise", 6: "needs guidance"})
     choice = choose.choose_state(run, 20, tmp_path / "model")
-    assert [each["guidance"] for each in choice.guidance["scales"]] == [1.0, 1.5, 2.62]
+    assert [each["guidance"] for each in choice.guidance["scales"]] == [1.5, 2.62, 4.59]
     assert choice.step == 6
     assert choice.guidance["scale"] == load(tmp_path / "model").config.default_guidance_scale == 2.62
     assert "Guidance 2.62" in choice.why
