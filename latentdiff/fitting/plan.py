@@ -59,6 +59,8 @@ SPEED = 0.9  # of the steps that the timing promises: pictures, validation and s
 MOST_ENCODING = 0.25  # share of stage 2 that encoding the pictures may take; of more pictures, a part is trained on
 LEAST_LIMIT = 50  # pictures; of many, training on fewer is refused
 PICTURES, SNAPSHOTS = 12, 5  # over stage 2
+PICTURE_SHARE = 0.05  # of the time that drawing these pictures may take
+DRAWN = 16  # pictures at a time, where there are no classes
 # Copies of the pictures of small folders
 VARIANTS, MOST_COPIES = 4 * COPIED, 8  # so many pictures and copies in all, and so many of each at most
 SHIFT, ZOOM = 0.05, 0.1
@@ -394,6 +396,8 @@ class _Planning:
             encoding = self._encoding(each, hours)
         seconds = self._seconds(hours, first is not None)
         steps = self._steps(seconds["diffusion"] - encoding, timing)
+        if "train.steps" in _keys(self.asked.stage2):
+            steps = min(steps, int(tree["train"]["steps"]))
         diffusion = self._finish_diffusion(tree, timing, steps, seconds["diffusion"], hours)
         self.reasons["U-Net"] = self._why_size(size, timing, steps, latent_shape, diffusion)
         expected = {"diffusion": steps}
@@ -612,11 +616,26 @@ class _Planning:
         own = _keys(self.asked.stage2)
         _set_times(tree["train"], steps, seconds, hours, own)
         _set(tree, "train.precision", timing.precision if timing else "auto", own)
+        if "class" in self.facts.condition:
+            _set(tree, "sample.per_class", max(1, min(4, 40 // len(self.facts.classes))), own)
+        _set(tree, "validation_images", 256 if self.machine.gpu else 128, own)
+        least = self._picture_seconds(tree, timing) / PICTURE_SHARE / 60
+        _set(tree, "train.picture_minutes", round(max(tree["train"]["picture_minutes"], least), 2), own)
         _set(tree, "train.snapshot_minutes", round(seconds / 60 / (SNAPSHOTS + 1), 3), own)
         _set(tree, "optimizer.warmup_steps", max(1, min(300, steps // 20)), own)
         # An average over the last thirtieth of the steps: longer ones lag behind, shorter ones keep the noise of the steps
         _set(tree, "ema.decay", round(min(0.9998, max(0.98, 1 - 30 / max(steps, 1))), 5), own)
         return parse_config(tree, "fit")  # type: ignore[return-value]
+
+    def _picture_seconds(self, tree: dict[str, Any], timing: Timing | None) -> float:
+        """About how long it takes to draw the pictures of a training run once, and to validate."""
+        if timing is None:
+            return 0.0
+        sample = tree["sample"]
+        drawn = len(self.facts.classes) * sample.get("per_class", 4) if "class" in self.facts.condition else DRAWN
+        # With guidance each step takes two passes of the network; a training step takes about three
+        passes = 2 * sample["steps"] * drawn + tree["validation_images"]
+        return passes / timing.batch * timing.seconds / 3
 
     # Time
 

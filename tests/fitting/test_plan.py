@@ -18,6 +18,11 @@ VAE = "weights/emoji/vae"
 WIDTHS = {96: 1.0, 128: 2.5, 160: 2.5, 256: 8.0}  # first channels of a size: its time, relative to that of small
 
 
+@pytest.fixture(autouse=True)
+def _encoding_takes_a_millisecond(monkeypatch):
+    monkeypatch.setattr("latentdiff.fitting.plan.time_encoding", lambda codec, size: 1e-3)
+
+
 def facts(images=600, **changes) -> Facts:
     plain = {"smallest": [64, 64], "median": [64, 64], "largest": [64, 64], "classes": {"a": images // 2, "b": images // 2}}
     return Facts("a-folder", images, **(plain | changes))
@@ -188,6 +193,13 @@ def test_the_clock_ends_both_stages():
         assert train.steps > made.steps[name] and config.optimizer.schedule == "wsd"
         assert train.save_minutes <= 2 and train.picture_minutes <= 5
     assert made.diffusion.train.snapshot_minutes * 4 < made.diffusion.train.minutes
+
+
+def test_pictures_of_many_classes_do_not_take_the_time():
+    many = plan(0.1, speed=0.5, found=facts(800, classes={f"c{i}": 4 for i in range(200)}))
+    few = plan(0.1, speed=0.1)
+    assert many.diffusion.sample.per_class == 1 and few.diffusion.sample.per_class == 4
+    assert many.diffusion.train.picture_minutes > 5 > few.diffusion.train.picture_minutes
 
 
 def test_the_batch_suits_few_pictures_and_several_processes():
