@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,7 @@ def fit(
         if processes.rank() == 0:
             print(*_plan(output, asked)[0].lines(), sep="\n")
         return None
-    if processes.count() > 1:
-        from accelerate import PartialState
-        from accelerate.utils import parse_flag_from_env
-
-        # Joins the processes as training needs it, before they first wait for one another
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    _join_launch()
     with signals.watched(lambda: _how_to_continue(output, source)), locks.locked(output, "wait for it or give another --out"):
         run = _Fit(output, asked, resume, started_before)
         run.go()
@@ -195,6 +191,7 @@ class _Fit:
                 if phase == "look":
                     self.look()
                     continue
+                _join_launch()
                 if self.main:
                     seconds = self.budget.share(phase, self.needs(), self.unfinished())
                     self.mark(phase, "running")
@@ -218,6 +215,7 @@ class _Fit:
             except UserError as error:
                 problem = error
                 self.budget.discard()
+                shutil.rmtree(self.output / "configs", ignore_errors=True)
                 (self.output / FILE).unlink(missing_ok=True)
         processes.raise_together(problem)
         processes.meet()
@@ -355,20 +353,37 @@ def check_agrees(file: Path, record: dict[str, Any], asked: dict[str, Any]) -> N
             record["phases"].pop(phase, None)
 
 
-def _leave_launch() -> bool:
-    """End the group of processes of a launch. Returns whether this is the process that goes on, as if it were alone."""
+def _join_launch() -> None:
+    """Join the processes of a launch as training needs it, before they first wait for one another.
+
+    Training ends the group that it used, so this is called before each stage.
+    """
+    if processes.count() == 1:
+        return
     import torch.distributed as dist
+    from accelerate import PartialState
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import parse_flag_from_env
+
+    if not dist.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def _leave_launch() -> bool:
+    """Leave the processes of a launch. Returns whether this is the process that goes on, as if it were alone.
+
+    A group that is there stays until the process ends: ending it at once after a collective may block (see
+    `processes.SETTLED`).
+    """
     from accelerate.state import AcceleratorState
 
-    goes_on = processes.rank() == 0
-    processes.meet()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    if goes_on:
-        for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            os.environ.pop(name, None)
-        AcceleratorState._reset_state(reset_partial_state=True)
-    return goes_on
+    if processes.rank() > 0:
+        return False
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        os.environ.pop(name, None)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return True
 
 
 def _say(line: str) -> None:

@@ -114,27 +114,24 @@ def test_a_finished_fit_is_left_as_it_is(finished, pictures, capsys):
 # Going on
 
 
-@pytest.mark.parametrize("phase", ["diffusion", "report"])
-def test_a_fit_that_was_stopped_goes_on(phase, pictures, tmp_path, monkeypatch):
+def test_a_fit_that_was_stopped_goes_on(pictures, tmp_path, monkeypatch):
     """With nothing but the folder: hours and overrides come from fit.json, and the clock goes on."""
 
-    def killed(self, *arguments):
+    def killed(self, seconds):
         raise Killed
 
-    out, method = tmp_path / "fit", {"diffusion": "config", "report": "report"}[phase]
-    began = fitting._Fit.config
-    stop = killed if phase == "report" else lambda self, name: killed(self) if name == phase else began(self, name)
+    out = tmp_path / "fit"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(fitting._Fit, method, stop)
+        patch.setattr(fitting._Fit, "report", killed)
         latentdiff.fit(pictures, hours=0.05, out=out, overrides=tiny())
     record = json.loads((out / "fit.json").read_text())
-    assert record["phases"][phase] == "running" and record["phases"]["autoencoder"] == "done"
-    used, first = json.loads((out / "clock.json").read_text())["seconds"], (out / "autoencoder" / "run.json").stat().st_mtime_ns
+    assert record["phases"]["report"] == "running" and record["phases"]["choose"] == "done"
+    used, first = json.loads((out / "clock.json").read_text())["seconds"], (out / "diffusion" / "run.json").stat().st_mtime_ns
     latentdiff.fit(pictures, out=out, resume=True)
     clock = json.loads((out / "clock.json").read_text())
     assert clock["seconds"] > used and clock["parts"] == 2
     assert (out / "model" / "README.md").is_file() and (out / "report" / "index.html").is_file()
-    assert (out / "autoencoder" / "run.json").stat().st_mtime_ns == first
+    assert (out / "diffusion" / "run.json").stat().st_mtime_ns == first
 
 
 @pytest.mark.slow
@@ -152,6 +149,23 @@ def test_a_killed_process_goes_on(pictures, tmp_path):
     latentdiff.fit(pictures, out=out, resume=True)
     assert json.loads((out / "clock.json").read_text())["seconds"] > used
     assert (out / "model" / "model_index.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_fit_together(pictures, tmp_path):
+    """The first one looks, plans, chooses and reports; both train."""
+    out, log = tmp_path / "fit", tmp_path / "log"
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    launch = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0"]
+    words = ["-m", "latentdiff", "fit", str(pictures), "--hours", "0.05", "--out", str(out), *tiny()]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launch, *words]
+    with log.open("w") as stream:
+        ended = subprocess.run(command, env=environment, stdout=stream, stderr=subprocess.STDOUT, timeout=300)
+    text = log.read_text()
+    assert ended.returncode == 0, text
+    assert text.count("train: 2 process(es)") == 2 and text.count("See pictures: ") == 1
+    assert json.loads((out / "fit.json").read_text())["phases"] == {phase: "done" for phase in fitting.PHASES}
 
 
 def test_a_signal_names_the_command_that_goes_on(pictures, tmp_path, monkeypatch, capsys):
