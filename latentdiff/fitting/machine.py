@@ -15,6 +15,7 @@ from typing import Any
 from latentdiff.utils import processes
 
 GIB = 2**30
+BUSY = 1.2  # load of a core from which on other programs take a good part of the time
 CPUINFO = Path("/proc/cpuinfo")
 ROUNDS = 3  # steps that are timed
 ENCODED = 16  # pictures that are encoded to time it
@@ -33,6 +34,7 @@ class Machine:
         memory: bytes, of the GPU or of the machine.
         bfloat16: whether the device has instructions for it; what is faster is measured.
         processes: of this launch, which share the batch.
+        load: processes that wanted a processor over the last minute, for each core; about 1 where one program uses it all.
     """
 
     device: str
@@ -42,6 +44,7 @@ class Machine:
     memory: int
     bfloat16: bool
     processes: int = 1
+    load: float = 0.0
 
     @property
     def gpu(self) -> bool:
@@ -56,7 +59,8 @@ class Machine:
             several = f"{self.processes} of " if self.processes > 1 else ""
             return f"{several}{self.name} ({self.device}), {self.memory / GIB:.0f} GiB"
         kind = "with" if self.bfloat16 else "without"
-        return f"{self.name}, {self.cores} cores, {self.memory / GIB:.0f} GiB, {kind} bfloat16 instructions, no GPU"
+        busy = f"; busy with other work (load {self.load:.1f} a core), so times are long" if self.load > BUSY else ""
+        return f"{self.name}, {self.cores} cores, {self.memory / GIB:.0f} GiB, {kind} bfloat16 instructions, no GPU{busy}"
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def measure() -> Machine:
         return Machine(str(device), facts.name, cores, threads, facts.total_memory, bfloat16, count)
     name, flags = _processor()
     memory = psutil.virtual_memory().total
-    return Machine(str(device), name, cores, threads, memory, any(flag in flags for flag in BFLOAT16_FLAGS), count)
+    bfloat16 = any(flag in flags for flag in BFLOAT16_FLAGS)
+    load = round(psutil.getloadavg()[0] / cores, 2)
+    return Machine(str(device), name, cores, threads, memory, bfloat16, count, load)
 
 
 def _processor() -> tuple[str, set[str]]:

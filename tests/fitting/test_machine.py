@@ -46,3 +46,8 @@ def test_the_processor_is_named_with_its_instructions(tmp_path, monkeypatch):
     assert here.cores >= 1 and here.memory > 2**28
     if not here.gpu:
         assert here.name == "A Processor" and here.bfloat16 and "with bfloat16" in here.line()
+
+
+def test_a_busy_machine_says_so():
+    common = {"device": "cpu", "name": "A", "cores": 2, "threads": 2, "memory": 2**30, "bfloat16": False}
+    assert "busy" in machine.Machine(**common, load=3.0).line() and "busy" not in machine.Machine(**common, load=0.9).line()
