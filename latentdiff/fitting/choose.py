@@ -49,8 +49,9 @@ FIRST = 4  # pictures of the first batch, which warms up
 ROUNDS = 6  # at least so many rounds of pictures are planned, so that a slow machine ends in time
 REFERENCE_SHARE = 0.2  # of the time, for features of real pictures
 SAVING_SHARE = 0.1  # of the time, kept for publishing
-GUIDANCE_SHARE = 0.25  # of the time for pictures, for other guidance scales of the state that is kept
-GUIDANCE_STEP = 1.75  # the factor between scales
+GUIDANCE_SHARE = 0.4  # of the time for pictures, for other guidance scales of the state that is kept
+GUIDANCE_STEP = 1.5  # the factor between scales
+STRONGEST = 4.0  # scale that is tried: beyond it pictures of a model that is not done lose what little they show
 ENOUGH = 0.8  # of real pictures' label accuracy, which guidance should reach
 FOLDS = 10  # of the jackknife that says how much of a difference is noise
 PERCENT = 1  # of held-out pictures that are closer to the training pictures than a copy's distance
@@ -414,7 +415,7 @@ class Contest(Generic[K]):
             while self.done < self.most:
                 left, count = self.until - time.monotonic(), len(self.candidates)
                 affordable = int(left / (max(self.pace, 1e-6) * count))
-                size = min(BATCH, self.most - self.done, max(affordable // ROUNDS, min(affordable, 2 * FIRST)))
+                size = min(BATCH, self.most - self.done, max(affordable // ROUNDS, min(affordable, 4 * FIRST)))
                 if size < 1 and self.done:
                     break
                 size = max(size, FIRST)  # of the first round, which there must be
@@ -521,7 +522,8 @@ def _compare(
         kept = next(entry for entry in table if entry["step"] == step)
         if not enough(kept, space.real.get("label_accuracy")):
             scales = other_scales(trainer.config, stronger=True)
-        _guide(trainer, space, contest, step, scales, until, choice)
+        if scales:
+            _guide(trainer, space, contest, step, scales, until, choice)
     return choice
 
 
@@ -547,7 +549,7 @@ def _guide(
 
     contest = Contest([*scales, own], prepare, trainer, space, until)
     contest.features[own] = of_states.features[step]
-    contest.pace, contest.most = of_states.pace, of_states.done
+    contest.pace = of_states.pace
     contest.rounds()
     table = [{"guidance": key, **entry} for key, entry in zip(contest.candidates, contest.entries(), strict=True)]
     scale = decide_guidance(table, contest.noise, space.limit, contest.done, space.real.get("label_accuracy"))
@@ -574,7 +576,7 @@ def other_scales(config: DiffusionConfig, stronger: bool = False) -> list[float]
         return []  # training never drops the condition
     own = guidance_scale(config)
     scales = (own * GUIDANCE_STEP**power for power in ((1, 2) if stronger else (-1, 1)))
-    return [scale for scale in (max(1.0, round(each, 2)) for each in scales) if scale != own]
+    return [scale for scale in (min(max(1.0, round(each, 2)), max(STRONGEST, own)) for each in scales) if scale != own]
 
 
 # The decision

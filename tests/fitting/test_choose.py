@@ -113,6 +113,18 @@ def test_guidance_is_as_strong_as_the_classes_need(table, best):
     assert choose.decide_guidance(table, lambda one, other: 0.1, 0.05, 400, 1.0) == best
 
 
+def test_scales_that_are_tried(run):
+    def tried(guidance: float, **options) -> list[float]:
+        return choose.other_scales(
+            run.model_copy(update={"sample": run.sample.model_copy(update={"guidance": guidance})}), **options
+        )
+
+    assert (tried(2.0), tried(2.0, stronger=True)) == ([1.33, 3.0], [3.0, 4.0])
+    assert (tried(1.0), tried(5.0, stronger=True)) == ([1.5], [])
+    without = run.model_copy(update={"condition": run.condition.model_copy(update={"type": "none"})})
+    assert choose.other_scales(without) == []
+
+
 # Planted candidates
 
 
@@ -196,10 +208,10 @@ def test_other_guidance_is_kept_where_it_is_better(run, planted, tmp_path, monke
     monkeypatch.setattr(choose, "MOST_IMAGES", 60)
     planted({2: "noise", 4: "noise", 6: "needs guidance"})
     choice = choose.choose_state(run, 20, tmp_path / "model")
-    assert [each["guidance"] for each in choice.guidance["scales"]] == [1.5, 2.62, 4.59]
+    assert [each["guidance"] for each in choice.guidance["scales"]] == [1.5, 2.25, 3.38]
     assert choice.step == 6
-    assert choice.guidance["scale"] == load(tmp_path / "model").config.default_guidance_scale == 2.62
-    assert "Guidance 2.62" in choice.why
+    assert choice.guidance["scale"] == load(tmp_path / "model").config.default_guidance_scale == 2.25
+    assert "Guidance 2.25" in choice.why
     assert choose.choose_state(run, 20, tmp_path / "model", guidance=False).guidance == {}
     assert load(tmp_path / "model").config.default_guidance_scale == 1.5
 
