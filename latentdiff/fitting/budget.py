@@ -76,11 +76,15 @@ class Budget:
         return max(left - later, left * own / (own + later), LEAST_SHARE)
 
     def write(self) -> None:
-        """Write clock.json: {"seconds", "parts", "hours", "time"}. time: of this writing, in seconds since 1970."""
+        """Write clock.json: {"seconds", "parts", "hours", "time"}.
+
+        hours: None while there is no plan that says them. time: of this writing, in seconds since 1970.
+        """
+        hours = self.hours if math.isfinite(self.hours) else None
         with self._guard:
             if not self._writes:
                 return
-            content = {"seconds": round(self.used, 2), "parts": self.parts + 1, "hours": self.hours, "time": time.time()}
+            content = {"seconds": round(self.used, 2), "parts": self.parts + 1, "hours": hours, "time": time.time()}
             atomic.write_json(self.file, content)
 
     def discard(self) -> None:

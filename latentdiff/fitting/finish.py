@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError, printable
-from latentdiff.fitting.budget import in_words
+from latentdiff.fitting.budget import in_words, read_clock
 from latentdiff.utils import atomic, progress_bars
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
@@ -288,7 +288,7 @@ def write_card(output: Path, config: Any, record: dict[str, Any], result: dict[s
     before, _, rest = text.partition(BEGIN)
     after = rest.partition(END)[2]
     plan = record.get("plan") or {}
-    lines = [f"Made by `latentdiff fit` from `{Path(record['folder']).name}` in {in_words(record['hours'] * 3600)}.", ""]
+    lines = [f"Made by `latentdiff fit` from `{Path(record['folder']).name}` in {in_words(read_clock(output)[0])}.", ""]
     lines += [f"- {line}" for line in plan.get("lines", [])]
     atomic.write_text(path, f"{before.rstrip()}\n\n{BEGIN}\n" + "\n".join(lines) + f"\n{END}\n{after}")
     if "values" in result:

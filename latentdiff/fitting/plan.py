@@ -21,6 +21,7 @@ import yaml
 from latentdiff.checkpoints import resolve_config
 from latentdiff.config import AutoencoderConfig, DataConfig, DiffusionConfig, override, parse_config, parse_data
 from latentdiff.errors import UserError, printable
+from latentdiff.fitting.budget import in_words
 from latentdiff.fitting.facts import COPIED, GENERALISED, Facts
 from latentdiff.fitting.machine import Machine, Timing, time_encoding, time_steps
 from latentdiff.utils import atomic
@@ -127,13 +128,6 @@ class Plan:
             "facts": self.facts.as_json(),
             "machine": self.machine.as_json(),
         }
-
-
-def in_words(seconds: float) -> str:
-    """A duration for people: "40 s", "12 min", "3.5 h"."""
-    if seconds < 90:
-        return f"{max(0.0, seconds):.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 90 * 60 else f"{seconds / 3600:.1f} h"
 
 
 # What a user may set

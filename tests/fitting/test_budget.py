@@ -34,6 +34,12 @@ def test_the_clock_goes_on_over_parts(tmp_path):
     assert Budget(tmp_path, 1.0, clock=clock).left == pytest.approx(3600 - 36.0)
 
 
+def test_a_clock_without_hours_is_valid_json(tmp_path):
+    with Budget(tmp_path, float("inf")):
+        pass
+    assert json.loads((tmp_path / budget.FILE).read_text(), parse_constant=pytest.fail)["hours"] is None
+
+
 def test_a_thread_refreshes_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(budget, "REFRESH", 0.02)
     clock = Clock()
