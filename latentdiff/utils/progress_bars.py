@@ -14,10 +14,10 @@ _larger_job: ContextVar[Callable[..., Any] | None] = ContextVar("larger_job", de
 def bar(**settings: Any) -> Any:
     """A tqdm bar on stderr; or, within `shown_by`, what the larger job gives in its place.
 
-    In a file the bar is refreshed rarely, so that the file stays readable.
+    In a file the bar is refreshed rarely, so that the file stays readable; `mininterval` among the settings says otherwise.
 
     Args:
-        settings: of tqdm: total, initial, unit, desc, delay, disable.
+        settings: of tqdm: total, initial, unit, desc, delay, disable, mininterval.
 
     Returns:
         An object with tqdm's update, set_postfix, refresh, write, close, n and total. It is a context manager.
@@ -27,7 +27,7 @@ def bar(**settings: Any) -> Any:
         return make(**settings)
     from tqdm import tqdm
 
-    return tqdm(mininterval=1.0 if sys.stderr.isatty() else 30.0, **settings)
+    return tqdm(**{"mininterval": 1.0 if sys.stderr.isatty() else 30.0, **settings})
 
 
 def print_line(text: str) -> None:
