@@ -11,6 +11,7 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import in_words, read_clock
+from latentdiff.fitting.page import comparable_floor
 from latentdiff.utils import atomic, progress_bars
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
@@ -196,13 +197,16 @@ def numbers(result: dict[str, Any], record: dict[str, Any]) -> Numbers:
         )
     frechet, accuracy = entry(result, "frechet["), entry(result, "label_accuracy")
     near = entry(result, "closer_to_training_than_1%_of_held_out[features]")
+    distance, real_distance = frechet.get("value"), comparable_floor(frechet)
+    if real_distance is None and kept.get("distance") is not None:  # both of the choice, which holds out classes of any size
+        distance, real_distance = kept["distance"], (choice.get("real") or {}).get("distance")
     stands_out = bool(near) and near["value"] > max(5 * (near.get("floor") or 0.0), 0.05)
     return Numbers(
         result.get("images") or 0,
         accuracy.get("value"),
         accuracy.get("floor"),
-        frechet.get("value"),
-        frechet.get("floor"),
+        distance,
+        real_distance,
         near["value"] if stands_out else None,
         psnr,
         classes,

@@ -603,8 +603,11 @@ class LivePage:
         accuracy = entries["label_accuracy"] or entries["probe_accuracy"]
         if accuracy:
             found.append(accuracy_verdict(accuracy["value"], accuracy.get("floor")))
-        if entries["frechet["]:
-            found.append(frechet_verdict(entries["frechet["]["value"], entries["frechet["].get("floor")))
+        kept, real = self._kept(record), self._choice(record).get("real") or {}
+        if (floor := comparable_floor(entries["frechet["] or {})) is not None:
+            found.append(frechet_verdict(entries["frechet["]["value"], floor))
+        elif kept.get("distance") is not None and real.get("distance") is not None:
+            found.append(frechet_verdict(kept["distance"], real["distance"]))
         if near := entries[NEAR_COPIES]:
             found.append(copies_verdict(near["value"], near.get("floor") or 0.01, near.get("images")))
         elif (share := self._kept(record).get("closer_to_training")) is not None:
@@ -641,6 +644,15 @@ class LivePage:
         return loss_verdict(
             values if curve.finite else [*values, math.nan], name, int(skipped.newest) if skipped and skipped.finite else 0
         )
+
+
+def comparable_floor(entry: Mapping[str, Any]) -> float | None:
+    """The value of real images beside a metric's, or None where it is of fewer than half as many images.
+
+    A Fréchet distance of few images is large for no other reason. A floor of ten images would make any model look good.
+    """
+    images = entry.get("images") or 0
+    return entry.get("floor") if 2 * entry.get("floor_images", images) >= images else None
 
 
 def first_entry(values: Mapping[str, Any], name: str) -> dict[str, Any] | None:

@@ -319,6 +319,16 @@ def test_accuracy_counts_above_chance():
     assert finish.how_good(entries(frechet=(0.1, 0.1), accuracy=(0.6, 0.9)), two).startswith("Rough")
 
 
+def test_a_distance_is_not_compared_with_that_of_a_few_real_images():
+    """Where a class has few held-out images, `evaluate` has few real ones; the choice has all that are held out."""
+    values = {"frechet[net]": {"value": 76.7, "floor": 45.0, "images": 160, "floor_images": 10}}
+    kept = {"step": 9, "distance": 82.8}
+    record = TEN | {"choice": {"step": 9, "images": 40, "candidates": [kept], "real": {"distance": 13.5, "images": 49}}}
+    assert "Fréchet distance 82.8 (real pictures 13.5)" in finish.how_good({"images": 160, "values": values}, record)
+    values["frechet[net]"]["floor_images"] = 80
+    assert "Fréchet distance 76.7 (real pictures 45)" in finish.how_good({"images": 160, "values": values}, record)
+
+
 def test_the_choice_says_how_good_where_the_evaluation_had_less_time():
     kept = {"step": 5, "label_accuracy": 0.7, "distance": 3.0, "closer_to_training": 0.5}
     real = {"label_accuracy": 0.72, "distance": 1.0, "images": 90}
