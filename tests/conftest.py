@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from stripes import stripes
 from tiny_runs import autoencoder_config, diffusion_config, tree, write_stripes
+from tqdm import tqdm
 
 from latentdiff.cli import main
 from latentdiff.evaluation.feature_training import train_features
@@ -25,6 +26,12 @@ def pytest_configure() -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, lambda *_: None)
+
+
+@pytest.fixture(autouse=True)
+def bars_with_a_lock_of_their_own() -> None:
+    """A test that is interrupted, or whose forked child is killed, may leave tqdm's lock taken; no later test waits for it."""
+    tqdm.set_lock(threading.RLock())
 
 
 @pytest.fixture(scope="session")
