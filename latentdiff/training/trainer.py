@@ -261,15 +261,18 @@ class Trainer(ABC):
         tensors = distributed.gathered(tensors, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             progress = {name: getattr(self.progress, name) for name in ("rate", "skipped", "in_a_row", "best")}
-            clock = self.clock.state(last=self.due.last)
-            meta = {**self.state_meta(), **progress, "clock": clock, "made_of": self.made_from()}
+            meta = {**self.state_meta(), **progress, **self._clock_meta(self.due.last), "made_of": self.made_from()}
             state.save_state(self.output, self.progress.step, tensors, meta, self.config.train.keep, best)
+
+    def _clock_meta(self, last: bool) -> dict[str, Any]:
+        """What a state keeps of the clock. Without minutes nothing: states of equal runs are then equal to the byte."""
+        return {"clock": self.clock.state(last=last)} if self.clock.active else {}
 
     def save_snapshot(self) -> None:
         """Keep the averaged weights of this step for good, for `latentdiff publish`."""
         tensors = distributed.gathered({"ema": self.state_tensors()["ema"]}, keep=self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
-            meta = {**self.state_meta(), "clock": self.clock.state(last=False), "made_of": self.made_from()}
+            meta = {**self.state_meta(), **self._clock_meta(False), "made_of": self.made_from()}
             state.save_snapshot(self.output, self.progress.step, tensors, meta)
 
 

@@ -440,7 +440,7 @@ def test_unlabelled_images_cannot_have_a_class_condition(tmp_path, stripe_folder
 
 def test_the_stage_that_a_config_names_is_run(monkeypatch, stripe_folder, tmp_path):
     assert stage1.train_autoencoder and stage2.train_diffusion
-    monkeypatch.setattr(stage1, "train_autoencoder", lambda config, resume: ("one", resume))
-    monkeypatch.setattr(stage2, "train_diffusion", lambda config, resume: ("two", resume))
+    monkeypatch.setattr(stage1, "train_autoencoder", lambda config, resume, began: ("one", resume))
+    monkeypatch.setattr(stage2, "train_diffusion", lambda config, resume, began: ("two", resume))
     assert train(autoencoder_config(stripe_folder, tmp_path)) == ("one", False)
     assert train(diffusion_config(stripe_folder, tmp_path, tmp_path), resume=True) == ("two", True)
