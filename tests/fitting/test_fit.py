@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from tiny_runs import tree, write_stripes
+from tiny_runs import autoencoder_tree, diffusion_tree, tree, write_stripes
 
 import latentdiff
 from latentdiff.checkpoints import load
@@ -23,21 +23,9 @@ from latentdiff.fitting import finish
 from latentdiff.fitting import fit as fitting
 from latentdiff.utils import locks
 
-AUTOENCODER = {
-    "block_out_channels": [8, 8],
-    "layers_per_block": 1,
-    "latent_channels": 2,
-    "norm_num_groups": 4,
-    "mid_block_add_attention": False,
-}
-UNET = {
-    "block_out_channels": [8, 16],
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "add_attention": False,
-    "down_block_types": ["DownBlock2D", "DownBlock2D"],
-    "up_block_types": ["UpBlock2D", "UpBlock2D"],
-}
+# The networks of the tiny runs
+AUTOENCODER = autoencoder_tree(Path(), Path())["model"]["config"]
+UNET = diffusion_tree(Path(), Path(), Path())["model"]["config"]
 TRAIN = {"steps": 6, "batch_size": 8, "precision": "float32", "threads": 1, "trackers": []}
 
 

@@ -75,11 +75,16 @@ def test_a_run_within_a_plan_shows_one_bar(tmp_path, stripe_folder, autoencoder_
 
 
 def test_the_bar_survives_a_closed_terminal(monkeypatch):
+    tried = []
+
     class Closed(io.StringIO):
         def write(self, text):
+            tried.append(text)
             raise BrokenPipeError
 
     monkeypatch.setattr(sys, "stderr", Closed())
     with PlanBar(60) as plan:
         plan.phase("looking")
         plan.refresh()
+        assert "looking" in plan.text()
+    assert tried  # it was drawn, and the error of the closed terminal did not come up to here
