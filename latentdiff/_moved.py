@@ -273,7 +273,7 @@ NAMES = {
     "training.run.held": "training.run_folder.locked_run_folder",
     "training.run.learning_rate": "training.optimizer.learning_rate",
     "training.run.make_optimizer": "training.optimizer.make_optimizer",
-    "training.run.meet": "training.accelerator.wait_for_everyone",
+    "training.run.meet": "utils.processes.meet",
     "training.run.set_learning_rate": "training.optimizer.set_learning_rate",
     "training.run.settings_kept": "training.accelerator.torch_settings_restored",
     "training.run.start_accelerator": "training.accelerator.start_accelerator",

@@ -191,7 +191,6 @@ class _Fit:
                 if phase == "look":
                     self.look()
                     continue
-                _join_launch()
                 if self.main:
                     seconds = self.budget.share(phase, self.needs(), self.unfinished())
                     self.mark(phase, "running")
@@ -354,10 +353,7 @@ def check_agrees(file: Path, record: dict[str, Any], asked: dict[str, Any]) -> N
 
 
 def _join_launch() -> None:
-    """Join the processes of a launch as training needs it, before they first wait for one another.
-
-    Training ends the group that it used, so this is called before each stage.
-    """
+    """Join the processes of a launch as training needs it, before they first wait for one another."""
     if processes.count() == 1:
         return
     import torch.distributed as dist
@@ -367,17 +363,15 @@ def _join_launch() -> None:
 
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
-        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+        PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=processes.LIMIT)
+        processes.leave_at_exit()
 
 
 def _leave_launch() -> bool:
-    """Leave the processes of a launch. Returns whether this is the process that goes on, as if it were alone.
-
-    A group that is there stays until the process ends: ending it at once after a collective may block (see
-    `processes.SETTLED`).
-    """
+    """Leave the processes of a launch. Returns whether this is the process that goes on, as if it were alone."""
     from accelerate.state import AcceleratorState
 
+    processes.leave()
     if processes.rank() > 0:
         return False
     for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):

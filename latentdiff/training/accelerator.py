@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -42,6 +41,7 @@ def start_accelerator(train: TrainConfig, shards: bool = False) -> Any:
     accelerator = Accelerator(
         mixed_precision=PRECISIONS.get(train.precision, "no"), kwargs_handlers=[InitProcessGroupKwargs(timeout=timeout)]
     )
+    processes.leave_at_exit()
     if train.precision == "float16":
         accelerator.native_amp = True  # accelerate would leave a CPU in float32, although torch can do float16 there
         accelerator.scaler = None  # accelerate's scaler serves one optimizer at a time; `LossScale` has one factor for all
@@ -64,13 +64,6 @@ def check_distribution(kind: str) -> None:
             f"accelerate launch: {kind} is not supported; launch with --multi_gpu, or, where one device is too small for the "
             "U-Net, with --use_fsdp --fsdp_version 2"
         )
-
-
-def wait_for_everyone(accelerator: Any) -> None:
-    """Wait until every process is here, and a moment longer (`processes.SETTLED`), before the process group ends."""
-    accelerator.wait_for_everyone()
-    if accelerator.num_processes > 1:
-        time.sleep(processes.SETTLED)
 
 
 def announcement(

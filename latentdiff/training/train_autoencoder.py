@@ -22,7 +22,7 @@ from latentdiff.models.codebook import CodeUsage, revive_dead_codes
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training import messages, run_clock, state
-from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
+from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.autoencoder_checkpoint import save_autoencoder, save_reconstructions
 from latentdiff.training.autoencoder_loss import ADAPTIVE_MAX, discriminator_terms, likeness_and_adversarial, stage1_terms
 from latentdiff.training.compile import compile_checked
@@ -57,7 +57,6 @@ def train_autoencoder(config: AutoencoderConfig, resume: bool = False, began: fl
     accelerator = start_accelerator(config.train)
     with locked_run_folder(output, config, resume) as resumes:
         _train(config, resumes, accelerator, began)
-    accelerator.end_training()
     return output / "autoencoder"
 
 
@@ -98,7 +97,7 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, began: flo
     trainer.ema.copy_to(vae)
     meta = {"steps": trainer.progress.step, **trainer.state_meta()}
     save_autoencoder(config, images, vae, accelerator, output / "autoencoder", meta)
-    wait_for_everyone(accelerator)
+    accelerator.wait_for_everyone()
 
 
 def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int, int], alone: OneProcess) -> Step:

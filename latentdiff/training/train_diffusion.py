@@ -28,7 +28,7 @@ from latentdiff.objective import Uncertainty, add_noise, diffusion_loss, loss_we
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
 from latentdiff.training import conditioning, distributed, lora, messages, monitor, run_clock, state
-from latentdiff.training.accelerator import announcement, start_accelerator, wait_for_everyone
+from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
 from latentdiff.training.diffusion_checkpoint import pipeline_parts, published_scheduler, save_checkpoint
@@ -70,7 +70,6 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False, began: float 
     accelerator = start_accelerator(config.train, shards=True)
     with locked_run_folder(output, config, resume) as resumes:
         _train(config, resumes, accelerator, began)
-    accelerator.end_training()
     return output / "model"
 
 
@@ -128,7 +127,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
         prompt = conditions.example_captions([None])[0] if conditions.text else None
         if progress_bars.alone():  # else the larger job says where its model is
             messages.print_lines(messages.model_finished(config, prompt))
-    wait_for_everyone(accelerator)
+    accelerator.wait_for_everyone()
 
 
 def trial_steps(

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from latentdiff.errors import UserError
 from latentdiff.training import distributed, state
-from latentdiff.training.accelerator import wait_for_everyone
 from latentdiff.training.logging import Averages, RunLogger, Values
 from latentdiff.training.loss_scale import LossScale
 from latentdiff.training.optimizer import learning_rate
@@ -175,7 +174,7 @@ class Trainer(ABC):
                     with clock.timing("save"):
                         self.save(best)
                 if stop:
-                    wait_for_everyone(self.accelerator)
+                    self.accelerator.wait_for_everyone()
                     watch.stop(stop)
                 if last:
                     break

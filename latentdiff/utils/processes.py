@@ -188,7 +188,7 @@ def _group() -> Any:
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=LIMIT)
-        atexit.register(_leave)
+        leave_at_exit()
     world = dist.group.WORLD
     return world if dist.get_backend(world) == "gloo" else _gloo_beside(world)
 
@@ -201,9 +201,20 @@ def _gloo_beside(world: Any) -> Any:
     return dist.new_group(backend="gloo", timeout=LIMIT)
 
 
-def _leave() -> None:
+@functools.cache
+def leave_at_exit() -> None:
+    """Have this process leave its launch when it ends, and not before.
+
+    The processes of a launch join once. The launcher's store keeps the addresses of those who joined, also after they left.
+    So a process that joins again may read where another one was before, and wait there for good.
+    """
+    atexit.register(leave)
+
+
+def leave() -> None:
+    """Leave the processes of a launch, where this process had joined them. It cannot join them again."""
     import torch.distributed as dist
 
-    time.sleep(SETTLED)
     if dist.is_initialized():
+        time.sleep(SETTLED)
         dist.destroy_process_group()
