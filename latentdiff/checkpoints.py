@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 NETWORKS = ("unet", "vae", "text_encoder")
 META = "latentdiff.json"
+WEAK = "weak"
+WEAK_LIKE = ("in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")  # of a weaker U-Net
 INDEX = "model_index.json"
 FORMAT = 1
 VERY_LONG = int(1e30)  # transformers' length of a tokenizer that has none of its own
@@ -272,6 +274,30 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
     if pipeline.tokenizer is not None:
         _check_prompts(pipeline, folder / "tokenizer" / "tokenizer_config.json")
     return pipeline
+
+
+def load_weak(folder: str | Path, pipeline: "LatentDiffusionPipeline", verify: bool = True) -> torch.nn.Module:
+    """The weaker U-Net of a checkpoint, for autoguidance: the pipeline's `weak_unet`, in eval mode, on its device.
+
+    It lies in the folder `weak`, with the files of a folder `unet`: a copy of that of an earlier or a smaller checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        pipeline: the loaded checkpoint.
+        verify: as in `load`.
+
+    Raises:
+        UserError: there is none, or it is for other latents or conditions than the checkpoint's own U-Net.
+    """
+    path = Path(folder) / WEAK
+    if not path.is_dir():
+        raise UserError(f"--weak: {folder} has no weaker U-Net; copy the folder unet of an earlier checkpoint to {path}")
+    weak = load_part(path, type(pipeline.unet), pipeline.unet.dtype, verify)
+    for key in WEAK_LIKE:
+        value, expected = weak.config.get(key), pipeline.unet.config.get(key)
+        if value != expected:
+            raise UserError(f"{path}: its {key} is {value}, and that of the model {expected}; they must be equal")
+    return weak.to(pipeline.device)
 
 
 def as_stable_diffusion(scheduler: Any) -> None:

@@ -32,7 +32,7 @@ Subject = int | str | None
 Guide = Callable[[list[Subject]], Callable[[Any], Any]]
 
 # Arguments of samplers.sample that a call gives by other flags than --sampler-options
-RESERVED_OPTIONS = ("denoiser", "noise_or_shape", "sampler", "steps", "generator", "callback", "device")
+RESERVED_OPTIONS = ("denoiser", "noise_or_shape", "sampler", "steps", "generator", "callback", "device", "replacement")
 PRECISIONS = ("float32", "bfloat16")
 
 
@@ -45,6 +45,10 @@ def generate(
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     classifier_strength: float = 0.0,
+    guidance_rule: str = "cfg",
+    guidance_rescale: float = 0.0,
+    guidance_options: list[str] | None = None,
+    weak: bool = False,
     sampler_options: list[str] | None = None,
     precision: str = "float32",
     negative: str | None = None,
@@ -71,6 +75,11 @@ def generate(
         guidance: scale of classifier-free guidance, at least 0; 1 is off; the default is the checkpoint's.
         guidance_interval: guide only at times from LOW to HIGH, where 0 is data and 1 is noise.
         classifier_strength: also guide by the classifier in the model's folder; needs a sampler; 1 is Bayes' rule, 0 is off.
+        guidance_rule: cfg; apg, adaptive projected guidance, which does not overexpose at a large scale; or cfg_zero, the scale
+            of CFG-Zero*, for flows.
+        guidance_rescale: take back this share of the contrast that guidance adds, from 0, which is off, to 1.
+        guidance_options: key=value options of the rule: parallel and threshold of apg.
+        weak: autoguidance: guide away from the weaker U-Net in the model's folder weak. --guidance is its scale.
         sampler_options: key=value options of the sampler, such as eta=0.5; needs a sampler.
         precision: float32 or bfloat16, of the U-Net alone.
         negative: a prompt to guide away from, for a model that reads text.
@@ -97,6 +106,7 @@ def generate(
         raise UserError("--num-images, --batch-size and --steps: must be at least 1")
     path = check_out(out, 0)
     options = parse_options(sampler_options or [])
+    guiding = guidance_call(guidance_rule, guidance_rescale, guidance_options or [])
     if sampler is not None:
         from latentdiff import samplers
 
@@ -119,6 +129,12 @@ def generate(
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
     rows = subjects(pipeline, list(what or []), all_classes)
     class_row = class_of_prompts(pipeline, label, rows)
+    if weak:
+        from latentdiff.checkpoints import load_weak
+
+        if negative:
+            raise UserError("--weak: stands in for the negative prompt; leave --negative out")
+        guiding["weak_unet"] = load_weak(folder, pipeline)
     if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
         raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
     total = len(rows) * num_images
@@ -139,6 +155,7 @@ def generate(
         "guidance_scale": guidance,
         "guidance_interval": guidance_interval,
         "negative_prompt": negative,
+        **guiding,
     }
     depends_on = {
         "WHAT": rows,
@@ -149,8 +166,8 @@ def generate(
         "--label": class_row,
         "--classifier-strength": classifier_strength,
         "device": pipeline.device.type,
-        "model": None if path.suffix else _fingerprint(folder),
-        **call,
+        "model": None if path.suffix else _fingerprint(folder, weak),
+        **{key: value for key, value in call.items() if key != "weak_unet"},
     }
     classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
     names = Names(classes, rows, [class_row if isinstance(row, str) else row for row in rows], num_images)
@@ -304,8 +321,36 @@ def set_precision(pipeline: LatentDiffusionPipeline, precision: str) -> None:
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
 
 
-def parse_options(items: list[str]) -> dict[str, Any]:
-    """{key: value} of key=value items, with values read as YAML: numbers, words, [lists]. UserError for anything else."""
+def guidance_call(rule: str, rescale: float, options: list[str]) -> dict[str, Any]:
+    """The arguments of the pipeline's call for --guidance-rule, --guidance-rescale and --guidance-options; {} for the defaults.
+
+    UserError for an unknown rule, or an option that is out of range or of another rule.
+    """
+    if rule == "cfg" and rescale == 0 and not options:
+        return {}
+    from latentdiff.guidance import RULES, Rule
+
+    if rule not in RULES:
+        raise UserError(f"--guidance-rule {rule}: unknown; valid: {', '.join(RULES)}")
+    if not 0 <= rescale <= 1:
+        raise UserError(f"--guidance-rescale {rescale:g}: must be from 0, which is off, to 1")
+    values = parse_options(options, "--guidance-options", "parallel=0.5")
+    if values.keys() - {"parallel", "threshold"} or not all(type(value) in (int, float) for value in values.values()):
+        raise UserError(f"--guidance-options {' '.join(options)}: valid: parallel=NUMBER and threshold=NUMBER, of apg")
+    try:
+        Rule(rule, **values)
+    except UserError as error:
+        raise UserError(f"--guidance-options: {error}") from None
+    given = {"guidance_rule": rule} if rule != "cfg" else {}
+    given |= {"guidance_rescale": rescale} if rescale else {}
+    return given | ({"guidance_options": values} if values else {})
+
+
+def parse_options(items: list[str], flag: str = "--sampler-options", example: str = "eta=0.5") -> dict[str, Any]:
+    """{key: value} of key=value items, with values read as YAML: numbers, words, [lists]. UserError for anything else.
+
+    flag, example: for messages.
+    """
     import yaml
 
     from latentdiff.utils.safe_yaml import read_yaml
@@ -318,9 +363,9 @@ def parse_options(items: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             separator = ""
         if not key.isidentifier() or not separator:
-            raise UserError(f"--sampler-options {item!r}: write each as key=value, for example eta=0.5")
+            raise UserError(f"{flag} {item!r}: write each as key=value, for example {example}")
         if key in RESERVED_OPTIONS:
-            raise UserError(f"--sampler-options {item!r}: the sampler has no option {key!r}; give it by its own flag, if any")
+            raise UserError(f"{flag} {item!r}: the sampler has no option {key!r}; give it by its own flag, if any")
         if isinstance(value, str):
             with contextlib.suppress(ValueError):
                 value = float(value)  # YAML reads 1e-3 as a word
@@ -396,6 +441,7 @@ def generate_batches(
     # pipeline refuses. A call of nothing else is left to the pipeline.
     nothing = (None, pipeline.config.null_class)
     has_negative = bool((call.get("negative_prompt") or "").strip())
+    has_weak = call.get("weak_unet") is not None
     guided_to = {
         row
         for row, row_label in zip(rows, labels, strict=True)
@@ -416,7 +462,7 @@ def generate_batches(
             arguments["prompt"] = [subject if isinstance(subject, str) else None for subject in subjects_of_batch]
         if guide is not None:
             arguments["guidance"] = guide(arguments["class_labels"])
-        if guided_to and not has_negative and guided_to.isdisjoint(subjects_of_batch):
+        if guided_to and not has_negative and not has_weak and guided_to.isdisjoint(subjects_of_batch):
             arguments["guidance_scale"] = 1.0
         try:
             output = pipeline(**arguments, generator=generators, output_type="np").images  # [B, H, W, C] in [0, 1]
@@ -487,12 +533,13 @@ def _write(path: Path, make: Make, names: Names, depends_on: dict[str, Any], bat
             to_folder(ImageFolder(path, depends_on), make, names, part, batch_size, watch, bar.update)
 
 
-def _fingerprint(folder: Path) -> str:
-    """sha256 over a checkpoint's weights and settings: everything that its images depend on."""
+def _fingerprint(folder: Path, weak: bool) -> str:
+    """sha256 over a checkpoint's weights and settings: all that its images depend on. weak: that they depend on weak/."""
     from latentdiff.checkpoints import weights_of
 
     digest = hashlib.sha256(weights_of(folder)["weights_sha256"].encode())
-    for name in ("model_index.json", "scheduler/scheduler_config.json", "classifier/model.safetensors"):
+    others = ["model_index.json", "scheduler/scheduler_config.json", "classifier/model.safetensors"]
+    for name in others + ["weak/diffusion_pytorch_model.safetensors"] * weak:
         if (folder / name).is_file():
             digest.update(name.encode() + (folder / name).read_bytes())
     return digest.hexdigest()

@@ -18,6 +18,7 @@ How a call makes images, in the order of `LatentDiffusionPipeline.__call__`:
 
 import contextlib
 import copy
+import functools
 import hashlib
 import importlib
 import json
@@ -387,6 +388,25 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             )
         return scale
 
+    def match_weak_scale(self, guidance_scale, has_negative: bool) -> float:
+        """The scale of autoguidance: the one given, or the checkpoint's default. PipelineInputError for one out of range."""
+        if has_negative:
+            raise PipelineInputError("weak_unet: stands in for the negative prompt and class; give it or those")
+        scale = float(self.config.default_guidance_scale if guidance_scale is None else guidance_scale)
+        if not 0 <= scale < math.inf:
+            raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
+        return scale
+
+    def match_guidance_rule(self, name: str, rescale: float, options: dict | None) -> dict[str, Any] | None:
+        """The rule of guidance and its options, or None for the plain rule. PipelineInputError for values out of range."""
+        if not 0 <= rescale <= 1:
+            raise PipelineInputError(f"guidance_rescale {rescale}: must be from 0, which is off, to 1")
+        if not isinstance(name, str) or not isinstance(options or {}, dict) or {"name", "rescale"} & set(options or {}):
+            raise PipelineInputError("guidance_rule: must be a name, and guidance_options a dict with options of that rule")
+        if name == "cfg" and not rescale and not options:
+            return None
+        return {**(options or {}), "name": name, "rescale": float(rescale)}
+
     def num_tokens(self) -> int:
         """Tokens that each prompt is padded or cut to. PipelineInputError where the tokenizer would abort the process."""
         length = self.tokenizer.model_max_length
@@ -470,6 +490,10 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         callback_on_step_end: Callable[..., dict | None] | None = None,
         return_dict: bool = True,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
+        guidance_rule: str = "cfg",
+        guidance_rescale: float = 0.0,
+        guidance_options: dict[str, float] | None = None,
+        weak_unet: torch.nn.Module | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images.
 
@@ -496,6 +520,13 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 the remaining steps.
             return_dict: False for a plain tuple.
             callback_on_step_end_tensor_inputs: the tensors that the callback is given: ["latents"] or nothing.
+            guidance_rule: how the positive and the negative prediction are combined, a name of `latentdiff.guidance.RULES`:
+                "cfg"; "apg", adaptive projected guidance (arXiv 2410.02416); "cfg_zero", the scale of CFG-Zero* (arXiv
+                2503.18886).
+            guidance_rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891), in [0, 1], on x0; 0 is off.
+            guidance_options: options of the rule: parallel and threshold of "apg", see `latentdiff.guidance.Rule`.
+            weak_unet: a U-Net that was trained less, or is smaller, to guide away from in place of "no text" and "no class":
+                autoguidance (Karras et al., arXiv 2406.02507). guidance_scale is then its scale.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with the images.
@@ -538,8 +569,12 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         texts, labels, negative_texts, negative_labels = self.match_inputs(
             prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label
         )
-        scale = self.match_guidance_scale(guidance_scale, texts, labels, negative_texts, negative_labels)
+        if weak_unet is None:
+            scale = self.match_guidance_scale(guidance_scale, texts, labels, negative_texts, negative_labels)
+        else:
+            scale = self.match_weak_scale(guidance_scale, any(negative_texts) or negative_class_labels is not None)
         is_guided = scale != 1.0
+        rule = self.match_guidance_rule(guidance_rule, guidance_rescale, guidance_options)
         if cuts := self.cut_off(texts + (negative_texts if is_guided else [])):
             _LOGGER.warning(
                 f"The text encoder takes {self.tokenizer.model_max_length} tokens of a prompt, so these parts are cut off: "
@@ -554,15 +589,17 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
         # 3. Encode prompts and class labels: those to guide towards, and the negative ones to guide away from
         positive = self.conditioning(texts, labels, device)
-        negative = self.conditioning(negative_texts, negative_labels, device) if is_guided else {}
+        has_negative = is_guided and weak_unet is None
+        negative = self.conditioning(negative_texts, negative_labels, device) if has_negative else {}
 
         # 4. Prepare latents
         noise = self.prepare_latents(len(texts), generator, latents, device)  # [B, c, h, w]
 
         # 5. Denoise, by the diffusers scheduler or by a sampler of latentdiff
-        run = self._run_scheduler
         if sampler:
-            run = self._load_sampler(sampler, num_inference_steps is None, sampler_options, guidance)
+            run = self._load_sampler(sampler, num_inference_steps is None, sampler_options, guidance, rule, weak_unet)
+        else:
+            run = self._load_scheduler(rule, weak_unet)
         callback = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         latents = self.denoise(run, noise, (positive, negative), scale, interval, steps, generator, callback)
 
@@ -592,18 +629,36 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise NonFiniteError(self._find_non_finite(run, arguments, failure))
         return latents
 
-    def _load_sampler(self, name: str, use_default_steps: bool, options: dict | None, guidance: Callable | None) -> Callable:
+    def _load_sampler(
+        self,
+        name: str,
+        use_default_steps: bool,
+        options: dict | None,
+        guidance: Callable | None,
+        rule: dict | None = None,
+        weak_unet: torch.nn.Module | None = None,
+    ) -> Callable:
         """A sampler of latentdiff, as a function with the arguments of `_run_scheduler`."""
-        try:  # not by an import statement: diffusers would warn of a package that this file can do without
-            samplers = importlib.import_module("latentdiff.samplers.of_pipeline")
-        except ImportError as error:
-            raise PipelineInputError(f"sampler={name!r} needs the latentdiff package: {error}") from error
-        return samplers.by_sampler(self, name, use_default_steps, options or {}, guidance)
+        samplers = load_samplers(f"sampler={name!r}")
+        more = {} if rule is None and weak_unet is None else {"rule": rule, "weak": weak_unet}
+        with rule_errors():
+            return samplers.by_sampler(self, name, use_default_steps, options or {}, guidance, **more)
 
-    def _run_scheduler(self, noise, conditions, scale, interval, steps, generator, callback) -> torch.Tensor:
+    def _load_scheduler(self, rule: dict | None, weak_unet: torch.nn.Module | None) -> Callable:
+        """`_run_scheduler`, with a rule of guidance and a U-Net to guide away from."""
+        combine = None
+        if rule is not None:
+            with rule_errors():
+                combine = load_samplers(f"guidance_rule={rule['name']!r}").output_rule(self, rule)
+        return functools.partial(self._run_scheduler, combine=combine, weak_unet=weak_unet)
+
+    def _run_scheduler(
+        self, noise, conditions, scale, interval, steps, generator, callback, combine=None, weak_unet=None
+    ) -> torch.Tensor:
         """The reverse process by the diffusers scheduler: from unit-variance noise to normalised latents [B, c, h, w].
 
-        conditions: the U-Net's keyword arguments, positive and negative; the negative ones are empty at scale 1.
+        conditions: the U-Net's keyword arguments, positive and negative; the negative ones are empty at scale 1 and with a weak
+        U-Net. combine: a rule of guidance in the place of the plain one. weak_unet: see `__call__`.
         """
         # 1. Prepare the scheduler
         scheduler = self._prepare_scheduler(steps, noise.device)
@@ -634,16 +689,25 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 with scheduler_errors(name):
                     has_input_scale = hasattr(scheduler, "scale_model_input")
                     model_input = scheduler.scale_model_input(latents, timestep) if has_input_scale else latents
-                model_input = torch.cat([model_input, model_input]) if is_guided else model_input
+                plain_input = model_input
+                doubled = is_guided and weak_unet is None
+                model_input = torch.cat([model_input, model_input]) if doubled else model_input
 
                 # predict; the network runs in its own dtype, everything around it in float32
-                kwargs = guided_kwargs if is_guided else plain_kwargs
+                kwargs = guided_kwargs if doubled else plain_kwargs
                 output = self.unet(model_input.to(self.unet.dtype), time, **kwargs).sample.float()
 
-                # guide; the weights sum to one, so this is the same whatever the network predicts
+                # guide; the weights of the plain rule sum to one, so it is the same whatever the network predicts
                 if is_guided:
-                    output_positive, output_negative = output.chunk(2)  # each [B, c, h, w]
-                    output = output_negative + scale * (output_positive - output_negative)
+                    if weak_unet is None:
+                        output_positive, output_negative = output.chunk(2)  # each [B, c, h, w]
+                    else:
+                        output_positive = output
+                        output_negative = weak_unet(plain_input.to(weak_unet.dtype), time, **plain_kwargs).sample.float()
+                    if combine is None:
+                        output = output_negative + scale * (output_positive - output_negative)
+                    else:
+                        output = combine(plain_input, time, output_positive, output_negative, scale)
 
                 # compute the previous noisy sample x_t -> x_t-1
                 with scheduler_errors(name):
@@ -888,6 +952,25 @@ def within(interval: tuple[float, float], scheduler: Any, timestep: torch.Tensor
 def class_names_of(scheduler: Any) -> set[str]:
     """The names of a scheduler's class and of its parents."""
     return {each.__name__ for each in type(scheduler).__mro__}
+
+
+def load_samplers(what: str) -> Any:
+    """The module of latentdiff that runs its samplers and rules. PipelineInputError, beginning with `what`, without it."""
+    try:  # not by an import statement: diffusers would warn of a package that this file can do without
+        return importlib.import_module("latentdiff.samplers.of_pipeline")
+    except ImportError as error:
+        raise PipelineInputError(f"{what} needs the latentdiff package: {error}") from error
+
+
+@contextlib.contextmanager
+def rule_errors() -> Iterator[None]:
+    """Turn what latentdiff refuses of a rule of guidance within the block into a PipelineInputError."""
+    try:
+        yield
+    except PipelineInputError:
+        raise
+    except ValueError as error:
+        raise PipelineInputError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError, printable
-from latentdiff.evaluation.compare_samplers import SCHEDULER, SamplerBenchmark, check_samplers, open_table, write_table
+from latentdiff.evaluation.compare_samplers import (
+    SCHEDULER,
+    EvaluationCounter,
+    SamplerBenchmark,
+    check_samplers,
+    open_table,
+    write_table,
+)
 from latentdiff.evaluation.tables import markdown_table
 
 TABLE, INDEX = "tuning", "model_index.json"
@@ -25,6 +32,15 @@ STEPS = (3, 32)
 GUIDANCE = (1.0, 3.0)
 FINALISTS = 3
 SETTING_KEYS = ("sampler", "steps", "guidance", "guidance_interval")
+KIND = "guidance_kind"  # a fifth key, where more than plain guidance is searched
+# The arguments of the pipeline's call of each kind; "autoguidance" has the weaker U-Net besides
+KINDS: dict[str, dict[str, Any]] = {
+    "cfg": {},
+    "rescale": {"guidance_rescale": 0.7},  # the value of Lin et al., arXiv 2305.08891
+    "apg": {"guidance_rule": "apg"},
+    "cfg_zero": {"guidance_rule": "cfg_zero"},
+    "autoguidance": {},
+}
 
 Setting = dict[str, Any]
 # measure(setting, seed) -> (U-Net evaluations per image, Fréchet distance, label accuracy or None)
@@ -37,6 +53,7 @@ def tune(
     budget: float = 400.0,
     num_images: int = 1000,
     samplers: Sequence[str] | None = None,
+    guidance_kinds: Sequence[str] = ("cfg",),
     confirm_seeds: int = 3,
     max_evaluations: float | None = None,
     out: str | Path = "tuning",
@@ -60,6 +77,8 @@ def tune(
         num_images: images of a trial, the same number of each class.
         samplers: the samplers to search; "scheduler" is the checkpoint's own. By default scheduler (where there is one),
             dpmpp_2m, dpmpp_3m, heun, euler and euler_maruyama.
+        guidance_kinds: the kinds of guidance to search: cfg; rescale, by 0.7; apg; cfg_zero; autoguidance, for a model with a
+            folder weak. Only cfg can become a default.
         confirm_seeds: how many other seeds measure the finalists and the default again; two or more.
         max_evaluations: most U-Net evaluations for an image of the choice. By default what the present default takes.
         out: a folder.
@@ -79,6 +98,11 @@ def tune(
     from latentdiff.utils.outputs import check_out_folder
 
     check_samplers(samplers or ())
+    for kind in guidance_kinds:
+        if kind not in KINDS:
+            raise UserError(f"--guidance-kinds {kind}: unknown; valid: {', '.join(KINDS)}")
+    if write and set(guidance_kinds) != {"cfg"}:
+        raise UserError("--write: only plain guidance can become the default; leave --guidance-kinds or --write out")
     if num_images < 2 or batch_size < 1 or confirm_seeds < 2 or not 0 < budget < math.inf:
         raise UserError("tune: --num-images and --confirm-seeds must be at least 2, --batch-size at least 1, --budget above 0")
     _require("optuna", "matplotlib")
@@ -92,8 +116,21 @@ def tune(
         samplers = SAMPLERS if has_scheduler else SAMPLERS[1:]
     if SCHEDULER in samplers and not has_scheduler:
         raise UserError(f"--samplers {SCHEDULER}: {model} has none; it runs latentdiff's {default['sampler']}")
-    space = SearchSpace(tuple(dict.fromkeys(samplers)), pipeline.config.null_class is not None and benchmark.rows != [None])
+    guided = pipeline.config.null_class is not None and benchmark.rows != [None]
+    kinds = tuple(dict.fromkeys(guidance_kinds))
+    if not (guided or set(kinds) <= {"autoguidance"} or kinds == ("cfg",)):
+        raise UserError(f"--guidance-kinds: {model} has no unconditional prediction; valid: autoguidance")
+    calls = {kind: dict(KINDS[kind]) for kind in kinds}
+    weak_counter = None
+    if "autoguidance" in kinds:
+        from latentdiff.checkpoints import load_weak
+
+        calls["autoguidance"]["weak_unet"] = load_weak(benchmark.folder, pipeline)
+        weak_counter = EvaluationCounter(calls["autoguidance"]["weak_unet"])
+    space = SearchSpace(tuple(dict.fromkeys(samplers)), guided or "autoguidance" in kinds, kinds)
     protocol = benchmark.protocol | {"seed": seed, "default": default, "samplers": list(space.samplers)}
+    if kinds != ("cfg",):
+        protocol[KIND] = list(kinds)
     table = open_table(folder, TABLE, protocol)
     table["floor"] = benchmark.reference.floor
 
@@ -101,7 +138,11 @@ def tune(
         call = {"num_inference_steps": setting["steps"], "guidance_scale": setting["guidance"]}
         # To the pipeline None is the checkpoint's own interval, so "everywhere" is given as (0, 1)
         call["guidance_interval"] = tuple(setting["guidance_interval"] or (0.0, 1.0))
+        call |= calls.get(setting.get(KIND, "cfg"), {})
+        before = weak_counter.rows if weak_counter else 0
         cell = benchmark.measure(setting["sampler"], measure_seed, call)
+        if weak_counter:
+            cell["evaluations"] += (weak_counter.rows - before) / num_images
         return cell["evaluations"], cell["frechet"], cell["label_accuracy"]
 
     def save() -> None:
@@ -111,12 +152,17 @@ def tune(
     most = table["cells"][0]["evaluations"] if max_evaluations is None else max_evaluations
     holdable = [cell for cell in table["cells"] if (cell["sampler"] == SCHEDULER) == has_scheduler]
     table["confirmed"] = confirm(measure, holdable, [seed + 1 + k for k in range(confirm_seeds)], most)
-    table["chosen"] = {key: choose(table["confirmed"])[key] for key in SETTING_KEYS}
+    table["chosen"] = setting_of(choose(table["confirmed"]))
     save()
     plot_front(table, folder / f"{TABLE}.png")
     if write:
         write_default(benchmark.folder, table["chosen"])
     return table
+
+
+def setting_of(cell: dict[str, Any]) -> Setting:
+    """The setting of a trial or a confirmed setting: what it was measured with."""
+    return {key: cell[key] for key in (*SETTING_KEYS, KIND) if key in cell}
 
 
 def _require(*packages: str) -> None:
@@ -148,11 +194,13 @@ class SearchSpace:
 
     Attributes:
         samplers: names of samplers.
-        guided: whether the model has an unconditional prediction, so that guidance is searched too.
+        guided: whether guidance is searched: the model has an unconditional prediction, or a weaker U-Net.
+        kinds: of guidance.
     """
 
     samplers: Sequence[str]
     guided: bool
+    kinds: Sequence[str] = ("cfg",)
 
     def suggest(self, trial: Any) -> Setting:
         """The setting that an optuna trial draws."""
@@ -166,6 +214,10 @@ class SearchSpace:
             setting["guidance"] = round(trial.suggest_float("guidance", *GUIDANCE), 2)
             low, high = trial.suggest_float("low", 0.0, 0.5), trial.suggest_float("high", 0.6, 1.0)
             setting["guidance_interval"] = [round(low, 2), round(high, 2)]
+        if len(self.kinds) > 1:
+            setting[KIND] = trial.suggest_categorical(KIND, list(self.kinds))
+        elif self.kinds[0] != "cfg":
+            setting[KIND] = self.kinds[0]
         return setting
 
     @functools.cached_property
@@ -185,6 +237,10 @@ class SearchSpace:
             values |= {"guidance": setting["guidance"], "low": low, "high": high}
         elif setting["guidance"] != 1.0:
             return None
+        kind = setting.get(KIND, "cfg")
+        if kind not in self.kinds:
+            return None
+        values |= {KIND: kind} if len(self.kinds) > 1 else {}
         for name, distribution in self.distributions.items():
             choices = getattr(distribution, "choices", None)
             inside = values[name] in choices if choices else distribution.low <= values[name] <= distribution.high
@@ -229,7 +285,7 @@ def search(
             setting = space.suggest(trial)
         evaluations, distance, accuracy = measure(setting, seed)
         values = {"evaluations": evaluations, "frechet": distance, "label_accuracy": accuracy}
-        cells.append({key: setting[key] for key in SETTING_KEYS} | values)
+        cells.append(setting_of(setting) | values)
         if trial is None:
             _add_trial(study, space, cells[-1])
         else:
@@ -280,7 +336,7 @@ def confirm(measure: Measure, cells: Sequence[dict[str, Any]], seeds: Sequence[i
         values = [measure(cell, seed)[1] for seed in seeds]
         mean = sum(values) / len(values)
         spread = math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
-        entry = {key: cell[key] for key in (*SETTING_KEYS, "evaluations")} | {"frechet": values, "mean": mean, "spread": spread}
+        entry = setting_of(cell) | {"evaluations": cell["evaluations"], "frechet": values, "mean": mean, "spread": spread}
         measured.append(entry)
         print(f"tune: confirming {json.dumps(entry)}", file=sys.stderr)
     return [measured[0], *sorted(measured[1:], key=lambda m: m["mean"])]
@@ -327,7 +383,7 @@ def tuning_markdown(table: dict[str, Any]) -> str:
     if table.get("confirmed"):
         rows = [(*_setting_cells(cell), f"{cell['mean']:.4f} ± {cell['spread']:.4f}") for cell in table["confirmed"]]
         lines += ["", *markdown_table((*header, "on other seeds"), rows)]
-        same = table["chosen"] == {key: table["confirmed"][0][key] for key in SETTING_KEYS}
+        same = table["chosen"] == setting_of(table["confirmed"][0])
         lines += ["", "The default (first row) stays." if same else f"Chosen: {json.dumps(table['chosen'])}."]
     return "\n".join([*lines, "", ", ".join(f"{key} {value}" for key, value in table["protocol"].items())]) + "\n"
 
@@ -335,7 +391,8 @@ def tuning_markdown(table: dict[str, Any]) -> str:
 def _setting_cells(cell: dict[str, Any]) -> tuple[str, ...]:
     interval = cell["guidance_interval"]
     where = "everywhere" if interval is None else f"{interval[0]:g} to {interval[1]:g}"
-    return cell["sampler"], str(cell["steps"]), f"{cell['guidance']:g}", where, f"{cell['evaluations']:.0f}"
+    kind = f" {cell[KIND]}" if KIND in cell else ""
+    return cell["sampler"], str(cell["steps"]), f"{cell['guidance']:g}{kind}", where, f"{cell['evaluations']:.0f}"
 
 
 def plot_front(table: dict[str, Any], path: Path) -> None:

@@ -9,16 +9,30 @@ and costs no evaluation where it is off: at scale 1, at strength 0, or outside o
 from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier_free import ClassifierFree
 from latentdiff.guidance.common import check_interval, check_same_path
-from latentdiff.guidance.gradient import Classifier, Reconstruction
+from latentdiff.guidance.gradient import RECONSTRUCTION_METHODS, Classifier, Reconstruction
 from latentdiff.guidance.latent_classifier import LatentClassifier, load_classifier
+from latentdiff.guidance.operators import Blur, Downsample, Grey, Mask, of_latents
+from latentdiff.guidance.rules import RULES, Rule
+from latentdiff.guidance.tasks import TASKS, Restoration, restoration
 
 __all__ = [
+    "RECONSTRUCTION_METHODS",
+    "TASKS",
     "Autoguidance",
+    "Blur",
     "Classifier",
     "ClassifierFree",
+    "Downsample",
+    "Grey",
     "LatentClassifier",
+    "Mask",
     "Reconstruction",
+    "RULES",
+    "Restoration",
+    "Rule",
     "check_interval",
     "check_same_path",
     "load_classifier",
+    "of_latents",
+    "restoration",
 ]

@@ -2,11 +2,11 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.guidance.common import Interval, check_options, check_same_path, guided_rows, replace_estimates
+from latentdiff.guidance.rules import CFG, Rule
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
 
@@ -21,6 +21,7 @@ class Autoguidance:
         scale: 1 is off, and weak is not evaluated; 0 is weak alone.
         interval: (low, high) in t outside of which a sample is not guided; None: guide at every t.
         rescale: as in `ClassifierFree`, to the standard deviation of the denoiser's x0.
+        rule: how the two estimates are combined; see `latentdiff.guidance.rules.Rule`.
 
     Raises:
         UserError: another schedule of weak, or an interval or rescale out of range.
@@ -33,11 +34,12 @@ class Autoguidance:
         scale: float,
         interval: Interval = None,
         rescale: float = 0.0,
+        rule: Rule = CFG,
     ):
         check_options(interval, rescale)
         check_same_path(denoiser.schedule, weak.schedule, "the weak denoiser")
         self.denoiser, self.weak = denoiser, weak
-        self.scale, self.interval, self.rescale = scale, interval, rescale
+        self.scale, self.interval, self.rescale, self.rule = scale, interval, rescale, rule
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
@@ -48,5 +50,5 @@ class Autoguidance:
         if not bool(rows.any()):
             return denoised
         weaker = self.weak(x, times, **conditioning)
-        x0, eps = torch.lerp(weaker.x0, denoised.x0, self.scale), torch.lerp(weaker.eps, denoised.eps, self.scale)
+        x0, eps = self.rule.combine(x, denoised, weaker, self.scale)
         return replace_estimates(x, denoised, x0, eps, rows, self.rescale)

@@ -8,6 +8,7 @@ from torch import Tensor
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance.common import Interval, check_options, guided_rows, replace_estimates
+from latentdiff.guidance.rules import CFG, Rule
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
 
@@ -27,6 +28,7 @@ class ClassifierFree:
             prediction, and costs one evaluation. None: guide at every t.
         rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891, eq. 15-16), in [0, 1], applied to x0: the standard
             deviation of each sample goes from the guided one (0) to the conditional one (1).
+        rule: how the two estimates are combined; see `latentdiff.guidance.rules.Rule`.
 
     Raises:
         UserError: different keys, or an interval or rescale out of range.
@@ -40,6 +42,7 @@ class ClassifierFree:
         scale: float,
         interval: Interval = None,
         rescale: float = 0.0,
+        rule: Rule = CFG,
     ):
         check_options(interval, rescale)
         if scale != 1 and conditional.keys() != unconditional.keys():
@@ -48,7 +51,7 @@ class ClassifierFree:
                 "the keys must be the same"
             )
         self.denoiser, self.conditional, self.unconditional = denoiser, conditional, unconditional
-        self.scale, self.interval, self.rescale = scale, interval, rescale
+        self.scale, self.interval, self.rescale, self.rule = scale, interval, rescale, rule
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
@@ -69,8 +72,9 @@ class ClassifierFree:
             **{key: _joined(key, conditional[key], unconditional[key], guided) for key in conditional},
         )
         denoised = Denoised(both.x0[: len(x)], both.eps[: len(x)], self.schedule, times)
-        x0 = torch.lerp(both.x0[len(x) :], denoised.x0[guided], self.scale)  # [G, ...]
-        eps = torch.lerp(both.eps[len(x) :], denoised.eps[guided], self.scale)
+        positive = Denoised(denoised.x0[guided], denoised.eps[guided], self.schedule, times[guided])  # [G, ...]
+        negative = Denoised(both.x0[len(x) :], both.eps[len(x) :], self.schedule, times[guided])
+        x0, eps = self.rule.combine(x[guided], positive, negative, self.scale)
         x0, eps = denoised.x0.index_copy(0, guided, x0), denoised.eps.index_copy(0, guided, eps)
         return replace_estimates(x, denoised, x0, eps, rows, self.rescale)
 

@@ -16,12 +16,14 @@ from latentdiff.samplers.grids import make_grid
 from latentdiff.samplers.langevin import annealed_langevin, predictor_corrector
 from latentdiff.samplers.multistep import dpmpp_2m, dpmpp_2m_sde, dpmpp_3m
 from latentdiff.samplers.ode import euler, heun
+from latentdiff.samplers.replacement import Replacement, run_replaced
 from latentdiff.samplers.sde import euler_maruyama, reverse_diffusion
 from latentdiff.utils.random import Generators, randn
 from latentdiff.utils.tensors import flat_mean
 
 __all__ = [
     "Callback",
+    "Replacement",
     "ancestral",
     "annealed_langevin",
     "ddim",
@@ -87,6 +89,7 @@ def sample(
     grid_options: Mapping[str, Any] | None = None,
     device: torch.device | str | None = None,
     start: str = "noise",
+    replacement: Replacement | None = None,
     **options: Any,
 ) -> Tensor:
     """Draw samples: from noise, by a sampler, to the x0 estimate at the last time of the grid, [B, ...].
@@ -107,6 +110,7 @@ def sample(
         device: of noise that is drawn here.
         start: "noise", or "state" where the tensor is x_t itself at the grid's first time, such as data with noise added; it is
             then not scaled.
+        replacement: entries of x0 that are known, for inpainting.
         options: options of the sampler, such as eta for ddim.
 
     Raises:
@@ -127,8 +131,13 @@ def sample(
     end = float(times[-1])
 
     def draw(denoiser: Any, callback: Callback | None) -> Tensor:
-        x = run(denoiser, noise * scale, times, generator, callback, **options)
-        return x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+        arguments = (denoiser, noise * scale, times, generator, callback)
+        if replacement is None:
+            x = run(*arguments, **options)
+        else:
+            x = run_replaced(run, *arguments, replacement, whole=sampler != "dopri5", **options)
+        x = x if float(schedule.sigma(end)) == 0 else denoiser(x, end).x0
+        return x if replacement is None else replacement.put(x, None, generator)
 
     x = draw(denoiser, callback)
     if not bool(torch.isfinite(x).all()):

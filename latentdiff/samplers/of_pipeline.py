@@ -8,12 +8,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from latentdiff import prediction as predictions
 from latentdiff import samplers
-from latentdiff.denoiser import Denoiser
-from latentdiff.guidance import ClassifierFree
+from latentdiff.denoiser import Denoised, Denoiser, unet_model
+from latentdiff.errors import UserError
+from latentdiff.guidance import Autoguidance, ClassifierFree, Rule
+from latentdiff.guidance.common import check_options, replace_estimates
 from latentdiff.utils.random import Generators
+from latentdiff.utils.tensors import per_sample, widen
 
 
 class _Interrupted(Exception):
@@ -30,6 +35,8 @@ def by_sampler(
     use_default_steps: bool,
     options: dict[str, Any],
     guide: Callable[[Any], Any] | None,
+    rule: dict[str, Any] | None = None,
+    weak: Any = None,
 ) -> Callable[..., Tensor]:
     """A function that a `LatentDiffusionPipeline` calls in the place of its own denoising loop.
 
@@ -43,8 +50,49 @@ def by_sampler(
             more, unless it is the checkpoint's own sampler.
         options: keyword arguments of the sampler.
         guide: a function denoiser -> denoiser put around the classifier-free-guided one, or None.
+        rule: how estimates are guided: the fields of `latentdiff.guidance.Rule`, and rescale, see `ClassifierFree`.
+        weak: a U-Net to guide away from in the place of the unconditional prediction; see `Autoguidance`.
+
+    Raises:
+        UserError: an unknown rule, or an option out of range.
     """
-    return partial(_run, pipe, name, use_default_steps and name != pipe.config.default_sampler, options, guide)
+    steps = use_default_steps and name != pipe.config.default_sampler
+    return partial(_run, pipe, name, steps, options, guide, *_parse(rule), weak)
+
+
+def output_rule(pipe: Any, rule: dict[str, Any]) -> Callable[..., Tensor]:
+    """A rule of guidance on outputs of a network, for the loop of a `LatentDiffusionPipeline` with a diffusers scheduler.
+
+    It is called as combine(model_input, timestep, positive, negative, scale), with what the network was given, [B, c, h, w] and
+    a number, and its outputs to guide to and away from. It returns the guided output [B, c, h, w].
+
+    pipe, rule: as in `by_sampler`. UserError for an unknown rule, or an option out of range.
+    """
+    chosen, rescale = _parse(rule)
+    denoiser = Denoiser.from_pipeline(pipe)
+    schedule, prediction = denoiser.schedule, denoiser.prediction
+
+    def combine(model_input: Tensor, timestep: Tensor, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
+        times = per_sample(schedule.time_from_timestep(timestep), model_input)
+        x = model_input.float() / widen(schedule.input_scale(times), model_input.float())
+        p, n = (Denoised(*predictions.solve(prediction, schedule, x, times, y), schedule, times) for y in (positive, negative))
+        rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        guided = replace_estimates(x, p, *chosen.combine(x, p, n, scale), rows, rescale)
+        return predictions.target(prediction, schedule, guided.x0, guided.eps, times)
+
+    return combine
+
+
+def _parse(rule: dict[str, Any] | None) -> tuple[Rule, float]:
+    """(the rule, rescale) of `by_sampler`'s argument. UserError for an option that there is not."""
+    options = dict(rule or {})
+    rescale = options.pop("rescale", 0.0)
+    check_options(None, rescale)
+    try:
+        return Rule(**options), rescale
+    except TypeError:
+        valid = "parallel and threshold, of apg"
+        raise UserError(f"guidance_options {sorted(options.keys() - {'name'})}: valid: {valid}, as numbers") from None
 
 
 def _run(
@@ -53,6 +101,9 @@ def _run(
     use_default_steps: bool,
     options: dict[str, Any],
     guide: Callable[[Any], Any] | None,
+    rule: Rule,
+    rescale: float,
+    weak: Any,
     noise: Tensor,
     conditions: tuple[dict[str, Tensor], dict[str, Tensor]],
     scale: float,
@@ -66,7 +117,14 @@ def _run(
     conditions: the U-Net's keyword arguments to guide to, and those to guide away from.
     """
     steps = samplers.default_steps(name, steps) if use_default_steps else steps
-    denoiser: Any = ClassifierFree(Denoiser.from_pipeline(pipe), *conditions, scale, interval=interval)
+    plain, options_of_rule = Denoiser.from_pipeline(pipe), {"interval": interval, "rescale": rescale, "rule": rule}
+    denoiser: Any
+    if weak is None:
+        denoiser = ClassifierFree(plain, *conditions, scale, **options_of_rule)
+    else:
+        model = partial(unet_model(weak, plain.schedule), **conditions[0])
+        strong = ClassifierFree(plain, *conditions, 1.0)
+        denoiser = Autoguidance(strong, Denoiser(model, plain.schedule, plain.prediction), scale, **options_of_rule)
     denoiser = denoiser if guide is None else guide(denoiser)
     pipe._num_timesteps = steps
     with pipe.progress_bar(total=steps) as bar:

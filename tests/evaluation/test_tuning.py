@@ -68,6 +68,24 @@ def test_without_guidance_none_is_searched():
     assert len(settings) > 3 and all(s["guidance"] == 1.0 and s["guidance_interval"] is None for s in settings)
 
 
+def test_kinds_of_guidance_are_searched_and_shown():
+    space, settings = tuning.SearchSpace(("heun",), guided=True, kinds=("cfg", "apg")), []
+
+    def measure(setting, seed):
+        settings.append(setting)
+        return float(setting["steps"]), 1.0 if setting.get("guidance_kind") != "apg" else 0.5, None
+
+    cells: list = []
+    tuning.search(measure, space, {**DEFAULT, "sampler": "heun"}, 300, 0, cells, lambda: None)
+    assert {setting.get("guidance_kind") for setting in settings[1:]} == {"cfg", "apg"}
+    assert "guidance_kind" not in cells[0] and cells[1]["guidance_kind"] == settings[1]["guidance_kind"]
+    assert tuning.setting_of(cells[1]) == settings[1]
+    assert space.parameters(cells[1]) is not None and SPACE.parameters({**cells[1], "guidance_kind": "apg"}) is None
+    table = {"cells": cells, "floor": 0.1, "confirmed": tuning.confirm(measure, cells, [1, 2], 40), "protocol": {}}
+    table["chosen"] = tuning.setting_of(tuning.choose(table["confirmed"]))
+    assert table["chosen"]["guidance_kind"] == "apg" and " apg |" in tuning.tuning_markdown(table)
+
+
 def test_the_finalists_are_measured_again_and_dear_ones_left_out():
     cells = [cell(20, 0.5), cell(10, 0.45), cell(18, 0.4), cell(40, 0.1)]
     calls = []
@@ -138,6 +156,9 @@ def test_the_command_writes_table_picture_and_default(run, refused, here, model,
     assert np.array_equal(*images)
     assert "made with another images" in refused(*ask, "--num-images", 30)
     assert "--samplers eular: unknown" in refused(*ask[:8], "--samplers", "eular")
+    assert "--guidance-kinds pag: unknown" in refused(*ask, "--guidance-kinds", "pag")
+    assert "--write: only plain guidance" in refused(*ask, "--guidance-kinds", "cfg", "apg", "--write")
+    assert "has no weaker U-Net" in refused(*ask, "--guidance-kinds", "cfg", "autoguidance")
 
 
 def fresh() -> torch.Generator:

@@ -9,7 +9,7 @@ from exact import Gaussian, gaussian, mixture
 
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
-from latentdiff.guidance import Autoguidance, Classifier, ClassifierFree, Reconstruction, autoguidance, common, gradient
+from latentdiff.guidance import Autoguidance, Classifier, ClassifierFree, Reconstruction, common, gradient, rules
 from latentdiff.samplers import sample
 from latentdiff.schedules import make_schedule
 
@@ -150,7 +150,7 @@ def test_autoguidance_is_the_analytic_score():
 
 def test_planted_bugs_of_autoguidance_are_seen(monkeypatch):
     lerp = torch.lerp
-    monkeypatch.setattr(autoguidance.torch, "lerp", lambda a, b, w: lerp(b, a, w))
+    monkeypatch.setattr(rules.torch, "lerp", lambda a, b, w: lerp(b, a, w))
     with pytest.raises(AssertionError):
         check_autoguidance()
 

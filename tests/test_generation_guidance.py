@@ -1,0 +1,79 @@
+"""`generate` with another rule of guidance, and with a weaker U-Net in the model's folder."""
+
+import numpy as np
+import pytest
+import torch
+from test_checkpoints import publish
+from tiny_models import tiny_unet
+
+from latentdiff import checkpoints
+from latentdiff.errors import UserError
+from latentdiff.generation import generate
+
+CALL = {"num_images": 1, "steps": 2, "all_classes": True, "progress": False, "guidance": 4.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint with a weaker U-Net."""
+    folder = publish(tmp_path_factory.mktemp("weak") / "model")
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        tiny_unet().save_pretrained(folder / "weak")
+    return folder
+
+
+def images(out, model, **call):
+    return np.load(generate(model, out=out / "images.npz", **{**CALL, **call}))["arr_0"].astype(int)
+
+
+def test_each_flag_changes_the_images(tmp_path, model):
+    plain = images(tmp_path, model)
+    for flags in (
+        {"guidance_rule": "apg"},
+        {"guidance_rule": "apg", "guidance_options": ["parallel=0.5"]},
+        {"guidance_rule": "cfg_zero"},
+        {"guidance_rescale": 0.9},
+        {"weak": True},
+        {"weak": True, "sampler": "euler"},
+    ):
+        assert (images(tmp_path, model, **flags) != plain).any(), flags
+    off = images(tmp_path, model, guidance=1.0)
+    assert (images(tmp_path, model, guidance=1.0, weak=True) == off).all()
+
+
+def test_a_folder_goes_on_only_with_the_same_guidance(tmp_path, model):
+    out = generate(model, out=tmp_path / "images", **CALL, guidance_rule="apg")
+    generate(model, out=out, **CALL, guidance_rule="apg")
+    with pytest.raises(UserError, match="guidance_rule"):
+        generate(model, out=out, **CALL)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ({"guidance_rule": "pag"}, "--guidance-rule pag: unknown; valid: cfg, apg, cfg_zero"),
+        ({"guidance_rescale": 2.0}, "--guidance-rescale 2: must be from 0"),
+        ({"guidance_options": ["eta=1"]}, "--guidance-options eta=1: valid: parallel=NUMBER"),
+        ({"guidance_options": ["parallel=x"]}, "--guidance-options parallel=x: valid"),
+        ({"guidance_options": ["parallel=1"]}, "--guidance-options: guidance rule: cfg has no parallel"),
+        (
+            {"guidance_options": ["parallel"]},
+            "--guidance-options 'parallel': write each as key=value, for example parallel=0.5",
+        ),
+        ({"weak": True, "negative": "a cat"}, "--weak: stands in for the negative prompt"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, model, flags, said):
+    with pytest.raises(UserError, match=said):
+        images(tmp_path, model, **flags)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_weaker_network_that_is_missing_or_of_another_model_is_named(tmp_path):
+    folder = publish(tmp_path / "model")
+    with pytest.raises(UserError, match="--weak: .* has no weaker U-Net; copy the folder unet of an earlier checkpoint"):
+        images(tmp_path, folder, weak=True)
+    tiny_unet(num_class_embeds=7).save_pretrained(folder / "weak")
+    with pytest.raises(UserError, match="weak: its num_class_embeds is 7, and that of the model 4; they must be equal"):
+        checkpoints.load_weak(folder, checkpoints.load(folder))
