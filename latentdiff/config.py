@@ -408,6 +408,16 @@ class EvaluateConfig(Section):
     features: str | None = Field(None, description="folder of the feature network")
 
 
+class BridgeConfig(Section):
+    """Train a bridge: from the latents of another data set, in the place of noise, to those of `data` (flow matching).
+
+    It needs schedule flow and prediction flow. The other data set has the size, channels and framing of `data`.
+    """
+
+    source: str = Field(description="the data set to start from, named as data.source")
+    cache: str | None = Field(None, description="where its latent cache is; None: beside that of data, with -source at its end")
+
+
 class DiffusionConfig(Section):
     """Stage 2: train a denoiser on the latents of a frozen autoencoder."""
 
@@ -431,6 +441,7 @@ class DiffusionConfig(Section):
     )
     min_snr_gamma: float = Field(5.0, gt=0, description="largest signal-to-noise ratio that counts (min_snr)")
     condition: ConditionConfig = ConditionConfig()
+    bridge: BridgeConfig | None = Field(None, description="start from another data set instead of noise; None: from noise")
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()
     train: LoopConfig

@@ -95,6 +95,8 @@ SCHEDULERS = {
 # A step of these has a second stage, so the second sigma must not be far below the first
 TWO_STAGE_SCHEDULERS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
+# latentdiff's samplers of the ODE, which a bridge needs: those of the SDE replace its starting images by noise
+BRIDGE_SAMPLERS = ("euler", "heun", "dopri5", "dpmpp_2m", "dpmpp_3m")
 # What a scheduler raises for a config, a number of steps or an output of the network that it cannot take
 SCHEDULER_ERRORS = (
     ArithmeticError,
@@ -147,6 +149,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         tokenizer: of the text encoder; its model_max_length is L. Padding is masked where the encoder's config sets
             use_attention_mask.
         null_prompt: the text that stands for "no text"; None where training never dropped the text.
+        bridge: the data set that a bridge starts from; None: the model starts from noise. A bridge is given latents= of that
+            data set's images in every call.
 
     Attributes:
         refuse_non_finite: whether NaN and infinity in latents or images raise `NonFiniteError`. Set it to False to get them.
@@ -174,6 +178,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         text_encoder: _ModuleOrNone = None,
         tokenizer: Any = None,
         null_prompt: _StrOrNone = "",
+        bridge: _StrOrNone = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -191,6 +196,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             default_num_inference_steps=default_num_inference_steps,
             default_sampler=default_sampler,
         )
+        if bridge is not None:  # else model_index.json stays as it was before there were bridges
+            self.register_to_config(bridge=bridge)
         self._published_scheduler = scheduler  # pipe.scheduler may be swapped later
         self._interrupt = False
         self._num_timesteps = 0
@@ -313,6 +320,10 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise PipelineInputError("this checkpoint has neither a scheduler nor a default_sampler: sampler= is needed")
         if not sampler and (sampler_options or guidance is not None):
             raise PipelineInputError("sampler_options and guidance: sampler= is needed, the diffusers scheduler reads neither")
+        bridge = self.config.get("bridge")
+        if bridge is not None and sampler is not None and sampler not in BRIDGE_SAMPLERS:
+            valid = ", ".join(BRIDGE_SAMPLERS)
+            raise PipelineInputError(f"sampler {sampler!r} adds noise, and a bridge has none; valid: {valid}")
         unknown = [name for name in callback_on_step_end_tensor_inputs if name not in self._callback_tensor_inputs]
         if unknown:
             raise PipelineInputError(f"callback_on_step_end_tensor_inputs {unknown}: must be of {self._callback_tensor_inputs}")
@@ -464,6 +475,11 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         shape = (count, *self.latent_shape)
         if isinstance(generator, list) and len(generator) != count:
             raise PipelineInputError(f"{len(generator)} generators for {count} images: pass one, or one per image")
+        bridge = self.config.get("bridge")
+        if latents is None and bridge is not None:
+            raise PipelineInputError(
+                f"this checkpoint is a bridge from {bridge}: give latents= of its images (latentdiff.translation.encode_images)"
+            )
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
         if latents.shape != shape:
@@ -510,7 +526,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 al., arXiv 2404.07724). None: the checkpoint's default.
             num_inference_steps: steps of the scheduler or sampler. None: the checkpoint's default, or more for some samplers.
             generator: one for the batch, or a list with one per image; image i is then the same at any batch size.
-            latents: unit-variance noise [B, c, h, w] to start from, instead of drawn noise.
+            latents: unit-variance noise [B, c, h, w] to start from, instead of drawn noise. A bridge: normalised latents of
+                the images that it starts from.
             sampler: a name of `latentdiff.samplers.names()`, to run in place of the diffusers scheduler.
             sampler_options: keyword arguments of the sampler.
             guidance: a function denoiser -> denoiser, put around the guided denoiser of the sampler.

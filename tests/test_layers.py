@@ -26,6 +26,7 @@ ORDER = [
     "checkpoints",
     "single_file",
     "generation",
+    "translation",
     "evaluation",
     "training",
     "fitting",

@@ -14,6 +14,7 @@ from latentdiff.models.text_encoder import NULL_PROMPT, UNetWithTextEncoder
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.training import lora
 from latentdiff.training.conditioning import Conditions, guidance_scale
+from latentdiff.training.images import Images
 from latentdiff.training.latents import Latents
 
 
@@ -48,7 +49,7 @@ def pipeline_parts(
     if isinstance(network, UNetWithTextEncoder):
         unet, text_encoder = network.unet, network.text_encoder
     drops_text = text is not None and (text.dropout > 0 or conditions.joint > 0)
-    return {
+    parts = {
         "unet": unet,
         "vae": latents.codec.vae,
         "scheduler": scheduler,
@@ -62,10 +63,17 @@ def pipeline_parts(
         "prediction": config.prediction,
         "schedule": {"name": config.schedule.name, **config.schedule.params},
     }
+    return parts if config.bridge is None else {**parts, "bridge": config.bridge.source}
 
 
 def save_checkpoint(
-    config: DiffusionConfig, parts: dict[str, Any], latents: Latents, ema_updates: int, folder: Path, step: int
+    config: DiffusionConfig,
+    parts: dict[str, Any],
+    latents: Latents,
+    ema_updates: int,
+    folder: Path,
+    step: int,
+    source: Images | None = None,
 ) -> None:
     """Write a pipeline as a checkpoint, with a record of how it was made.
 
@@ -78,6 +86,7 @@ def save_checkpoint(
         ema_updates: number of steps that the average is over.
         folder: of the checkpoint; one that is there is replaced.
         step: number of steps that the weights were trained for.
+        source: the images that a bridge starts from.
     """
     files = {}
     if config.model.lora is not None:
@@ -98,6 +107,9 @@ def save_checkpoint(
             "posterior_share": statistics.posterior_share.tolist(),
         },
     }
+    if config.bridge is not None and source is not None:
+        data = {"source": config.bridge.source, "images": len(source.train), "fingerprint": source.train.fingerprint()}
+        meta["bridge"] = data
     checkpoints.save(
         folder,
         **parts,

@@ -14,7 +14,7 @@ from latentdiff.utils.deprecation import renamed
 def encode_dataset(
     config: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
 ) -> Path:
-    """Build the latent cache of a diffusion config, or finish one that was interrupted.
+    """Build the latent cache of a diffusion config, and that of a bridge's source, or finish one that was interrupted.
 
     A signal ends it after a shard; the same call goes on.
 
@@ -34,7 +34,7 @@ def encode_dataset(
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
     from latentdiff.models.unet import check_unet, check_unet_size
-    from latentdiff.training import messages
+    from latentdiff.training import bridge, messages
     from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
 
@@ -48,18 +48,23 @@ def encode_dataset(
     codec, images = opened
     # Latents that the U-Net cannot take are not worth the time
     check_unet_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
+    source_images = bridge.open_images(config, images, codec)
     lines = [*messages.as_warnings(messages.autoencoder_warnings(config.autoencoder)), cache_size(config, *opened)]
     # A frozen autoencoder always runs in float32, whatever the precision of training
     announce = announcement(accelerator, config.train, "float32", "encode", lines)
     if job is not None:
         with signals.watched(signals.again), progress_bar("encoding", progress, announce) as report:
             missing = encode_part(config, job[0] - 1, job[1], opened, report)
+            if source_images is not None:
+                source = bridge.source_config(config)
+                missing += encode_part(source, job[0] - 1, job[1], (codec, source_images), report)
         done = f"{missing} shards of other parts are missing" if missing else "the cache is finished"
         print(f"part {part}: {done}", file=sys.stderr)
         return cache_folder(config)
     shown = progress and accelerator.is_main_process
     with signals.watched(signals.again), progress_bar("encoding", shown, announce) as report:
         latents = prepare_latents(config, accelerator, report, opened)
+        bridge.open_source(config, latents, source_images, accelerator, report)
     latents.images.print_report()
     return cache_folder(config)
 

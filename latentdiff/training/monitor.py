@@ -29,6 +29,8 @@ from latentdiff.utils.random import derive_seed, generators
 ROWS = 8  # of a picture, for a model without classes where the config names no prompts
 MAX_CLASSES = 10  # that a picture shows
 BATCH = 125  # images that are generated at a time to measure the distance
+# start(numbers) -> the latents [B, c, h, w] that a bridge's pictures of these numbers start from
+Start = Callable[[list[int]], Tensor]
 
 
 def check(config: DiffusionConfig) -> None:
@@ -49,10 +51,18 @@ def load_net(config: DiffusionConfig, device: torch.device) -> FeatureNet | None
 
 
 @torch.no_grad()
-def save_picture(config: DiffusionConfig, parts: dict[str, Any], conditions: Conditions, accelerator: Any, path: Path) -> None:
+def save_picture(
+    config: DiffusionConfig,
+    parts: dict[str, Any],
+    conditions: Conditions,
+    accelerator: Any,
+    path: Path,
+    start: Start | None = None,
+) -> None:
     """Write a grid of generated images, one row per class or prompt, from fixed seeds.
 
-    parts: what `pipeline_parts` gave. Every process calls this and draws its share of the rows; the main one writes.
+    parts: what `pipeline_parts` gave. start: where a bridge's pictures start. Every process calls this and draws its share of
+    the rows; the main one writes.
     """
     pipeline = sampling_pipeline(config, parts)
     classes: list[int | None] = list(range(min(MAX_CLASSES, pipeline.num_classes))) or [None] * ROWS
@@ -63,13 +73,15 @@ def save_picture(config: DiffusionConfig, parts: dict[str, Any], conditions: Con
     each = config.sample.per_class
 
     def draw(rows: list[int]) -> Tensor:
+        numbers = [k * each + i for k in rows for i in range(each)]
         images = pipeline(
             prompt=None if prompts is None else [prompts[k] for k in rows],
             class_labels=[classes[k] for k in rows],
             num_images_per_label=each,
             guidance_interval=config.sample.guidance_interval,
             num_inference_steps=config.sample.steps,
-            generator=generators(config.seed, [k * each + i for k in rows for i in range(each)]),
+            generator=generators(config.seed, numbers),
+            latents=start and start(numbers),
             output_type="pt",
         ).images
         return images.unflatten(0, (len(rows), each))
@@ -93,8 +105,11 @@ class Monitor:
         self.reference = self._statistics(latents.images.train, config.evaluate.reference)
         self.floor = frechet_distance(self._statistics(latents.images.held_out, config.evaluate.images), self.reference)
 
-    def measure(self, parts: dict[str, Any]) -> dict[str, float]:
-        """{"evaluation/frechet", "evaluation/floor", "evaluation/seconds"} of a pipeline. parts: from `pipeline_parts`."""
+    def measure(self, parts: dict[str, Any], start: Start | None = None) -> dict[str, float]:
+        """{"evaluation/frechet", "evaluation/floor", "evaluation/seconds"} of a pipeline.
+
+        parts: from `pipeline_parts`. start: where a bridge's pictures start.
+        """
         began = time.monotonic()
         config = self.config
         pipeline = sampling_pipeline(config, parts)
@@ -109,6 +124,7 @@ class Monitor:
                     guidance_interval=config.sample.guidance_interval,
                     num_inference_steps=config.sample.steps,
                     generator=generators(derive_seed(config.seed, "evaluate"), numbers),
+                    latents=start and start(numbers),
                     output_type="pt",
                 ).images
             # Rounded to 8 bits, as the real images are

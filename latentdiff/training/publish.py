@@ -95,17 +95,20 @@ def open_diffusion(config: DiffusionConfig) -> DiffusionTrainer:
 
     The run's latent cache is opened, or built again where it is not there any more. config: as the run recorded it.
     """
-    from latentdiff.training import conditioning
+    from latentdiff.training import bridge, conditioning
     from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import open_inputs, prepare_latents, progress_bar
     from latentdiff.training.train_diffusion import DiffusionTrainer
 
     accelerator = start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as bar:
-        latents = prepare_latents(config, accelerator, bar, open_inputs(config, accelerator.device))
+        codec, images = open_inputs(config, accelerator.device)
+        source_images = bridge.open_images(config, images, codec)
+        latents = prepare_latents(config, accelerator, bar, (codec, images))
+        source = bridge.open_source(config, latents, source_images, accelerator, bar)
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
-    return DiffusionTrainer(config, latents, conditions, accelerator)
+    return DiffusionTrainer(config, latents, conditions, accelerator, source)
 
 
 def load_averages(trainer: DiffusionTrainer, tensors: dict[str, Any], meta: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from latentdiff.noise_levels import NoiseLevels, make_noise_levels
 from latentdiff.objective import Uncertainty, add_noise, diffusion_loss, loss_weight, weighted_error
 from latentdiff.prediction import check_learnable
 from latentdiff.schedules import NoiseSchedule, make_schedule
-from latentdiff.training import conditioning, distributed, lora, messages, monitor, run_clock, state
+from latentdiff.training import bridge, conditioning, distributed, lora, messages, monitor, run_clock, state
 from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.attention import attention_kernel
 from latentdiff.training.compile import compile_checked
@@ -81,6 +81,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
     conditioning.check_data(config, images)
     latent_shape = codec.latent_shape(*images.preprocess.padded_size)
     check_unet_size(config, latent_shape, codec.factor)
+    source_images = bridge.open_images(config, images, codec)
 
     # 2. Precision and micro-batch, where the config says auto: measured by a few steps on random data.
     trial = partial(trial_steps, config, codec, images, latent_shape, len(images.class_names))
@@ -97,11 +98,12 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
     # 4. The latent cache: each image is encoded once, before training.
     with progress_bar("encoding", accelerator.is_main_process, announce) as bar:
         latents = prepare_latents(config, accelerator, bar, (codec, images))
+        source = bridge.open_source(config, latents, source_images, accelerator, bar)
         torch.manual_seed(derive_seed(config.seed, "initialise"))
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
 
     # 5. The U-Net, its optimizer and its averaged weights; then the state of the run that is resumed.
-    trainer = DiffusionTrainer(config, latents, conditions, accelerator)
+    trainer = DiffusionTrainer(config, latents, conditions, accelerator, source)
     trainer.clock.began = began  # what came before counts too: encoding, say
     if config.train.compile:
         trainer.compile()
@@ -112,6 +114,8 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
     # 6. Record the config, then train.
     announce()
     latents.images.print_report()
+    if source_images is not None:
+        source_images.print_report()
     if accelerator.is_main_process:
         write_config(output, config, resume)
         messages.print_lines([messages.where_results_appear(config)])
@@ -157,6 +161,7 @@ def trial_steps(
 def check_config(config: DiffusionConfig) -> None:
     """UserError, before anything is encoded, for names and combinations that would fail only later in the run."""
     make_noise(config)
+    bridge.check(config)
     monitor.check(config)
     conditioning.check(config)
     lora.check(config)
@@ -188,7 +193,7 @@ class Batch:
 
     Attributes:
         x0: normalised latents, [B, c, h, w].
-        noise: standard normal, of the same shape.
+        noise: standard normal, of the same shape; in a bridge, normalised latents of its source.
         t: times, float64 [B]; 0 is data and 1 is noise.
         conditioning: keyword arguments of the U-Net, each [B, ...].
         rows: the samples' places in the global batch, int64 [B].
@@ -212,6 +217,7 @@ class DiffusionTrainer(Trainer):
     Attributes:
         latents: the latent cache, with the autoencoder and the images that it was made from.
         conditions: labels and captions of the training images.
+        source: what a bridge starts from; None: training starts from noise.
         schedule: the noise schedule, alpha(t) and sigma(t).
         levels: the distribution that training times t are drawn from.
         model: the U-Net, together with its text encoder where that is trained too.
@@ -230,9 +236,16 @@ class DiffusionTrainer(Trainer):
 
     config: DiffusionConfig
 
-    def __init__(self, config: DiffusionConfig, latents: Latents, conditions: conditioning.Conditions, accelerator: Any):
+    def __init__(
+        self,
+        config: DiffusionConfig,
+        latents: Latents,
+        conditions: conditioning.Conditions,
+        accelerator: Any,
+        source: bridge.Source | None = None,
+    ):
         super().__init__(config, accelerator)
-        self.latents, self.conditions = latents, conditions
+        self.latents, self.conditions, self.source = latents, conditions, source
         self.schedule, self.levels = make_noise(config)
         self.uncertainty = Uncertainty(self.schedule) if config.weighting == "uncertainty" else None
 
@@ -344,6 +357,8 @@ class DiffusionTrainer(Trainer):
         indices = self.image_indices(step)[mine]
         flips = coin_flips(config.seed, step * size, size)[mine] if config.data.flips else False
         x0 = self.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
+        if self.source is not None:
+            noise = self.source.draw(step, noise, mine, size)
         conditioning = self.conditions(indices, draws, self.accelerator.device)
         return Batch(x0, noise, t, conditioning, torch.arange(size)[mine])
 
@@ -401,7 +416,7 @@ class DiffusionTrainer(Trainer):
         self.ema_model.to(device)
         metrics = self.validate()  # leaves the averaged weights in ema_model
         if self.monitor and measure:
-            metrics |= self.monitor.measure(self.pipeline_parts())
+            metrics |= self.monitor.measure(self.pipeline_parts(), self.source and self.source.start)
         if draw:
             self.draw_pictures(done)
         if distributed.sharded(self.accelerator):
@@ -411,7 +426,8 @@ class DiffusionTrainer(Trainer):
     def draw_pictures(self, done: int) -> None:
         """Write a grid of samples of the weights in `ema_model` to <output>/pictures, and give it to the trackers."""
         path = self.output / "pictures" / f"step-{done:06d}.png"
-        monitor.save_picture(self.config, self.pipeline_parts(), self.conditions, self.accelerator, path)
+        start = self.source and self.source.start
+        monitor.save_picture(self.config, self.pipeline_parts(), self.conditions, self.accelerator, path, start)
         if self.log is not None:
             self.log.picture(done, "samples", path)
 
@@ -427,7 +443,8 @@ class DiffusionTrainer(Trainer):
         x0 = torch.cat([codec.latents(chunk, posterior, config.cache.use_mean).cpu() for chunk in pixels.split(128)])
         t = self.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
         texts = images.held_out_captions(config.validation_images)
-        return {"x0": x0, "noise": randn(x0.shape, generator), "t": t, **self.conditions.encode(labels, texts, "cpu")}
+        noise = randn(x0.shape, generator) if self.source is None else self.source.held_out(len(x0))
+        return {"x0": x0, "noise": noise, "t": t, **self.conditions.encode(labels, texts, "cpu")}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -475,7 +492,8 @@ class DiffusionTrainer(Trainer):
 
     def publish(self, folder: Path, step: int) -> None:
         """Write the weights in `ema_model`, those of this step, as a pipeline's folder."""
-        save_checkpoint(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step)
+        source = self.source and self.source.latents.images
+        save_checkpoint(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step, source)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The model's weights by name; with model.lora those of the LoRA alone."""
@@ -493,10 +511,12 @@ class DiffusionTrainer(Trainer):
         return tensors
 
     def made_from(self) -> dict[str, Any]:
-        """Checksums of images, autoencoder weights and, with model.lora, the base's; and the latents' normaliser."""
+        """Checksums of images, autoencoder weights, a bridge's source and a LoRA's base; and the latents' normaliser."""
         identity, codec = self.latents.cache.manifest["identity"], self.latents.codec
         normaliser = [codec.shift.flatten().tolist(), codec.scale.flatten().tolist()]
         made_from = {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
+        if self.source is not None:
+            made_from["source"] = self.source.fingerprint()
         return made_from if self.base is None else {**made_from, "base": self.base}
 
     @cached_property
