@@ -236,6 +236,9 @@ def short_card(pipeline: "LatentDiffusionPipeline") -> str:
         conditions.append(f"classes {', '.join(names)}" if names else f"{pipeline.num_classes} classes")
         arguments.append(f"class_labels=[{json.dumps(names[0], ensure_ascii=False) if names else 0}]")
     condition = f"conditioned on {' and '.join(conditions)}" if conditions else "unconditional"
+    if pipeline.config.get("bridge") is not None:
+        condition += ". It is a bridge: it starts from images of another data set in the place of noise"
+        arguments.append("latents=latentdiff.translation.encode_images(pipe, images)")
     return (
         "# A latent diffusion model\n\n"
         f"Trained with latentdiff, {condition}. How it was made is in `{META}`.\n\n"
@@ -298,6 +301,12 @@ def load_weak(folder: str | Path, pipeline: "LatentDiffusionPipeline", verify: b
         if value != expected:
             raise UserError(f"{path}: its {key} is {value}, and that of the model {expected}; they must be equal")
     return weak.to(pipeline.device)
+
+
+def refuse_bridge(pipeline: Any, model: str) -> None:
+    """UserError for a bridge, where noise is needed to start from. model: its name, for the message."""
+    if (start := pipeline.config.get("bridge")) is not None:
+        raise UserError(f"{model}: is a bridge, which starts from images of {start} and not from noise")
 
 
 def as_stable_diffusion(scheduler: Any) -> None:

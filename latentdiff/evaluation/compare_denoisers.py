@@ -115,7 +115,7 @@ def estimate_x0(denoiser: Any, x0: Tensor, noise: Tensor, log_snr: float, **cond
 
 def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]], Any, bool, Any]:
     """([(pipeline, denoiser)], their one codec, whether they were trained on posterior means, the test images)."""
-    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.checkpoints import load, refuse_bridge, resolve_model
     from latentdiff.denoiser import Denoiser
     from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets, trained_on_means
     from latentdiff.models.codec import LatentCodec
@@ -125,6 +125,7 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     for name in models:
         folder = resolve_model(name)
         pipeline = load(folder)
+        refuse_bridge(pipeline, str(name))
         if pipeline.text_encoder is not None:
             raise UserError(f"{name}: reads text; agreement compares models with classes or without a condition")
         codec = LatentCodec(pipeline.vae)

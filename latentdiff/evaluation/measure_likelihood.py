@@ -85,6 +85,9 @@ def measure_likelihood(
 
 
 def check_likelihood(pipeline: Any, model: str) -> None:
-    """UserError for a model that reads text and has no likelihood without a prompt. model: its name."""
+    """UserError for a bridge, and for a model that reads text and has no likelihood without a prompt. model: its name."""
+    from latentdiff.checkpoints import refuse_bridge
+
+    refuse_bridge(pipeline, model)
     if pipeline.text_encoder is not None and pipeline.config.null_prompt is None:
         raise UserError(f"{model}: was trained without text dropout, so it has no likelihood without prompts")

@@ -15,8 +15,8 @@ the other class (SDEdit, arXiv 2108.01073). Each has a strength s and a scale g 
 
 `python tests/benchmarks/translation.py --emoji DATA` translates pictures in one style of emoji to the other instead, by
 weights/emoji: the pairs of style and emoji that training has not seen. weights/emoji-judge says whether the result is the right
-emoji (the nearest of all, or among the nearest five), and whether
-it is in the right style. Beside it stand pictures drawn from the prompt alone.
+emoji (the nearest of all, or among the nearest five), and whether it is in the right style. Beside it stand pictures drawn from
+the prompt alone.
 """
 
 from __future__ import annotations
