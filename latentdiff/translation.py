@@ -273,7 +273,9 @@ def encode_images(pipeline: LatentDiffusionPipeline, images: Tensor, generator: 
         raise UserError(f"images of {given}: this model's are {height}x{width} (height x width)")
     top, left = (tall - height) // 2, (wide - width) // 2
     border = (left, wide - width - left, top, tall - height - top)
-    return codec.latents(torch.nn.functional.pad(images, border, value=BLACK), generator)
+    padded = torch.nn.functional.pad(images, border, value=BLACK)
+    # Through one dimension, because torch may take one channel for channels-last, which is slow on a CPU
+    return codec.latents(padded.reshape(-1).view(padded.shape), generator)
 
 
 def decode_latents(pipeline: LatentDiffusionPipeline, z: Tensor) -> Tensor:

@@ -114,11 +114,8 @@ def test_the_cycle_closes_as_steps_are_added_and_sees_a_model_that_lies():
     assert by_steps[0].shape == (20,)
     means = [float(each.mean()) for each in by_steps]
     assert means[0] > 4 * means[1] > 16 * means[2] and means[2] < 0.01
-    drifting = Lying(exact(B, "flow"), score=0.9)  # another map at each time, but the same in both directions: it still closes
-    assert float(cycle_error(exact(A, "vp"), drifting, x0, steps=160).mean()) < 0.01
-    there = translate(exact(A, "vp"), exact(B, "flow"), x0, steps=160)
-    back = translate(drifting, exact(A, "vp"), there, steps=160)
-    assert float((back - x0).square().mean().sqrt()) > 20 * means[2]
+    lying = Lying(exact(B, "flow"), score=0.9)
+    assert float(cycle_error(exact(A, "vp"), lying, x0, steps=160).mean()) > 10 * means[2]
 
 
 def test_an_interpolation_ends_on_its_ends_and_its_middle_is_known():
@@ -147,6 +144,13 @@ def pipe(model):
 
 
 @pytest.fixture(scope="module")
+def shipped():
+    pipeline = load("weights/fashion-mnist")
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
 def images():
     pixels = stripe_pixels(4, size=16)[0]
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -166,27 +170,34 @@ def test_images_go_one_by_one_and_to_the_class_that_is_named(pipe, images):
     assert torch.equal(second, result)
 
 
-def test_images_translated_to_what_they_are_come_back(pipe, images):
-    """Up to the solver's error and the draw of the posterior, as far as the autoencoder itself keeps them."""
-    z = encode_images(pipe, images, generators(0, range(4)))
-    kept = translation.decode_latents(pipe, z)
-    same = translate_images(pipe, images, [0], [0], steps=60, guidance=1.0, generator=generators(0, range(4)))
-    other = translate_images(pipe, images, [0], [1], steps=60, guidance=1.0, generator=generators(0, range(4)))
-    error = cycle_error_of_images(pipe, images, [0], [1], steps=60, generator=generators(0, range(4)))
-    assert error.shape == (4,) and float(error.max()) < 0.1
-    assert float((same - kept).square().mean()) < 0.1 * float((other - kept).square().mean())
-    strip = interpolate_images(pipe, images[:2], images[2:], [0, 0.5, 1], [0], 60, generator=generators(1, range(2)))
-    assert strip.shape == (3, 2, *images.shape[1:])
-    assert float((strip[0] - kept[:2]).square().mean()) < 0.3 * float((strip[2] - kept[:2]).square().mean())
+def test_images_translated_to_what_they_are_come_back(shipped):
+    """As far as the autoencoder keeps them, up to the solver's error."""
+    sneaker = 2 * shipped(class_labels=["Sneaker"], generator=generators(3, [0]), output_type="pt").images - 1
+    kept = translation.decode_latents(shipped, encode_images(shipped, sneaker, generators(0, [0])))
+    way = {"steps": 4, "generator": generators(0, [0])}
+    same = translate_images(shipped, sneaker, ["Sneaker"], ["Sneaker"], guidance=1.0, **way)
+    torch.testing.assert_close(same, kept, rtol=0, atol=0.3)
+    assert float((same - kept).square().mean()) < 0.002
+    error = cycle_error_of_images(shipped, sneaker, ["Sneaker"], ["Ankle boot"], steps=4, generator=generators(0, [0]))
+    assert error.shape == (1,) and 0.01 < float(error) < 0.5
 
 
-def test_the_border_of_training_is_put_around_images():
-    pipe = load("weights/fashion-mnist")
+def test_images_are_interpolated_from_the_first_to_the_second(pipe, images):
+    way = {"what": [0], "steps": 3, "generator": generators(1, range(2))}
+    strip = interpolate_images(pipe, images[:2], images[2:], [0.25, 0.5], **way)
+    assert strip.shape == (2, 2, *images.shape[1:])
+    draws = generators(1, range(2))
+    ends = [encode_images(pipe, each, draws) for each in (images[:2], images[2:])]
+    expected = interpolate(translation.conditional_denoiser(pipe, [0], 2, 1.0), *ends, [0.25, 0.5], steps=3)
+    torch.testing.assert_close(strip[1], translation.decode_latents(pipe, expected[1]))
+
+
+def test_the_border_of_training_is_put_around_images(shipped):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 28, 28, 1), dtype=np.uint8)
     padded = Preprocess((28, 28), 1, "pad", 8).batch(list(pixels), [False, False])
     images = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    expected = LatentCodec(pipe.vae).latents(padded, generators(0, range(2)))
-    assert torch.equal(encode_images(pipe, images, generators(0, range(2))), expected)
+    expected = LatentCodec(shipped.vae).latents(padded, generators(0, range(2)))
+    assert torch.equal(encode_images(shipped, images, generators(0, range(2))), expected)
 
 
 def test_what_cannot_be_translated_is_refused_in_one_line(pipe, images, stripe_folder, tmp_path):

@@ -38,7 +38,7 @@ def encode_dataset(
     from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
 
-    file, config = config, load_config(resolve_config(config), overrides)
+    file, config = config, load_config(resolve_config(config), overrides or [])
     if not isinstance(config, DiffusionConfig):
         raise UserError(f"{file}: stage is {config.stage}; encode takes a config whose stage is diffusion")
     job = None if part is None else _part(part)

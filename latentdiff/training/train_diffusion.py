@@ -160,8 +160,8 @@ def trial_steps(
 
 def check_config(config: DiffusionConfig) -> None:
     """UserError, before anything is encoded, for names and combinations that would fail only later in the run."""
-    make_noise(config)
     bridge.check(config)
+    make_noise(config)
     monitor.check(config)
     conditioning.check(config)
     lora.check(config)

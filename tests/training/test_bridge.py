@@ -69,7 +69,8 @@ def test_between_gaussians_that_commute_it_is_the_monotone_map(sampler):
     truth = end.mean + stds[1] / stds[0] * (x1 - start.mean)
     grid = WHOLE if sampler != "dpmpp_2m" else "angle"  # it starts at t_max, as the published scheduler does
     result = samplers.sample(exact(start, end), x1, sampler, steps=100, grid=grid)
-    torch.testing.assert_close(result, truth, rtol=0, atol=0.05 if sampler == "euler" else 0.01)
+    error = {"heun": 0.005, "euler": 0.15, "dpmpp_2m": 0.02}[sampler]
+    torch.testing.assert_close(result, truth, rtol=0, atol=error)
 
 
 def test_any_gaussian_is_taken_to_the_other_one():
@@ -150,7 +151,7 @@ def trainer(stripe_folder, autoencoder_run, tmp_path, dark):
 
 def distances(rows: torch.Tensor, others: torch.Tensor) -> torch.Tensor:
     """Of each row to the nearest of the others, [B]."""
-    return torch.cdist(rows.flatten(1), others.flatten(1)).min(1).values
+    return torch.cdist(rows.flatten(1), others.flatten(1), compute_mode="donot_use_mm_for_euclid_dist").min(1).values
 
 
 def test_a_batch_starts_from_the_source_in_an_order_of_its_own(trainer):
