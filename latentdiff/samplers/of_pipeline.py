@@ -15,8 +15,9 @@ from latentdiff import prediction as predictions
 from latentdiff import samplers
 from latentdiff.denoiser import Denoised, Denoiser, unet_model
 from latentdiff.errors import UserError
-from latentdiff.guidance import Autoguidance, ClassifierFree, Rule
+from latentdiff.guidance import Autoguidance, ClassifierFree, KnownLatents, Rule
 from latentdiff.guidance.common import check_options, replace_estimates
+from latentdiff.samplers.grids import make_grid
 from latentdiff.utils.random import Generators
 from latentdiff.utils.tensors import per_sample, widen
 
@@ -37,6 +38,7 @@ def by_sampler(
     guide: Callable[[Any], Any] | None,
     rule: dict[str, Any] | None = None,
     weak: Any = None,
+    start: Any = None,
 ) -> Callable[..., Tensor]:
     """A function that a `LatentDiffusionPipeline` calls in the place of its own denoising loop.
 
@@ -52,12 +54,14 @@ def by_sampler(
         guide: a function denoiser -> denoiser put around the classifier-free-guided one, or None.
         rule: how estimates are guided: the fields of `latentdiff.guidance.Rule`, and rescale, see `ClassifierFree`.
         weak: a U-Net to guide away from in the place of the unconditional prediction; see `Autoguidance`.
+        start: an `ImageStart` of the pipeline, for a call that changes an image, or None.
 
     Raises:
         UserError: an unknown rule, or an option out of range.
     """
     steps = use_default_steps and name != pipe.config.default_sampler
-    return partial(_run, pipe, name, steps, options, guide, *_parse(rule), weak)
+    run = partial(_run, pipe, name, steps, options, guide, *_parse(rule), weak)
+    return run if start is None else partial(run, start=start)
 
 
 def output_rule(pipe: Any, rule: dict[str, Any]) -> Callable[..., Tensor]:
@@ -111,10 +115,11 @@ def _run(
     steps: int,
     generator: Generators,
     callback: Callable[..., dict[str, Any] | None] | None,
+    start: Any = None,
 ) -> Tensor:
     """Normalised latents [B, c, h, w] from unit-variance noise of that shape.
 
-    conditions: the U-Net's keyword arguments to guide to, and those to guide away from.
+    conditions: the U-Net's keyword arguments to guide to, and those to guide away from. start: see `by_sampler`.
     """
     steps = samplers.default_steps(name, steps) if use_default_steps else steps
     plain, options_of_rule = Denoiser.from_pipeline(pipe), {"interval": interval, "rescale": rescale, "rule": rule}
@@ -126,6 +131,13 @@ def _run(
         strong = ClassifierFree(plain, *conditions, 1.0)
         denoiser = Autoguidance(strong, Denoiser(model, plain.schedule, plain.prediction), scale, **options_of_rule)
     denoiser = denoiser if guide is None else guide(denoiser)
+    fixed = noise
+    if start is not None:
+        if "start" in options:
+            raise UserError("sampler_options: start is taken by image=; leave it out")
+        denoiser, noise, options, steps = _from_image(denoiser, noise, dict(options), steps, start)
+        if steps == 0:
+            return start.keep(noise, fixed, 1.0, 0.0)
     pipe._num_timesteps = steps
     with pipe.progress_bar(total=steps) as bar:
 
@@ -137,8 +149,28 @@ def _run(
             return changed
 
         try:
-            return samplers.sample(
+            latents = samplers.sample(
                 denoiser, noise, sampler=name, steps=steps, generator=generator, callback=after_step, **options
             )
         except _Interrupted as stop:
             return stop.x
+    return latents if start is None else start.keep(latents, fixed, 1.0, 0.0)
+
+
+def _from_image(
+    denoiser: Any, noise: Tensor, options: dict[str, Any], steps: int, start: Any
+) -> tuple[Any, Tensor, dict[str, Any], int]:
+    """(denoiser, x_t, options, steps) that go on from an image: the last part of the grid, from its noisy latents.
+
+    denoiser, options, steps: of a call without an image. noise: unit-variance noise [B, c, h, w]. start: see `by_sampler`.
+    """
+    schedule = denoiser.schedule
+    times = make_grid(options.pop("grid", "angle"), schedule, steps, options.pop("grid_options", None))
+    skipped = start.skipped_steps(len(times) - 1)
+    first = times[skipped]
+    if skipped == len(times) - 1:  # strength 0; of a schedule whose grid ends above 0 (VE) the image itself too
+        return denoiser, start.noised(noise, 1.0, 0.0, 1.0), options, 0
+    x = start.noised(noise, float(schedule.alpha(first)), float(schedule.sigma(first)), float(schedule.start_std(first)))
+    if start.known is not None:
+        denoiser = KnownLatents(denoiser, start.known, start.is_free)
+    return denoiser, x, {**options, "grid": times[skipped:], "start": "state"}, len(times) - 1 - skipped

@@ -1,4 +1,4 @@
-"""Latent diffusion: images from prompts, class labels, both or neither.
+"""Latent diffusion: images from prompts, class labels, both or neither; and changed or completed images.
 
 This file is saved into every checkpoint as pipeline.py, so that plain diffusers opens the folder:
 
@@ -12,6 +12,7 @@ How a call makes images, in the order of `LatentDiffusionPipeline.__call__`:
     match_inputs      one prompt and one class label for every image
     conditioning      prompts and class labels become what the U-Net is given
     prepare_latents   noise of the size of the latents
+    prepare_start     the latents of an image that is given, which denoising then starts from
     denoise           a scheduler or sampler takes the noise to latents, step by step, with the U-Net
     decode_latents    the autoencoder turns latents into images
 """
@@ -28,8 +29,10 @@ import threading
 from collections.abc import Callable, Iterator
 from inspect import signature
 from pathlib import Path
-from typing import Any, Union
+from typing import Any, NamedTuple, Union
 
+import numpy as np
+import PIL.Image
 import torch
 from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.image_processor import VaeImageProcessor
@@ -50,6 +53,11 @@ LISTED_CLASSES = 60  # classes that a message names
 MAX_STEPS = 100_000
 MAX_SAMPLE_SIZE = 4096
 MAX_TOKENS = 100_000
+# Changing an image. The value of masked pixels before they are encoded (mid-grey in [-1, 1]), and the latent cells around the
+# mask that are drawn anew too
+MASK_FILL = 0.0
+MASK_MARGIN = 1
+IMAGE_STRENGTH = 0.8  # of a call with an image and no mask, as in diffusers
 
 # Folders in the layout of StableDiffusionPipeline: the defaults of its calls, and its entries that make no picture
 STABLE_DIFFUSION_DEFAULTS = {"default_guidance_scale": 7.5, "default_num_inference_steps": 50}
@@ -92,6 +100,8 @@ SCHEDULERS = {
     "flow": FLOW_SCHEDULERS + VP_OR_FLOW_SCHEDULERS,
     "edm": EDM_SCHEDULERS,
 }
+# These count their steps from the first, so they cannot begin in the middle of their timesteps
+FROM_THE_FIRST_STEP = ("PNDMScheduler",)
 # A step of these has a second stage, so the second sigma must not be far below the first
 TWO_STAGE_SCHEDULERS = ("HeunDiscreteScheduler", "KDPM2DiscreteScheduler", "KDPM2AncestralDiscreteScheduler")
 SIGMA_OPTIONS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -124,6 +134,43 @@ class PipelineInputError(ValueError):
 
 class NonFiniteError(ValueError):
     """An output that holds NaN or infinity. One line that names the part of the pipeline that made it first."""
+
+
+class ImageStart(NamedTuple):
+    """What denoising starts from, and keeps, in a call with an image.
+
+    Attributes:
+        strength: the share of the steps that run, from 0 to 1. At 1 the start is noise alone.
+        latents: normalised latents of the images, [B, c, h, w]; None at strength 1.
+        known: normalised latents that are kept where is_free is False, [B, c, h, w]; None without a mask.
+        is_free: the latent cells that are drawn anew, bool [B, 1, h, w]; None without a mask.
+    """
+
+    strength: float
+    latents: torch.Tensor | None
+    known: torch.Tensor | None = None
+    is_free: torch.Tensor | None = None
+
+    def skipped_steps(self, steps: int) -> int:
+        """How many of a number of steps do not run, the first ones: as in diffusers, but one runs at any strength above 0."""
+        if self.strength == 0:
+            return steps
+        return steps - max(1, min(steps, int(steps * self.strength + 1e-6)))
+
+    def noised(self, noise: torch.Tensor, alpha: float, sigma: float, prior_std: float) -> torch.Tensor:
+        """The noisy latents [B, c, h, w] at the first step that runs (SDEdit, arXiv 2108.01073, algorithm 1).
+
+        noise: unit-variance noise [B, c, h, w]. alpha, sigma: factors of latents and noise at that step. prior_std: the
+        standard deviation of pure noise there.
+        """
+        latents = noise * prior_std if self.latents is None else alpha * self.latents + sigma * noise
+        return self.keep(latents, noise, alpha, sigma)
+
+    def keep(self, latents: torch.Tensor, noise: torch.Tensor, alpha: float, sigma: float) -> torch.Tensor:
+        """Noisy latents with alpha known + sigma noise in the cells that are not free (Score SDE, arXiv 2011.13456, I.2)."""
+        if self.known is None or self.is_free is None:
+            return latents
+        return torch.where(self.is_free, latents, alpha * self.known + sigma * noise)
 
 
 class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin):
@@ -241,6 +288,21 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise PipelineInputError(f"unet/config.json: sample_size {size}: must be from 1 to {MAX_SAMPLE_SIZE}")
         return self.unet.config.in_channels, height, width
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that the model makes by default."""
+        _, height, width = self.latent_shape
+        size = self.config.image_size or (height * self.vae_factor, width * self.vae_factor)
+        channels = self.vae.config.get("in_channels") or self.vae.config.get("out_channels")
+        return channels, *size
+
+    @property
+    def vae_factor(self) -> int:
+        """The side of an image over that of its latents."""
+        config = self.vae.config
+        widths = config.get("block_out_channels") or config.get("encoder_block_out_channels") or [0]
+        return 2 ** (len(widths) - 1)
+
     def describe_classes(self) -> str:
         """The classes of this checkpoint in one line, for messages."""
         count = self.num_classes
@@ -312,6 +374,12 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         guidance,
         output_type,
         callback_on_step_end_tensor_inputs,
+        image=None,
+        strength=None,
+        mask_image=None,
+        mask_margin=None,
+        height=None,
+        width=None,
     ) -> None:
         """PipelineInputError for arguments of `__call__` that cannot work, whatever the prompts and class labels are."""
         if output_type not in OUTPUT_TYPES:
@@ -341,20 +409,44 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise PipelineInputError(f"guidance_interval {interval}: must be (low, high), 0 <= low <= high <= 1 in t")
         if num_images_per_label < 1:
             raise PipelineInputError(f"num_images_per_label {num_images_per_label}: must be at least 1")
+        self._check_image_inputs(image, strength, mask_image, mask_margin)
+        for name, side in (("height", height), ("width", width)):
+            if side is not None and not (hasattr(side, "__index__") and 1 <= side <= MAX_SAMPLE_SIZE * self.vae_factor):
+                raise PipelineInputError(f"{name} {side}: must be a whole number of pixels, at least 1")
+
+    def _check_image_inputs(self, image, strength, mask_image, mask_margin) -> None:
+        """PipelineInputError for the arguments that change an image, where they do not go together or are out of range."""
+        if image is None:
+            others = {"strength": strength, "mask_image": mask_image, "mask_margin": mask_margin}
+            given = [name for name, value in others.items() if value is not None]
+            if given:
+                raise PipelineInputError(f"{given[0]}: goes with image=, the image to change; give that too")
+            return
+        if strength is not None and not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+            raise PipelineInputError(f"strength {strength}: must be from 0 (the image stays) to 1 (nothing of it does)")
+        if mask_margin is not None and mask_image is None:
+            raise PipelineInputError("mask_margin: goes with mask_image=, whose white is filled; give that too")
+        if mask_margin is not None and not (hasattr(mask_margin, "__index__") and 0 <= mask_margin <= MAX_SAMPLE_SIZE):
+            raise PipelineInputError(f"mask_margin {mask_margin}: must be a whole number of latent cells, at least 0")
+        if not hasattr(self.vae, "encode"):
+            raise PipelineInputError(f"image: {type(self.vae).__name__} cannot encode images, so none can be changed")
 
     def match_inputs(
-        self, prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label: int = 1
+        self, prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label: int = 1, num_given: int = 1
     ) -> tuple[list[str | None], list[int | None], list[str | None], list[int | None]]:
         """(texts, labels, negative texts, negative labels), each a list with one entry per image.
 
-        None stands for no text, and for no embedding row where the U-Net has no classes. PipelineInputError where the numbers
-        of entries do not go together.
+        None stands for no text, and for no embedding row where the U-Net has no classes. num_given: how many images the call
+        gives. PipelineInputError where the numbers of entries do not go together.
         """
         texts = self.parse_prompts(prompt, "prompt")
         labels = self.parse_class_labels(class_labels, "class_labels")
         fewer, more = sorted((len(texts), len(labels)))
         if fewer not in (1, more):
             raise PipelineInputError(f"{len(texts)} prompts and {len(labels)} class_labels: give as many, or one of either")
+        if 1 not in (num_given, more) and num_given != more:
+            raise PipelineInputError(f"{num_given} images and {more} prompts or class_labels: give as many, or one of either")
+        more = max(more, num_given)
         if self.text_encoder is not None and self.config.null_prompt is None and None in texts:
             raise PipelineInputError("this checkpoint was trained without text dropout, so every image needs a prompt")
         negative_texts = self.parse_prompts(negative_prompt, "negative_prompt")
@@ -465,14 +557,20 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         return hidden_states.to(self.unet.dtype)
 
     def prepare_latents(
-        self, count: int, generator: Any, latents: torch.Tensor | None, device: torch.device | None = None
+        self,
+        count: int,
+        generator: Any,
+        latents: torch.Tensor | None,
+        device: torch.device | None = None,
+        size: tuple[int, int] | None = None,
     ) -> torch.Tensor:
         """The starting noise of `count` images, given or drawn: unit-variance float32 [count, c, h, w].
 
-        PipelineInputError where the number of generators or the shape of the given latents is wrong.
+        size: (H, W) of the images; None: the model's. PipelineInputError where the number of generators or the shape of the
+        given latents is wrong.
         """
         device = device or self._execution_device
-        shape = (count, *self.latent_shape)
+        shape = (count, *self._latent_shape_of(size))
         if isinstance(generator, list) and len(generator) != count:
             raise PipelineInputError(f"{len(generator)} generators for {count} images: pass one, or one per image")
         bridge = self.config.get("bridge")
@@ -485,6 +583,106 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if latents.shape != shape:
             raise PipelineInputError(f"latents of shape {list(latents.shape)}: this call needs {list(shape)}")
         return latents.to(device, torch.float32)
+
+    def _latent_shape_of(self, size: tuple[int, int] | None) -> tuple[int, int, int]:
+        """(c, h, w) of the latents of images of `size`, with a border to what the U-Net can halve. None: the model's size."""
+        channels, height, width = self.latent_shape
+        if size is None or tuple(size) == tuple(self.image_shape[1:]):
+            return channels, height, width
+        halvings = 2 ** (len(self.unet.config.get("block_out_channels") or [0]) - 1)
+        height, width = (-(-side // (self.vae_factor * halvings)) * halvings for side in size)
+        return channels, height, width
+
+    def prepare_image(self, image: Any, size: tuple[int, int] | None = None, name: str = "image") -> torch.Tensor:
+        """Images as float32 [N, C, H, W] in [0, 1], C and (H, W) being the model's, or `size`.
+
+        image: a PIL image, which is brought to that size; an array [H, W], [H, W, C] or [N, H, W, C] or a tensor [C, H, W] or
+        [N, C, H, W] in [0, 1], of that size; or a list of them. uint8 counts from 0 to 255. name: "image", or "mask_image" for
+        masks, which have one channel. PipelineInputError for anything else.
+        """
+        channels, *default = self.image_shape
+        is_mask = name == "mask_image"
+        channels = 1 if is_mask else channels
+        height, width = size or default
+        entries = list(image) if isinstance(image, (list, tuple)) else [image]
+        if not entries:
+            raise PipelineInputError(f"{name}: is an empty list; give an image")
+        pictures = []
+        for entry in entries:
+            if isinstance(entry, PIL.Image.Image):
+                entry = pil_pixels(entry, channels, (height, width), is_mask)
+            pictures.append(as_batch(entry, name))
+        for each in pictures:
+            expected = (channels, height, width)
+            if each.shape[1:] != expected:
+                raise PipelineInputError(
+                    f"{name} of (channels, height, width) {tuple(each.shape[1:])}: this call needs {expected}; a PIL image is "
+                    "brought to that size, and height= and width= change it"
+                )
+            if not bool(((each >= 0) & (each <= 1)).all()):
+                raise PipelineInputError(f"{name}: its values must be from 0 to 1")
+        return torch.cat(pictures)
+
+    def encode_image(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the normalised latents of images, each float32 [N, c, h, w].
+
+        The standard deviation is 0 for autoencoders that draw nothing. images: [N, C, H, W] in [-1, 1], with the border of
+        the autoencoder. NonFiniteError where the encoder gives NaN or infinity.
+        """
+        images = images.to(self.vae.dtype)
+        output = self.vae.encode(images)
+        if hasattr(output, "latent_dist"):
+            mean, std = output.latent_dist.mean.float(), output.latent_dist.std.float()
+        else:
+            mean = (output.latents if hasattr(output, "latents") else output.latent).float()
+            std = torch.zeros_like(mean)
+        if self.refuse_non_finite and not (all_finite(mean) and all_finite(std)):
+            cause = non_finite_cause(self.vae, images, unused=("decoder.", "post_quant_conv."))
+            raise NonFiniteError(f"encoder: its output is not finite; {cause}")
+        centre = normalise(mean, self.vae.config)
+        return centre, normalise(mean + std, self.vae.config) - centre
+
+    def prepare_start(
+        self,
+        images: torch.Tensor,
+        masks: torch.Tensor | None,
+        strength: float,
+        noise: torch.Tensor,
+        generator: Any,
+        margin: int = MASK_MARGIN,
+    ) -> ImageStart:
+        """The latents of images to change, each drawn from the autoencoder's posterior.
+
+        Masked pixels become mid-grey before they are encoded, so what was there changes nothing at strength 1.
+
+        Args:
+            images: [N, C, H, W] in [0, 1], on any device; N divides B.
+            masks: [M, 1, H, W], at least 0.5 where an image is filled; M divides B. None: the whole image changes.
+            strength: from 0 to 1.
+            noise: the starting noise, [B, c, h, w], for its shape and device.
+            generator: draws from the posterior: one, or a list of B.
+            margin: latent cells around the mask that are free too.
+        """
+        count, _, *cells = noise.shape
+        canvas = [side * self.vae_factor for side in cells]
+
+        def draw(pictures: torch.Tensor) -> torch.Tensor:
+            mean, std = self.encode_image(with_border(pictures.to(noise.device) * 2 - 1, canvas, -1.0))
+            if mean.shape[1:] != noise.shape[1:]:
+                taken = list(noise.shape[1:])
+                raise PipelineInputError(f"image: its latents are {list(mean.shape[1:])}, the U-Net takes {taken}")
+            drawn = randn_tensor(noise.shape, generator=generator, device=noise.device, dtype=torch.float32)
+            return repeated(mean, count) + repeated(std, count) * drawn
+
+        known = is_free = None
+        if masks is not None:
+            most = max(len(images), len(masks))
+            is_filled = repeated(masks, most) >= 0.5
+            filled = torch.where(is_filled, torch.tensor((MASK_FILL + 1) / 2), repeated(images, most))
+            known = draw(filled)
+            is_free = repeated(free_cells(with_border(masks, canvas, 0.0), cells, margin), count).to(noise.device)
+        latents = draw(images) if strength < 1 else None
+        return ImageStart(strength, latents, known, is_free)
 
     @torch.no_grad()
     def __call__(
@@ -510,8 +708,14 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         guidance_rescale: float = 0.0,
         guidance_options: dict[str, float] | None = None,
         weak_unet: torch.nn.Module | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask_image: Any = None,
+        mask_margin: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> ImagePipelineOutput | tuple:
-        """Make images.
+        """Make images, or change or complete given ones.
 
         Args:
             prompt: the text or texts to draw. None and "" are "no text". What is longer than the text encoder reads is cut
@@ -544,6 +748,17 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             guidance_options: options of the rule: parallel and threshold of "apg", see `latentdiff.guidance.Rule`.
             weak_unet: a U-Net that was trained less, or is smaller, to guide away from in place of "no text" and "no class":
                 autoguidance (Karras et al., arXiv 2406.02507). guidance_scale is then its scale.
+            image: an image to change, or a list: one for all prompts or class labels, or one each. A PIL image is brought to
+                the model's size; an array or a tensor has that size, with values in [0, 1]. Noise is added to its latents, and
+                the last part of the steps takes that away again (SDEdit, Meng et al., arXiv 2108.01073).
+            strength: how much of the image may change, from 0 (it is encoded and decoded, no more) to 1 (it is not used, except
+                outside of a mask): the share of the steps that run. None: 0.8, or 1 with mask_image.
+            mask_image: what to fill: white is drawn anew, black stays, as in diffusers. One, or as many as images. Every pixel
+                that stays is the given one exactly, unless output_type is "latent". At strength 1 the masked pixels of `image`
+                are not used.
+            mask_margin: latent cells around those that the mask touches that are drawn anew too; their pixels stay. None: 1.
+            height, width: of the images, in pixels. None: the model's size. The U-Net was trained on that, so others may be
+                worse. With a mask, a larger canvas continues an image beyond its edges.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with the images.
@@ -561,6 +776,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             >>> generator = torch.Generator().manual_seed(0)
             >>> images = pipe(class_labels=["Sneaker", "Bag"], guidance_scale=2.0, generator=generator).images
             >>> images[0].save("sneaker.png")
+            >>> boot = pipe(class_labels="Ankle boot", image=images[0], strength=0.6, generator=generator).images[0]
         """
         # 0. Take the checkpoint's defaults
         if not sampler and self.scheduler is None:
@@ -570,6 +786,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         generator = list(generator) if isinstance(generator, tuple) else generator
         if hasattr(callback_on_step_end, "tensor_inputs"):  # a callback object of diffusers
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        default_strength = IMAGE_STRENGTH if mask_image is None else 1.0
 
         # 1. Check inputs. Raise an error that says what would be valid
         self.check_inputs(
@@ -582,9 +799,24 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             guidance,
             output_type,
             callback_on_step_end_tensor_inputs,
+            image,
+            strength,
+            mask_image,
+            mask_margin,
+            height,
+            width,
         )
+        size = None
+        if height is not None or width is not None:
+            size = (height or self.image_shape[1], width or self.image_shape[2])
+        given = None if image is None else self.prepare_image(image, size)  # [N, C, H, W] in [0, 1]
+        masks = None if mask_image is None else self.prepare_image(mask_image, size, "mask_image")  # [M, 1, H, W]
+        num_given = 1 if given is None else len(given)
+        if masks is not None and 1 not in (len(masks), num_given) and len(masks) != num_given:
+            raise PipelineInputError(f"mask_image: {len(masks)} for {num_given} images; give one, or one for each image")
+        num_given = max(num_given, 0 if masks is None else len(masks))
         texts, labels, negative_texts, negative_labels = self.match_inputs(
-            prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label
+            prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label, num_given
         )
         if weak_unet is None:
             scale = self.match_guidance_scale(guidance_scale, texts, labels, negative_texts, negative_labels)
@@ -610,18 +842,24 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         negative = self.conditioning(negative_texts, negative_labels, device) if has_negative else {}
 
         # 4. Prepare latents
-        noise = self.prepare_latents(len(texts), generator, latents, device)  # [B, c, h, w]
+        noise = self.prepare_latents(len(texts), generator, latents, device, size)  # [B, c, h, w]
+        start = None
+        if given is not None:
+            strength = default_strength if strength is None else float(strength)
+            margin = MASK_MARGIN if mask_margin is None else mask_margin
+            start = self.prepare_start(given, masks, strength, noise, generator, margin)
 
         # 5. Denoise, by the diffusers scheduler or by a sampler of latentdiff
         if sampler:
-            run = self._load_sampler(sampler, num_inference_steps is None, sampler_options, guidance, rule, weak_unet)
+            run = self._load_sampler(sampler, num_inference_steps is None, sampler_options, guidance, rule, weak_unet, start)
         else:
-            run = self._load_scheduler(rule, weak_unet)
+            run = self._load_scheduler(rule, weak_unet, start)
         callback = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
         latents = self.denoise(run, noise, (positive, negative), scale, interval, steps, generator, callback)
 
         # 6. Decode
-        images = latents if output_type == "latent" else self.decode_latents(latents, output_type)
+        kept = None if masks is None else (given, masks)
+        images = latents if output_type == "latent" else self.decode_latents(latents, output_type, size, kept)
 
         # Offload all models
         self.maybe_free_model_hooks()
@@ -654,35 +892,46 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         guidance: Callable | None,
         rule: dict | None = None,
         weak_unet: torch.nn.Module | None = None,
+        start: ImageStart | None = None,
     ) -> Callable:
         """A sampler of latentdiff, as a function with the arguments of `_run_scheduler`."""
         samplers = load_samplers(f"sampler={name!r}")
-        more = {} if rule is None and weak_unet is None else {"rule": rule, "weak": weak_unet}
+        more: dict[str, Any] = {} if rule is None and weak_unet is None else {"rule": rule, "weak": weak_unet}
+        if start is not None:
+            if "start" not in signature(samplers.by_sampler).parameters:
+                raise PipelineInputError(f"image with sampler={name!r}: the installed latentdiff is too old for it")
+            more["start"] = start
         with rule_errors():
             return samplers.by_sampler(self, name, use_default_steps, options or {}, guidance, **more)
 
-    def _load_scheduler(self, rule: dict | None, weak_unet: torch.nn.Module | None) -> Callable:
-        """`_run_scheduler`, with a rule of guidance and a U-Net to guide away from."""
+    def _load_scheduler(
+        self, rule: dict | None, weak_unet: torch.nn.Module | None, start: ImageStart | None = None
+    ) -> Callable:
+        """`_run_scheduler`, with a rule of guidance, a U-Net to guide away from, and an image to start from."""
         combine = None
         if rule is not None:
             with rule_errors():
                 combine = load_samplers(f"guidance_rule={rule['name']!r}").output_rule(self, rule)
-        return functools.partial(self._run_scheduler, combine=combine, weak_unet=weak_unet)
+        return functools.partial(self._run_scheduler, combine=combine, weak_unet=weak_unet, start=start)
 
     def _run_scheduler(
-        self, noise, conditions, scale, interval, steps, generator, callback, combine=None, weak_unet=None
+        self, noise, conditions, scale, interval, steps, generator, callback, combine=None, weak_unet=None, start=None
     ) -> torch.Tensor:
         """The reverse process by the diffusers scheduler: from unit-variance noise to normalised latents [B, c, h, w].
 
         conditions: the U-Net's keyword arguments, positive and negative; the negative ones are empty at scale 1 and with a weak
         U-Net. combine: a rule of guidance in the place of the plain one. weak_unet: see `__call__`.
+        start: an `ImageStart`, or None.
         """
         # 1. Prepare the scheduler
-        scheduler = self._prepare_scheduler(steps, noise.device)
+        scheduler, levels = self._prepare_scheduler(steps, noise.device, start)
         name = type(scheduler).__name__
-        timesteps = scheduler.timesteps
+        times = network_times(scheduler)
+        first = len(times) + 1 - len(levels) if levels else 0
+        timesteps, times = scheduler.timesteps[first:], times[first:]
         extra_step_kwargs = {"generator": generator} if "generator" in signature(scheduler.step).parameters else {}
-        latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        prior_std = getattr(scheduler, "init_noise_sigma", 1.0)
+        latents = noise * prior_std if start is None else start.noised(noise, *levels[0], prior_std)
         self._num_timesteps = len(timesteps)
 
         # 2. Prepare the U-Net's keyword arguments: without guidance for B images, with guidance for 2 B, positive ones first
@@ -697,7 +946,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
         # 3. Denoising loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:
-            for i, (timestep, time) in enumerate(zip(timesteps, network_times(scheduler), strict=True)):
+            for i, (timestep, time) in enumerate(zip(timesteps, times, strict=True)):
                 if self.interrupt:
                     continue
 
@@ -730,28 +979,50 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 with scheduler_errors(name):
                     latents = scheduler.step(output, timestep, latents, **extra_step_kwargs, return_dict=False)[0]
 
+                # keep the known latents, at the noise of the next step; between the two stages of a step there is none
+                if start is not None and (i + 1) % getattr(scheduler, "order", 1) == 0:
+                    latents = start.keep(latents, noise, *levels[i + 1])
+
                 if callback is not None:
                     changed = callback(self, i, timestep, {"latents": latents}) or {}
                     latents = changed.get("latents", latents)
                 progress_bar.update()
-        return latents
+        return latents if start is None else start.keep(latents, noise, 1.0, 0.0)
 
-    def _prepare_scheduler(self, steps: int, device: Any) -> Any:
-        """A copy of the scheduler, set to a number of steps. PipelineInputError where it cannot sample from this checkpoint.
+    def _prepare_scheduler(
+        self, steps: int, device: Any, start: ImageStart | None = None
+    ) -> tuple[Any, list[tuple[float, float]]]:
+        """(a copy of the scheduler, set to a number of steps; the noise levels of the steps that run, see `noise_levels`).
+
+        There are no levels without a start. PipelineInputError where the scheduler cannot sample from this checkpoint.
 
         A copy, because a scheduler counts its steps, and two threads may call one pipeline. The pipeline's own scheduler is
         set to the same steps, for callbacks that read it.
         """
         scheduler = copy.deepcopy(self.scheduler)
+        name = type(scheduler).__name__
         self._check_scheduler(scheduler)
-        with scheduler_errors(type(scheduler).__name__):
+        if start is not None and class_names_of(scheduler).intersection(FROM_THE_FIRST_STEP):
+            raise PipelineInputError(f"image: {name} cannot change images; take another scheduler, or sampler=")
+        levels: list[tuple[float, float]] = []
+        with scheduler_errors(name):
             scheduler.set_timesteps(steps, device=device)
+            check_sigmas(scheduler)
+            first = 0
+            if start is not None:
+                order = getattr(scheduler, "order", 1)
+                whole_steps = -(-len(scheduler.timesteps) // order)
+                first = min(start.skipped_steps(whole_steps) * order, len(scheduler.timesteps))
+                levels = noise_levels(scheduler)[first:]
+            if first and "LMSDiscreteScheduler" in class_names_of(scheduler):
+                # Its order grows with the number of the step, so the first step that runs must be its first
+                scheduler.timesteps, scheduler.sigmas = scheduler.timesteps[first:], scheduler.sigmas[first:]
+                first = 0
             if hasattr(scheduler, "set_begin_index"):
                 # else it searches for the first timestep, which some grids of sigmas hold more than once
-                scheduler.set_begin_index(0)
-            check_sigmas(scheduler)
+                scheduler.set_begin_index(first)
             self.scheduler.set_timesteps(steps, device=device)
-        return scheduler
+        return scheduler, levels
 
     def _check_scheduler(self, scheduler: Any) -> None:
         """PipelineInputError for a scheduler of another noise or another prediction than the network was trained for."""
@@ -849,24 +1120,44 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         # 4. The steps between the U-Net's outputs
         return f"sampler: each output of the U-Net is finite, and yet {otherwise}"
 
-    def decode_latents(self, latents: torch.Tensor, output_type: str = "pil") -> Any:
+    def decode_latents(
+        self,
+        latents: torch.Tensor,
+        output_type: str = "pil",
+        size: tuple[int, int] | None = None,
+        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
         """Images of normalised latents [B, c, h, w], without the border that training padded.
 
-        output_type: "pil" (grey images for one channel), "np" or "pt". NonFiniteError where the decoder gives NaN or infinity.
+        Args:
+            latents: normalised latents.
+            output_type: "pil" (grey images for one channel), "np" or "pt".
+            size: (H, W) of the images; None: the model's.
+            kept: (images [N, C, H, W] in [0, 1], masks [M, 1, H, W]): the pixels of the images stay where the masks are below
+                0.5. N and M divide B.
+
+        Raises:
+            NonFiniteError: the decoder gives NaN or infinity.
         """
         raw = denormalise(latents, self.vae.config).to(self.vae.dtype)
         images = self.vae.decode(raw).sample.float()  # [B, C, H, W] in [-1, 1]
         if self.refuse_non_finite and not all_finite(images):  # before they are clamped, which would hide an infinity
             cause = non_finite_cause(self.vae, raw, unused=("encoder.", "quant_conv."))
             raise NonFiniteError(f"decoder: its output is not finite; {cause}")
-        height, width = self.config.image_size or images.shape[-2:]
+        height, width = size or self.config.image_size or images.shape[-2:]
         top = (images.shape[-2] - height) // 2
         left = (images.shape[-1] - width) // 2
         if min(top, left) < 0:
             raise PipelineInputError(f"image_size {[height, width]} exceeds the decoded {list(images.shape[-2:])}")
         if output_type == "pil" and images.shape[1] not in (1, 3, 4):
             raise PipelineInputError(f"output_type 'pil' cannot show {images.shape[1]} channels: use np or pt")
-        return VaeImageProcessor().postprocess(images[..., top : top + height, left : left + width], output_type)
+        images = images[..., top : top + height, left : left + width]
+        if kept is not None:
+            given, masks = (repeated(values.to(images.device), len(images)) for values in kept)
+            # The processor maps [-1, 1] to [0, 1], where the given pixels are exact; so they come after it
+            images = torch.where(masks >= 0.5, VaeImageProcessor().postprocess(images, "pt"), given)
+            return VaeImageProcessor(do_normalize=False).postprocess(images, output_type)
+        return VaeImageProcessor().postprocess(images, output_type)
 
     def to_json_string(self) -> str:
         """The text of model_index.json.
@@ -930,6 +1221,68 @@ def denormalise(latents: torch.Tensor, config: Any) -> torch.Tensor:
     return latents / (config.get("scaling_factor") or 1.0) * std + mean
 
 
+def normalise(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """The normalised latents of an autoencoder's latents [B, c, h, w], by the autoencoder's config: undoes `denormalise`."""
+    mean, std = config.get("latents_mean"), config.get("latents_std")
+    if mean is None or std is None:
+        mean, std = config.get("shift_factor") or 0.0, 1.0
+    mean, std = (torch.as_tensor(values).to(latents).reshape(1, -1, 1, 1) for values in (mean, std))
+    return (latents - mean) / std * (config.get("scaling_factor") or 1.0)
+
+
+def repeated(values: torch.Tensor, count: int) -> torch.Tensor:
+    """[count, ...] of values [N, ...], each `count` / N times in a row. PipelineInputError where N does not divide count."""
+    if count % len(values):
+        raise PipelineInputError(f"{len(values)} images for {count} results: give one, or one each")
+    return values.repeat_interleave(count // len(values), dim=0)
+
+
+def pil_pixels(image: PIL.Image.Image, channels: int, size: tuple[int, int], is_mask: bool = False) -> np.ndarray:
+    """A PIL image as uint8 [H, W, channels], brought to `size` (H, W). What is transparent becomes white, of a mask black."""
+    if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        below = (0, 0, 0, 255) if is_mask else (255, 255, 255, 255)
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, below), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (size[1], size[0]):
+        resample = PIL.Image.Resampling.BOX if is_mask else PIL.Image.Resampling.LANCZOS
+        image = image.resize((size[1], size[0]), resample)
+    pixels = np.array(image)
+    return pixels[..., None] if pixels.ndim == 2 else pixels
+
+
+def as_batch(image: Any, name: str) -> torch.Tensor:
+    """float32 [N, C, H, W] in [0, 1] of an array [H, W], [H, W, C] or [N, H, W, C], or a tensor [H, W], [C, H, W] or
+    [N, C, H, W]. uint8 counts from 0 to 255. name: of the argument. PipelineInputError for anything else.
+    """
+    is_array = isinstance(image, np.ndarray)
+    if not (is_array or isinstance(image, torch.Tensor)) or image.ndim not in (2, 3, 4):
+        raise PipelineInputError(f"{name}: must be a PIL image, an array [H, W, C], a tensor [C, H, W], or a list of them")
+    if image.ndim == 2:
+        image = image[..., None] if is_array else image[None]
+    image = image[None] if image.ndim == 3 else image
+    batch = torch.from_numpy(np.ascontiguousarray(image)).permute(0, 3, 1, 2) if is_array else image.detach().cpu()
+    return batch.float() / 255 if batch.dtype == torch.uint8 else batch.float()
+
+
+def with_border(images: torch.Tensor, size: list[int] | tuple[int, int], value: float) -> torch.Tensor:
+    """Images [B, C, H, W] in the middle of `size` (H', W'), with a border of one value, as training pads them."""
+    rows, columns = size[0] - images.shape[-2], size[1] - images.shape[-1]
+    border = (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2)
+    return torch.nn.functional.pad(images, border, value=value)
+
+
+def free_cells(masks: torch.Tensor, cells: list[int] | tuple[int, int], margin: int) -> torch.Tensor:
+    """The latent cells that masks touch, and `margin` cells around: bool [B, 1, h, w].
+
+    masks: [B, 1, H, W], at least 0.5 where pixels are filled. cells: (h, w); H and W are multiples of them.
+    """
+    touched = torch.nn.functional.adaptive_max_pool2d((masks >= 0.5).float(), tuple(cells))
+    if margin:
+        touched = torch.nn.functional.max_pool2d(touched, 2 * margin + 1, stride=1, padding=margin)
+    return touched > 0.5
+
+
 def step_callback(callback: Callable[..., dict | None] | None, names: list[str] | tuple[str, ...]) -> Callable | None:
     """A callback that is given only the tensors of `names`; None for None."""
     if callback is None:
@@ -964,6 +1317,28 @@ def within(interval: tuple[float, float], scheduler: Any, timestep: torch.Tensor
         is_flow = type(scheduler).__name__.startswith("FlowMatch") or config.get("use_flow_sigmas", False)
         t = (float(timestep) + (0 if is_flow else 1)) / config.num_train_timesteps
     return interval[0] <= t <= interval[1]
+
+
+def noise_levels(scheduler: Any) -> list[tuple[float, float]]:
+    """(factor of the data, factor of the noise) in a scheduler's latents before each of its timesteps, then after the last.
+
+    The scheduler has its timesteps set. The second stage of a step counts as a timestep. ValueError for an unknown class.
+    """
+    classes = class_names_of(scheduler)
+    sigmas = getattr(scheduler, "sigmas", None)
+    if sigmas is None and getattr(scheduler, "alphas_cumprod", None) is not None:
+        alpha_bars = scheduler.alphas_cumprod.cpu()[scheduler.timesteps.long().cpu()].double()
+        return [*zip(alpha_bars.sqrt().tolist(), (1 - alpha_bars).sqrt().tolist(), strict=True), (1.0, 0.0)]
+    if sigmas is None or not classes.intersection(VP_SCHEDULERS + VP_OR_FLOW_SCHEDULERS + FLOW_SCHEDULERS + EDM_SCHEDULERS):
+        raise ValueError("its noise levels are not known, so it cannot start from an image")
+    sigmas = sigmas.cpu().double()[: len(scheduler.timesteps) + 1]
+    factors = torch.ones_like(sigmas)  # latents of Euler's kind and of EDM are x0 + sigma eps
+    if classes.intersection(FLOW_SCHEDULERS) or scheduler.config.get("use_flow_sigmas"):
+        factors = 1 - sigmas
+    elif classes.intersection(VP_OR_FLOW_SCHEDULERS):
+        factors = 1 / (sigmas**2 + 1).sqrt()
+        sigmas = sigmas * factors
+    return list(zip(factors.tolist(), sigmas.tolist(), strict=True))
 
 
 def class_names_of(scheduler: Any) -> set[str]:
