@@ -285,6 +285,12 @@ class AutoencoderConfig(Section):
         False,
         description="train the decoder of model.pretrained alone; its latents stay, and so do caches and U-Nets made of them",
     )
+    latent_noise: float = Field(
+        0.0,
+        ge=0,
+        description="noise on the latents that the decoder learns from, in their standard deviations (with freeze_encoder): it "
+        "then forgives stage 2 small errors",
+    )
     revive_dead_codes: bool = Field(True, description="give unused codes new values after each epoch (VQModel)")
     loss: Stage1Loss = Stage1Loss()
     optimizer: OptimizerConfig = OptimizerConfig()

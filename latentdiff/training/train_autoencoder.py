@@ -35,6 +35,7 @@ from latentdiff.training.precision import OneProcess, Step, check_state, named, 
 from latentdiff.training.run_folder import locked_run_folder, write_config
 from latentdiff.training.trainer import Tensors, Trainer, accumulating, micro_batches
 from latentdiff.utils.random import derive_seed, randn
+from latentdiff.utils.tensors import widen
 
 Means = dict[str, tuple[Tensor, int]]  # name -> (mean over samples, how many samples)
 
@@ -130,18 +131,25 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
                 f"model.pretrained {config.model.pretrained}: is {type(vae).__name__} for {vae.config.in_channels} channels; "
                 f"stage 1 trains {' or '.join(TRAINABLE)} with data.channels={config.data.channels}"
             )
+        if config.latent_noise and (not config.freeze_encoder or hasattr(vae, "quantize")):
+            raise UserError("latent_noise: is for the decoder of an AutoencoderKL alone; set freeze_encoder, or leave it out")
         return vae
     if config.freeze_encoder:
         raise UserError("freeze_encoder: needs model.pretrained, an autoencoder whose encoder is trained")
+    if config.latent_noise:
+        raise UserError("latent_noise: needs model.pretrained and freeze_encoder, as it follows the scale of finished latents")
     if config.model.type is None:
         raise UserError("model: set type (AutoencoderKL or VQModel) with config, or pretrained")
     return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
 
 
 class EncoderDecoder(nn.Module):
-    """The whole reconstruction as one forward pass, so that DDP averages the gradients of encoder and decoder together."""
+    """The whole reconstruction as one forward pass, so that DDP averages the gradients of encoder and decoder together.
 
-    def __init__(self, vae: nn.Module):
+    vae: the autoencoder. scale: of its normaliser, as of `LatentCodec`, [c] or [1].
+    """
+
+    def __init__(self, vae: nn.Module, scale: Tensor):
         super().__init__()
         self.vae = vae
         self.discrete = hasattr(vae, "quantize")
@@ -149,12 +157,14 @@ class EncoderDecoder(nn.Module):
             # |sg(z) - e|^2 + beta |z - sg(e)|^2, VQ-VAE (arXiv:1711.00937) eq. 3, beta 0.25. Diffusers' default, kept for
             # old weights, has beta on the first term, which is the codebook's
             vae.quantize.legacy = False
+        self.register_buffer("latent_std", (1 / scale)[:, None, None], persistent=False)  # [c or 1, 1, 1]
 
-    def forward(self, images: Tensor, noise: Tensor | None = None) -> dict[str, Tensor]:
+    def forward(self, images: Tensor, noise: Tensor | None = None, level: Tensor | None = None) -> dict[str, Tensor]:
         """The reconstruction [B, C, H, W] of images [B, C, H, W], and what the loss needs of the latents.
 
-        Of an AutoencoderKL: the posterior's mean and logvar; noise [B, c, h, w] draws from it. Of a VQModel, which takes no
-        noise: commitment (a scalar), codes [n] and the latents [B, c, h, w] before quantisation.
+        Of an AutoencoderKL: the posterior's mean and logvar; noise [B, c, h, w] draws from it. level [B] makes the draw wider
+        for the decoder, by so many standard deviations of the latents. Of a VQModel, which takes neither: commitment (a
+        scalar), codes [n] and the latents [B, c, h, w] before quantisation.
         """
         if self.discrete:
             latents = self.vae.encode(images).latents
@@ -163,7 +173,10 @@ class EncoderDecoder(nn.Module):
             return {"reconstruction": image, "commitment": commitment, "codes": codes.flatten(), "latents": latents}
         posterior = self.vae.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        z = mean + torch.exp(0.5 * logvar) * noise
+        std = torch.exp(0.5 * logvar)
+        if level is not None:
+            std = torch.hypot(std, widen(level, mean) * self.latent_std.to(mean))  # variances add
+        z = mean + std * noise
         return {"reconstruction": self.vae.decode(z).sample, "mean": mean, "logvar": logvar}
 
 
@@ -193,7 +206,8 @@ class AutoencoderTrainer(Trainer):
             raise UserError("loss: one of l1, l2 and perceptual must be above 0")
         self.images = images
         self._batches: Any = None
-        self.factor = LatentCodec(vae).factor  # image sides over latent sides; the codec freezes the network
+        codec = LatentCodec(vae)  # freezes the network
+        self.factor = codec.factor  # image sides over latent sides
 
         # What is trained: everything, or whatever comes after the latents
         vae.train().requires_grad_(True)
@@ -201,7 +215,7 @@ class AutoencoderTrainer(Trainer):
         for name in frozen:
             if getattr(vae, name, None) is not None:
                 getattr(vae, name).requires_grad_(False)
-        self.model = EncoderDecoder(vae)
+        self.model = EncoderDecoder(vae, codec.scale)
         if self.model.discrete and loss.commitment == 0:
             vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
         if config.train.gradient_checkpointing:
@@ -245,9 +259,10 @@ class AutoencoderTrainer(Trainer):
         """
         config, count = self.config, len(images)
         set_learning_rate(self.optimizer, lr)
-        noise = self.draw_noise(images, step)
+        inputs = (images, *self.draw_noise(images, step))
         pieces = [
-            (images[rows], None if noise is None else noise[rows]) for rows in micro_batches(count, config.train.micro_batch)
+            tuple(part if part is None else part[rows] for part in inputs)
+            for rows in micro_batches(count, config.train.micro_batch)
         ]
         # The adversarial term's weight follows from gradients of the whole batch. In pieces it is computed ahead of them.
         adaptive_weight = self._adaptive_weight(pieces, step) if len(pieces) > 1 else None
@@ -255,9 +270,9 @@ class AutoencoderTrainer(Trainer):
         # The autoencoder's gradient. Those of the pieces (train.micro_batch) add up to the batch's.
         values: Means = {}
         reconstructions, outputs = [], []
-        for k, (x, z_noise) in enumerate(pieces):
+        for k, (x, *noise) in enumerate(pieces):
             with accumulating([self.parallel_model], last=k + 1 == len(pieces)):
-                output = self.parallel_model(x, z_noise)
+                output = self.parallel_model(x, *noise)
                 terms = self.loss_terms(x, output, step, adaptive_weight)
                 self.accelerator.backward(self.loss_scale.scaled(terms["total"] * (len(x) / count)))
             reconstructions.append(output["reconstruction"].detach().float())
@@ -307,18 +322,24 @@ class AutoencoderTrainer(Trainer):
         size, images = self.config.train.batch_size, self.images.samples
         return stream(len(images), self.config.seed, step * size, size, images.blocks)
 
-    def draw_noise(self, images: Tensor, step: int) -> Tensor | None:
-        """The noise [B, c, h, w] for this process's posteriors at a step: rows of what is drawn for the global batch.
+    def draw_noise(self, images: Tensor, step: int) -> tuple[Tensor | None, Tensor | None]:
+        """(noise [B, c, h, w], level [B]) of `EncoderDecoder` at a step: this process's rows of what the global batch draws.
 
-        None for a VQModel, which has no posterior.
+        The levels are |N(0, latent_noise^2)|, one for each image, as in RAE (arXiv 2510.11690, noise-augmented decoding); None
+        without latent_noise. Both are None for a VQModel, which has no posterior.
         """
         if self.model.discrete:
-            return None
+            return None, None
         sides = (side // self.factor for side in images.shape[2:])
         shape = (self.config.train.batch_size, self.model.vae.config.latent_channels, *sides)
         generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "posterior", step))
         first = self.accelerator.process_index * len(images)
-        return randn(shape, generator)[first : first + len(images)].to(images.device)
+        own = slice(first, first + len(images))
+        noise, level = randn(shape, generator)[own].to(images.device), None
+        if self.config.latent_noise:
+            generator.manual_seed(derive_seed(self.config.seed, "latent noise", step))
+            level = self.config.latent_noise * randn(shape[:1], generator)[own].abs().to(images.device)
+        return noise, level
 
     def loss_terms(self, images: Tensor, output: dict[str, Tensor], step: int, adaptive_weight: Any) -> dict[str, Tensor]:
         """The loss's terms and their `total`; see `autoencoder_loss.stage1_terms`. output: what `EncoderDecoder` gave."""
@@ -342,7 +363,7 @@ class AutoencoderTrainer(Trainer):
                 scale=self.loss_scale.factor(),
             )
 
-    def _adaptive_weight(self, pieces: list[tuple[Tensor, Tensor | None]], step: int) -> Tensor | None:
+    def _adaptive_weight(self, pieces: list[tuple[Any, ...]], step: int) -> Tensor | None:
         """The adversarial term's weight for a batch in pieces, or None where there is none.
 
         It compares gradients of the whole batch at the last layer, before the first backward pass. So the pieces go through
@@ -351,11 +372,11 @@ class AutoencoderTrainer(Trainer):
         weights, last_layer = self.config.loss, self.model.vae.decoder.conv_out.weight
         if self.discriminator is None or not weights.adversarial_at(step) or not weights.adaptive:
             return None
-        total = sum(len(x) for x, _ in pieces)
+        total = sum(len(x) for x, *_ in pieces)
         gradients = [torch.zeros_like(last_layer), torch.zeros_like(last_layer)]
         with accumulating([self.parallel_model], last=False):
-            for x, noise in pieces:
-                reconstruction = self.parallel_model(x, noise)["reconstruction"].float()
+            for x, *noise in pieces:
+                reconstruction = self.parallel_model(x, *noise)["reconstruction"].float()
                 with self.accelerator.autocast():
                     both = likeness_and_adversarial(x, reconstruction, weights, self.discriminator, self.perceptual)
                 scale = self.loss_scale.factor()
@@ -383,12 +404,12 @@ class AutoencoderTrainer(Trainer):
         x = self.read_images(0)
         self.stop_reading()
         rows = micro_batches(len(x), self.config.train.micro_batch)[0]
-        noise, vae = self.draw_noise(x, 0), self.model.vae
-        x, noise = x[rows], None if noise is None else noise[rows]
+        inputs, vae = (x, *self.draw_noise(x, 0)), self.model.vae
+        x, *noise = (part if part is None else part[rows] for part in inputs)
 
         def loss() -> Tensor:
             with self.accelerator.autocast():
-                out = self.model(x, noise)
+                out = self.model(x, *noise)
                 extra = out["commitment"].float() if self.model.discrete else out["mean"].square().mean() + out["logvar"].mean()
                 return (out["reconstruction"].float() - x).square().mean() + 1e-3 * extra
 

@@ -177,9 +177,24 @@ def test_a_real_folder_is_planned_and_timed(tmp_path):
     assert yaml.safe_load((write_configs(made, tmp_path)[0]).read_text())["stage"] == "diffusion"
 
 
+def test_copies_and_dropout_wait_until_a_picture_is_seen_often():
+    """400 passes over the pictures for each copy: few steps are not spent on what nobody has learnt by heart."""
+    copies = {}
+    for hours in (0.1, 0.5, 1.0, 4.0):
+        made = plan(hours, speed=0.04, found=facts(600))
+        data, passes = made.diffusion.data, made.steps["diffusion"] * made.diffusion.train.batch_size / 510
+        copies[hours] = data.copies
+        assert data.copies == min(6, max(1, round(passes / 400)))
+        assert (data.shift > 0) == (data.zoom > 0) == (data.copies > 1) == ("copies" in made.reasons)
+        assert made.diffusion.model.config.get("dropout", 0.0) == (0.1 if data.copies > 1 else 0.0)
+    assert copies[0.1] == 1 < copies[0.5] < copies[1.0]
+    asked = plan(0.1, found=facts(600), overrides=["data.shift=0.02", "model.config.dropout=0.3"]).diffusion
+    assert asked.data.copies == 6 and asked.data.shift == 0.02 and asked.model.config["dropout"] == 0.3
+
+
 def test_small_folders_get_copies_that_fit_the_time():
-    made = plan(found=facts(600))
-    assert made.diffusion.data.copies == 6 and made.diffusion.data.shift > 0 and "copies" in made.reasons
+    made = plan(4.0, found=facts(300))
+    assert made.diffusion.data.copies == 8 and made.diffusion.data.shift > 0 and "copies" in made.reasons
     assert plan(found=facts(10_000)).diffusion.data.copies == 1
     alone = plan(overrides=["data.copies=1"], found=facts(600)).diffusion.data
     assert (alone.copies, alone.shift, alone.zoom) == (1, 0, 0)
