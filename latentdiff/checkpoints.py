@@ -70,7 +70,8 @@ def save(
         card: text of README.md; None writes a short one.
         files: more files by name (bytes, or a path to copy), such as pictures of the card.
         index: more arguments of `LatentDiffusionPipeline` for model_index.json: image_size, prediction, schedule,
-            default_guidance_scale, default_guidance_interval, default_num_inference_steps, default_sampler.
+            default_guidance_scale, default_guidance_interval, default_num_inference_steps, default_sampler,
+            image_condition.
 
     Raises:
         UserError: a weight is not finite in `dtype`; classes, null class, guidance and U-Net contradict each other; or
@@ -82,7 +83,8 @@ def save(
     _check_sampling(scheduler, index.get("default_sampler"), index.get("prediction"), index.get("schedule"))
     if (text_encoder is None) != (tokenizer is None):
         raise UserError("text_encoder and tokenizer: a checkpoint has both or neither")
-    _check_classes(unet, class_names, null_class, index, text_encoder is not None and null_prompt is not None)
+    image_dropped = bool((index.get("image_condition") or {}).get("dropped"))
+    _check_classes(unet, class_names, null_class, index, text_encoder is not None and null_prompt is not None or image_dropped)
     names, size = list(class_names) if class_names is not None else None, index.get("image_size")
     record = {
         "format": FORMAT,
@@ -136,17 +138,17 @@ def _check_sampling(scheduler: Any, sampler: str | None, prediction: str | None,
 
 
 def _check_classes(
-    unet: Any, class_names: Sequence[str] | None, null_class: int | None, index: Mapping[str, Any], text_dropped: bool
+    unet: Any, class_names: Sequence[str] | None, null_class: int | None, index: Mapping[str, Any], dropped: bool
 ) -> None:
     """UserError where classes, null class, default guidance and U-Net contradict each other.
 
-    text_dropped: whether the model was trained without text on some samples.
+    dropped: whether the model was trained without text, or without its second image, on some samples.
     """
     from latentdiff.guidance import check_interval
 
     scale = index.get("default_guidance_scale", 1.0)
     check_interval(index.get("default_guidance_interval"), "default_guidance_interval")
-    if scale != 1.0 and null_class is None and not text_dropped:
+    if scale != 1.0 and null_class is None and not dropped:
         raise UserError(f"default_guidance_scale {scale}: without a null class or a null prompt it can only be 1")
     rows, needed = unet.config.get("num_class_embeds") or 0, len(class_names or ()) + (null_class is not None)
     if class_names and (rows != needed or null_class not in (None, len(class_names))):

@@ -22,7 +22,7 @@ from latentdiff.utils.safe_yaml import read_yaml
 
 Share = Annotated[float, Field(ge=0, lt=1)]
 Level = Annotated[int, Field(ge=0, le=255)]  # of red, green or blue
-JOINT_DROPOUT = 0.1  # of class+text where the config sets none: as much as of each on its own
+JOINT_DROPOUT = 0.1  # of several conditions where the config sets none: as much as of each on its own
 # pydantic's types of mistakes whose own message speaks of Python's types
 IN_WORDS = {
     "bool_parsing": "must be true or false",
@@ -57,6 +57,9 @@ class DataConfig(Section):
     image_column: str | None = Field(None, description="column of tables, shards and metadata files; None: the usual names")
     label_column: str | None = Field(None, description="column of the class; None: the usual names")
     text_column: str | None = Field(None, description="column of the caption; None: the usual names")
+    pair_column: str | None = Field(
+        None, description="column of a metadata file that names the picture paired with each image (condition.image.kind: pair)"
+    )
     caption: str | None = Field(
         None, min_length=1, description="caption of each image that has none; {class} in it becomes the class's name"
     )
@@ -344,38 +347,72 @@ class TextConfig(Section):
     heads: int = Field(4, gt=0, description="of a new encoder: heads of attention")
 
 
+class ImageConfig(Section):
+    """A second image that the U-Net is given: made from the training image, or paired with it.
+
+    The autoencoder encodes it, and its latent lies beside x_t as further channels (as in SR3, arXiv 2104.07636, and
+    InstructPix2Pix, arXiv 2211.09800).
+    """
+
+    kind: Literal["low_resolution", "mask", "grey", "pair"] = Field(
+        "low_resolution",
+        description="the image made small; the image with a part hidden, and which part that is; the image without colour; "
+        "or the picture that data.pair_column names",
+    )
+    factor: int = Field(4, ge=2, le=64, description="low_resolution: how many times shorter its sides are")
+    masks: Literal["mixed", "side", "rectangles", "frame"] = Field(
+        "mixed",
+        description="mask: what is hidden. side: a share of the image at one side; rectangles: one to three; frame: all but "
+        "one rectangle; mixed: each of the three equally often",
+    )
+    draws: int = Field(4, ge=1, le=64, description="mask: different masks of each image, all encoded before training")
+    dropout: float = Field(0.1, ge=0, le=1, description="share of samples that are not given the image: zeros in its place")
+    folder: str | None = Field(None, description="where the encoded images are; None: condition/ in the run's folder")
+
+
 class ConditionConfig(Section):
     """What the U-Net is conditioned on, and how often training leaves it out (classifier-free guidance, arXiv 2207.12598).
 
-    The shares are probabilities of a sample. With class+text, class and text are dropped independently of each other; a
-    further share, joint_dropout, loses both together.
+    The shares are probabilities of a sample. Conditions are dropped independently of each other; a further share,
+    joint_dropout, loses all of them together. With class, text and image, one more share of that size loses class and text
+    and keeps the image.
     """
 
-    type: Literal["class", "text", "class+text", "none"] = Field("class", description="the class, the caption, both or none")
+    type: Literal["class", "text", "class+text", "image", "class+image", "text+image", "class+text+image", "none"] = Field(
+        "class", description="the class, the caption, an image, several of them, or none"
+    )
     dropout: float = Field(0.1, ge=0, le=1, description="share of samples whose class is replaced by the null class")
     joint_dropout: float | None = Field(
         None,
         ge=0,
         le=1,
-        description="class+text: share of samples that lose both, besides. None: 0.1 where each is dropped on its own, else 0",
+        description="of several conditions: share of samples that lose all of them, besides. None: 0.1 where each is dropped "
+        "on its own, else 0",
     )
     text: TextConfig = TextConfig()
+    image: ImageConfig = ImageConfig()
 
     def includes(self, kind: str) -> bool:
-        """Whether "class" or "text" is among what the model is conditioned on."""
+        """Whether "class", "text" or "image" is among what the model is conditioned on."""
         return kind in self.type.split("+")
 
     @property
+    def shares(self) -> dict[str, float]:
+        """The share of samples, 0 to 1, that lose a condition alone, by its name: "class", "text" or "image"."""
+        shares = {"class": self.dropout, "text": self.text.dropout, "image": self.image.dropout}
+        return {kind: share for kind, share in shares.items() if self.includes(kind)}
+
+    @property
     def effective_joint_dropout(self) -> float:
-        """Share of samples, 0 to 1, that lose class and text together; 0 unless the model is conditioned on both.
+        """Share of samples, 0 to 1, that lose all conditions together; 0 unless there are several.
 
         Guidance compares the conditional prediction with the one without any condition. Dropped independently, at 0.1
         each, both are missing from one sample in a hundred, which is too few to learn that prediction from.
         """
-        if self.type != "class+text":
+        if len(self.shares) < 2:
             return 0.0
         if self.joint_dropout is None:
-            return JOINT_DROPOUT if self.dropout > 0 and self.text.dropout > 0 else 0.0
+            return JOINT_DROPOUT if all(share > 0 for share in self.shares.values()) else 0.0
         return self.joint_dropout
 
 
@@ -389,7 +426,7 @@ class SampleConfig(Section):
     sampler: str | None = Field(None, description="latentdiff's, where there is no scheduler; None: dpmpp_2m")
     steps: int = Field(20, gt=0, description="steps of sampling")
     guidance: float | None = Field(
-        None, ge=0, description="guidance scale; None: 1.5 where training drops the condition, else 1, which is off"
+        None, ge=0, description="guidance scale; None: 1.5 where training drops class or text, else 1, which is off"
     )
     guidance_interval: tuple[float, float] | None = Field(
         None, description="guide only at these times [low, high]; 0 is data and 1 is noise. None: at all"

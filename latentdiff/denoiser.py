@@ -141,6 +141,9 @@ class Denoiser:
 def unet_model(unet: Any, schedule: NoiseSchedule, autocast: torch.dtype | None = None) -> Callable[..., Tensor]:
     """A function model(x, t, **conditioning) for `Denoiser`, around a diffusers U-Net, which is given schedule.timestep(t).
 
+    image_condition [B, e, h, w] in conditioning is what lies beside x as further channels, for a U-Net with a second image; it
+    is not scaled. UserError where the two together are not as many channels as the U-Net takes.
+
     Args:
         unet: a diffusers U-Net; it may be wrapped (DDP, torch.compile). One with cross-attention gets
             encoder_hidden_states=None unless conditioning has it.
@@ -155,13 +158,23 @@ def unet_model(unet: Any, schedule: NoiseSchedule, autocast: torch.dtype | None 
     if "encoder_hidden_states" in inspect.signature(inner.forward).parameters:
         defaults["encoder_hidden_states"] = None
 
-    def model(x: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+    inner_config = getattr(inner, "config", None)
+    channels = inner_config.get("in_channels") if hasattr(inner_config, "get") else None
+
+    def model(x: Tensor, t: Tensor, image_condition: Tensor | None = None, **conditioning: Any) -> Tensor:
         weight = next(iter(inner.parameters()), x)
         k = schedule.timestep(t)
         if schedule.counts_steps:
             # t may be float32: 499.99994 stands for timestep 500, as in training and in diffusers
             k = torch.where((k - k.round()).abs() < 1e-3, k.round(), k)
         k, x = k.float(), x * widen(schedule.input_scale(t), x)
+        if image_condition is not None:
+            x = torch.cat([x, image_condition.to(x)], dim=1)  # [B, c + e, h, w]
+        if channels is not None and x.ndim == 4 and x.shape[1] < channels:
+            raise UserError(
+                f"denoiser: its U-Net takes {channels} channels and is given {x.shape[1]}; one with a second image needs "
+                "image_condition= in each call"
+            )
         cast = torch.autocast(x.device.type, autocast) if autocast else contextlib.nullcontext()
         with cast:
             return unet(x if autocast else x.to(weight.dtype), k, **{**defaults, **conditioning}).sample

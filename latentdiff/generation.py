@@ -30,6 +30,8 @@ DEFAULT_MODEL = "weights/fashion-mnist"
 Subject = int | str | None
 # guide(subjects of a batch) -> a function denoiser -> guided denoiser
 Guide = Callable[[list[Subject]], Callable[[Any], Any]]
+# given(rows of a batch) -> arguments of the pipeline for the second images of these rows
+Given = Callable[[list[int]], dict[str, Any]]
 
 # Arguments of samplers.sample that a call gives by other flags than --sampler-options
 RESERVED_OPTIONS = ("denoiser", "noise_or_shape", "sampler", "steps", "generator", "callback", "device", "replacement")
@@ -59,6 +61,9 @@ def generate(
     batch_size: int = 128,
     progress: bool = True,
     device: str = "auto",
+    condition: str | Path | None = None,
+    condition_mask: str | Path | None = None,
+    image_guidance: float | None = None,
 ) -> Path:
     """Make images of each class or prompt named and write them to a labelled grid, an npz file or a folder.
 
@@ -90,6 +95,9 @@ def generate(
         batch_size: images made at a time.
         progress: show a progress bar on stderr.
         device: auto, cpu, or torch's name of another device.
+        condition: a picture, for a model that is given one: what to enlarge, complete or colour, or the paired picture.
+        condition_mask: a picture that is white where that one is to be completed.
+        image_guidance: scale of guidance by that picture; 1 is off.
 
     Returns:
         The path written.
@@ -126,6 +134,7 @@ def generate(
     # Check the call against the model
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
+    given = given_picture(pipeline, condition, condition_mask)
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
     rows = subjects(pipeline, list(what or []), all_classes)
     class_row = class_of_prompts(pipeline, label, rows)
@@ -157,6 +166,7 @@ def generate(
         "negative_prompt": negative,
         **guiding,
     }
+    call |= {} if image_guidance is None else {"image_guidance_scale": image_guidance}
     depends_on = {
         "WHAT": rows,
         "--num-images": num_images,
@@ -169,9 +179,12 @@ def generate(
         "model": None if path.suffix else _fingerprint(folder, weak),
         **{key: value for key, value in call.items() if key != "weak_unet"},
     }
+    for flag, file in (("--condition", condition), ("--condition-mask", condition_mask)):
+        depends_on |= {} if file is None else {flag: hashlib.sha256(Path(file).read_bytes()).hexdigest()}
     classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
     names = Names(classes, rows, [class_row if isinstance(row, str) else row for row in rows], num_images)
-    make = partial(_batches_of_part, pipeline, rows, num_images, seed, batch_size, guide=guide, label=class_row, **call)
+    call |= {"guide": guide, "label": class_row, "given": given}
+    make = partial(_batches_of_part, pipeline, rows, num_images, seed, batch_size, **call)
     _write(path, make, names, depends_on, batch_size, progress)
     return path
 
@@ -216,6 +229,50 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
         raise UserError(f"WHAT: {error}") from None
 
 
+def given_picture(pipeline: LatentDiffusionPipeline, condition: str | Path | None, mask: str | Path | None) -> Given | None:
+    """The same picture for every image of a call. UserError where the model is given none, or is not given what it needs."""
+    rule = pipeline.config.get("image_condition")
+    if rule is None:
+        if condition is not None or mask is not None:
+            raise UserError("--condition: this model is given no picture; `latentdiff edit` changes one")
+        return None
+    if condition is None:
+        if not rule.get("dropped"):
+            raise UserError(f"--condition: this model is given a picture ({rule['kind']}) for every image; name its file")
+        if mask is not None:
+            raise UserError("--condition-mask: goes with --condition, the picture to complete")
+        return None
+    if (rule["kind"] == "mask") != (mask is not None):
+        needs = "completes pictures, so give --condition-mask, white to fill" if mask is None else "takes no --condition-mask"
+        raise UserError(f"--condition: this model {needs}")
+    arguments = {"condition_image": read_picture(condition, "--condition")}
+    if mask is not None:
+        arguments["condition_mask"] = read_picture(mask, "--condition-mask")
+    return lambda rows: arguments
+
+
+def read_picture(path: str | Path, flag: str) -> Any:
+    """A file as a PIL image in colour, read as training reads images. UserError, naming the flag, where it cannot be read."""
+    from PIL import Image
+
+    from latentdiff.data.image_files import DECODING_ERRORS, decode, one_line
+
+    try:
+        return Image.fromarray(decode(Path(path), 3))
+    except DECODING_ERRORS as error:
+        raise UserError(f"{flag} {path}: cannot be read as a picture ({one_line(error)})") from None
+
+
+def refuse_second_image(pipeline: LatentDiffusionPipeline, what: str) -> None:
+    """UserError for a model that is given a second image. what: the command that has none, for the message."""
+    rule = pipeline.config.get("image_condition")
+    if rule is not None:
+        raise UserError(
+            f"MODEL: is given a picture ({rule['kind']}) for each image, and {what} has none; valid for it are generate "
+            "--condition, edit and evaluate"
+        )
+
+
 def class_of_prompts(pipeline: LatentDiffusionPipeline, label: str | int | None, rows: list[Subject]) -> int | None:
     """The embedding row of the class that --label gives to every prompt of `rows`, or None. UserError where it cannot."""
     if label is None:
@@ -235,8 +292,9 @@ def class_of_prompts(pipeline: LatentDiffusionPipeline, label: str | int | None,
 def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:
     """The subjects of class-balanced samples: each class, or [None] of an unconditional model.
 
-    UserError for a model that reads text and has no classes.
+    UserError for a model that reads text and has no classes, or one that is given a second image.
     """
+    refuse_second_image(pipeline, "this command")
     if pipeline.text_encoder is not None and not pipeline.num_classes:
         raise UserError("MODEL: it reads prompts and has no classes; measure it by latentdiff evaluate or judge")
     return list(range(pipeline.num_classes)) or [None]
@@ -412,6 +470,7 @@ def generate_batches(
     guide: Guide | None = None,
     label: int | None | Sequence[int] = None,
     part: slice = slice(None),
+    given: Given | None = None,
     **call: Any,
 ) -> Iterator[tuple[np.ndarray, list[Subject]]]:
     """Yield (images uint8 [B, H, W, C], their subjects [B]), batch by batch and in order.
@@ -428,6 +487,7 @@ def generate_batches(
         guide: guide(classes [B]) is the pipeline's `guidance` for a batch.
         label: the class of every prompt, or a list with one for each of `rows`.
         part: which of all `len(rows) * num_images` images to make; all by default.
+        given: given(places in `rows` [B]) is the pipeline's condition_image, and condition_mask, for a batch.
         call: further arguments of the pipeline's call.
 
     Raises:
@@ -462,6 +522,8 @@ def generate_batches(
             arguments["prompt"] = [subject if isinstance(subject, str) else None for subject in subjects_of_batch]
         if guide is not None:
             arguments["guidance"] = guide(arguments["class_labels"])
+        if given is not None:
+            arguments |= given([row for _, _, row in batch])
         if guided_to and not has_negative and not has_weak and guided_to.isdisjoint(subjects_of_batch):
             arguments["guidance_scale"] = 1.0
         try:

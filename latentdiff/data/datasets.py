@@ -22,6 +22,8 @@ class ImageDataset:
     these N images).
     """
 
+    means_only = False  # a latent cache keeps mean and deviation of each posterior
+
     def __init__(
         self,
         source: ImageSource,
@@ -69,6 +71,17 @@ class ImageDataset:
         images = self.preprocess.batch([image for _, image in numbered], mirrored, moves)
         labels = None if self.source.labels is None else self.source.labels[[j for j, _ in numbered]]
         return images, labels
+
+    def pairs(self, indices: torch.Tensor | Sequence[int], *, flips: torch.Tensor | bool = False) -> torch.Tensor:
+        """The pictures that are paired with images, prepared as the images are: float32 [B, C, H', W'] in [-1, 1].
+
+        indices, flips: as in `batch`. Where an image cannot be read, it is the pair of its substitute.
+        UserError where the images have no pairs, or one cannot be read.
+        """
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        mirrored = torch.as_tensor(flips).expand(len(index)).tolist()
+        rows = [self._read_or_next(i)[0] for i in index.tolist()]
+        return self.preprocess.batch([self.source.read_pair(j) for j in rows], mirrored)
 
     def _read_or_next(self, i: int) -> tuple[int, np.ndarray]:
         """(index in the source, image): image i of this data set, or the next one that can be read, from the start at the end.

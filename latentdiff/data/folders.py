@@ -7,13 +7,17 @@ used goes into the report.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import unicodedata
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from latentdiff.data.file_report import FileReport, listed
-from latentdiff.data.image_files import examine, image_suffixes, why_not_read
+from latentdiff.data.image_files import DECODING_ERRORS, decode, examine, hash_ends, image_suffixes, one_line, why_not_read
 from latentdiff.data.image_source import (
     TEXT_COLUMNS,
     Annotations,
@@ -53,7 +57,7 @@ class Listing:
 
     unlabelled: why a folder that has sub-folders has no classes, for the message of whoever needs them.
     captions_ignored_before: whether earlier versions read the same images without these captions, which lie beside them or
-    in a column other than text.
+    in a column other than text. pairs: the file of the picture paired with each image, or None.
     """
 
     files: list[str]
@@ -62,6 +66,7 @@ class Listing:
     report: FileReport = field(default_factory=FileReport)
     unlabelled: str | None = None
     captions_ignored_before: bool = False
+    pairs: list[str] | None = None
 
 
 class FolderSource(EncodedImages):
@@ -72,12 +77,38 @@ class FolderSource(EncodedImages):
         super().__init__(name, f"{root}/", listing.files, [header for header, _ in examined], annotations, reading)
         self._captions_ignored_before = listing.captions_ignored_before
         self.root, self.report, self.unlabelled = root, listing.report, listing.unlabelled
+        if listing.pairs is not None:
+            self.pairs = [listing.pairs[i] for i in self.rows]
+            self.pair_sizes = self._sizes_of_pairs()
         for file, (_, several) in zip(listing.files, examined, strict=True):
             if several:
                 self.report.remark("has several frames or pages, of which the first is used", file)
 
     def open(self, i: int) -> Path:
         return self.root / self.files[i]
+
+    def _sizes_of_pairs(self) -> np.ndarray:
+        """Height and width of the paired pictures, int64 [N, 2]. UserError for one that cannot be read as a picture."""
+        headers = in_threads(lambda file: examine(self.root / file)[0], self.pairs or [])
+        for file, pair, header in zip(self.files, self.pairs or [], headers, strict=True):
+            if isinstance(header, str):
+                raise UserError(f"{self.root / pair}: the picture paired with {file} cannot be read ({header})")
+        return np.array([header[1] for header in headers], dtype=np.int64).reshape(-1, 2)
+
+    def read_pair(self, i: int) -> np.ndarray:
+        if self.pairs is None:
+            return super().read_pair(i)
+        try:
+            return decode(self.root / self.pairs[i], self.channels, self.background)
+        except DECODING_ERRORS as error:
+            where = self.root / self.pairs[i]
+            raise UserError(f"{where}: the picture paired with {self.files[i]} cannot be read ({one_line(error)})") from error
+
+    def pairs_fingerprint(self) -> str:
+        if self.pairs is None:
+            return super().pairs_fingerprint()
+        ends = in_threads(lambda file: hash_ends(self.root / file), self.pairs)
+        return hashlib.sha256(json.dumps([self.pairs, ends]).encode()).hexdigest()
 
     def latents_fingerprint(self) -> str:
         """Without captions of a kind that earlier versions did not read: their caches of the same images stay valid."""
@@ -127,8 +158,8 @@ def list_folder(root: Path, columns: Columns, with_captions: bool = True) -> Lis
         return _list_by_metadata(root, metadata, columns)
     if columns != Columns():
         raise UserError(
-            f"{root}: image_column, label_column and text_column name columns, and this folder has neither metadata.jsonl nor "
-            "metadata.csv; leave them out"
+            f"{root}: image_column, label_column, text_column and pair_column name columns, and this folder has neither "
+            "metadata.jsonl nor metadata.csv; leave them out"
         )
     contents = _Contents(root)
     if not contents.images:
@@ -256,7 +287,8 @@ def _list_by_metadata(root: Path, metadata: list[str], columns: Columns) -> List
     """The images that the first of the metadata files names. metadata: those that the folder has."""
     report = FileReport()
     rows, text = read_metadata(root / metadata[0], columns, report)
-    contents = _Contents(root, frozenset(os.path.normpath(row.file) for row in rows))
+    named = [file for row in rows for file in (row.file, row.pair) if file]
+    contents = _Contents(root, frozenset(map(os.path.normpath, named)))
     contents.report.remarks |= report.remarks
     for name in metadata[1:]:
         contents.report.leave_out(f"{metadata[0]} is read instead", name)
@@ -265,7 +297,7 @@ def _list_by_metadata(root: Path, metadata: list[str], columns: Columns) -> List
     files = [row.file for row in rows]
     for file in sorted({file for file, other in zip(files, files[1:], strict=False) if file == other}):
         contents.report.remark(f"listed more than once in {metadata[0]}, and counted as often", file)
-    used = {os.path.normpath(file) for file in files}
+    used = {os.path.normpath(file) for file in files} | {os.path.normpath(row.pair) for row in rows if row.pair}
     for file in contents.images:
         if file not in used:
             contents.report.leave_out(f"not listed in {metadata[0]}", file)
@@ -274,7 +306,8 @@ def _list_by_metadata(root: Path, metadata: list[str], columns: Columns) -> List
     labels = [row.label for row in rows if row.label is not None]
     captions = [row.captions for row in rows if row.captions is not None]
     ignored = text != TEXT_COLUMNS[0]
-    return Listing(files, labels or None, captions or None, contents.report, captions_ignored_before=ignored)
+    pairs = [row.pair for row in rows if row.pair is not None]
+    return Listing(files, labels or None, captions or None, contents.report, None, ignored, pairs or None)
 
 
 def _resolve(root: Path, rows: list[Row], images: list[str]) -> None:

@@ -31,13 +31,15 @@ R = TypeVar("R")
 class Columns:
     """Where a table or an archive keeps images, labels and captions; None: the usual names (see open_source).
 
-    caption: of each image that has none; {class} in it becomes the name of the image's class.
+    caption: of each image that has none; {class} in it becomes the name of the image's class. pair: the column of a metadata
+    file that names the picture paired with each image; None: images have no pairs.
     """
 
     image: str | None = None
     label: str | None = None
     text: str | None = None
     caption: str | None = None
+    pair: str | None = None
 
 
 @dataclass(frozen=True)
@@ -77,10 +79,13 @@ class ImageSource:
     unlabelled), labels (int64 [N] or None), captions (N tuples of one caption or more, or None), sizes (int64 [N, 2],
     height and width as `read` returns them), bad ({file name: reason} of the images that were skipped), report (the other
     files that are not used, and remarks), unlabelled (why there are no labels where one may expect some), blocks (how many
-    of the images lie together, one after another, where reading one of them reads them all; else None).
+    of the images lie together, one after another, where reading one of them reads them all; else None), pairs and
+    pair_sizes (the file of the picture paired with each image, N names, and their heights and widths, int64 [N, 2]; or None).
     """
 
     blocks: tuple[int, ...] | None = None
+    pairs: list[str] | None = None
+    pair_sizes: np.ndarray | None = None
     unlabelled: str | None = None
 
     def __init__(
@@ -103,6 +108,14 @@ class ImageSource:
     def read(self, i: int) -> np.ndarray:
         """Image i as uint8 [H, W, C]. Raises UnreadableImage for a file that cannot be decoded."""
         raise NotImplementedError
+
+    def read_pair(self, i: int) -> np.ndarray:
+        """The picture paired with image i, uint8 [H, W, C]. UserError where there is none, or it cannot be decoded."""
+        raise UserError(f"data '{self.name}': its images have no paired pictures")
+
+    def pairs_fingerprint(self) -> str:
+        """Hex sha256 of the paired pictures: their names, and of each what `fingerprint` covers of an image."""
+        raise UserError(f"data '{self.name}': its images have no paired pictures")
 
     def fingerprint(self) -> str:
         """Hex sha256 of what a model would see: the same wherever the same data lie."""

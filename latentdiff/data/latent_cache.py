@@ -6,6 +6,8 @@ was made of another autoencoder, preprocessing, data or copies is refused.
 
     manifest.json                written last: if it is there, all shards are; it has the sha256 of each
     shard-00000.safetensors      mean, std [n, c, h, w]; mirrored.mean, mirrored.std where flips were cached; labels [n]
+
+A cache of condition images (`latentdiff.data.condition_images`) has means alone: their std is 0.
 """
 
 import sys
@@ -19,6 +21,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from latentdiff.data.condition_images import ConditionImages
 from latentdiff.data.copies import ONCE
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.tensor_shards import (
@@ -43,8 +46,10 @@ from latentdiff.utils.random import Generators, randn
 
 FORMAT = 2  # in 1 the decoder and the normaliser were part of the autoencoder's fingerprint
 REMAKE = "run `latentdiff encode` again, which makes only this one anew"
+Dataset = ImageDataset | ConditionImages  # what can be cached
 DTYPES = {"float16": torch.float16, "float32": torch.float32}
 _SAFETENSORS_DTYPES = ("F16", "F32")
+BOTH = ("mean", "std")  # the moments in a shard, where its identity does not name them
 
 
 class Codec(Protocol):
@@ -80,6 +85,7 @@ class LatentCache:
         self.class_names: list[str] = manifest["class_names"]
         self.latent_shape: tuple[int, ...] = tuple(manifest["latent_shape"])
         self.has_flips: bool = made_of["flips"]
+        self._moments = made_of.get("moments", BOTH)
         self._count, self._shard_size = int(made_of["count"]), int(made_of["shard_size"])
         self._shards = []
         self._views: dict[tuple[int, str], Tensor] = {}
@@ -128,14 +134,15 @@ class LatentCache:
         mirrored = torch.as_tensor(flips).expand(len(index))
         if bool(mirrored.any()) and not self.has_flips:
             raise UserError(f"{self.folder}: this cache was built without flips; encode again with flips on")
-        mean, std = torch.empty(2, len(index), *self.latent_shape)
+        mean, std = torch.zeros(2, len(index), *self.latent_shape)
         shard_of = index // self._shard_size
         for number in shard_of.unique().tolist():
             for side in mirrored[shard_of == number].unique().tolist():
                 rows = (shard_of == number) & (mirrored == side)
                 local = index[rows] - number * self._shard_size
                 mean[rows] = self._view(number, _tensor_name("mean", side))[local].float()
-                std[rows] = self._view(number, _tensor_name("std", side))[local].float()
+                if "std" in self._moments:
+                    std[rows] = self._view(number, _tensor_name("std", side))[local].float()
         return mean, std
 
     def _view(self, number: int, name: str) -> Tensor:
@@ -144,16 +151,19 @@ class LatentCache:
             self._views[number, name] = self._shards[number].get_tensor(name)
         return self._views[number, name]
 
+    def _flat(self, shard: Any, name: str, mirrored: bool) -> Tensor:
+        """One of the moments of a shard, float64 [c, n·h·w]."""
+        if name not in self._moments:
+            return torch.zeros_like(self._flat(shard, "mean", mirrored))
+        return shard.get_tensor(_tensor_name(name, mirrored)).double().transpose(0, 1).flatten(1)
+
     def statistics(self) -> LatentMoments:
         """Exact per-channel moments over the whole cache in one streaming pass, mirrored encodings included."""
         count = 0
         mean, squares, noise = torch.zeros(3, self.latent_shape[0], 1, dtype=torch.float64)
         for shard in self._shards:
             for side in (False, True) if self.has_flips else (False,):
-                values, stds = (
-                    shard.get_tensor(_tensor_name(name, side)).double().transpose(0, 1).flatten(1)  # [c, n·h·w]
-                    for name in ("mean", "std")
-                )
+                values, stds = (self._flat(shard, name, side) for name in BOTH)
                 n, centre = values.shape[1], values.mean(1, keepdim=True)
                 # Chan's merge of two (count, mean, sum of squared deviations)
                 squares = squares + (values - centre).square().sum(1, keepdim=True)
@@ -165,7 +175,7 @@ class LatentCache:
         return LatentMoments(mean[:, 0], variance.sqrt(), noise[:, 0] / count / variance)
 
 
-def identity(codec: Codec, dataset: ImageDataset) -> Identity:
+def identity(codec: Codec, dataset: Dataset) -> Identity:
     """The parts of a cache's identity that decide its latents; give it to open_cache as `expect`."""
     made_of = {
         "autoencoder": codec.fingerprint(latents_only=True),
@@ -174,6 +184,7 @@ def identity(codec: Codec, dataset: ImageDataset) -> Identity:
     }
     # Earlier versions wrote neither of these
     made_of |= {"split": dataset.split} if dataset.split else {}
+    made_of |= {"moments": ["mean"]} if dataset.means_only else {}
     return made_of | ({"copies": dataset.copies.describe()} if dataset.copies.count > 1 else {})
 
 
@@ -224,7 +235,7 @@ def _check_hashes(folder: Path, manifest: dict[str, Any], rank: int, world: int)
 
 def build_cache(
     codec: Codec,
-    dataset: ImageDataset,
+    dataset: Dataset,
     folder: str | Path,
     flips: bool = False,
     batch: int = 64,
@@ -263,7 +274,7 @@ def build_cache(
 
 def build_part(
     codec: Codec,
-    dataset: ImageDataset,
+    dataset: Dataset,
     folder: str | Path,
     flips: bool = False,
     batch: int = 64,
@@ -288,7 +299,7 @@ def build_part(
     return missing
 
 
-def _identity_here(codec: Codec, dataset: ImageDataset, folder: Path, flips: bool, dtype: str, shard_size: int) -> Identity:
+def _identity_here(codec: Codec, dataset: Dataset, folder: Path, flips: bool, dtype: str, shard_size: int) -> Identity:
     """The identity of the cache that a folder shall have; UserError where it has another one."""
     if dtype not in DTYPES:
         raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
@@ -308,7 +319,7 @@ def _is_finished(folder: Path, made_of: Identity) -> bool:
 
 def _build_shards(
     codec: Codec,
-    dataset: ImageDataset,
+    dataset: Dataset,
     folder: Path,
     made_of: Identity,
     batch: int,
@@ -349,7 +360,7 @@ def _missing_shards(folder: Path, made_of: Identity) -> list[int]:
     return [n for n in range(shard_count(made_of)) if _shard_problem(folder, made_of, n)]
 
 
-def _finish(dataset: ImageDataset, folder: Path, made_of: Identity) -> None:
+def _finish(dataset: Dataset, folder: Path, made_of: Identity) -> None:
     """Mark a cache whose shards are all there as finished, by its manifest: the same bytes from every process."""
     manifest = read_manifest(folder)
     if manifest is None:
@@ -363,13 +374,15 @@ def _finish(dataset: ImageDataset, folder: Path, made_of: Identity) -> None:
     write_manifest(folder, manifest)
 
 
-def _encode(codec: Codec, dataset: ImageDataset, indices: Tensor, made_of: Identity) -> dict[str, Tensor]:
+def _encode(codec: Codec, dataset: Dataset, indices: Tensor, made_of: Identity) -> dict[str, Tensor]:
     """The rows of a shard for one batch of images, on the CPU."""
     rows: dict[str, Tensor] = {}
     dtype = DTYPES[made_of["dtype"]]
     for side in (False, True) if made_of["flips"] else (False,):
         images, labels = dataset.batch(indices, flips=side)
-        for name, value in zip(("mean", "std"), codec.moments(images), strict=True):
+        for name, value in zip(BOTH, codec.moments(images), strict=True):
+            if name not in made_of.get("moments", BOTH):
+                continue
             rows[_tensor_name(name, side)] = value.to("cpu", dtype)
             if not torch.isfinite(rows[_tensor_name(name, side)]).all():
                 raise UserError(
@@ -395,7 +408,7 @@ def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
         time.sleep(min(0.5, patience))
 
 
-def _manifest(folder: Path, dataset: ImageDataset, made_of: Identity) -> dict[str, Any]:
+def _manifest(folder: Path, dataset: Dataset, made_of: Identity) -> dict[str, Any]:
     with safe_open(shard_path(folder, 0), "pt") as shard:
         latent_shape = list(shard.get_slice("mean").get_shape()[1:])
     # Each process knows what it could not read itself
@@ -429,7 +442,7 @@ def _shard_problem(folder: Path, made_of: Identity, number: int) -> str | None:
         return "of another cache"
     shapes = tensor_shapes(path)
     sides = (False, True) if made_of["flips"] else (False,)
-    moments = [shapes.get(_tensor_name(name, side)) for side in sides for name in ("mean", "std")]
+    moments = [shapes.get(_tensor_name(name, side)) for side in sides for name in made_of.get("moments", BOTH)]
     first = moments[0]
     if first is None or len(first[1]) != 4 or first[0] not in _SAFETENSORS_DTYPES or len(set(moments)) != 1:
         return "without mean and std of one shape"

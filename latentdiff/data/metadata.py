@@ -24,12 +24,16 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"
 
 @dataclass
 class Row:
-    """One image: its file relative to the folder, its label and captions or None, and the line that it begins on."""
+    """One image: its file relative to the folder, its label and captions or None, and the line that it begins on.
+
+    pair: the file of the paired picture, relative to the folder, or None.
+    """
 
     file: str
     label: str | None
     captions: tuple[str, ...] | None
     line: int
+    pair: str | None = None
 
 
 def read_metadata(path: Path, columns: Columns, report: FileReport) -> tuple[list[Row], str | None]:
@@ -48,9 +52,9 @@ def read_metadata(path: Path, columns: Columns, report: FileReport) -> tuple[lis
     names = list(dict.fromkeys(key for _, row in table for key in row))
     image, label, text = _chosen(path, columns, names, table)
     for name in names:
-        if name not in (image, label, text):
+        if name not in (image, label, text, columns.pair):
             report.remark(f"column of {path.name} that is not used", name)
-    rows = [_row(path, line, row, image, label, text) for line, row in table]
+    rows = [_row(path, line, row, image, label, text, columns.pair) for line, row in table]
     for column, missing in (
         (label, [row.line for row in rows if row.label is None]),
         (text, [row.line for row in rows if row.captions is None]),
@@ -74,7 +78,13 @@ def _chosen(
     path: Path, columns: Columns, names: list[str], table: list[tuple[int, dict[str, Any]]]
 ) -> tuple[str, str | None, str | None]:
     """The columns of file names, labels and captions."""
-    for key, column in (("image_column", columns.image), ("label_column", columns.label), ("text_column", columns.text)):
+    named = {
+        "image_column": columns.image,
+        "label_column": columns.label,
+        "text_column": columns.text,
+        "pair_column": columns.pair,
+    }
+    for key, column in named.items():
         if column is not None and column not in names:
             raise UserError(f"{path}: {key} {column} is not a column; the columns are {listed(names, 20)}")
     label = columns.label or (LABEL_COLUMN if LABEL_COLUMN in names else None)
@@ -83,7 +93,7 @@ def _chosen(
     return columns.image or FILE_COLUMN, label, columns.text or next(iter(filled or usual), None)
 
 
-def _row(path: Path, line: int, row: dict[str, Any], image: str, label: str | None, text: str | None) -> Row:
+def _row(path: Path, line: int, row: dict[str, Any], image: str, label: str | None, text: str | None, pair: str | None) -> Row:
     file = row.get(image)
     if not isinstance(file, str) or not file:
         hint = "" if image in row else f"; {_no_column(image, list(row))}"
@@ -91,7 +101,12 @@ def _row(path: Path, line: int, row: dict[str, Any], image: str, label: str | No
     check_inside(path, line, image, file)
     value = None if label is None else row.get(label)
     captions = None if text is None else captions_of(row.get(text), f"{path} line {line}")
-    return Row(file, None if value in (None, "") else str(value), captions, line)
+    other = None if pair is None else row.get(pair)
+    if pair is not None:
+        if not isinstance(other, str) or not other:
+            raise UserError(f"{path} line {line}: has no {pair}, the picture that is paired with {image} {file[:200]!r}")
+        check_inside(path, line, pair, other)
+    return Row(file, None if value in (None, "") else str(value), captions, line, other)
 
 
 def _no_column(image: str, names: list[str]) -> str:

@@ -76,6 +76,11 @@ def open_source(
         source = open_source(data, split, channels, max_bad_share, named, streaming, background)
         return _with_captions(source, columns.caption)
     kind, reading = kind_of(data), Reading(channels, max_bad_share, background)
+    if columns.pair is not None and kind != "folder":
+        raise UserError(
+            f"data '{data}': pair_column {columns.pair} is of a folder with metadata.jsonl or metadata.csv, whose column names "
+            "the paired pictures; leave it out"
+        )
     if kind == "fashion-mnist" and columns != USUAL_COLUMNS:
         raise UserError(f"data '{data}': has no columns; leave image_column, label_column and text_column out")
     if streaming:

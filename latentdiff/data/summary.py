@@ -38,7 +38,7 @@ def summarize_data(what: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """
     data = parse_data({"source": what}, overrides)
     channels = data.channels if "channels" in data.model_fields_set else None  # None: as the images have them
-    columns = Columns(data.image_column, data.label_column, data.text_column, data.caption)
+    columns = Columns(data.image_column, data.label_column, data.text_column, data.caption, data.pair_column)
     sources = {
         split: open_source(what, split, channels, MAX_BAD_SHARE, columns, data.streaming, data.background)
         for split in splits(what, data.streaming)

@@ -76,7 +76,7 @@ class Preprocess:
         inside = first if self.framing == "pad" and first[0] <= size[0] and first[1] <= size[1] else size
         resolved = replace(self, size=size, channels=self.channels or source.channels, content_size=self.content_size or inside)
         for height, width in sizes.tolist():
-            resolved._check_fits(height, width)
+            resolved.check_fits(height, width)
         return resolved
 
     @property
@@ -140,7 +140,7 @@ class Preprocess:
 
     def _fit(self, image: np.ndarray, move: Move | None = None) -> np.ndarray:
         """uint8 [H0, W0, C0] -> uint8 [H, W, C]: the content."""
-        self._check_fits(*image.shape[:2])
+        self.check_fits(*image.shape[:2])
         image = _match_channels(image, self.channels or image.shape[-1])
         _, _, height, width = self.content
         if move is not None:
@@ -177,7 +177,8 @@ class Preprocess:
                 f"size={list(larger)} with framing=crop, letterbox or resize"
             )
 
-    def _check_fits(self, height: int, width: int) -> None:
+    def check_fits(self, height: int, width: int) -> None:
+        """UserError for an image of this size that the framing cannot bring to `size`."""
         expected = self.content_size or self._known_size()
         if self.framing in ("exact", "pad") and (height, width) != expected:
             ways = ", ".join(f"{way} ({does})" for way, does in WAYS.items())

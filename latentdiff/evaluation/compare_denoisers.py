@@ -118,6 +118,7 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
     from latentdiff.checkpoints import load, refuse_bridge, resolve_model
     from latentdiff.denoiser import Denoiser
     from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets, trained_on_means
+    from latentdiff.generation import refuse_second_image
     from latentdiff.models.codec import LatentCodec
 
     loaded: list[tuple[Any, Any]] = []
@@ -126,6 +127,7 @@ def _load(models: Sequence[str | Path], data: str) -> tuple[list[tuple[Any, Any]
         folder = resolve_model(name)
         pipeline = load(folder)
         refuse_bridge(pipeline, str(name))
+        refuse_second_image(pipeline, "agreement")
         if pipeline.text_encoder is not None:
             raise UserError(f"{name}: reads text; agreement compares models with classes or without a condition")
         codec = LatentCodec(pipeline.vae)

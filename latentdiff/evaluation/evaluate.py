@@ -32,6 +32,7 @@ class _Request(NamedTuple):
     classes: list[int] | None  # of each subject, where subjects are prompts and the model has classes too
     labels: np.ndarray | None  # the class of each image, [N]
     prompt_facts: dict[str, Any]  # on prompts, for the protocol; empty for a model that reads no text
+    given: Any = None  # gives a batch its second images, as of `generate_batches`; None for a model without
 
     @property
     def total(self) -> int:
@@ -83,6 +84,8 @@ def evaluate(
     space with its floor (as many real images) and that of reconstructions, label accuracy, the classification accuracy score
     (CAS), what `latentdiff.evaluation.feature_metrics` measures, and the protocol.
 
+    A model that is given a second image gets those of held-out images, and draws each under its image's class and caption.
+
     Args:
         model: a checkpoint: a folder or a Hub name. None where `samples` are measured.
         data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
@@ -100,7 +103,8 @@ def evaluate(
         curve_images: images for each scale. By default num_images, but at most 1000, rounded down to whole classes.
         bits_images: held-out images whose bits per dimension are bounded too, each under its own class (of a model that
             reads text, under the empty prompt); some 1 s an image.
-        prompts: whose captions a model that reads text draws: test or train. By default test, the held-out images.
+        prompts: whose captions a model that reads text draws, and whose second images a model is given: test or train. By
+            default test, the held-out images.
         steps: steps of the sampler. By default the checkpoint's, or more where the sampler needs more.
         sampler: one of latentdiff's samplers (latentdiff.samplers.names()). By default the checkpoint's own scheduler.
         guidance: scale of classifier-free guidance; 1 is off. By default the checkpoint's.
@@ -251,7 +255,7 @@ def _generate(
         )
     if bits_images:
         check_likelihood(pipeline, str(model))
-    if prompts is not None and pipeline.text_encoder is None:
+    if prompts is not None and pipeline.text_encoder is None and pipeline.config.get("image_condition") is None:
         raise UserError(f"--prompts {prompts}: this model reads no text; leave it out")
     part = prompts or "test"
     images = {"test": test, "train": train}[part]
@@ -279,7 +283,7 @@ def _generate(
         {**weights_of(folder), "device": str(chosen)},
         codec,
         (guided, curve_request.labels) if guided else None,
-        [str(text) for text in request.subjects] if request.prompt_facts else (),
+        [str(text) for text in request.subjects] if pipeline.text_encoder is not None else (),
     )
 
 
@@ -297,15 +301,18 @@ def _check_floor(test: ImageDataset, labels: np.ndarray | None, count: int) -> N
 def _can_be_guided(pipeline: Any) -> bool:
     """Whether a model has a condition, and was trained without it too."""
     classes, text, config = pipeline.num_classes > 0, pipeline.text_encoder is not None, pipeline.config
+    if not (classes or text):
+        return bool((config.image_condition or {}).get("dropped"))
     without_dropout = classes and config.null_class is None or text and config.null_prompt is None
-    return (classes or text) and not without_dropout
+    return not without_dropout
 
 
 def _curve_images(pipeline: Any, requested: int | None, num_images: int) -> int:
     """Images of each guidance scale: what was requested, else num_images up to CURVE_IMAGES, a multiple of the classes."""
     if requested is not None:
         return requested
-    classes = 1 if pipeline.text_encoder is not None else max(1, pipeline.num_classes)
+    balanced = pipeline.text_encoder is None and pipeline.config.get("image_condition") is None
+    classes = max(1, pipeline.num_classes) if balanced else 1
     return max(min(num_images, CURVE_IMAGES) // classes * classes, classes)
 
 
@@ -315,6 +322,8 @@ def _request(pipeline: Any, count: int, flag: str, images: ImageDataset, part: s
     from latentdiff.evaluation.sample_sets import draw_prompts
     from latentdiff.generation import every_class
 
+    if pipeline.config.get("image_condition") is not None:
+        return _request_from_images(pipeline, count, images, part, data)
     if pipeline.text_encoder is not None:
         check_classes(pipeline, images, data)
         drawn = draw_prompts(images, count, part, data)
@@ -328,6 +337,30 @@ def _request(pipeline: Any, count: int, flag: str, images: ImageDataset, part: s
     return _Request(rows, each, None, None if rows == [None] else np.repeat(np.asarray(rows), each), {})
 
 
+def _request_from_images(pipeline: Any, count: int, images: ImageDataset, part: str, data: str) -> _Request:
+    """`count` images, each made from the second image of one of `images`, and its class and caption where the model takes them.
+
+    Which of `images` follows from their number and count alone: each once, then again with another draw of its mask.
+    """
+    from latentdiff.evaluation.reference_data import check_classes
+    from latentdiff.evaluation.sample_sets import GivenImages
+
+    check_classes(pipeline, images, data)
+    given = GivenImages(images, pipeline.config.get("image_condition"), count, part)
+    labels = None if images.labels is None else images.labels[given.rows]
+    classes = labels.tolist() if labels is not None and pipeline.num_classes else None
+    texts = given.captions(data) if pipeline.text_encoder is not None else None
+    subjects: list[Subject] = [*(texts or classes or [None] * count)]
+    return _Request(
+        subjects,
+        1,
+        classes if texts else None,
+        None if labels is None else labels.numpy(),
+        given.facts,
+        given,
+    )
+
+
 def _make(pipeline: Any, request: _Request, doing: str = "", seed: int = 0, batch_size: int = 128, **call: Any) -> Any:
     """The requested images, uint8 [N, H, W, C], on the first process; None on others."""
     from latentdiff.generation import generate_share
@@ -337,7 +370,7 @@ def _make(pipeline: Any, request: _Request, doing: str = "", seed: int = 0, batc
     with progress_bars.bar(
         total=part.stop - part.start, unit="image", desc=doing, delay=0.5, mininterval=1.0, disable=processes.rank() > 0
     ) as bar:
-        call["label"] = request.classes
+        call |= {"label": request.classes, "given": request.given}
         mine = generate_share(pipeline, request.subjects, request.each, seed, batch_size, bar.update, **call)
     return processes.gather(mine, request.total, batch_size)
 

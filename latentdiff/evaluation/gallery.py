@@ -53,12 +53,14 @@ def gallery(
     from latentdiff import samplers
     from latentdiff.checkpoints import load, resolve_model
     from latentdiff.evaluation.reference_data import trained_on_means
+    from latentdiff.generation import refuse_second_image
     from latentdiff.utils.outputs import check_out_folder
 
     folder, out = resolve_model(model), check_out_folder(out)
     if sampler not in samplers.names():
         raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
     pipeline = load(folder)
+    refuse_second_image(pipeline, "gallery")
     if not pipeline.num_classes or pipeline.config.null_class is None:
         raise UserError(f"{folder}: the gallery shows classes and guidance; this model has none to show")
     if pipeline.text_encoder is not None:

@@ -87,7 +87,7 @@ def judge(
     from latentdiff.data.pairs import read_pairs, to_images
     from latentdiff.evaluation.records import make_judge_record, sampling_protocol, write_record
     from latentdiff.evaluation.retrieval import MILD, chosen_rows, index_pictures, judge_pictures
-    from latentdiff.generation import place, set_precision
+    from latentdiff.generation import place, refuse_second_image, set_precision
     from latentdiff.guidance import check_interval
     from latentdiff.models.codec import LatentCodec
     from latentdiff.models.judge_net import load_judge
@@ -107,6 +107,7 @@ def judge(
     net = load_judge(resolve_model(judge, "--judge", "model.safetensors"))
     folder = resolve_model(model)
     pipeline = load(folder)
+    refuse_second_image(pipeline, "judge")
     if pipeline.text_encoder is None:
         raise UserError(f"{model}: reads no text, and a judge measures how well prompts are followed")
     chosen = place(pipeline, device, sampler)

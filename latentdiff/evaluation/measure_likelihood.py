@@ -85,9 +85,11 @@ def measure_likelihood(
 
 
 def check_likelihood(pipeline: Any, model: str) -> None:
-    """UserError for a bridge, and for a model that reads text and has no likelihood without a prompt. model: its name."""
+    """UserError for a bridge, a model with a second image, and one of text that always has a prompt. model: its name."""
     from latentdiff.checkpoints import refuse_bridge
+    from latentdiff.generation import refuse_second_image
 
     refuse_bridge(pipeline, model)
+    refuse_second_image(pipeline, "likelihood")
     if pipeline.text_encoder is not None and pipeline.config.null_prompt is None:
         raise UserError(f"{model}: was trained without text dropout, so it has no likelihood without prompts")

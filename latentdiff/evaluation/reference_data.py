@@ -75,7 +75,7 @@ def data_rule(folder: Path, codec: Any) -> tuple[Preprocess, float, Columns, boo
     return (
         preprocessing(data, codec),
         data["held_out"],
-        Columns(*(data.get(key) for key in ("image_column", "label_column", "text_column", "caption"))),
+        Columns(*(data.get(key) for key in ("image_column", "label_column", "text_column", "caption", "pair_column"))),
         data.get("streaming", False),
         data.get("held_out_rule", "random"),  # the only rule of earlier versions
         data.get("max_bad_share", 0.01),

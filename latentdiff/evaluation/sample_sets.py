@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentdiff.data.condition_images import ConditionImages
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
 from latentdiff.data.sources import ArraySource, open_source
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
+from latentdiff.models.image_condition import ImageCondition
 from latentdiff.utils.random import derive_seed
 
 # What numpy and zipfile raise on damaged archives; RuntimeError stands for encrypted ones and unknown methods
@@ -225,3 +227,49 @@ def draw_prompts(images: ImageDataset, count: int, part: str, data: str, seed: i
         "sha256": hashlib.sha256(json.dumps(texts).encode()).hexdigest(),
     }
     return CaptionPrompts(texts, None if images.labels is None else images.labels[[i for i, _ in places]], facts)
+
+
+class GivenImages:
+    """The second images that a model is given to make `count` images from those of a data set.
+
+    Args:
+        images: the data set.
+        rule: the pipeline's config entry image_condition: kind and factor.
+        count: how many. Where there are fewer images, each comes equally often or once more, with another mask.
+        part: which part of the data the images are, a key of PARTS.
+
+    Attributes:
+        rows: the image of each, int64 [count].
+        facts: how they were drawn, for the protocol.
+
+    Called with places in `rows`, it returns the pipeline's arguments condition_image and condition_mask.
+
+    Raises:
+        UserError: the images have no such second image.
+    """
+
+    def __init__(self, images: ImageDataset, rule: dict[str, Any], count: int, part: str):
+        kind = rule["kind"]
+        condition = ImageCondition(kind, rule.get("factor") or 1, rule.get("masks", "mixed") if kind == "mask" else None)
+        rounds, rest = divmod(count, len(images))
+        extra = permutation(len(images), 0, "given images")[:rest].sort().values
+        self.rows = torch.cat([torch.arange(len(images)).repeat(rounds), extra])
+        self.draws = torch.arange(count) // len(images)
+        draws = rounds + 1 if kind == "mask" else 1
+        self._images = ConditionImages(images, replace(condition, draws=draws), PARTS[part])
+        self.facts = {"given": {"kind": kind, "factor": condition.factor}, "images_of": f"{PARTS[part]} images"}
+        self.facts |= {"different_images": min(count, len(images))}
+
+    def __call__(self, places: Sequence[int]) -> dict[str, Tensor]:
+        chosen = torch.as_tensor(places)
+        draws = self._images.condition.draws
+        given, hidden = self._images.given(self.rows[chosen] * draws + self.draws[chosen] % draws)
+        arguments = {"condition_image": (given / 2 + 0.5).clamp(0, 1)}
+        return arguments if hidden is None else {**arguments, "condition_mask": hidden}
+
+    def captions(self, data: str) -> list[str]:
+        """The first caption of each image. UserError where no image has one; data: as the user named it."""
+        captions = self._images.dataset.captions()
+        if captions is None or not any(any(texts) for texts in captions):
+            raise UserError(f"--data {data}: its images have no captions, and this model reads text")
+        return [captions[row][0] for row in self.rows.tolist()]

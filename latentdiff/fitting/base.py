@@ -67,6 +67,10 @@ class _Base:
         self._check_lora()
 
     def _kind(self) -> str:
+        if self.index.get("image_condition"):
+            raise UserError(
+                f"--base {self.base}: is given a second image for every image, and fit has none; train it by `latentdiff train`"
+            )
         takes_class = self.unet.get("num_class_embeds") is not None
         takes_text = (self.folder / "text_encoder" / "config.json").is_file()
         kinds = [kind for kind, takes in (("class", takes_class), ("text", takes_text)) if takes]

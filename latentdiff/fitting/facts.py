@@ -243,7 +243,7 @@ def look(folder: str, overrides: Sequence[str] = ()) -> Facts:
 
 def _open(data: DataConfig, split: str) -> ImageSource:
     share = data.max_bad_share if "max_bad_share" in data.model_fields_set else MAX_BAD_SHARE
-    columns = Columns(data.image_column, data.label_column, data.text_column, data.caption)
+    columns = Columns(data.image_column, data.label_column, data.text_column, data.caption, data.pair_column)
     return open_source(data.source, split, None, share, columns, data.streaming, data.background)
 
 

@@ -29,6 +29,10 @@ class ClassifierFree:
         rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891, eq. 15-16), in [0, 1], applied to x0: the standard
             deviation of each sample goes from the guided one (0) to the conditional one (1).
         rule: how the two estimates are combined; see `latentdiff.guidance.rules.Rule`.
+        bare: keyword arguments with the same keys, without a condition that the other two share, such as a second image. None:
+            there is none.
+        bare_scale: scale of that condition (InstructPix2Pix, arXiv 2211.09800, eq. 3); 1 is off:
+            bare + bare_scale (uncond - bare) + scale (cond - uncond). Guided samples cost three evaluations then.
 
     Raises:
         UserError: different keys, or an interval or rescale out of range.
@@ -43,15 +47,19 @@ class ClassifierFree:
         interval: Interval = None,
         rescale: float = 0.0,
         rule: Rule = CFG,
+        bare: dict[str, Any] | None = None,
+        bare_scale: float = 1.0,
     ):
         check_options(interval, rescale)
-        if scale != 1 and conditional.keys() != unconditional.keys():
+        bare = None if bare_scale == 1 else bare
+        if (scale != 1 or bare is not None) and not conditional.keys() == unconditional.keys() == (bare or conditional).keys():
             raise UserError(
                 f"guidance: conditional has {sorted(conditional)} and unconditional {sorted(unconditional)}; "
                 "the keys must be the same"
             )
         self.denoiser, self.conditional, self.unconditional = denoiser, conditional, unconditional
         self.scale, self.interval, self.rescale, self.rule = scale, interval, rescale, rule
+        self.bare, self.bare_scale = bare, bare_scale
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
@@ -61,30 +69,39 @@ class ClassifierFree:
         """
         times = per_sample(t, x)
         conditional = {**conditioning, **self.conditional}
-        rows = guided_rows(times, self.scale != 1, self.interval)
+        rows = guided_rows(times, self.scale != 1 or self.bare is not None, self.interval)
         if not bool(rows.any()):
             return self.denoiser(x, times, **conditional)
         guided = rows.nonzero()[:, 0]  # [G]
-        unconditional = {**conditioning, **self.unconditional}
-        both = self.denoiser(
-            torch.cat([x, x[guided]]),  # [B + G, ...]
-            torch.cat([times, times[guided]]),
-            **{key: _joined(key, conditional[key], unconditional[key], guided) for key in conditional},
+        others = [{**conditioning, **each} for each in (self.unconditional, self.bare) if each is not None]
+        together = self.denoiser(
+            torch.cat([x, *[x[guided]] * len(others)]),  # [B + G, ...], or [B + 2 G, ...]
+            torch.cat([times, *[times[guided]] * len(others)]),
+            **{key: _joined(key, conditional[key], [each[key] for each in others], guided) for key in conditional},
         )
-        denoised = Denoised(both.x0[: len(x)], both.eps[: len(x)], self.schedule, times)
+        sizes = [len(x), *[len(guided)] * len(others)]
+        (first, *rest), (first_eps, *rest_eps) = together.x0.split(sizes), together.eps.split(sizes)
+        denoised = Denoised(first, first_eps, self.schedule, times)
         positive = Denoised(denoised.x0[guided], denoised.eps[guided], self.schedule, times[guided])  # [G, ...]
-        negative = Denoised(both.x0[len(x) :], both.eps[len(x) :], self.schedule, times[guided])
+        negative = Denoised(rest[0], rest_eps[0], self.schedule, times[guided])
         x0, eps = self.rule.combine(x[guided], positive, negative, self.scale)
+        if self.bare is not None:
+            x0 = x0 + (self.bare_scale - 1) * (rest[0] - rest[1])
+            eps = eps + (self.bare_scale - 1) * (rest_eps[0] - rest_eps[1])
         x0, eps = denoised.x0.index_copy(0, guided, x0), denoised.eps.index_copy(0, guided, eps)
         return replace_estimates(x, denoised, x0, eps, rows, self.rescale)
 
 
-def _joined(key: str, conditional: Any, unconditional: Any, guided: Tensor) -> Any:
-    """The values of one keyword argument for the conditional rows, then for the guided ones of the unconditional rows."""
-    if isinstance(conditional, Tensor) and isinstance(unconditional, Tensor):
-        return torch.cat([conditional, unconditional[guided.to(unconditional.device)]])
-    if isinstance(conditional, dict) and isinstance(unconditional, dict) and conditional.keys() == unconditional.keys():
-        return {name: _joined(f"{key}.{name}", conditional[name], unconditional[name], guided) for name in conditional}
-    if conditional is not unconditional and conditional != unconditional:
+def _joined(key: str, conditional: Any, others: list[Any], guided: Tensor) -> Any:
+    """The values of one keyword argument for the conditional rows, then for the guided rows of each of the others."""
+    if isinstance(conditional, Tensor) and all(isinstance(other, Tensor) for other in others):
+        return torch.cat([conditional, *(other[guided.to(other.device)] for other in others)])
+    if isinstance(conditional, dict) and all(
+        isinstance(other, dict) and conditional.keys() == other.keys() for other in others
+    ):
+        return {
+            name: _joined(f"{key}.{name}", conditional[name], [other[name] for other in others], guided) for name in conditional
+        }
+    if any(conditional is not other and conditional != other for other in others):
         raise UserError(f"guidance: {key} must be a tensor in both conditions, or equal in both")
     return conditional

@@ -15,9 +15,11 @@ from latentdiff.config import DiffusionConfig
 from latentdiff.errors import UserError
 from latentdiff.guidance import check_same_path
 from latentdiff.models.autoencoder import checked_arguments, diffusers_class
+from latentdiff.models.image_condition import extra_channels, image_condition
 from latentdiff.models.loading import load_part, part_class, quiet, read_json, weight_files
 from latentdiff.models.text_encoder import states_width
 from latentdiff.schedules import NoiseSchedule, make_schedule
+from latentdiff.utils.shipped import shipped_weights
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 # Constructor arguments that follow from the autoencoder and the data, so that a config must not set them
@@ -110,6 +112,7 @@ def make_unet(
         )
     _check_sides(latent_shape, len(start.config["block_out_channels"]), "model.pretrained")
     unet = load_part(start.folder, start.kind)
+    _widen(unet, latent_shape[0] + extra_channels(config.condition, latent_shape[0]))
     if config.model.match_classes and num_class_embeds is not None:
         _match_classes(unet, start, class_names, num_class_embeds)
     # Its convolutions take any size. The pipeline draws images of the size that is written here
@@ -125,7 +128,7 @@ def build_unet(
     levels = len(arguments.get("block_out_channels", (0,) * DEFAULT_LEVELS))
     _check_sides(latent_shape, levels, "model.config.block_out_channels")
     channels = latent_shape[0]
-    arguments |= {"in_channels": channels, "out_channels": channels}
+    arguments |= {"in_channels": channels + extra_channels(config.condition, channels), "out_channels": channels}
     arguments |= {"sample_size": sample_size(latent_shape), "num_class_embeds": num_class_embeds}
     if text_width is not None:
         arguments["cross_attention_dim"] = text_width
@@ -151,6 +154,8 @@ def find_pretrained(config: DiffusionConfig) -> PretrainedUNet:
     if config.model.type is not None or config.model.config:
         raise UserError(f"model.type and model.config: leave them out, model.pretrained {name} says what the U-Net is")
     root = Path(name)
+    if not root.exists() and root.parts[:1] == ("weights",):
+        root = shipped_weights(root) or root
     folder = root / "unet" if (root / "unet" / "config.json").is_file() else root
     file = folder / "config.json"
     if not file.is_file():
@@ -213,6 +218,7 @@ def _check_conditions(config: DiffusionConfig, start: PretrainedUNet) -> None:
             raise UserError(
                 f"condition.type: {config.condition.type}, but the U-Net of model.pretrained {start.name} {does} {kind}"
             )
+    _check_image(config, start)
     if not takes_text:
         return
     text = config.condition.text
@@ -223,6 +229,25 @@ def _check_conditions(config: DiffusionConfig, start: PretrainedUNet) -> None:
         raise UserError(
             f"{key}: gives states of width {width}, but the U-Net of model.pretrained {start.name} has "
             f"cross_attention_dim {expected}"
+        )
+
+
+def _check_image(config: DiffusionConfig, start: PretrainedUNet) -> None:
+    """UserError where the U-Net's pipeline records another second image than the config, or a LoRA would have to learn one."""
+    condition = image_condition(config.condition)
+    index = {} if start.pipeline is None else read_json(start.pipeline / "model_index.json")
+    recorded = index.get("image_condition")
+    if isinstance(recorded, dict):
+        expected = (None, None) if condition is None else (condition.kind, condition.factor)
+        if (recorded.get("kind"), recorded.get("factor")) != expected:
+            raise UserError(
+                f"condition.image: the U-Net of model.pretrained {start.name} is given an image of kind "
+                f"{recorded.get('kind')}, factor {recorded.get('factor')}; set condition.type and condition.image so"
+            )
+    elif condition is not None and config.model.lora is not None:
+        raise UserError(
+            f"model.lora: the U-Net of model.pretrained {start.name} is given no second image, and low-rank changes add no "
+            "input channels for one; leave model.lora out"
         )
 
 
@@ -257,12 +282,29 @@ def _match_classes(unet: Any, start: PretrainedUNet, class_names: Sequence[str],
 
 
 def _check_channels(config: DiffusionConfig, start: PretrainedUNet, channels: int) -> None:
-    for key in ("in_channels", "out_channels"):
-        if start.config.get(key) != channels:
+    # A U-Net without a second image can be given one: its new input channels begin with weights of zero
+    extra = extra_channels(config.condition, channels)
+    taken = {"in_channels": {channels, channels + extra}, "out_channels": {channels}}
+    for key in taken:
+        if start.config.get(key) not in taken[key]:
             raise UserError(
                 f"autoencoder {config.autoencoder}: gives latents of {channels} channels, but the U-Net of "
                 f"model.pretrained {start.name} has {key} {start.config.get(key)}"
             )
+
+
+@torch.no_grad()
+def _widen(unet: Any, channels: int) -> None:
+    """Give a U-Net more input channels, in place, after those that it has. Their weights are 0: it computes the same."""
+    old = unet.conv_in
+    if old.in_channels == channels:
+        return
+    new = torch.nn.Conv2d(channels, old.out_channels, old.kernel_size, padding=old.padding)
+    new.weight.zero_()
+    new.weight[:, : old.in_channels] = old.weight
+    new.bias.copy_(old.bias)
+    unet.conv_in = new
+    unet.register_to_config(in_channels=channels)
 
 
 def _check_process(config: DiffusionConfig, start: PretrainedUNet) -> None:

@@ -39,6 +39,7 @@ def by_sampler(
     rule: dict[str, Any] | None = None,
     weak: Any = None,
     start: Any = None,
+    image_scale: float = 1.0,
 ) -> Callable[..., Tensor]:
     """A function that a `LatentDiffusionPipeline` calls in the place of its own denoising loop.
 
@@ -55,13 +56,14 @@ def by_sampler(
         rule: how estimates are guided: the fields of `latentdiff.guidance.Rule`, and rescale, see `ClassifierFree`.
         weak: a U-Net to guide away from in the place of the unconditional prediction; see `Autoguidance`.
         start: an `ImageStart` of the pipeline, for a call that changes an image, or None.
+        image_scale: scale of guidance by a second image, where the call's `conditions` have a third entry, without it.
 
     Raises:
         UserError: an unknown rule, or an option out of range.
     """
     steps = use_default_steps and name != pipe.config.default_sampler
     run = partial(_run, pipe, name, steps, options, guide, *_parse(rule), weak)
-    return run if start is None else partial(run, start=start)
+    return partial(run, start=start, image_scale=image_scale)
 
 
 def output_rule(pipe: Any, rule: dict[str, Any]) -> Callable[..., Tensor]:
@@ -116,16 +118,19 @@ def _run(
     generator: Generators,
     callback: Callable[..., dict[str, Any] | None] | None,
     start: Any = None,
+    image_scale: float = 1.0,
 ) -> Tensor:
     """Normalised latents [B, c, h, w] from unit-variance noise of that shape.
 
-    conditions: the U-Net's keyword arguments to guide to, and those to guide away from. start: see `by_sampler`.
+    conditions: the U-Net's keyword arguments to guide to, and those to guide away from; a third entry has no second
+    image. start, image_scale: see `by_sampler`.
     """
     steps = samplers.default_steps(name, steps) if use_default_steps else steps
     plain, options_of_rule = Denoiser.from_pipeline(pipe), {"interval": interval, "rescale": rescale, "rule": rule}
     denoiser: Any
     if weak is None:
-        denoiser = ClassifierFree(plain, *conditions, scale, **options_of_rule)
+        bare = conditions[2] if len(conditions) > 2 else None
+        denoiser = ClassifierFree(plain, *conditions[:2], scale, **options_of_rule, bare=bare, bare_scale=image_scale)
     else:
         model = partial(unet_model(weak, plain.schedule), **conditions[0])
         strong = ClassifierFree(plain, *conditions, 1.0)

@@ -55,7 +55,7 @@ def source_config(config: DiffusionConfig) -> DiffusionConfig:
     """
     bridge = config.bridge
     assert bridge is not None
-    unread = {key: DataConfig.model_fields[key].default for key in ("label_column", "text_column", "caption")}
+    unread = {key: DataConfig.model_fields[key].default for key in ("label_column", "text_column", "caption", "pair_column")}
     data = config.data.model_copy(update={"source": bridge.source, **unread})
     cache = config.cache.model_copy(update={"folder": bridge.cache or str(cache_folder(config)) + "-source"})
     return config.model_copy(update={"data": data, "cache": cache, "bridge": None})

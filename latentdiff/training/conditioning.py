@@ -1,4 +1,4 @@
-"""The conditions of stage 2: the class, the caption or both of each image, dropped per sample for guidance."""
+"""The conditions of stage 2: the class, the caption, a second image or several of them, dropped per sample for guidance."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import ConditionConfig, DiffusionConfig, TextConfig
+from latentdiff.config import ConditionConfig, DiffusionConfig, ImageConfig, TextConfig
 from latentdiff.data.captions import Captions, CaptionStates, build_states
 from latentdiff.errors import UserError
+from latentdiff.models.image_condition import KEY
 from latentdiff.models.text_encoder import (
     ClassCondition,
     PromptEncoder,
@@ -24,10 +25,15 @@ from latentdiff.models.text_encoder import (
     token_counts,
     train_tokenizer,
 )
+from latentdiff.training import image_conditions
+from latentdiff.training.image_conditions import PictureCondition
 from latentdiff.training.images import Images
 from latentdiff.training.latents import Latents
 from latentdiff.utils import atomic
 from latentdiff.utils.random import rand
+
+# The key of the share of samples that lose a condition alone, in the section condition
+DROPOUT_KEYS = {"class": "dropout", "text": "text.dropout", "image": "image.dropout"}
 
 
 def with_recorded_dropout(config: DiffusionConfig, output: Path) -> DiffusionConfig:
@@ -48,15 +54,18 @@ def with_recorded_dropout(config: DiffusionConfig, output: Path) -> DiffusionCon
 def guidance_scale(config: DiffusionConfig) -> float:
     """The guidance scale of pictures and of the published pipeline, at least 0; 1 is no guidance.
 
+    It guides by class and text where the model has one of them, else by its second image.
+
     Raises:
         UserError: the config sets a scale, and training never drops the condition, so that guidance is not possible.
     """
     condition, scale = config.condition, config.sample.guidance
-    shares = [("dropout", "class", condition.dropout), ("text.dropout", "text", condition.text.dropout)]
+    by_image = condition.type == "image"
+    shares = {kind: share for kind, share in condition.shares.items() if by_image or kind != "image"}
     joint = condition.effective_joint_dropout
-    never = [key for key, kind, share in shares if condition.includes(kind) and share == 0 and joint == 0]
-    if condition.type != "none" and not never:
-        return 1.5 if scale is None else scale
+    never = [DROPOUT_KEYS[kind] for kind, share in shares.items() if share == 0 and joint == 0]
+    if shares and not never:
+        return (1.0 if by_image else 1.5) if scale is None else scale
     if scale not in (None, 1.0):
         why = f"condition.{never[0]} is 0" if never else "condition.type is none"
         raise UserError(
@@ -73,7 +82,8 @@ def check(config: DiffusionConfig) -> None:
     shares = [
         ("dropout", "class", condition.dropout),
         ("text.dropout", "caption", text.dropout),
-        ("joint_dropout", "class and caption", condition.joint_dropout),
+        ("image.dropout", "second image", condition.image.dropout),
+        ("joint_dropout", "condition" if condition.includes("image") else "class and caption", condition.joint_dropout),
     ]
     for key, kind, share in shares:
         if share == 1:
@@ -81,6 +91,11 @@ def check(config: DiffusionConfig) -> None:
                 f"condition.{key}: 1 drops every {kind}, so nothing would be learnt of them; set it below 1, or take them "
                 "out of condition.type (none: no condition at all)"
             )
+    if len(condition.shares) > 2 and condition.effective_joint_dropout > 0.5:
+        raise UserError(
+            f"condition.joint_dropout: {condition.joint_dropout:g}: with class, text and image as many samples again "
+            "lose class and text alone, so it is at most 0.5"
+        )
     guidance_scale(config)
     if not condition.includes("text"):
         return
@@ -106,23 +121,31 @@ def _refuse_unused(config: DiffusionConfig) -> None:
     about_text = [f"condition.text.{key}" for key in fields if getattr(condition.text, key) != fields[key].default]
     about_text += ["sample.prompts"] if config.sample.prompts else []
     about_class = ["condition.dropout"] if condition.dropout != ConditionConfig.model_fields["dropout"].default else []
-    if condition.joint_dropout and condition.type != "class+text":
+    if condition.joint_dropout and len(condition.shares) < 2:
         raise UserError(
             f"condition.joint_dropout: condition.type is {condition.type}, so there are no two conditions to drop together; "
             "leave it out, or set condition.type to class+text"
         )
-    for kind, keys in (("text", about_text), ("class", about_class)):
+    fields = ImageConfig.model_fields
+    about_image = [f"condition.image.{key}" for key in fields if getattr(condition.image, key) != fields[key].default]
+    for kind, keys in (("text", about_text), ("class", about_class), ("image", about_image)):
         if keys and not condition.includes(kind):
             hint = "; captions are dropped by condition.text.dropout" if kind == "class" and condition.type == "text" else ""
             raise UserError(
                 f"{keys[0]}: condition.type is {condition.type}, so the model is not conditioned on {kind}; leave it out, or "
-                f"set condition.type to {kind} or class+text{hint}"
+                f"set condition.type to {kind} or {'class+image' if kind == 'image' else 'class+text'}{hint}"
+            )
+    for key, kind in (("factor", "low_resolution"), ("masks", "mask"), ("draws", "mask")):
+        if f"condition.image.{key}" in about_image and condition.image.kind != kind:
+            raise UserError(
+                f"condition.image.{key}: is of kind {kind}, and condition.image.kind is {condition.image.kind}; leave it out"
             )
 
 
 def check_data(config: DiffusionConfig, images: Images) -> None:
     """UserError where the training images or the held-out ones have no classes or captions, and the config needs them."""
     source = config.data.source
+    image_conditions.check_images(config, images)
     for part in (images.train, images.held_out):
         where = "" if part is images.train else " in its held-out part"
         if config.condition.includes("class") and part.labels is None:
@@ -182,27 +205,37 @@ class Conditions:
         classes: the rows of the U-Net's class embedding; None without classes.
         labels: classes of the training images, int64 [N].
         text: the captions; None without text.
-        joint: share of samples that lose class and text together, in addition to those that lose one of them.
+        joint: share of samples that lose all conditions together, in addition to those that lose one of them.
+        image: the second image; None without one.
     """
 
     classes: ClassCondition | None
     labels: Tensor | None
     text: TextCondition | None
     joint: float = 0.0
+    image: PictureCondition | None = None
 
     def draw(self, batch: int, generator: torch.Generator) -> dict[str, Tensor]:
         """The random numbers that decide about the conditions of a global batch: uniform in [0, 1), [batch], by name."""
-        # "joint" comes last, so that the others are the same numbers with and without it
+        # "joint" comes after these, so that they are the same numbers with and without it; an image is newer still
         names = ["class", *(["caption", "text"] if self.text else []), *(["joint"] if self.joint > 0 else [])]
+        names += ["image", "picture"] if self.image else []
         return {name: rand((batch,), generator) for name in names}
 
-    def __call__(self, indices: Tensor, draws: dict[str, Tensor], device: Any) -> dict[str, Tensor]:
+    def __call__(
+        self, indices: Tensor, draws: dict[str, Tensor], device: Any, flips: Tensor | bool = False
+    ) -> dict[str, Tensor]:
         """Keyword arguments of the network for training images, each condition dropped where its random number says so.
 
-        indices: of the images, int64 [B]. draws: what `draw` gave, the same B samples of it.
+        indices: of the images, int64 [B]. draws: what `draw` gave, the same B samples of it. flips: which images are mirrored,
+        bool [B] or one for all.
         """
         conditioning: dict[str, Tensor] = {}
-        both = draws["joint"] < self.joint if self.joint > 0 else torch.zeros(len(indices), dtype=torch.bool)  # [B]
+        none = torch.zeros(len(indices), dtype=torch.bool)
+        everything = draws["joint"] < self.joint if self.joint > 0 else none  # [B]
+        both = everything
+        if self.joint > 0 and self.classes is not None and self.text is not None and self.image is not None:
+            both = draws["joint"] < 2 * self.joint  # half of them keep the image
         if self.classes is not None and self.labels is not None:
             labels = self.labels[indices]
             if self.classes.null_class is not None:
@@ -212,16 +245,34 @@ class Conditions:
         if self.text is not None:
             rows = self.text.captions.draw(indices, draws["caption"], (draws["text"] < self.text.dropout) | both)
             conditioning |= {name: value.to(device) for name, value in self.text.look_up(rows).items()}
+        if self.image is not None:
+            dropped = (draws["image"] < self.image.condition.dropout) | everything
+            conditioning[KEY] = self.image.look_up(indices, draws["picture"], dropped, flips).to(device)
         return conditioning
 
-    def encode(self, labels: Tensor | None, texts: Sequence[str] | None, device: Any) -> dict[str, Tensor]:
-        """Keyword arguments of the network for labels [B] and texts [B]; nothing is dropped."""
+    def encode(
+        self,
+        labels: Tensor | None,
+        texts: Sequence[str] | None,
+        device: Any,
+        pictures: tuple[Tensor, Tensor | None] | None = None,
+    ) -> dict[str, Tensor]:
+        """Keyword arguments of the network for labels [B], texts [B] and condition images; nothing is dropped.
+
+        pictures: condition images with their masks, as `PictureCondition.of_held_out` gives them.
+        """
         conditioning: dict[str, Tensor] = {}
         if self.classes is not None and labels is not None:
             conditioning |= self.classes(labels, device)
         if self.text is not None and texts is not None:
             conditioning |= {name: value.to(device) for name, value in self.text.encode(texts).items()}
+        if self.image is not None and pictures is not None:
+            conditioning[KEY] = self.image.encode(*pictures).to(device)
         return conditioning
+
+    def held_out_pictures(self, images: Images, count: int) -> tuple[Tensor, Tensor | None] | None:
+        """(condition images, masks or None) of `images.held_out_batch(count)`; None without a second image."""
+        return None if self.image is None else self.image.of_held_out(images.held_out, images.held_out_rows(count))
 
     def example_captions(self, classes: Sequence[int | None]) -> list[str]:
         """Captions for pictures of these classes: each of a training image of its class.
@@ -295,7 +346,8 @@ def prepare_conditions(
     if condition.includes("text"):
         captions = Captions(latents.images.samples.captions(latents.cache.manifest["unreadable"]) or [])
         text = _text_condition(config, captions, accelerator, progress, reader)
-    return Conditions(classes, latents.cache.labels, text, condition.effective_joint_dropout)
+    image = image_conditions.prepare(config, latents, accelerator, progress)
+    return Conditions(classes, latents.cache.labels, text, condition.effective_joint_dropout, image)
 
 
 def _text_condition(config: DiffusionConfig, captions: Captions, accelerator: Any, progress: Any, reader: Any) -> TextCondition:

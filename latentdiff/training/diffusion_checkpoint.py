@@ -62,6 +62,7 @@ def pipeline_parts(
         "image_size": latents.images.preprocess.content[2:],
         "prediction": config.prediction,
         "schedule": {"name": config.schedule.name, **config.schedule.params},
+        "image_condition": conditions.image.condition.published() if conditions.image else None,
     }
     return parts if config.bridge is None else {**parts, "bridge": config.bridge.source}
 

@@ -16,7 +16,7 @@ def encode_dataset(
 ) -> Path:
     """Build the latent cache of a diffusion config, and that of a bridge's source, or finish one that was interrupted.
 
-    A signal ends it after a shard; the same call goes on.
+    With a second image (condition.type: image) its own cache too. A signal ends it after a shard; the same call goes on.
 
     Args:
         config: a YAML file whose stage is diffusion.
@@ -34,7 +34,7 @@ def encode_dataset(
     from latentdiff.checkpoints import resolve_config
     from latentdiff.config import DiffusionConfig, load_config
     from latentdiff.models.unet import check_unet, check_unet_size
-    from latentdiff.training import bridge, messages
+    from latentdiff.training import bridge, image_conditions, messages
     from latentdiff.training.accelerator import announcement, start_accelerator
     from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
 
@@ -46,6 +46,7 @@ def encode_dataset(
     accelerator = start_accelerator(config.train)
     opened = open_inputs(config, accelerator.device)
     codec, images = opened
+    image_conditions.check_images(config, images)
     # Latents that the U-Net cannot take are not worth the time
     check_unet_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
     source_images = bridge.open_images(config, images, codec)
@@ -58,6 +59,7 @@ def encode_dataset(
             if source_images is not None:
                 source = bridge.source_config(config)
                 missing += encode_part(source, job[0] - 1, job[1], (codec, source_images), report)
+            missing += image_conditions.encode_part(config, job[0] - 1, job[1], opened, report)
         done = f"{missing} shards of other parts are missing" if missing else "the cache is finished"
         print(f"part {part}: {done}", file=sys.stderr)
         return cache_folder(config)
@@ -65,6 +67,7 @@ def encode_dataset(
     with signals.watched(signals.again), progress_bar("encoding", shown, announce) as report:
         latents = prepare_latents(config, accelerator, report, opened)
         bridge.open_source(config, latents, source_images, accelerator, report)
+        image_conditions.prepare(config, latents, accelerator, report)
     latents.images.print_report()
     return cache_folder(config)
 

@@ -30,6 +30,7 @@ from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.codec import LatentCodec
+from latentdiff.models.image_condition import extra_channels
 from latentdiff.models.loading import read_json
 from latentdiff.models.text_encoder import load_tokenizer, train_tokenizer
 from latentdiff.models.unet import find_pretrained, make_unet
@@ -209,7 +210,7 @@ def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[s
     codec.vae.to(accelerator.device)
     classes = _class_count(config, images, notes) if config.condition.includes("class") else 1
     notes.progress("building the U-Net")
-    conditions = random_conditions(config, images, classes)
+    conditions = random_conditions(config, images, classes, latent_shape)
     fits = _unet_fits(config, latent_shape, conditions, notes)
     cached = _encoding_facts(config, codec, images, notes, trained)
     if not fits:
@@ -363,7 +364,11 @@ def _caption_warnings(config: DiffusionConfig, images: Images) -> list[str]:
 
 def _unet_fits(config: DiffusionConfig, latent_shape: tuple[int, int, int], conditions: Conditions, notes: Notes) -> bool:
     """Whether the U-Net takes latents (c, h, w); notes where not. UserError where something else than the shape is wrong."""
-    channels_fit = config.model.pretrained is None or find_pretrained(config).config.get("in_channels") == latent_shape[0]
+    channels = latent_shape[0]
+    channels_fit = config.model.pretrained is None or find_pretrained(config).config.get("in_channels") in (
+        channels,
+        channels + extra_channels(config.condition, channels),
+    )
     if channels_fit:
         train_diffusion.check_config(config)
     rows = conditions.classes.num_embeddings if conditions.classes else None

@@ -145,18 +145,21 @@ class Images:
             self.flips,
         )
 
+    def held_out_rows(self, count: int) -> Tensor:
+        """The places of `count` held-out images, or of all, evenly spread: int64 [B]."""
+        n = len(self.held_out)
+        return torch.linspace(0, n - 1, min(count, n)).long()
+
     def held_out_batch(self, count: int) -> tuple[Tensor, Tensor | None]:
         """(images [B, C, H, W], labels [B] or None) of `count` held-out images, or all, evenly spread; always the same ones."""
-        n = len(self.held_out)
         if count not in self._held_out_batches:
-            self._held_out_batches[count] = self.held_out.batch(torch.linspace(0, n - 1, min(count, n)).long())
+            self._held_out_batches[count] = self.held_out.batch(self.held_out_rows(count))
         return self._held_out_batches[count]
 
     def held_out_captions(self, count: int) -> list[str] | None:
         """The first caption of each image of `held_out_batch(count)`; None where the data set has no captions."""
         texts = self.held_out.captions()
-        n = len(self.held_out)
-        return None if texts is None else [texts[i][0] for i in torch.linspace(0, n - 1, min(count, n)).long().tolist()]
+        return None if texts is None else [texts[i][0] for i in self.held_out_rows(count).tolist()]
 
 
 def _limited(indices: Tensor | None, limit: int | None) -> Tensor | None:
@@ -172,8 +175,8 @@ def _open(config: DataConfig, part: str) -> ImageSource:
 
 
 def columns_of(config: DataConfig) -> Columns:
-    """The columns of images, labels and captions that a data section names, and its caption for images without one."""
-    return Columns(config.image_column, config.label_column, config.text_column, config.caption)
+    """The columns of images, labels, captions and pairs that a data section names, and its caption for images without one."""
+    return Columns(config.image_column, config.label_column, config.text_column, config.caption, config.pair_column)
 
 
 def sweep(dataset: ImageDataset, batch_size: int, rank: int = 0, world: int = 1) -> Iterator[Tensor]:

@@ -17,6 +17,7 @@ from latentdiff.data.latent_cache import LatentCache, build_cache, build_part
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import autoencoder_folder, load_autoencoder, set_normaliser
 from latentdiff.models.codec import LatentCodec
+from latentdiff.models.image_condition import image_condition
 from latentdiff.training.images import Images
 from latentdiff.utils import progress_bars
 
@@ -144,8 +145,13 @@ def open_inputs(config: DiffusionConfig | ClassifierConfig, device: torch.device
 
 
 def cache_bytes(config: DiffusionConfig | ClassifierConfig, count: int, latent_shape: tuple[int, int, int]) -> int:
-    """Bytes of the latent cache of `count` images: mean and deviation in float16, of mirrored images too with data.flips."""
-    return count * math.prod(latent_shape) * 2 * 2 * (1 + config.data.flips)
+    """Bytes of the latent cache of `count` images: mean and deviation in float16, of mirrored images too with data.flips.
+
+    With a second image the means of its cache count too.
+    """
+    condition = image_condition(config.condition) if isinstance(config, DiffusionConfig) else None
+    moments = 2 + (condition.draws if condition else 0)
+    return count * math.prod(latent_shape) * 2 * moments * (1 + config.data.flips)
 
 
 def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> str:

@@ -145,7 +145,10 @@ def autoencoder_finished(folder: Path, lines: Sequence[str]) -> list[str]:
 def model_finished(config: DiffusionConfig, prompt: str | None) -> list[str]:
     """What a finished stage-2 run prints: where the model is, and the command for images. prompt: an example, with text."""
     output = Path(config.output)
-    what = {"class": "--all-classes ", "none": ""}.get(config.condition.type, f"{shlex.quote(prompt or 'a prompt')} ")
+    what = "--all-classes " if config.condition.includes("class") else ""
+    what = f"{shlex.quote(prompt or 'a prompt')} " if config.condition.includes("text") else what
+    if config.condition.includes("image"):
+        what += "--condition PICTURE " + ("--condition-mask MASK " if config.condition.image.kind == "mask" else "")
     lora = []
     if config.model.lora is not None:
         lora = [f"the LoRA alone is in {output / 'model' / LORA_FILE}, for load_lora_weights on {config.model.pretrained}"]

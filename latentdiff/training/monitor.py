@@ -22,6 +22,7 @@ from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.evaluation.sample_sets import without_padding
 from latentdiff.models.feature_net import FeatureNet, extract, load_features
 from latentdiff.training.conditioning import Conditions, guidance_scale
+from latentdiff.training.images import Images
 from latentdiff.training.latents import Latents
 from latentdiff.utils.images import save_rows
 from latentdiff.utils.random import derive_seed, generators
@@ -55,14 +56,16 @@ def save_picture(
     config: DiffusionConfig,
     parts: dict[str, Any],
     conditions: Conditions,
+    images_of: Images,
     accelerator: Any,
     path: Path,
     start: Start | None = None,
 ) -> None:
     """Write a grid of generated images, one row per class or prompt, from fixed seeds.
 
-    parts: what `pipeline_parts` gave. start: where a bridge's pictures start. Every process calls this and draws its share of
-    the rows; the main one writes.
+    Of a model with a second image a row is of a held-out image: first what is given, then what is made of it.
+    parts: what `pipeline_parts` gave. images_of: the run's images. start: where a bridge's pictures start. Every process calls
+    this and draws its share of the rows; the main one writes.
     """
     pipeline = sampling_pipeline(config, parts)
     classes: list[int | None] = list(range(min(MAX_CLASSES, pipeline.num_classes))) or [None] * ROWS
@@ -70,21 +73,32 @@ def save_picture(
     if conditions.text:
         prompts = config.sample.prompts or conditions.example_captions(classes)
         classes = [classes[k % len(classes)] for k in range(len(prompts))]
+    rows: Tensor | None = None
+    if conditions.image:  # of held-out images, under their own classes and captions
+        rows = images_of.held_out_rows(ROWS)
+        labels, texts = images_of.held_out_batch(ROWS)[1], images_of.held_out_captions(ROWS)
+        classes = labels.tolist() if pipeline.num_classes and labels is not None else [None] * len(rows)
+        prompts = texts if conditions.text else None
     each = config.sample.per_class
 
-    def draw(rows: list[int]) -> Tensor:
-        numbers = [k * each + i for k in rows for i in range(each)]
+    def draw(chosen: list[int]) -> Tensor:
+        numbers = [k * each + i for k in chosen for i in range(each)]
+        beside = {} if rows is None else condition_arguments(conditions, images_of, rows[chosen])
         images = pipeline(
-            prompt=None if prompts is None else [prompts[k] for k in rows],
-            class_labels=[classes[k] for k in rows],
+            prompt=None if prompts is None else [prompts[k] for k in chosen],
+            class_labels=[classes[k] for k in chosen],
             num_images_per_label=each,
             guidance_interval=config.sample.guidance_interval,
             num_inference_steps=config.sample.steps,
             generator=generators(config.seed, numbers),
             latents=start and start(numbers),
             output_type="pt",
+            **beside,
         ).images
-        return images.unflatten(0, (len(rows), each))
+        images = images.unflatten(0, (len(chosen), each))
+        if rows is None:
+            return images
+        return torch.cat([_shown(conditions, images_of, rows[chosen], images.shape[-2:]).to(images)[:, None], images], dim=1)
 
     images = _in_shares(len(classes), accelerator, draw)  # [rows, each, C, H, W]
     if accelerator.is_main_process:
@@ -115,8 +129,16 @@ class Monitor:
         pipeline = sampling_pipeline(config, parts)
         texts = self.images.held_out_captions(config.evaluate.images) if self.conditions.text else None
         classes = list(range(pipeline.num_classes)) or [None]
+        rows: Tensor | None = None
+        if self.conditions.image:
+            rows = self.images.held_out_rows(config.evaluate.images)
+            labels = self.images.held_out.labels
+            classes = [None] if labels is None or not pipeline.num_classes else labels[rows].tolist()
 
         def draw(numbers: list[int]) -> Tensor:
+            beside = {}
+            if rows is not None:
+                beside = condition_arguments(self.conditions, self.images, rows[[k % len(rows) for k in numbers]])
             with self.accelerator.autocast():
                 images = pipeline(
                     prompt=None if texts is None else [texts[k % len(texts)] for k in numbers],
@@ -126,6 +148,7 @@ class Monitor:
                     generator=generators(derive_seed(config.seed, "evaluate"), numbers),
                     latents=start and start(numbers),
                     output_type="pt",
+                    **beside,
                 ).images
             # Rounded to 8 bits, as the real images are
             return (images.float() * 255).round() / 127.5 - 1
@@ -151,6 +174,22 @@ class Monitor:
 
         rows = _in_shares(count, self.accelerator, features)  # [count, D]
         return Moments(rows.shape[1]).update(rows)
+
+
+def condition_arguments(conditions: Conditions, images: Images, rows: Tensor) -> dict[str, Tensor]:
+    """Arguments of a pipeline's call for the condition images of held-out images; rows: their places, int64 [B]."""
+    assert conditions.image is not None
+    given, hidden = conditions.image.of_held_out(images.held_out, rows)
+    # Sums of rounded numbers may leave the range by an ulp, which the pipeline refuses
+    arguments = {"condition_image": (given / 2 + 0.5).clamp(0, 1)}
+    return arguments if hidden is None else {**arguments, "condition_mask": hidden}
+
+
+def _shown(conditions: Conditions, images: Images, rows: Tensor, size: tuple[int, int]) -> Tensor:
+    """Condition images of held-out images for a picture, at `size` (H, W): [B, C, H, W] in [0, 1]; what is hidden is grey."""
+    arguments = condition_arguments(conditions, images, rows)
+    given = torch.nn.functional.interpolate(arguments["condition_image"], size)  # by the nearest pixel
+    return given if "condition_mask" not in arguments else torch.where(arguments["condition_mask"] >= 0.5, 0.5, given)
 
 
 def sampling_pipeline(config: DiffusionConfig, parts: dict[str, Any], refuse_non_finite: bool = False) -> Any:

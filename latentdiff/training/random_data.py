@@ -10,6 +10,7 @@ from torch import Tensor
 
 from latentdiff.config import DiffusionConfig
 from latentdiff.data.captions import Captions
+from latentdiff.models.image_condition import ImageCondition, image_condition
 from latentdiff.models.text_encoder import (
     LONGEST,
     OWN_LENGTH,
@@ -54,6 +55,16 @@ class RandomStates:
         return torch.randn(len(rows), *self.shape)
 
 
+class RandomPictures:
+    """Random tensors beside x_t in place of a PictureCondition. condition: their meaning. shape: of a latent, (c, h, w)."""
+
+    def __init__(self, condition: ImageCondition, shape: tuple[int, int, int]):
+        self.condition, self.shape = condition, shape
+
+    def look_up(self, indices: Tensor, choice: Tensor, dropped: Tensor, flips: Tensor | bool) -> Tensor:
+        return torch.randn(len(indices), self.condition.channels(self.shape[0]), *self.shape[1:])
+
+
 class Vocabulary:
     """In place of a tokenizer that is not trained yet: what `build_text_encoder` needs from it."""
 
@@ -66,10 +77,12 @@ class Vocabulary:
         return self.size
 
 
-def random_conditions(config: DiffusionConfig, images: Images | None, class_count: int) -> Conditions:
-    """Random labels and captions, one for each image; they are drawn and dropped as in training.
+def random_conditions(
+    config: DiffusionConfig, images: Images | None, class_count: int, latent_shape: tuple[int, int, int]
+) -> Conditions:
+    """Random labels, captions and second images, one for each image; they are drawn and dropped as in training.
 
-    images: None where they are not there. class_count: number of classes.
+    images: None where they are not there. class_count: number of classes. latent_shape: (c, h, w).
     """
     count = len(images.train) if images else STAND_IN
     joint = config.condition.effective_joint_dropout
@@ -80,7 +93,9 @@ def random_conditions(config: DiffusionConfig, images: Images | None, class_coun
     if config.condition.includes("text"):
         captions = images.train.captions() if images else None
         text = _text_condition(config, Captions(captions or [("a caption",)] * count))
-    return Conditions(classes, labels, text, joint)
+    condition = image_condition(config.condition)
+    image: Any = None if condition is None else RandomPictures(condition, latent_shape)
+    return Conditions(classes, labels, text, joint, image)
 
 
 def _text_condition(config: DiffusionConfig, captions: Captions) -> TextCondition:

@@ -27,6 +27,7 @@ FREE_ON_RESUME = (
     "cache.batch_size",
     "cache.shard_size",
     "condition.text.folder",
+    "condition.image.folder",
     "train.steps",
     "train.minutes",
     "train.picture_minutes",

@@ -148,7 +148,7 @@ def trial_steps(
     """
     cache: Any = RandomCache(shape, len(images.train) if images else STAND_IN)
     latents = Latents(codec, images, cache)  # type: ignore[arg-type]
-    trainer = DiffusionTrainer(config, latents, random_conditions(config, images, class_count), alone)
+    trainer = DiffusionTrainer(config, latents, random_conditions(config, images, class_count, shape), alone)
 
     def step(precision: str, batch: int) -> None:
         alone.precision = precision
@@ -359,7 +359,7 @@ class DiffusionTrainer(Trainer):
         x0 = self.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
         if self.source is not None:
             noise = self.source.draw(step, noise, mine, size)
-        conditioning = self.conditions(indices, draws, self.accelerator.device)
+        conditioning = self.conditions(indices, draws, self.accelerator.device, flips)
         return Batch(x0, noise, t, conditioning, torch.arange(size)[mine])
 
     def image_indices(self, step: int) -> Tensor:
@@ -426,8 +426,8 @@ class DiffusionTrainer(Trainer):
     def draw_pictures(self, done: int) -> None:
         """Write a grid of samples of the weights in `ema_model` to <output>/pictures, and give it to the trackers."""
         path = self.output / "pictures" / f"step-{done:06d}.png"
-        start = self.source and self.source.start
-        monitor.save_picture(self.config, self.pipeline_parts(), self.conditions, self.accelerator, path, start)
+        images, start = self.latents.images, self.source and self.source.start
+        monitor.save_picture(self.config, self.pipeline_parts(), self.conditions, images, self.accelerator, path, start)
         if self.log is not None:
             self.log.picture(done, "samples", path)
 
@@ -444,7 +444,8 @@ class DiffusionTrainer(Trainer):
         t = self.levels.midpoints(len(x0))[torch.randperm(len(x0), generator=generator)]
         texts = images.held_out_captions(config.validation_images)
         noise = randn(x0.shape, generator) if self.source is None else self.source.held_out(len(x0))
-        return {"x0": x0, "noise": noise, "t": t, **self.conditions.encode(labels, texts, "cpu")}
+        pictures = self.conditions.held_out_pictures(images, config.validation_images)
+        return {"x0": x0, "noise": noise, "t": t, **self.conditions.encode(labels, texts, "cpu", pictures)}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -511,12 +512,14 @@ class DiffusionTrainer(Trainer):
         return tensors
 
     def made_from(self) -> dict[str, Any]:
-        """Checksums of images, autoencoder weights, a bridge's source and a LoRA's base; and the latents' normaliser."""
+        """Checksums of images, autoencoder, second images, a bridge's source and a LoRA's base; and the latents' normaliser."""
         identity, codec = self.latents.cache.manifest["identity"], self.latents.codec
         normaliser = [codec.shift.flatten().tolist(), codec.scale.flatten().tolist()]
         made_from = {"data": identity["data"], "autoencoder": identity["autoencoder"], "normaliser": normaliser}
         if self.source is not None:
             made_from["source"] = self.source.fingerprint()
+        if self.conditions.image is not None:
+            made_from["condition images"] = self.conditions.image.cache.manifest["identity"]["data"]
         return made_from if self.base is None else {**made_from, "base": self.base}
 
     @cached_property

@@ -332,6 +332,8 @@ MADE_FROM = {
     "data": ("images", "put the old ones back"),
     "autoencoder": ("autoencoder weights", "name the old autoencoder"),
     "base": ("base weights (model.pretrained)", "put the old ones back"),
+    "condition images": ("second images", "put the old ones back"),
+    "source": ("images of bridge.source", "put the old ones back"),
     "normaliser": ("latent normaliser", "name the old autoencoder, or the old setting of normaliser"),
 }
 

@@ -13,6 +13,9 @@ MAX_SIDE = 4096  # height or width of latents
 MAX_IMAGE_SIDE = 65_536  # pixels
 MAX_CLASSES = 10_000_000
 MAX_TOKENS = 100_000  # of a prompt. A tokenizer without a length of its own says 10^30
+MAX_FACTOR = 64  # how many times smaller a second image is
+IMAGE_KINDS = ("low_resolution", "mask", "grey", "pair")  # of second images
+MASKS = ("mixed", "side", "rectangles", "frame")  # what the masks of training hide
 
 
 def check_index(file: Path, index: Mapping[str, Any]) -> None:
@@ -29,11 +32,25 @@ def check_index(file: Path, index: Mapping[str, Any]) -> None:
         _sides(file, "image_size", index["image_size"], MAX_IMAGE_SIDE)
     if index.get("null_class") is not None:
         whole(file, "null_class", index["null_class"], 0, MAX_CLASSES)
+    _check_image_condition(file, index.get("image_condition"))
     names = index.get("class_names")
     listed = list(names.values()) if isinstance(names, dict) else names
     keyed = not isinstance(names, dict) or all(isinstance(key, str) and key.isdecimal() and len(key) < 9 for key in names)
     if names is not None and not (isinstance(listed, list) and keyed and all(isinstance(name, str) for name in listed)):
         raise UserError(f"{file}: class_names must be texts, by their index from 0 on")
+
+
+def _check_image_condition(file: Path, rule: Any) -> None:
+    """UserError unless the entry image_condition is missing, or says what the second image of a U-Net is."""
+    if rule is None:
+        return
+    if not isinstance(rule, dict) or rule.get("kind") not in IMAGE_KINDS or not isinstance(rule.get("dropped"), bool):
+        raise UserError(
+            f"{file}: image_condition is {str(rule)[:80]}; it must have a factor, dropped, and a kind: {', '.join(IMAGE_KINDS)}"
+        )
+    whole(file, "image_condition.factor", rule.get("factor"), 1, MAX_FACTOR)
+    if rule.get("masks", "mixed") not in MASKS:
+        raise UserError(f"{file}: image_condition.masks is {str(rule['masks'])[:40]}; valid are {', '.join(MASKS)}")
 
 
 def check_latent_size(file: Path, config: Mapping[str, Any]) -> None:

@@ -96,7 +96,7 @@ def stage2(name: str, clock: Any, folder: Path, batch: int) -> tuple[Any, tuple[
     config = config_of(name, clock, folder, batch_size=batch, precision="bfloat16", threads=None)
     shape = SHAPES[next(key for key in SHAPES if key in name)]
     accelerator = start_accelerator(config.train)
-    conditions = random_conditions(config, None, 10)
+    conditions = random_conditions(config, None, 10, shape)
     codec: Any = SimpleNamespace(normalise=lambda z: z)  # random latents are of unit variance already
     images: Any = None
     cache: Any = RandomCache(shape, STAND_IN)

@@ -196,6 +196,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         tokenizer: of the text encoder; its model_max_length is L. Padding is masked where the encoder's config sets
             use_attention_mask.
         null_prompt: the text that stands for "no text"; None where training never dropped the text.
+        image_condition: the second image that the U-Net is given: {"kind": "low_resolution", "mask", "grey" or "pair";
+            "factor": how many times smaller it is; "dropped": whether training left it out at times}. None: none is given.
         bridge: the data set that a bridge starts from; None: the model starts from noise. A bridge is given latents= of that
             data set's images in every call.
 
@@ -226,6 +228,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         tokenizer: Any = None,
         null_prompt: _StrOrNone = "",
         bridge: _StrOrNone = None,
+        image_condition: _DictOrNone = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -235,6 +238,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             class_names=class_names,
             null_class=null_class,
             null_prompt=null_prompt,
+            image_condition=image_condition,
             prediction=prediction,
             schedule=schedule,
             image_size=list(image_size) if image_size is not None else None,
@@ -286,7 +290,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         height, width = (size, size) if isinstance(size, int) else size
         if not all(isinstance(side, int) and 1 <= side <= MAX_SAMPLE_SIZE for side in (height, width)):
             raise PipelineInputError(f"unet/config.json: sample_size {size}: must be from 1 to {MAX_SAMPLE_SIZE}")
-        return self.unet.config.in_channels, height, width
+        # A U-Net that is given a second image takes more channels than a latent has
+        key = "in_channels" if self.config.image_condition is None else "out_channels"
+        return self.unet.config[key], height, width
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -308,6 +314,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         count = self.num_classes
         if count == 0:
             kind = "is unconditional" if self.text_encoder is None else "reads prompts (prompt=)"
+            if self.config.image_condition and self.text_encoder is None:
+                kind = "is given an image (condition_image=)"
             return f"this checkpoint {kind} and takes no class labels"
         names = self.class_names or [""] * count
         names = [name if name.isprintable() else repr(name) for name in names]  # an escape code would drive the terminal
@@ -461,40 +469,60 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         lists = (texts, labels, negative_texts, negative_labels)
         return tuple([entry for entry in entries for _ in range(count // len(entries))] for entries in lists)
 
-    def match_guidance_scale(self, guidance_scale, texts, labels, negative_texts, negative_labels) -> float:
+    def match_guidance_scale(
+        self, guidance_scale, texts, labels, negative_texts, negative_labels, has_image=False, image_scale=None
+    ) -> float:
         """The guidance scale of a call: the one given, else the checkpoint's default, or 1 where nothing is asked for.
 
-        PipelineInputError for guidance that could do nothing, or for which the U-Net was not trained.
+        has_image: whether the call gives a condition image, which guidance_scale guides to where there is no class or text.
+        image_scale: image_guidance_scale of the call. PipelineInputError for guidance that could do nothing, or for which the
+        U-Net was not trained.
         """
         null_class = self.config.null_class
         has_class = any(label not in (None, null_class) for label in labels)
-        has_negative_class = any(label not in (None, null_class) for label in negative_labels)
-        has_target = has_class or has_negative_class or any(texts) or any(negative_texts)
+        has_target = self._has_target(texts, labels, negative_texts, negative_labels)
+        takes_image_alone = self.num_classes == 0 and self.text_encoder is None
         if guidance_scale is None:
-            guidance_scale = self.config.default_guidance_scale if has_target else 1.0
+            has_default = has_target or (has_image and takes_image_alone)
+            guidance_scale = self.config.default_guidance_scale if has_default else 1.0
         scale = float(guidance_scale)
-        if not 0 <= scale < math.inf:
-            raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
-        if scale == 1.0:
+        for name, value in (("guidance_scale", scale), ("image_guidance_scale", 1.0 if image_scale is None else image_scale)):
+            if not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+                raise PipelineInputError(f"{name} {value}: must be a finite number of at least 0; 1 is off")
+        if image_scale is not None and not has_image:
+            raise PipelineInputError(f"image_guidance_scale {image_scale:g}: there is no condition_image to guide to")
+        if scale == 1.0 and image_scale in (None, 1.0):
             return scale
-        if not has_target:
+        if not has_target and not has_image:
             raise PipelineInputError(f"guidance_scale {scale:g}: there is no class or prompt to guide to")
         never_dropped = None
         if has_class and null_class is None and None in negative_labels:
             never_dropped = "class"
         elif any(texts) and self.config.null_prompt is None and None in negative_texts:
             never_dropped = "text"
+        elif (
+            has_image and not self.config.image_condition.get("dropped") and (not has_target or image_scale not in (None, 1.0))
+        ):
+            never_dropped = "image"
         if never_dropped:
+            shown = f"guidance_scale {scale:g}" if scale != 1.0 else f"image_guidance_scale {image_scale:g}"
             raise PipelineInputError(
-                f"guidance_scale {scale:g}: this checkpoint was trained without {never_dropped} dropout, so it has no "
+                f"{shown}: this checkpoint was trained without {never_dropped} dropout, so it has no "
                 "unconditional prediction to guide away from; the only valid value is 1"
             )
         return scale
 
-    def match_weak_scale(self, guidance_scale, has_negative: bool) -> float:
+    def _has_target(self, texts, labels, negative_texts, negative_labels) -> bool:
+        """Whether a call has a class or a text, to guide to or away from."""
+        nothing = (None, self.config.null_class)
+        return any(label not in nothing for label in [*labels, *negative_labels]) or any([*texts, *negative_texts])
+
+    def match_weak_scale(self, guidance_scale, has_negative: bool, image_scale=None) -> float:
         """The scale of autoguidance: the one given, or the checkpoint's default. PipelineInputError for one out of range."""
         if has_negative:
             raise PipelineInputError("weak_unet: stands in for the negative prompt and class; give it or those")
+        if image_scale is not None:
+            raise PipelineInputError("image_guidance_scale: needs the U-Net without the image, and weak_unet stands in for it")
         scale = float(self.config.default_guidance_scale if guidance_scale is None else guidance_scale)
         if not 0 <= scale < math.inf:
             raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
@@ -597,11 +625,11 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         """Images as float32 [N, C, H, W] in [0, 1], C and (H, W) being the model's, or `size`.
 
         image: a PIL image, which is brought to that size; an array [H, W], [H, W, C] or [N, H, W, C] or a tensor [C, H, W] or
-        [N, C, H, W] in [0, 1], of that size; or a list of them. uint8 counts from 0 to 255. name: "image", or "mask_image" for
-        masks, which have one channel. PipelineInputError for anything else.
+        [N, C, H, W] in [0, 1], of that size; or a list of them. uint8 counts from 0 to 255. name: of the argument; masks
+        have one channel. PipelineInputError for anything else.
         """
         channels, *default = self.image_shape
-        is_mask = name == "mask_image"
+        is_mask = name in ("mask_image", "condition_mask")
         channels = 1 if is_mask else channels
         height, width = size or default
         entries = list(image) if isinstance(image, (list, tuple)) else [image]
@@ -684,6 +712,92 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         latents = draw(images) if strength < 1 else None
         return ImageStart(strength, latents, known, is_free)
 
+    def prepare_condition(
+        self, image: Any, mask: Any, size: tuple[int, int] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """The condition images of a call, [N, C, H', W'] in [-1, 1], and their masks [N, 1, H, W]; None where there are none.
+
+        image, mask: as `prepare_image` takes them. size: (H, W) of the images that are made; None: the model's. H' and W' are
+        `factor` times smaller. PipelineInputError where the model is not given such an image, or needs one.
+        """
+        rule = self.config.image_condition
+        if rule is None and (image is not None or mask is not None):
+            name = "condition_mask" if image is None else "condition_image"
+            raise PipelineInputError(
+                f"{name}: this checkpoint is given no image; image= changes one. {self.describe_classes()}"
+            )
+        if rule is None or (image is None and mask is None and rule.get("dropped")):
+            return None, None
+        if image is None:
+            raise PipelineInputError(
+                "this checkpoint was trained with an image on every sample, so each call needs condition_image"
+            )
+        if mask is None and rule["kind"] == "mask":
+            raise PipelineInputError(
+                "condition_image: this checkpoint completes images, so it needs condition_mask too, white to fill"
+            )
+        if mask is not None and rule["kind"] != "mask":
+            raise PipelineInputError(
+                f"condition_mask: this checkpoint is given an image of kind {rule['kind']}, without a mask"
+            )
+        height, width = size or self.image_shape[1:]
+        factor = rule.get("factor") or 1
+        if height % factor or width % factor:
+            raise PipelineInputError(
+                f"height and width {(height, width)}: must be multiples of {factor}, for the condition image"
+            )
+        given = self.prepare_image(image, (height // factor, width // factor), "condition_image") * 2 - 1
+        if rule["kind"] == "grey":
+            given = in_grey(given)
+        if mask is None:
+            return given, None
+        masks = self.prepare_image(mask, (height, width), "condition_mask")
+        most = max(len(given), len(masks))
+        return repeated(given, most), repeated(masks, most)
+
+    def encode_condition(
+        self, given: torch.Tensor | None, masks: torch.Tensor | None, noise: torch.Tensor, size: tuple[int, int] | None = None
+    ) -> torch.Tensor | None:
+        """What the U-Net is given beside x_t: the mask and the normalised latents of condition images, float32 [B, e, h, w].
+
+        Zeros where there is no condition image, as training drops it; None for a U-Net that is given none.
+        given, masks, size: as `prepare_condition` has them. noise: [B, c, h, w], for its shape and device.
+        """
+        if self.config.image_condition is None:
+            return None
+        count, channels, *cells = noise.shape
+        if given is None:
+            return torch.zeros(count, self.unet.config.in_channels - channels, *cells, device=noise.device)
+        padded = [side * self.vae_factor for side in cells]
+        picture = condition_picture(given, masks, size or self.image_shape[1:], padded)
+        beside, _ = self.encode_image(picture.to(noise.device))
+        if masks is not None:
+            beside = torch.cat([condition_mask(masks, padded, cells).to(beside), beside], dim=1)
+        return repeated(beside, count)
+
+    def guide_by_image(self, scale, image_scale, positive, negative, beside, has_target) -> tuple[tuple, float, float]:
+        """(what the U-Net is given in each branch of guidance; the scale of the first two, and that of the image).
+
+        Guidance by class or text keeps the image in both branches. Guidance by the image compares with a third one that has
+        neither (InstructPix2Pix, arXiv 2211.09800, eq. 3):
+            bare + image_scale (negative - bare) + scale (positive - negative)
+        Two branches are enough where both scales are equal, and where there is no class or text to guide to.
+
+        positive, negative: from `conditioning`; negative is empty at scale 1. beside: from `encode_condition`.
+        has_target: whether there is a class or text to guide to.
+        """
+        key, nothing = "image_condition", torch.zeros_like(beside)
+        with_image = {**positive, key: beside}
+        if not has_target:
+            scale = scale if image_scale is None else image_scale
+            return (with_image, {**positive, key: nothing} if scale != 1.0 else {}), scale, 1.0
+        image_scale = 1.0 if image_scale is None else image_scale
+        if image_scale == 1.0:
+            return (with_image, {**negative, key: beside} if negative else {}), scale, 1.0
+        if image_scale == scale:
+            return (with_image, {**negative, key: nothing}), scale, 1.0
+        return (with_image, {**negative, key: beside}, {**negative, key: nothing}), scale, image_scale
+
     @torch.no_grad()
     def __call__(
         self,
@@ -714,6 +828,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         mask_margin: int | None = None,
         height: int | None = None,
         width: int | None = None,
+        condition_image: Any = None,
+        condition_mask: Any = None,
+        image_guidance_scale: float | None = None,
     ) -> ImagePipelineOutput | tuple:
         """Make images, or change or complete given ones.
 
@@ -759,6 +876,12 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             mask_margin: latent cells around those that the mask touches that are drawn anew too; their pixels stay. None: 1.
             height, width: of the images, in pixels. None: the model's size. The U-Net was trained on that, so others may be
                 worse. With a mask, a larger canvas continues an image beyond its edges.
+            condition_image: the second image that a model with one is given (`config.image_condition`): what to enlarge, to
+                complete, to colour, or the paired picture. One, or one for each image; as `image`, at its own size. None: no
+                image, for a model that was trained without it on some samples, and `image` for one that completes images.
+            condition_mask: what is hidden of it: white is to be filled. None: `mask_image`.
+            image_guidance_scale: how strongly the condition image counts: 1 is as it was trained, more is more
+                (InstructPix2Pix, arXiv 2211.09800, eq. 3). Without a class and a prompt guidance_scale is that too.
 
         Returns:
             `ImagePipelineOutput` with `images`, or a tuple with the images.
@@ -815,13 +938,24 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if masks is not None and 1 not in (len(masks), num_given) and len(masks) != num_given:
             raise PipelineInputError(f"mask_image: {len(masks)} for {num_given} images; give one, or one for each image")
         num_given = max(num_given, 0 if masks is None else len(masks))
+        if (self.config.image_condition or {}).get("kind") == "mask" and condition_image is None and mask_image is not None:
+            condition_image, condition_mask = image, mask_image
+        beside_image, beside_mask = self.prepare_condition(condition_image, condition_mask, size)
+        has_image = beside_image is not None
+        if has_image and 1 not in (len(beside_image), num_given) and len(beside_image) != num_given:
+            raise PipelineInputError(f"condition_image: {len(beside_image)} for {num_given} images; give one, or one for each")
+        num_given = max(num_given, len(beside_image) if has_image else 0)
         texts, labels, negative_texts, negative_labels = self.match_inputs(
             prompt, class_labels, negative_prompt, negative_class_labels, num_images_per_label, num_given
         )
         if weak_unet is None:
-            scale = self.match_guidance_scale(guidance_scale, texts, labels, negative_texts, negative_labels)
+            scale = self.match_guidance_scale(
+                guidance_scale, texts, labels, negative_texts, negative_labels, has_image, image_guidance_scale
+            )
         else:
-            scale = self.match_weak_scale(guidance_scale, any(negative_texts) or negative_class_labels is not None)
+            scale = self.match_weak_scale(
+                guidance_scale, any(negative_texts) or negative_class_labels is not None, image_guidance_scale
+            )
         is_guided = scale != 1.0
         rule = self.match_guidance_rule(guidance_rule, guidance_rescale, guidance_options)
         if cuts := self.cut_off(texts + (negative_texts if is_guided else [])):
@@ -843,6 +977,18 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
         # 4. Prepare latents
         noise = self.prepare_latents(len(texts), generator, latents, device, size)  # [B, c, h, w]
+        conditions, image_scale = (positive, negative), 1.0
+        beside = self.encode_condition(beside_image, beside_mask, noise, size)  # [B, e, h, w]
+        if beside is not None:
+            has_target = self._has_target(texts, labels, negative_texts, negative_labels)
+            if not negative and image_guidance_scale not in (None, 1.0) and has_target:
+                negative = self.conditioning(negative_texts, negative_labels, device)
+            if weak_unet is not None:
+                conditions = ({**positive, "image_condition": beside}, {})
+            else:
+                conditions, scale, image_scale = self.guide_by_image(
+                    scale, image_guidance_scale, positive, negative, beside, has_target
+                )
         start = None
         if given is not None:
             strength = default_strength if strength is None else float(strength)
@@ -851,11 +997,12 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
         # 5. Denoise, by the diffusers scheduler or by a sampler of latentdiff
         if sampler:
-            run = self._load_sampler(sampler, num_inference_steps is None, sampler_options, guidance, rule, weak_unet, start)
+            use_default = num_inference_steps is None
+            run = self._load_sampler(sampler, use_default, sampler_options, guidance, rule, weak_unet, start, image_scale)
         else:
-            run = self._load_scheduler(rule, weak_unet, start)
+            run = self._load_scheduler(rule, weak_unet, start, image_scale)
         callback = step_callback(callback_on_step_end, callback_on_step_end_tensor_inputs)
-        latents = self.denoise(run, noise, (positive, negative), scale, interval, steps, generator, callback)
+        latents = self.denoise(run, noise, conditions, scale, interval, steps, generator, callback)
 
         # 6. Decode
         kept = None if masks is None else (given, masks)
@@ -893,35 +1040,52 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         rule: dict | None = None,
         weak_unet: torch.nn.Module | None = None,
         start: ImageStart | None = None,
+        image_scale: float = 1.0,
     ) -> Callable:
         """A sampler of latentdiff, as a function with the arguments of `_run_scheduler`."""
         samplers = load_samplers(f"sampler={name!r}")
         more: dict[str, Any] = {} if rule is None and weak_unet is None else {"rule": rule, "weak": weak_unet}
-        if start is not None:
-            if "start" not in signature(samplers.by_sampler).parameters:
-                raise PipelineInputError(f"image with sampler={name!r}: the installed latentdiff is too old for it")
-            more["start"] = start
+        of_image = ({} if start is None else {"start": start}) | ({} if image_scale == 1.0 else {"image_scale": image_scale})
+        if not of_image.keys() <= signature(samplers.by_sampler).parameters.keys():
+            raise PipelineInputError(f"image with sampler={name!r}: the installed latentdiff is too old for it")
+        more |= of_image
         with rule_errors():
             return samplers.by_sampler(self, name, use_default_steps, options or {}, guidance, **more)
 
     def _load_scheduler(
-        self, rule: dict | None, weak_unet: torch.nn.Module | None, start: ImageStart | None = None
+        self,
+        rule: dict | None,
+        weak_unet: torch.nn.Module | None,
+        start: ImageStart | None = None,
+        image_scale: float = 1.0,
     ) -> Callable:
         """`_run_scheduler`, with a rule of guidance, a U-Net to guide away from, and an image to start from."""
         combine = None
         if rule is not None:
             with rule_errors():
                 combine = load_samplers(f"guidance_rule={rule['name']!r}").output_rule(self, rule)
-        return functools.partial(self._run_scheduler, combine=combine, weak_unet=weak_unet, start=start)
+        more = {"combine": combine, "weak_unet": weak_unet, "start": start, "image_scale": image_scale}
+        return functools.partial(self._run_scheduler, **more)
 
     def _run_scheduler(
-        self, noise, conditions, scale, interval, steps, generator, callback, combine=None, weak_unet=None, start=None
+        self,
+        noise,
+        conditions,
+        scale,
+        interval,
+        steps,
+        generator,
+        callback,
+        combine=None,
+        weak_unet=None,
+        start=None,
+        image_scale=1.0,
     ) -> torch.Tensor:
         """The reverse process by the diffusers scheduler: from unit-variance noise to normalised latents [B, c, h, w].
 
         conditions: the U-Net's keyword arguments, positive and negative; the negative ones are empty at scale 1 and with a weak
-        U-Net. combine: a rule of guidance in the place of the plain one. weak_unet: see `__call__`.
-        start: an `ImageStart`, or None.
+        U-Net. A third entry is without the second image, see `guide_by_image`, and image_scale its scale. combine: a rule of
+        guidance in the place of the plain one. weak_unet: see `__call__`. start: an `ImageStart`, or None.
         """
         # 1. Prepare the scheduler
         scheduler, levels = self._prepare_scheduler(steps, noise.device, start)
@@ -935,14 +1099,15 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         self._num_timesteps = len(timesteps)
 
         # 2. Prepare the U-Net's keyword arguments: without guidance for B images, with guidance for 2 B, positive ones first
-        positive, negative = conditions
+        positive = conditions[0]
         required = {}
         if "encoder_hidden_states" in signature(self.unet.forward).parameters:
             required = {"encoder_hidden_states": None}  # for a U-Net that could attend to text and was trained without
         plain_kwargs = {**required, **positive}
-        guided_kwargs = {**required}
-        if negative:
-            guided_kwargs |= {key: torch.cat([value, negative[key]]) for key, value in positive.items()}
+        branches = [each for each in conditions if each]
+        guided_kwargs = {**required, **{key: torch.cat([each[key] for each in branches]) for key in positive}}
+        plain_image, guided_image = (kwargs.pop("image_condition", None) for kwargs in (plain_kwargs, guided_kwargs))
+        has_guidance = len(branches) > 1 or (weak_unet is not None and scale != 1.0)
 
         # 3. Denoising loop
         with self.progress_bar(total=len(timesteps)) as progress_bar:
@@ -951,29 +1116,35 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                     continue
 
                 # expand the latents if guidance is on at this timestep
-                is_guided = scale != 1.0 and (interval is None or within(interval, scheduler, time))
+                is_guided = has_guidance and (interval is None or within(interval, scheduler, time))
                 with scheduler_errors(name):
                     has_input_scale = hasattr(scheduler, "scale_model_input")
                     model_input = scheduler.scale_model_input(latents, timestep) if has_input_scale else latents
                 plain_input = model_input
-                doubled = is_guided and weak_unet is None
-                model_input = torch.cat([model_input, model_input]) if doubled else model_input
+                has_branches = is_guided and weak_unet is None
+                model_input = torch.cat([model_input] * len(branches)) if has_branches else model_input
+                beside = guided_image if has_branches else plain_image
+                if beside is not None:  # the second image is further channels, without noise
+                    model_input = torch.cat([model_input, beside], dim=1)
 
                 # predict; the network runs in its own dtype, everything around it in float32
-                kwargs = guided_kwargs if doubled else plain_kwargs
+                kwargs = guided_kwargs if has_branches else plain_kwargs
                 output = self.unet(model_input.to(self.unet.dtype), time, **kwargs).sample.float()
 
                 # guide; the weights of the plain rule sum to one, so it is the same whatever the network predicts
                 if is_guided:
+                    bare = []
                     if weak_unet is None:
-                        output_positive, output_negative = output.chunk(2)  # each [B, c, h, w]
+                        output_positive, output_negative, *bare = output.chunk(len(branches))  # each [B, c, h, w]
                     else:
                         output_positive = output
-                        output_negative = weak_unet(plain_input.to(weak_unet.dtype), time, **plain_kwargs).sample.float()
+                        output_negative = weak_unet(model_input.to(weak_unet.dtype), time, **plain_kwargs).sample.float()
                     if combine is None:
                         output = output_negative + scale * (output_positive - output_negative)
                     else:
                         output = combine(plain_input, time, output_positive, output_negative, scale)
+                    if bare:
+                        output = output + (image_scale - 1) * (output_negative - bare[0])
 
                 # compute the previous noisy sample x_t -> x_t-1
                 with scheduler_errors(name):
@@ -1086,7 +1257,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         noise, conditions, scale = arguments[:3]
         if not all_finite(noise):
             return "latents: the starting noise is not finite"
-        for name, condition in zip(("prompt", "negative_prompt"), conditions, strict=True):
+        for name, condition in zip(("prompt", "negative_prompt"), conditions[:2], strict=True):
             hidden_states = condition.get("encoder_hidden_states")
             if hidden_states is not None and not all_finite(hidden_states):
                 cause = non_finite_cause(self.text_encoder, hidden_states)
@@ -1166,6 +1337,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         """
         index = json.loads(super().to_json_string())
         index["_class_name"] = ["pipeline", type(self).__name__]
+        if index.get("image_condition") is None:
+            index.pop("image_condition", None)
         if self.text_encoder is not None and self.num_classes == 0 and self._suits_stable_diffusion():
             index["_class_name"] = "StableDiffusionPipeline"
             index["requires_safety_checker"] = False
@@ -1184,6 +1357,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         scheduler = getattr(self.scheduler, "config", {})
         is_changed = scheduler.get("timestep_spacing") == "leading" and scheduler.get("steps_offset", 1) != 1
         is_changed = is_changed or scheduler.get("clip_sample") or scheduler.get("use_flow_sigmas")
+        is_changed = is_changed or self.config.image_condition is not None
         return is_uncropped and not (is_shifted or is_changed) and hasattr(self.scheduler, "scale_model_input")
 
     def save_config(self, save_directory: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
@@ -1281,6 +1455,41 @@ def free_cells(masks: torch.Tensor, cells: list[int] | tuple[int, int], margin: 
     if margin:
         touched = torch.nn.functional.max_pool2d(touched, 2 * margin + 1, stride=1, padding=margin)
     return touched > 0.5
+
+
+def in_grey(images: torch.Tensor) -> torch.Tensor:
+    """Images [B, 3, H, W] in [-1, 1] without colour: the luma of ITU-R 601, rounded to 8 bits, in each channel."""
+    luma = (images * torch.tensor([0.299, 0.587, 0.114]).to(images)[:, None, None]).sum(1, keepdim=True)
+    return (((luma + 1) * 127.5).round() / 127.5 - 1).expand_as(images)
+
+
+def condition_picture(
+    given: torch.Tensor,
+    masks: torch.Tensor | None,
+    size: list[int] | tuple[int, int],
+    padded: list[int] | tuple[int, int],
+) -> torch.Tensor:
+    """What is encoded of condition images: [B, C, H', W'] in [-1, 1]. Training and the pipeline both make it here.
+
+    Args:
+        given: [B, C, H, W] in [-1, 1], or smaller; those are enlarged by bicubic interpolation.
+        masks: [B, 1, H, W], at least 0.5 where pixels are hidden; these become mid-grey. None: none are.
+        size: (H, W) of the images that are made.
+        padded: (H', W') with the border that training pads.
+    """
+    if tuple(given.shape[-2:]) != tuple(size):
+        given = torch.nn.functional.interpolate(given, tuple(size), mode="bicubic", align_corners=False).clamp(-1, 1)
+    if masks is not None:
+        given = torch.where(masks >= 0.5, MASK_FILL, given)
+    return with_border(given, padded, -1.0)
+
+
+def condition_mask(
+    masks: torch.Tensor, padded: list[int] | tuple[int, int], cells: list[int] | tuple[int, int]
+) -> torch.Tensor:
+    """Which share of each latent cell is hidden, [B, 1, h, w]. masks, padded: as of `condition_picture`. cells: (h, w)."""
+    hidden = with_border((masks >= 0.5).float(), padded, 0.0)
+    return torch.nn.functional.adaptive_avg_pool2d(hidden, tuple(cells))
 
 
 def step_callback(callback: Callable[..., dict | None] | None, names: list[str] | tuple[str, ...]) -> Callable | None:
