@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from latentdiff.cli.info import info
     from latentdiff.config import load_config
     from latentdiff.denoiser import Denoiser
+    from latentdiff.editing import edit
     from latentdiff.errors import UserError
     from latentdiff.evaluation.compare import compare
     from latentdiff.evaluation.compare_denoisers import agreement
@@ -42,6 +43,7 @@ __all__ = [
     "agreement",
     "card",
     "compare",
+    "edit",
     "encode",
     "encode_dataset",
     "evaluate",
@@ -72,6 +74,7 @@ _HOMES = {
     "agreement": "evaluation.compare_denoisers",
     "card": "evaluation.model_card",
     "compare": "evaluation.compare",
+    "edit": "editing",
     "encode": "samplers",
     "encode_dataset": "training.encode",
     "evaluate": "evaluation.evaluate",

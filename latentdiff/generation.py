@@ -176,7 +176,7 @@ def generate(
         "--label": class_row,
         "--classifier-strength": classifier_strength,
         "device": pipeline.device.type,
-        "model": None if path.suffix else _fingerprint(folder, weak),
+        "model": None if path.suffix else fingerprint(folder, weak),
         **{key: value for key, value in call.items() if key != "weak_unet"},
     }
     for flag, file in (("--condition", condition), ("--condition-mask", condition_mask)):
@@ -595,7 +595,7 @@ def _write(path: Path, make: Make, names: Names, depends_on: dict[str, Any], bat
             to_folder(ImageFolder(path, depends_on), make, names, part, batch_size, watch, bar.update)
 
 
-def _fingerprint(folder: Path, weak: bool) -> str:
+def fingerprint(folder: Path, weak: bool = False) -> str:
     """sha256 over a checkpoint's weights and settings: all that its images depend on. weak: that they depend on weak/."""
     from latentdiff.checkpoints import weights_of
 

@@ -26,6 +26,7 @@ COMMANDS = (
     "agreement",
     "card",
     "compare",
+    "edit",
     "encode",
     "evaluate",
     "fit",

@@ -27,6 +27,7 @@ ORDER = [
     "single_file",
     "generation",
     "translation",
+    "editing",
     "evaluation",
     "training",
     "fitting",

@@ -28,6 +28,7 @@ COMMANDS = {
         "fitting.finish:last_lines",
     ),
     "generate": Command("generation:generate", "make images from a checkpoint", ("what",), "paths"),
+    "edit": Command("editing:edit", "change, complete, restore, translate, vary or interpolate images", ("images",), "paths"),
     "train": Command("training:train", "train a stage as a config says", ("config", "overrides"), "paths"),
     "publish": Command(
         "training.publish:publish", "make a checkpoint of a training state", ("run_folder",), "paths", opens_weights=False

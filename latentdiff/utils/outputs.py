@@ -38,18 +38,19 @@ PNG_END = b"\x00\x00\x00\x00IEND\xaeB`\x82"  # the last bytes of a whole PNG
 Make = Callable[[slice, Callable[[int], object]], Iterator[np.ndarray]]
 
 
-def check_out(out: str | Path, total: int) -> Path:
+def check_out(out: str | Path, total: int, kinds: Sequence[str] = (".png", ".npz")) -> Path:
     """The output path, if it can be written: a .png, a .npz or a folder. UserError otherwise, before any work is done.
 
-    total: the number of images; 0 where it is not known yet. A folder may hold images of `ImageFolder`, which checks by
-    itself that they are of the same call.
+    total: the number of images; 0 where it is not known yet. kinds: the suffixes of files that may be written. A folder may
+    hold images of `ImageFolder`, which checks by itself that they are of the same call.
     """
     path = Path(out)
     is_folder = not path.suffix
     if not str(out) or (is_folder and path.name.startswith(".")):
-        raise UserError(f"--out {str(out)!r}: give a file that ends in .png or .npz, or a folder's name")
-    if path.suffix not in (".png", ".npz", ""):
-        raise UserError(f"--out {out}: must end in .png (a grid) or .npz, or name a folder")
+        raise UserError(f"--out {str(out)!r}: give a file that ends in {' or '.join(kinds)}, or a folder's name")
+    if path.suffix not in (*kinds, ""):
+        listed = " or ".join(".png (a grid)" if kind == ".png" else kind for kind in kinds)
+        raise UserError(f"--out {out}: must end in {listed}, or name a folder")
     if is_folder:
         if path.is_file():
             raise UserError(f"--out {out}: is a file already")
@@ -64,7 +65,8 @@ def check_out(out: str | Path, total: int) -> Path:
     if not os.access(path.absolute().parent, os.W_OK):
         raise UserError(f"--out {out}: the folder {path.parent} cannot be written to")
     if path.suffix == ".png" and total > GRID_IMAGES:
-        raise UserError(f"--out {out}: {total} images are too many for one grid ({GRID_IMAGES}); use .npz or a folder")
+        other = ".npz or a folder" if ".npz" in kinds else "a folder"
+        raise UserError(f"--out {out}: {total} images are too many for one grid ({GRID_IMAGES}); use {other}")
     return path
 
 

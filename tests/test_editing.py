@@ -1,0 +1,272 @@
+"""The command edit, and variations and interpolations: what they start from, what they end on, what they write."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from latentdiff import checkpoints
+from latentdiff.denoiser import Denoiser
+from latentdiff.editing import (
+    Between,
+    edit,
+    frame_weights,
+    image_latents,
+    interpolation,
+    subject_conditioning,
+    variations,
+)
+from latentdiff.errors import UserError
+from latentdiff.samplers import slerp
+
+
+@pytest.fixture(scope="module")
+def pipe(model):
+    pipe = checkpoints.load(model)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def photo(here, stripe_folder):
+    """photo(name, k) -> the name of a copy of image k of the stripes in the working folder."""
+    files = sorted(stripe_folder.rglob("*.png"))
+
+    def write(name: str = "photo.png", k: int = 0) -> str:
+        (here / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.open(files[k]).save(here / name)
+        return name
+
+    return write
+
+
+@pytest.fixture
+def half(here):
+    """The name of a mask whose lower half is white."""
+    mask = np.zeros((16, 16), np.uint8)
+    mask[8:] = 255
+    Image.fromarray(mask).save(here / "half.png")
+    return "half.png"
+
+
+def pixels(path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("L"))
+
+
+def cells(path, count: int, row: int = 0, height: int = 16, width: int = 16) -> list[np.ndarray]:
+    """The last `count` images in a row of a grid, each of them at its own size, without captions."""
+    scale = round(96 / height)
+    picture, column = pixels(path), width * scale + 6
+    top, first = row * (height * scale + 32), picture.shape[1] - count * column
+    left = [first + k * column for k in range(count)]
+    return [picture[top : top + height * scale : scale, x : x + width * scale : scale] for x in left]
+
+
+# --- the command --------------------------------------------------------------------------------------------------------
+
+
+def test_the_grid_has_the_original_the_condition_and_the_results(run, here, model, photo, half):
+    ask = ("edit", photo(), "--model", model, "--mask", half, "--to", "across", "--num-images", 2, "--steps", 3)
+    assert run(*ask).split() == ["edited.png"]
+    original, condition, *results = cells("edited.png", 4)
+    given = pixels("photo.png")
+    assert np.array_equal(original, given)
+    assert np.array_equal(condition[:8], given[:8]) and (condition[8:] == 128).all()
+    assert len(results) == 2 and all(np.array_equal(result[:8], given[:8]) for result in results)
+    assert not np.array_equal(results[0][8:], results[1][8:])
+    before = (here / "edited.png").read_bytes()
+    run(*ask)
+    assert (here / "edited.png").read_bytes() == before
+
+
+def test_a_result_depends_on_the_image_and_not_on_its_place(run, model, photo):
+    names = [photo(f"{k}.png", k) for k in range(3)]
+    ask = ("--model", model, "--strength", 0.5, "--steps", 4)
+    run("edit", *names, *ask, "--out", "all.png")
+    run("edit", names[2], *ask, "--out", "one.png", "--batch-size", 1)
+    assert np.abs(cells("all.png", 1, 2)[0].astype(int) - cells("one.png", 1)[0].astype(int)).max() <= 1
+
+
+def test_a_folder_gives_a_folder_that_goes_on_where_it_stopped(run, here, refused, model, photo):
+    for k in range(3):
+        photo(f"in/sub/{k}.png", k)
+    ask = ("edit", "in", "--model", model, "--steps", 3, "--to", "blank", "down", "--batch-size", 2)
+    assert run(*ask).split() == ["edited"]
+    made = sorted((here / "edited").iterdir())
+    assert len(made) == 6 and "sub_0_blank" in made[0].name and (here / "edited.png").is_file()
+    before = [path.read_bytes() for path in made]
+    made[3].unlink()
+    run(*ask)
+    assert [path.read_bytes() for path in made] == before
+    assert "holds images of another call (--seed 0, now 1)" in refused(*ask, "--seed", 1)
+
+
+def test_an_image_that_is_larger_shows_its_border(run, here, model, photo):
+    run("edit", photo(), "--model", model, "--expand", 0, 4, 2, 0, "--steps", 3)
+    shown, result = cells("edited.png", 2, height=18, width=20)
+    assert np.array_equal(shown[:16, :16], pixels("photo.png")) and (shown[:, 16:] == 128).all()
+    assert np.array_equal(result[:16, :16], pixels("photo.png")) and result[:, 16:].std() > 0
+
+
+def test_interpolations_are_strips_animations_or_folders(run, here, model, photo):
+    first, last = photo("first.png", 0), photo("last.png", 20)
+    ask = ("edit", first, last, "--model", model, "--task", "interpolate", "--num-images", 3, "--steps", 3)
+    run(*ask, "--out", "way.png")
+    row = cells("way.png", 5)
+    assert np.array_equal(row[0], pixels(first)) and np.array_equal(row[-1], pixels(last))
+    run(*ask, "--out", "way.webp")
+    film = Image.open("way.webp")
+    assert film.n_frames == 4  # there and back
+    film.seek(1)
+    assert np.array_equal(np.asarray(film.convert("L")), row[2])
+    run(*ask, "--out", "way")
+    assert np.array_equal(pixels("way/000-001.png"), row[2])
+    run("edit", "--model", model, "--task", "interpolate", "--source", "down", "--to", "across", "--out", "classes.png")
+    assert all(cell.std() > 0 for cell in cells("classes.png", 8))
+
+
+def test_a_small_image_is_upscaled_to_one_that_has_its_means(run, here, model, photo):
+    small = pixels(photo()).reshape(8, 2, 8, 2).mean((1, 3)).round().astype(np.uint8)
+    Image.fromarray(small).save(here / "small.png")
+    run("edit", "small.png", "--model", model, "--task", "upscale", "--to", "down", "--steps", 4, "--num-images", 2)
+    original, *results = cells("edited.png", 3)
+    assert np.array_equal(original, small.repeat(2, 0).repeat(2, 1)) and not np.array_equal(*results)
+    inside = (small > 40) & (small < 215)  # elsewhere the result is clipped to [0, 1]
+    for result in results:
+        means = result.astype(float).reshape(8, 2, 8, 2).mean((1, 3))
+        assert np.abs(means - small)[inside].mean() < 8
+
+
+def test_inpainting_by_posterior_sampling_keeps_the_known_pixels(run, model, photo, half):
+    run("edit", photo(), "--model", model, "--mask", half, "--method", "posterior", "--steps", 3)
+    original, _, result = cells("edited.png", 3)
+    assert np.array_equal(result[:8], original[:8]) and not np.array_equal(result[8:], original[8:])
+
+
+def test_an_image_is_translated_there_and_back(run, here, model, photo):
+    ask = ("--model", model, "--task", "translate", "--steps", 6)
+    run("edit", photo(), *ask, "--source", "across", "--to", "across", "down", "--out", "one.png")
+    original, same, other = cells("one.png", 3)
+    near, far = (np.abs(each.astype(float) - original).mean() for each in (same, other))
+    assert near < far
+    run("edit", photo(), *ask, "--source", "across", "--to", "across", "down", "--into", model, "--out", "two.png")
+    assert (here / "one.png").read_bytes() == (here / "two.png").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["nothing.png"], "IMAGE nothing.png: no such file or folder"),
+        ([], "IMAGE: missing; give image files or folders"),
+        (["half.png", "--task", "inpaint"], "--mask: missing; --task inpaint needs it"),
+        (["half.png", "--task", "outpaint"], "--expand: missing"),
+        (["half.png", "--task", "variations", "--mask", "half.png"], "--mask: goes with --task inpaint, not variations"),
+        (["half.png", "--source", "across"], "--source: goes with --task translate or variations or interpolate, not img2img"),
+        (["half.png", "--method", "posterior"], "--method posterior: goes with --task inpaint, not img2img"),
+        (["half.png", "--mask", "half.png", "--method", "posterior", "--strength", "0.5"], "--method posterior: takes neither"),
+        (["half.png", "--into", "x"], "--into: goes with --task translate, not img2img"),
+        (["half.png", "--task", "deblur", "--blur", "0"], "--blur 0: must be a standard deviation"),
+        (["half.png", "--task", "colorize", "--steps", "2"], "the images have 1 channels; only colour images"),
+        (["half.png", "--task", "upscale", "--steps", "2"], "which is no whole part of the model's 16x16"),
+        (["half.png", "small.png", "--task", "upscale"], "IMAGE: to be upscaled together, images must be of one size"),
+        (["half.png", "--task", "translate", "--strength", "0"], "--strength 0: nothing is translated"),
+        (["half.png", "--task", "translate", "--into", "nowhere"], "'nowhere': no such folder"),
+        (["half.png", "--strength", "1.5"], "--strength 1.5: must be from 0"),
+        (["half.png", "--expand", "0", "0", "0", "0"], "--expand 0 0 0 0: must be four numbers"),
+        (["half.png", "--to", "diagnal"], "--to: unknown class 'diagnal'; the classes are"),
+        (["half.png", "--task", "variations", "--source", "x"], "--source: unknown class 'x'"),
+        (["half.png", "--mask", "black.png"], "--mask black.png: has no white"),
+        (["half.png", "--task", "interpolate"], "IMAGE: to interpolate, give two images or more"),
+        (["half.png", "half.png", "--task", "interpolate", "--num-images", "1"], "an interpolation of 1 images"),
+        (["half.png", "--out", "a.jpg"], "--out a.jpg: must end in .png (a grid), or name a folder"),
+        (["folder", "--out", "a.png"], "--out a.png: a folder of images gives a folder"),
+        (["text.png"], "IMAGE text.png: cannot be read as an image"),
+        (["half.png", "--guidance", "3"], "there is no class or prompt to guide to"),
+        (["half.png", "--sampler", "eular"], "--sampler eular: unknown; valid: ancestral"),
+    ],
+    ids=lambda words: words if isinstance(words, str) else " ".join(words),
+)
+def test_a_mistake_is_one_line(refused, here, model, photo, half, arguments, line):
+    Image.new("L", (16, 16)).save(here / "black.png")
+    Image.new("L", (8, 8)).save(here / "small.png")
+    (here / "text.png").write_text("no image")
+    photo("folder/one.png")
+    assert line in refused("edit", *arguments, "--model", model)
+
+
+# --- variations and interpolation -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def images(stripe_folder):
+    """float32 [4, 1, 16, 16] in [0, 1]."""
+    files = sorted(stripe_folder.rglob("*.png"))[:4]
+    return torch.stack([torch.from_numpy(pixels(file).copy())[None].float() / 255 for file in files])
+
+
+def seeded(count, seed=0):
+    return [torch.Generator().manual_seed(seed + k) for k in range(count)]
+
+
+def gaussian(monkeypatch):
+    """Make every denoiser that of data N(0, I): its ODE leaves x alone, so encoding and decoding are known."""
+    from_pipeline = Denoiser.from_pipeline
+
+    def exact(pipe, **conditioning):
+        schedule = from_pipeline(pipe).schedule
+        return Denoiser.from_score(
+            lambda x, t: -x / (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).to(x)[:, None, None, None], schedule
+        )
+
+    monkeypatch.setattr(Denoiser, "from_pipeline", exact)
+
+
+def test_variations_go_from_the_image_to_another(monkeypatch, pipe, images):
+    gaussian(monkeypatch)
+    latents = image_latents(pipe, images, seeded(4))
+    back = pipe.decode_latents(latents, "pt")
+    none = variations(pipe, images, 0.0, generator=seeded(4))
+    torch.testing.assert_close(none, back, atol=5e-3, rtol=0)
+    half, full = (variations(pipe, images, s, generator=seeded(4)) for s in (0.5, 1.0))
+    generators = seeded(4)
+    image_latents(pipe, images, generators)
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
+    torch.testing.assert_close(full, pipe.decode_latents(noise, "pt"), atol=5e-3, rtol=0)
+    torch.testing.assert_close(half, pipe.decode_latents(slerp(latents, noise, 0.5), "pt"), atol=5e-3, rtol=0)
+    alone = variations(pipe, images[2:3], 0.5, generator=seeded(4)[2:3])
+    torch.testing.assert_close(alone[0], half[2], atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match=r"strength 2.0: must be from 0"):
+        variations(pipe, images, 2.0)
+
+
+def test_an_interpolation_ends_on_its_ends(monkeypatch, pipe, images):
+    gaussian(monkeypatch)
+    made = interpolation(pipe, images[:1], images[3:], 5, generators=(seeded(1), seeded(1, 9)))
+    ends = image_latents(pipe, images[:1], seeded(1)), image_latents(pipe, images[3:], seeded(1, 9))
+    assert made.shape == (5, 1, 16, 16)
+    for k, weight in enumerate(frame_weights(5).tolist()):
+        expected = pipe.decode_latents(slerp(*ends, weight), "pt")[0]
+        torch.testing.assert_close(made[k], expected, atol=5e-3, rtol=0)
+    mean = interpolation(pipe, images[:1], images[3:], 2, use_mean=True)
+    expected = pipe.decode_latents(image_latents(pipe, images[:1], use_mean=True), "pt")
+    torch.testing.assert_close(mean[:1], expected, atol=5e-3, rtol=0)
+
+
+def test_between_two_conditions_each_end_is_its_own(pipe):
+    plain = Denoiser.from_pipeline(pipe)
+    ends = [Denoiser.from_pipeline(pipe, **subject_conditioning(pipe, [k] * 3)) for k in (0, 2)]
+    x = torch.randn(3, *pipe.latent_shape, generator=torch.Generator().manual_seed(0))
+    out = Between(*ends, torch.tensor([0.0, 0.25, 1.0]))(x, 0.5)
+    one, other = (end(x, 0.5) for end in ends)
+    assert torch.equal(out.x0[0], one.x0[0])
+    torch.testing.assert_close(out.x0[2], other.x0[2], atol=1e-6, rtol=0)
+    torch.testing.assert_close(out.eps[1], 0.75 * one.eps[1] + 0.25 * other.eps[1])
+    assert (one.x0 - other.x0).abs().max() > 1e-3
+    assert out.schedule is ends[0].schedule and plain is not None
+
+
+def test_edit_is_a_public_function(model, photo, here):
+    import latentdiff
+
+    assert latentdiff.edit is edit
+    assert edit(model, [photo()], strength=0.3, steps=3, out=here / "x.png", progress=False) == here / "x.png"
