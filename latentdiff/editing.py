@@ -31,6 +31,8 @@ Task = Literal["img2img", "inpaint", "outpaint", "upscale", "deblur", "colorize"
 RESTORING = ("upscale", "deblur", "colorize")  # by posterior sampling, as inpaint is with --method posterior
 BY_SAMPLER = ("translate", "variations", "interpolate")  # these run the model's ODE by Heun's method
 TRANSLATION_STEPS = 50
+# What a model does that was trained to be given a second image, by the kind of that image
+TRAINED = {"low_resolution": "upscale", "mask": "inpaint", "grey": "colorize", "pair": "translate"}
 FRAMES = 8  # of an interpolation
 VARIATION = 0.3  # strength of variations
 ODE_STEPS = 30  # of Heun's method, in each direction
@@ -165,6 +167,7 @@ def edit(
     from latentdiff.utils.outputs import check_out
 
     files, is_folder = _files(images or [])
+    asked_task = task
     task = task or ("outpaint" if expand else "inpaint" if mask else "img2img")
     _check_flags(task, files, to, source, into, method, blur, mask, mask_margin, expand, strength, sampler)
     if min(batch_size, *(1 if number is None else number for number in (num_images, steps))) < 1:
@@ -189,8 +192,10 @@ def edit(
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
-    restores = task in RESTORING or (task == "inpaint" and method == "posterior")
-    generation.place(pipeline, device, sampler or ("heun" if task in BY_SAMPLER or restores else None))
+    was_asked = bool(asked_task or mask or expand)
+    task, is_trained = _task_of_model(pipeline, task, was_asked, mask)
+    restores = not is_trained and (task in RESTORING or (task == "inpaint" and method == "posterior"))
+    generation.place(pipeline, device, sampler or ("heun" if not is_trained and task in BY_SAMPLER or restores else None))
     generation.set_precision(pipeline, precision)
     rule = _image_rule(folder, pipeline)
     pictures = [_read(file, name, rule, own_size=task == "upscale") for file, name in files]
@@ -220,7 +225,9 @@ def edit(
 
     # Say what is done to each picture
     change = partial(_change, pipeline, class_row, call)
-    if task == "variations":
+    if is_trained and task != "inpaint":  # which the pipeline does by image and mask, as for any model
+        job = _trained_job(change, task, pipeline.image_shape[1:])
+    elif task == "variations":
         job = _variations_job(pipeline, folder, shows, rows, class_row, strength, steps)
     elif task == "translate":
         second = None if into is None else resolve_model(into)
@@ -518,6 +525,24 @@ def _check_flags(
             raise UserError("--to: between images it is what the last one shows; give one")
 
 
+def _task_of_model(pipeline: LatentDiffusionPipeline, task: str, was_asked: bool, mask: Any) -> tuple[str, bool]:
+    """(the task, whether the model was trained for it by a second image).
+
+    A model with a second image does one task, and a bridge translates. was_asked: the task follows from the flags. UserError
+    where the model cannot do what was asked.
+    """
+    kind = (pipeline.config.get("image_condition") or {}).get("kind")
+    own = TRAINED[kind] if kind is not None else "translate" if pipeline.config.get("bridge") is not None else None
+    if own is None:
+        return task, False
+    if was_asked and task != own:
+        given = f"is given a picture ({kind})" if kind is not None else "is a bridge"
+        raise UserError(f"--task {task}: this model {given}, so all it does is {own}; leave --task out")
+    if own == "inpaint" and mask is None:
+        raise UserError("--mask: missing; this model completes pictures, so give what to fill")
+    return own, kind is not None
+
+
 def _subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], flag: str) -> list[Subject]:
     """The classes or prompts that a flag names. UserError, naming the flag, where the model does not know one."""
     try:
@@ -633,6 +658,18 @@ def _restore_job(
     conditions = {"colorize": ("grey", _grey), "inpaint": ("to be filled", partial(_masked, mask=mask))}
     digest = None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()
     return Job(make, conditions.get(task), shown, {"--mask": digest, "--blur": blur, "--method": "posterior"})
+
+
+def _trained_job(change: Callable[..., np.ndarray], task: str, size: Sequence[int]) -> Job:
+    """Pictures given to a model that was trained for the task: small, grey, or paired with the result."""
+    import numpy as np
+
+    def make(pictures: list[Picture], rows: list[Subject], generators: list[Any]) -> np.ndarray:
+        given = np.stack([picture.pixels for picture in pictures])
+        return change(pictures, rows, generators, image=None, condition_image=given)
+
+    condition = ("grey", _grey) if task == "colorize" else None
+    return Job(make, condition, partial(_enlarged, size=size), {"trained": task})
 
 
 def _enlarged(picture: Picture, size: Sequence[int]) -> np.ndarray:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from PIL import Image
+from tiny_models import tiny_unet
 
 from latentdiff import checkpoints
 from latentdiff.denoiser import Denoiser
@@ -17,6 +19,7 @@ from latentdiff.editing import (
     variations,
 )
 from latentdiff.errors import UserError
+from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, normalise
 from latentdiff.samplers import slerp
 
 
@@ -135,6 +138,38 @@ def test_a_small_image_is_upscaled_to_one_that_has_its_means(run, here, model, p
     for result in results:
         means = result.astype(float).reshape(8, 2, 8, 2).mean((1, 3))
         assert np.abs(means - small)[inside].mean() < 8
+
+
+def with_second_image(monkeypatch, pipe, kind, channels):
+    """Let every model that is opened be one that is given a second image of a kind. Returns what its U-Net is given."""
+    unet = tiny_unet(sample_size=8, in_channels=channels, out_channels=2, num_class_embeds=None)
+    rule = {"kind": kind, "factor": 2 if kind == "low_resolution" else None, "dropped": False}
+    given = []
+    made = LatentDiffusionPipeline(
+        unet, pipe.vae, DDIMScheduler(clip_sample=False), image_condition=rule, image_size=(16, 16), prediction="epsilon"
+    )
+    unet.register_forward_pre_hook(lambda net, inputs: given.append(inputs[0][:, 2:].clone()))
+    monkeypatch.setattr(checkpoints, "load", lambda folder: made)
+    return given
+
+
+def test_a_model_with_a_second_image_does_what_it_was_trained_for(monkeypatch, run, refused, here, model, photo, pipe, half):
+    given = with_second_image(monkeypatch, pipe, "low_resolution", 4)
+    Image.open(photo()).resize((8, 8)).save(here / "small.png")
+    run("edit", "small.png", "--model", model, "--steps", 2)
+    original, result = cells("edited.png", 2)
+    assert np.array_equal(original, pixels("small.png").repeat(2, 0).repeat(2, 1)) and result.std() > 0
+    large = torch.from_numpy(pixels("small.png").copy())[None, None].float() / 127.5 - 1
+    large = torch.nn.functional.interpolate(large, (16, 16), mode="bicubic", align_corners=False).clamp(-1, 1)
+    expected = pipe.vae.encode(large).latent_dist
+    assert (given[0] - normalise(expected.mean, pipe.vae.config)).abs().mean() < 0.3  # a draw of its posterior at most
+    ask = ("edit", photo(), "--model", model)
+    assert "this model is given a picture (low_resolution), so all it does is upscale" in refused(*ask, "--task", "variations")
+    with_second_image(monkeypatch, pipe, "mask", 5)
+    assert "--mask: missing; this model completes pictures" in refused(*ask)
+    run(*ask, "--mask", half, "--steps", 2)
+    original, _, result = cells("edited.png", 3)
+    assert np.array_equal(original[:8], result[:8]) and not np.array_equal(original[8:], result[8:])
 
 
 def test_inpainting_by_posterior_sampling_keeps_the_known_pixels(run, model, photo, half):
