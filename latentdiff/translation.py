@@ -153,6 +153,7 @@ def translate_images(
     source_guidance: float = 1.0,
     sampler: str = "heun",
     generator: Generators = None,
+    use_mean: bool = False,
 ) -> Tensor:
     """Images [B, C, H, W] in [-1, 1], translated: through the shared Gaussian, or by a bridge where the pipeline is one.
 
@@ -169,12 +170,13 @@ def translate_images(
         source_guidance: the same on the way to noise. 1 is off: other values make that way less exact.
         sampler: "heun", "dopri5" or "euler".
         generator: draws from the autoencoder's posterior: one, or a list with one per image; see `utils.random.randn`.
+        use_mean: take the posterior's mean instead, for a model that was trained on means (cache.use_mean).
 
     Raises:
         UserError: models over two autoencoders, images of another size, an unknown class, or an option out of range.
     """
     check_models(pipeline, into, strength, source)
-    z = encode_images(pipeline, images, generator)
+    z = encode_images(pipeline, images, generator, use_mean)
     result = into or pipeline
     after = conditional_denoiser(result, to, len(z), guidance)
     if pipeline.config.get("bridge") is not None:
@@ -194,6 +196,7 @@ def cycle_error_of_images(
     strength: float = 1.0,
     sampler: str = "heun",
     generator: Generators = None,
+    use_mean: bool = False,
 ) -> Tensor:
     """`cycle_error` of images [B, C, H, W] in [-1, 1], in their normalised latents (of unit variance): [B].
 
@@ -201,7 +204,7 @@ def cycle_error_of_images(
     in `translate_images`.
     """
     check_models(pipeline, into, strength, source)
-    z = encode_images(pipeline, images, generator)
+    z = encode_images(pipeline, images, generator, use_mean)
     after = conditional_denoiser(into or pipeline, to, len(z), 1.0)
     if pipeline.config.get("bridge") is not None:
         there = samplers.sample(after, z, sampler, grid=_whole(steps))
@@ -220,6 +223,7 @@ def interpolate_images(
     steps: int = 50,
     sampler: str = "heun",
     generator: Generators = None,
+    use_mean: bool = False,
 ) -> Tensor:
     """Images between images a and b [B, C, H, W] in [-1, 1]: [K, B, C, H, W] for K weights, 0 for a and 1 for b.
 
@@ -227,7 +231,7 @@ def interpolate_images(
     b. There is no guidance, so that the ends are a and b as the model keeps them.
     """
     check_models(pipeline, None, 1.0, (None,))
-    ends = [encode_images(pipeline, images, generator) for images in (a, b)]
+    ends = [encode_images(pipeline, images, generator, use_mean) for images in (a, b)]
     denoiser = conditional_denoiser(pipeline, what, len(a), 1.0)
     between = interpolate(denoiser, *ends, weights, sampler=sampler, steps=steps)
     return torch.stack([decode_latents(pipeline, z) for z in between])
@@ -259,11 +263,14 @@ def conditional_denoiser(
     return ClassifierFree(Denoiser.from_pipeline(pipeline), positive, negative, scale, interval=interval)
 
 
-def encode_images(pipeline: LatentDiffusionPipeline, images: Tensor, generator: Generators = None) -> Tensor:
+def encode_images(
+    pipeline: LatentDiffusionPipeline, images: Tensor, generator: Generators = None, use_mean: bool = False
+) -> Tensor:
     """Normalised latents [B, c, h, w] of images [B, C, H, W] in [-1, 1]: a draw of each posterior, as in training.
 
-    The border that training put around its images is put around these. generator: as in `utils.random.randn`. UserError for
-    images of another size than the model's.
+    The border that training put around its images is put around these. generator: as in `utils.random.randn`. use_mean: the
+    posterior's mean instead, for a model that was trained on means (cache.use_mean). UserError for images of another size than
+    the model's.
     """
     codec = LatentCodec(pipeline.vae)
     tall, wide = (side * codec.factor for side in pipeline.latent_shape[1:])
@@ -275,7 +282,7 @@ def encode_images(pipeline: LatentDiffusionPipeline, images: Tensor, generator: 
     border = (left, wide - width - left, top, tall - height - top)
     padded = torch.nn.functional.pad(images, border, value=BLACK)
     # Through one dimension, because torch may take one channel for channels-last, which is slow on a CPU
-    return codec.latents(padded.reshape(-1).view(padded.shape), generator)
+    return codec.latents(padded.reshape(-1).view(padded.shape), generator, use_mean)
 
 
 def decode_latents(pipeline: LatentDiffusionPipeline, z: Tensor) -> Tensor:
