@@ -1,4 +1,4 @@
-"""Translation of a class into another: python tests/benchmarks/translation.py --judge FOLDER [--images N] [--picture PNG]
+"""Translation of a class into another: python tests/benchmarks/translation.py --judge FOLDER... [--images N] [--picture PNG]
 
 The first N held-out images of the source class are taken to another class by each of the methods below. Reported are, for each:
     recognised    share of the results that the judge takes for the class they should be; 0.7 is asked for
@@ -33,7 +33,7 @@ from latentdiff.checkpoints import load, resolve_model
 from latentdiff.config import DataConfig
 from latentdiff.data.pairs import read_pairs
 from latentdiff.evaluation.retrieval import index_pictures, retrieval_scores
-from latentdiff.models.feature_net import extract, load_features
+from latentdiff.models.feature_net import FeatureNet, extract, load_features
 from latentdiff.models.judge_net import load_judge
 from latentdiff.training.images import Images
 from latentdiff.translation import cycle_error_of_images, translate_images
@@ -73,6 +73,12 @@ def own_share(results: Tensor, originals: Tensor) -> float:
     return float(nearer.sum()) / (count * (count - 1))
 
 
+def described(net: FeatureNet) -> str:
+    """A judge in words."""
+    made, accuracy = net.info["training"], net.info.get("test_accuracy", float("nan"))
+    return f"a network of seed {made['seed']} and {made['steps']} steps (accuracy {accuracy:.3f})"
+
+
 def measure(arguments: argparse.Namespace) -> None:
     pipe = load(resolve_model(arguments.model))
     pipe.set_progress_bar_config(disable=True)
@@ -81,9 +87,8 @@ def measure(arguments: argparse.Namespace) -> None:
     number = held_out.class_names.index(arguments.source)
     rows = (held_out.labels == number).nonzero()[: arguments.images, 0]
     originals = held_out.batch(rows)[0]
-    net = load_features(arguments.judge)
-    target = net.info["class_names"].index(arguments.to)
-    features = extract(net, originals)[0]
+    nets = [load_features(folder) for folder in arguments.judge]
+    features = [extract(net, originals)[0] for net in nets]
     counted, steps, source, to = Counted(pipe.unet), arguments.steps, arguments.source, arguments.to
 
     def translated(strength: float, guidance: float) -> Tensor:
@@ -94,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
     calls = {f"translate s={s} g={g}": (translated, s, g) for s, g in TRANSLATE}
     calls |= {f"img2img s={s} g={g}": (lambda s, g: img2img(pipe, originals, to, s, g, steps), s, g) for s, g in IMG2IMG}
-    print(f"{source} to {to}: {len(rows)} images, {steps} steps of Heun, judge of seed {net.info['training']['seed']}\n")
+    print(f"{source} to {to}: {len(rows)} images, {steps} steps of Heun, judged by {', '.join(map(described, nets))}\n")
     print("| method | recognised | own | evaluations | seconds |\n|---|---|---|---|---|")
     shown = [originals[:SHOWN]]
     for name, (call, strength, guidance) in calls.items():
@@ -103,10 +108,13 @@ def measure(arguments: argparse.Namespace) -> None:
         counted.samples, began = 0, time.perf_counter()
         results = call(strength, guidance)
         seconds = (time.perf_counter() - began) / len(rows)
-        found, classes = extract(net, results)
-        recognised = float((classes == target).float().mean())
-        own = own_share(found, features)
-        print(f"| {name} | {recognised:.2f} | {own:.3f} | {counted.samples / len(rows):.0f} | {seconds:.3f} |", flush=True)
+        recognised, own = [], []
+        for net, real in zip(nets, features, strict=True):
+            found, classes = extract(net, results)
+            recognised.append(f"{float((classes == net.info['class_names'].index(to)).float().mean()):.2f}")
+            own.append(f"{own_share(found, real):.3f}")
+        cells = [name, ", ".join(recognised), ", ".join(own), f"{counted.samples / len(rows):.0f}", f"{seconds:.2f}"]
+        print(f"| {' | '.join(cells)} |", flush=True)
         shown.append(results[:SHOWN])
     draws = generators(0, range(len(originals)))
     error = cycle_error_of_images(pipe, originals, [source], [to], steps=steps, generator=draws)
@@ -171,7 +179,7 @@ def measure_emoji(arguments: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--judge", help="folder of the feature network that judges")
+    parser.add_argument("--judge", nargs="+", help="folders of the feature networks that judge")
     parser.add_argument("--emoji", help="folder that `latentdiff prepare emoji` made: translate emoji instead")
     parser.add_argument("--model", default="weights/fashion-mnist")
     parser.add_argument("--data", default="fashion-mnist")
