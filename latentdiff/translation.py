@@ -150,6 +150,7 @@ def translate_images(
     steps: int = 50,
     strength: float = 1.0,
     guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
     source_guidance: float = 1.0,
     sampler: str = "heun",
     generator: Generators = None,
@@ -167,6 +168,8 @@ def translate_images(
         steps: steps of each direction.
         strength: as in `translate`: below 1 more of the image is kept. A bridge has none.
         guidance: scale of classifier-free guidance towards `to`; None: the model's default.
+        guidance_interval: (low, high) in t, where to guide; None: the model's default. That is often the middle alone, while a
+            class is decided at high noise: (0, 1) guides all the way.
         source_guidance: the same on the way to noise. 1 is off: other values make that way less exact.
         sampler: "heun", "dopri5" or "euler".
         generator: draws from the autoencoder's posterior: one, or a list with one per image; see `utils.random.randn`.
@@ -178,7 +181,7 @@ def translate_images(
     check_models(pipeline, into, strength, source)
     z = encode_images(pipeline, images, generator, use_mean)
     result = into or pipeline
-    after = conditional_denoiser(result, to, len(z), guidance)
+    after = conditional_denoiser(result, to, len(z), guidance, guidance_interval)
     if pipeline.config.get("bridge") is not None:
         return decode_latents(result, samplers.sample(after, z, sampler, grid=_whole(steps)))
     before = conditional_denoiser(pipeline, source, len(z), source_guidance)
@@ -238,12 +241,17 @@ def interpolate_images(
 
 
 def conditional_denoiser(
-    pipeline: LatentDiffusionPipeline, what: Sequence[str | int | None], count: int, guidance: float | None = None
+    pipeline: LatentDiffusionPipeline,
+    what: Sequence[str | int | None],
+    count: int,
+    guidance: float | None = None,
+    guidance_interval: tuple[float, float] | None = None,
 ) -> DenoiserLike:
     """The denoiser of a pipeline for `count` samples of normalised latents, conditioned and guided.
 
-    what: a class or a prompt for each sample, or one for all; None is nothing in particular. guidance: the scale; None: the
-    pipeline's default. UserError for an unknown class, or another number of entries than 1 or `count`.
+    what: a class or a prompt for each sample, or one for all; None is nothing in particular. guidance: the scale, and
+    guidance_interval: where to guide, (low, high) in t; None: the pipeline's defaults. UserError for an unknown class, or
+    another number of entries than 1 or `count`.
     """
     if len(what) not in (1, count):
         raise UserError(f"{len(what)} classes or prompts for {count} images: give one, or one for each")
@@ -259,7 +267,7 @@ def conditional_denoiser(
         raise UserError(str(error)) from None
     positive = pipeline.conditioning(texts, labels)
     negative = pipeline.conditioning(no_texts, no_labels) if scale != 1 else {}
-    interval = pipeline.config.get("default_guidance_interval")
+    interval = pipeline.config.get("default_guidance_interval") if guidance_interval is None else guidance_interval
     return ClassifierFree(Denoiser.from_pipeline(pipeline), positive, negative, scale, interval=interval)
 
 
