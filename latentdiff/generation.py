@@ -231,7 +231,7 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
 
 def given_picture(pipeline: LatentDiffusionPipeline, condition: str | Path | None, mask: str | Path | None) -> Given | None:
     """The same picture for every image of a call. UserError where the model is given none, or is not given what it needs."""
-    rule = pipeline.config.get("image_condition")
+    rule = getattr(pipeline.config, "image_condition", None)
     if rule is None:
         if condition is not None or mask is not None:
             raise UserError("--condition: this model is given no picture; `latentdiff edit` changes one")
@@ -265,7 +265,7 @@ def read_picture(path: str | Path, flag: str) -> Any:
 
 def refuse_second_image(pipeline: LatentDiffusionPipeline, what: str) -> None:
     """UserError for a model that is given a second image. what: the command that has none, for the message."""
-    rule = pipeline.config.get("image_condition")
+    rule = getattr(pipeline.config, "image_condition", None)
     if rule is not None:
         raise UserError(
             f"MODEL: is given a picture ({rule['kind']}) for each image, and {what} has none; valid for it are generate "

@@ -144,7 +144,7 @@ def _checkpoint_info(folder: Path) -> dict[str, Any]:
         "text": _text_info(pipeline),
         "classes": pipeline.class_names,
         "null_class": pipeline.config.null_class,
-        **({"image_condition": dict(given)} if (given := pipeline.config.get("image_condition")) else {}),
+        **({"image_condition": dict(given)} if (given := getattr(pipeline.config, "image_condition", None)) else {}),
         "prediction": pipeline.config.prediction or pipeline.scheduler.config.get("prediction_type"),
         "schedule": pipeline.config.schedule,
         "scheduler": default_sampler(pipeline),

@@ -255,7 +255,7 @@ def _generate(
         )
     if bits_images:
         check_likelihood(pipeline, str(model))
-    if prompts is not None and pipeline.text_encoder is None and pipeline.config.get("image_condition") is None:
+    if prompts is not None and pipeline.text_encoder is None and getattr(pipeline.config, "image_condition", None) is None:
         raise UserError(f"--prompts {prompts}: this model reads no text; leave it out")
     part = prompts or "test"
     images = {"test": test, "train": train}[part]
@@ -302,7 +302,7 @@ def _can_be_guided(pipeline: Any) -> bool:
     """Whether a model has a condition, and was trained without it too."""
     classes, text, config = pipeline.num_classes > 0, pipeline.text_encoder is not None, pipeline.config
     if not (classes or text):
-        return bool((config.image_condition or {}).get("dropped"))
+        return bool((getattr(config, "image_condition", None) or {}).get("dropped"))
     without_dropout = classes and config.null_class is None or text and config.null_prompt is None
     return not without_dropout
 
@@ -311,7 +311,7 @@ def _curve_images(pipeline: Any, requested: int | None, num_images: int) -> int:
     """Images of each guidance scale: what was requested, else num_images up to CURVE_IMAGES, a multiple of the classes."""
     if requested is not None:
         return requested
-    balanced = pipeline.text_encoder is None and pipeline.config.get("image_condition") is None
+    balanced = pipeline.text_encoder is None and getattr(pipeline.config, "image_condition", None) is None
     classes = max(1, pipeline.num_classes) if balanced else 1
     return max(min(num_images, CURVE_IMAGES) // classes * classes, classes)
 
@@ -322,7 +322,7 @@ def _request(pipeline: Any, count: int, flag: str, images: ImageDataset, part: s
     from latentdiff.evaluation.sample_sets import draw_prompts
     from latentdiff.generation import every_class
 
-    if pipeline.config.get("image_condition") is not None:
+    if getattr(pipeline.config, "image_condition", None) is not None:
         return _request_from_images(pipeline, count, images, part, data)
     if pipeline.text_encoder is not None:
         check_classes(pipeline, images, data)
@@ -346,7 +346,7 @@ def _request_from_images(pipeline: Any, count: int, images: ImageDataset, part: 
     from latentdiff.evaluation.sample_sets import GivenImages
 
     check_classes(pipeline, images, data)
-    given = GivenImages(images, pipeline.config.get("image_condition"), count, part)
+    given = GivenImages(images, getattr(pipeline.config, "image_condition", None), count, part)
     labels = None if images.labels is None else images.labels[given.rows]
     classes = labels.tolist() if labels is not None and pipeline.num_classes else None
     texts = given.captions(data) if pipeline.text_encoder is not None else None
