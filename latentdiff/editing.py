@@ -231,7 +231,8 @@ def edit(
         job = _variations_job(pipeline, folder, shows, rows, class_row, strength, steps)
     elif task == "translate":
         second = None if into is None else resolve_model(into)
-        job = _translate_job(pipeline, second, shows, strength, steps, guidance, path.suffix == "")
+        guided = {"guidance": guidance, "guidance_interval": guidance_interval}
+        job = _translate_job(pipeline, folder, second, shows, strength, steps, guided, path.suffix == "")
     elif restores:
         pixels = _read_mask(str(mask), rule) if task == "inpaint" else None
         job = _restore_job(pipeline, change, task, pixels, 1.0 if blur is None else blur, steps, sampler)
@@ -688,14 +689,18 @@ def _grey(picture: Picture) -> np.ndarray:
 
 def _translate_job(
     pipeline: LatentDiffusionPipeline,
+    folder: Path,
     second: Path | None,
     source: Subject,
     strength: float | None,
     steps: int | None,
-    guidance: float | None,
+    guided: dict[str, Any],
     in_folder: bool,
 ) -> Job:
-    """Pictures taken from what they show to something else. second: the folder of the model that makes the results."""
+    """Pictures taken from what they show to something else.
+
+    second: the folder of the model that makes the results. guided: keyword arguments of guidance, of `translate_images`.
+    """
     from latentdiff.checkpoints import load
     from latentdiff.translation import check_models, translate_images
 
@@ -707,11 +712,12 @@ def _translate_job(
     check_models(pipeline, into, amount, [source])
     if amount == 0:
         raise UserError("--strength 0: nothing is translated; give a number above 0")
+    use_mean = _trained_on_means(folder)
 
     def make(pictures: list[Picture], rows: list[Subject], generators: list[Any]) -> np.ndarray:
         images = (_tensor(pictures) * 2 - 1).to(pipeline.device)
-        call = {"steps": steps or TRANSLATION_STEPS, "strength": amount, "guidance": guidance, "generator": generators}
-        made = translate_images(pipeline, images, [source], rows, into, **call)
+        call = {"steps": steps or TRANSLATION_STEPS, "strength": amount, "generator": generators, "use_mean": use_mean}
+        made = translate_images(pipeline, images, [source], rows, into, **call, **guided)
         return _as_pixels((made + 1) / 2)
 
     known = generation.fingerprint(second) if second is not None and in_folder else None

@@ -42,7 +42,7 @@ from latentdiff.translation import cycle_error_of_images, translate_images
 from latentdiff.utils.images import save_rows
 from latentdiff.utils.random import generators
 
-TRANSLATE = [(s, g) for s in (1.0, 0.9, 0.8, 0.7) for g in (1.0, 4.0, 8.0)]
+TRANSLATE = [(s, g) for s in (1.0, 0.9, 0.8, 0.75, 0.7) for g in (1.0, 4.0, 8.0)]
 IMG2IMG = [(s, g) for s in (0.9, 0.8, 0.7) for g in (4.0, 8.0)]
 EVERYWHERE = (0.0, 1.0)  # the interval of guidance: what a picture shows is decided at high noise
 EMOJI_SOURCE, EMOJI_TO = "noto", "twemoji"
