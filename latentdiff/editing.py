@@ -133,7 +133,7 @@ def edit(
         strength: how much may change, from 0 to 1. The default is 0.8 for img2img, 1 with a mask and for translate, 0.3 for
             variations.
         mask: an image, white where images are to be filled.
-        mask_margin: latent cells around the mask that are drawn anew too; their known pixels still stay. The default is 1.
+        mask_margin: latent cells around the mask that are drawn anew too; their known pixels still stay. The default is 2.
         expand: pixels of the model's size to add at the top, right, bottom and left.
         source: what the images show, for translate, variations and interpolate: a class or a prompt.
         into: a second model over the same autoencoder, which makes the results of translate.

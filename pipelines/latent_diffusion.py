@@ -56,7 +56,7 @@ MAX_TOKENS = 100_000
 # Changing an image. The value of masked pixels before they are encoded (mid-grey in [-1, 1]), and the latent cells around the
 # mask that are drawn anew too
 MASK_FILL = 0.0
-MASK_MARGIN = 1
+MASK_MARGIN = 2  # measured by tests/benchmarks/completion.py
 IMAGE_STRENGTH = 0.8  # of a call with an image and no mask, as in diffusers
 
 # Folders in the layout of StableDiffusionPipeline: the defaults of its calls, and its entries that make no picture
@@ -873,7 +873,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             mask_image: what to fill: white is drawn anew, black stays, as in diffusers. One, or as many as images. Every pixel
                 that stays is the given one exactly, unless output_type is "latent". At strength 1 the masked pixels of `image`
                 are not used.
-            mask_margin: latent cells around those that the mask touches that are drawn anew too; their pixels stay. None: 1.
+            mask_margin: latent cells around those that the mask touches that are drawn anew too; their pixels stay. None: 2.
             height, width: of the images, in pixels. None: the model's size. The U-Net was trained on that, so others may be
                 worse. With a mask, a larger canvas continues an image beyond its edges.
             condition_image: the second image that a model with one is given (`config.image_condition`): what to enlarge, to
