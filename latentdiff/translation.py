@@ -72,15 +72,11 @@ def translate(
         raise UserError(f"strength: {strength:g}: must be above 0 and at most 1, which is all the way to noise")
     up = _times(source.schedule, strength, steps, grid, grid_options)
     noise = samplers.encode(source, x0, sampler, grid=up, **options)
-    meeting, end = float(up[0]), strength
+    end = 1.0
     if strength < 1:
-        # The same x_t / alpha, at the time of the target where it has the same signal-to-noise ratio
-        end = float(target.schedule.time_from_log_snr(source.schedule.log_snr(meeting)))
+        # Both states are in units of `start_std`, so at one signal-to-noise ratio they are the same
+        end = float(target.schedule.time_from_log_snr(source.schedule.log_snr(float(up[0]))))
     down = _times(target.schedule, end, steps, grid, grid_options)
-    if strength < 1:
-        before, after = source.schedule, target.schedule
-        scale = before.start_std(meeting) / before.alpha(meeting) * after.alpha(down[0]) / after.start_std(down[0])
-        noise = noise * float(scale)
     return samplers.sample(target, noise, sampler, grid=down, **options)
 
 
