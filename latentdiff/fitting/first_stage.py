@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from latentdiff.models.codec import LatentCodec
 
 AUTOENCODER = "weights/autoencoder-rgb"  # comes with latentdiff
-# Mean PSNR from which on an autoencoder that is named is used as it is: what training one reaches in the time that a fit of half an hour or an hour has
-# for it. The autoencoder of weights/emoji reached 26.3 dB on held-out pictures of its own kind, in 27 minutes of one core
+# Mean PSNR from which on an autoencoder that is named is used as it is. It is what training one reaches in the time that a fit
+# of half an hour or an hour has for it: that of weights/emoji reached 26.3 dB on held-out pictures of its own kind, in 27
+# minutes of one core
 SKIP_DB = 26.0
 DECODER_DB = 22.0  # from which on the encoder is kept: below it, what the decoder cannot see is lost to any decoder
 FAR_BELOW = 5.0  # dB that a class may lie below SKIP_DB
