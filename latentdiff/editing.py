@@ -169,12 +169,15 @@ def edit(
     files, is_folder = _files(images or [])
     asked_task = task
     task = task or ("outpaint" if expand else "inpaint" if mask else "img2img")
-    _check_flags(task, files, to, source, into, method, blur, mask, mask_margin, expand, strength, sampler)
+    flags = (files, to, source, into, method, blur, mask, mask_margin, expand, strength, sampler)
+    _check_flags(task, *flags)
     if min(batch_size, *(1 if number is None else number for number in (num_images, steps))) < 1:
         raise UserError("--num-images, --batch-size and --steps: must be at least 1")
     out = out if out is not None else "edited" if is_folder else "edited.png"
     kinds = (".png", ".webp") if task == "interpolate" else (".png",)
     path = check_out(out, 0, kinds)
+    if task == "interpolate" and not path.suffix and locks.contents(path):
+        raise UserError(f"--out {out}: the folder is not empty; an interpolation needs a new one")
     if is_folder and path.suffix:
         raise UserError(f"--out {out}: a folder of images gives a folder; name one")
     if sampler is not None:
@@ -194,6 +197,14 @@ def edit(
     pipeline.set_progress_bar_config(disable=True)
     was_asked = bool(asked_task or mask or expand)
     task, is_trained = _task_of_model(pipeline, task, was_asked, mask)
+    if not is_trained:
+        _check_flags(task, *flags)  # again, because a bridge has chosen its task itself
+    elif strength is not None and task != "inpaint":
+        raise UserError(f"--strength: this model is given the whole picture for {task}; leave it out")
+    elif method == "posterior":
+        raise UserError("--method posterior: this model was trained to complete pictures; leave it out")
+    _check_guidance(task, is_trained, bool(files), guidance, guidance_interval, negative, label)
+    generation.check_negative(pipeline, negative, guidance)
     restores = not is_trained and (task in RESTORING or (task == "inpaint" and method == "posterior"))
     generation.place(pipeline, device, sampler or ("heun" if not is_trained and task in BY_SAMPLER or restores else None))
     generation.set_precision(pipeline, precision)
@@ -206,7 +217,11 @@ def edit(
     # Check the call against the model
     rows = _subjects(pipeline, list(to), "--to") if to else [None]
     shows = None if source is None else _subjects(pipeline, [source], "--source")[0]
-    class_row = generation.class_of_prompts(pipeline, label, rows)
+    class_row = generation.class_of_prompts(pipeline, label, [*rows, shows])
+    if class_row is not None and not any(isinstance(row, str) for row in [*rows, shows]):
+        raise UserError(f"--label {label}: is the class of a prompt; give the prompt by --to or --source")
+    if task == "translate" and not is_trained and not to and into is None and pipeline.config.get("bridge") is None:
+        raise UserError("--to: missing; name what the images become, or give --into")
     call: dict[str, Any] = {
         "num_inference_steps": steps,
         "sampler": sampler,
@@ -221,7 +236,8 @@ def edit(
         else:
             stops = [*([] if source is None else [shows]), *rows]
         frames = FRAMES if num_images is None else num_images
-        return _interpolate(pipeline, folder, pictures, stops, class_row, frames, steps, guidance, seed, path, batch_size)
+        guided = (guidance, guidance_interval)
+        return _interpolate(pipeline, folder, pictures, stops, class_row, frames, steps, *guided, seed, path)
 
     # Say what is done to each picture
     change = partial(_change, pipeline, class_row, call)
@@ -232,7 +248,7 @@ def edit(
     elif task == "translate":
         second = None if into is None else resolve_model(into)
         guided = {"guidance": guidance, "guidance_interval": guidance_interval}
-        job = _translate_job(pipeline, folder, second, shows, strength, steps, guided, path.suffix == "")
+        job = _translate_job(pipeline, folder, second, shows, strength, steps, guided, precision, path.suffix == "")
     elif restores:
         pixels = _read_mask(str(mask), rule) if task == "inpaint" else None
         job = _restore_job(pipeline, change, task, pixels, 1.0 if blur is None else blur, steps, sampler)
@@ -285,18 +301,25 @@ def variations(
         use_mean: encode the means of the posterior, for a denoiser that was trained on means.
 
     Raises:
-        UserError: a strength outside of [0, 1].
+        UserError: a strength outside of [0, 1], images of another size, or a bridge, which has no noise.
     """
+    import torch
+
     from latentdiff.denoiser import Denoiser
     from latentdiff.samplers import encode, sample, slerp
+    from latentdiff.translation import encode_images, refuse_bridge
     from latentdiff.utils.random import randn_like
+
+    refuse_bridge(pipeline)
 
     if not 0 <= strength <= 1:
         raise UserError(f"strength {strength}: must be from 0 (the image stays) to 1 (nothing of it stays)")
     denoiser = Denoiser.from_pipeline(pipeline, **(conditioning or {}))
-    noise = encode(denoiser, image_latents(pipeline, images, generator, use_mean), "heun", steps)
-    noise = slerp(noise, randn_like(noise, generator), strength)
-    return pipeline.decode_latents(sample(denoiser, noise, "heun", steps), "pt")
+    with torch.no_grad():
+        latents = encode_images(pipeline, images * 2 - 1, generator, use_mean)
+        noise = encode(denoiser, latents, "heun", steps)
+        noise = slerp(noise, randn_like(noise, generator), strength)
+        return pipeline.decode_latents(sample(denoiser, noise, "heun", steps), "pt")
 
 
 def interpolation(
@@ -326,17 +349,20 @@ def interpolation(
         use_mean: encode the means all the same, for a denoiser that was trained on means.
 
     Raises:
-        UserError: fewer than 2 frames.
+        UserError: fewer than 2 frames, images of another size, or a bridge, which has no noise.
     """
     import torch
 
     from latentdiff.denoiser import Denoiser
     from latentdiff.samplers import encode, sample, slerp
+    from latentdiff.translation import encode_images, refuse_bridge
 
+    refuse_bridge(pipeline)
     weights = frame_weights(frames)
     noises = []
     for image, conditioning, generator in zip((first, last), conditionings, generators, strict=True):
-        latents = image_latents(pipeline, image, generator, use_mean)
+        with torch.no_grad():
+            latents = encode_images(pipeline, image * 2 - 1, generator, use_mean)
         noises.append(encode(Denoiser.from_pipeline(pipeline, **conditioning), latents, "heun", steps))
     rows = [noise.expand(frames, -1, -1, -1) for noise in noises]
     arc = slerp(rows[0], rows[1], weights.to(rows[0]))  # [frames, c, h, w]
@@ -344,7 +370,8 @@ def interpolation(
     same = conditionings[0].keys() == conditionings[1].keys()
     same = same and all(torch.equal(value, conditionings[1][key]) for key, value in conditionings[0].items())
     denoiser = ends[0] if same else Between(ends[0], ends[1], weights)
-    return pipeline.decode_latents(sample(denoiser, arc, "heun", steps), "pt")
+    with torch.no_grad():
+        return pipeline.decode_latents(sample(denoiser, arc, "heun", steps), "pt")
 
 
 class Between:
@@ -377,21 +404,6 @@ def frame_weights(frames: int) -> Tensor:
     if frames < 2:
         raise UserError(f"an interpolation of {frames} images: needs at least 2, its ends")
     return torch.linspace(0, 1, frames, dtype=torch.float64)
-
-
-def image_latents(
-    pipeline: LatentDiffusionPipeline, images: Tensor, generator: Generators = None, use_mean: bool = False
-) -> Tensor:
-    """Normalised latents [B, c, h, w] of images [B, C, H, W] in [0, 1]: a draw of each posterior, or its mean."""
-    import torch
-
-    from latentdiff.pipelines.latent_diffusion import with_border
-    from latentdiff.utils.random import randn_like
-
-    canvas = [side * pipeline.vae_factor for side in pipeline.latent_shape[1:]]
-    with torch.no_grad():
-        mean, std = pipeline.encode_image(with_border(images.to(pipeline.device) * 2 - 1, canvas, -1.0))
-    return mean if use_mean else mean + std * randn_like(mean, generator)
 
 
 def subject_conditioning(pipeline: LatentDiffusionPipeline, rows: list[Subject], label: int | None = None) -> dict[str, Tensor]:
@@ -524,6 +536,29 @@ def _check_flags(
             raise UserError("IMAGE: to interpolate, give two images or more, or none with --source and --to")
         if files and len(to or ()) > 1:
             raise UserError("--to: between images it is what the last one shows; give one")
+
+
+def _check_guidance(
+    task: str,
+    is_trained: bool,
+    has_images: bool,
+    guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
+    negative: str | None,
+    label: str | int | None,
+) -> None:
+    """UserError for flags of guidance that a task does not read."""
+    if is_trained or task not in BY_SAMPLER:
+        return  # the pipeline reads them all
+    unread: dict[str, Any] = {"--negative": negative}
+    if task == "translate":
+        unread["--label"] = label
+    if task == "variations" or (task == "interpolate" and has_images):
+        unread |= {"--guidance": guidance, "--guidance-interval": guidance_interval}
+    for flag, value in unread.items():
+        if value is not None:
+            of_images = " between images" if task == "interpolate" and has_images else ""
+            raise UserError(f"{flag}: has no part in --task {task}{of_images}; leave it out")
 
 
 def _task_of_model(pipeline: LatentDiffusionPipeline, task: str, was_asked: bool, mask: Any) -> tuple[str, bool]:
@@ -695,6 +730,7 @@ def _translate_job(
     strength: float | None,
     steps: int | None,
     guided: dict[str, Any],
+    precision: str,
     in_folder: bool,
 ) -> Job:
     """Pictures taken from what they show to something else.
@@ -708,6 +744,7 @@ def _translate_job(
     if into is not None:
         into.set_progress_bar_config(disable=True)
         into.to(pipeline.device)
+        generation.set_precision(into, precision)
     amount = 1.0 if strength is None else strength
     check_models(pipeline, into, amount, [source])
     if amount == 0:
@@ -782,9 +819,9 @@ def _interpolate(
     frames: int,
     steps: int | None,
     guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
     seed: int,
     path: Path,
-    batch_size: int,
 ) -> Path:
     """Write the way from each picture to the next, or from each of `stops` to the next, as a strip or an animation."""
     frame_weights(frames)
@@ -797,7 +834,7 @@ def _interpolate(
         ends: list[tuple[np.ndarray, np.ndarray] | None] = [(first.pixels, last.pixels) for first, last in parts]
     else:
         pairs = list(zip(stops, stops[1:], strict=False))
-        ways = [_between_subjects(pipeline, label, pair, frames, steps, guidance, seed) for pair in pairs]
+        ways = [_between_subjects(pipeline, label, pair, frames, steps, guidance, guidance_interval, seed) for pair in pairs]
         words = _names_of(pipeline, stops, label)
         names = [f"{first} - {last}" for first, last in zip(words, words[1:], strict=False)]
         ends = [None] * len(pairs)
@@ -833,24 +870,21 @@ def _between_subjects(
     frames: int,
     steps: int | None,
     guidance: float | None,
+    guidance_interval: tuple[float, float] | None,
     seed: int,
 ) -> np.ndarray:
     """uint8 [frames, H, W, C] of one noise, from what shows one subject to what shows another, with guidance."""
-    from latentdiff.denoiser import Denoiser
-    from latentdiff.guidance import ClassifierFree
+    import torch
+
     from latentdiff.samplers import sample
+    from latentdiff.translation import conditional_denoiser
     from latentdiff.utils.random import generators, randn
 
-    scale = pipeline.config.default_guidance_scale if guidance is None else guidance
-    interval = pipeline.config.default_guidance_interval
-    nothing = _for_rows(subject_conditioning(pipeline, [None]), frames) if scale != 1 else {}
-    guided = []
-    for row in ends:
-        conditioning = _for_rows(subject_conditioning(pipeline, [row], label), frames)
-        guided.append(ClassifierFree(Denoiser.from_pipeline(pipeline), conditioning, nothing, scale, interval=interval))
+    first, last = (conditional_denoiser(pipeline, [row], frames, guidance, guidance_interval, label) for row in ends)
     noise = randn((1, *pipeline.latent_shape), generators(seed, [0])).expand(frames, -1, -1, -1).to(pipeline.device)
-    between = Between(guided[0], guided[1], frame_weights(frames))
-    return _as_pixels(pipeline.decode_latents(sample(between, noise, "heun", steps or ODE_STEPS), "pt"))
+    between = Between(first, last, frame_weights(frames))
+    with torch.no_grad():
+        return _as_pixels(pipeline.decode_latents(sample(between, noise, "heun", steps or ODE_STEPS), "pt"))
 
 
 def _save_ways(path: Path, ways: list[np.ndarray], names: list[str], ends: list[tuple[np.ndarray, np.ndarray] | None]) -> None:

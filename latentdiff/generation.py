@@ -144,8 +144,7 @@ def generate(
         if negative:
             raise UserError("--weak: stands in for the negative prompt; leave --negative out")
         guiding["weak_unet"] = load_weak(folder, pipeline)
-    if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
-        raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
+    check_negative(pipeline, negative, guidance)
     total = len(rows) * num_images
     check_out(out, total)
 
@@ -287,6 +286,12 @@ def class_of_prompts(pipeline: LatentDiffusionPipeline, label: str | int | None,
         return pipeline.class_index(label)
     except ValueError as error:
         raise UserError(f"--label: {error}") from None
+
+
+def check_negative(pipeline: LatentDiffusionPipeline, negative: str | None, guidance: float | None) -> None:
+    """UserError for a negative prompt at guidance 1, where it does nothing. guidance: None is the checkpoint's default."""
+    if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
+        raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
 
 
 def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:

@@ -229,7 +229,7 @@ def interpolate_images(
     what: what both show, as `source` of `translate_images`. The other arguments are as there; generator draws for a, then for
     b. There is no guidance, so that the ends are a and b as the model keeps them.
     """
-    check_models(pipeline, None, 1.0, (None,))
+    refuse_bridge(pipeline)
     ends = [encode_images(pipeline, images, generator, use_mean) for images in (a, b)]
     denoiser = conditional_denoiser(pipeline, what, len(a), 1.0)
     between = interpolate(denoiser, *ends, weights, sampler=sampler, steps=steps)
@@ -242,12 +242,13 @@ def conditional_denoiser(
     count: int,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    label: int | None = None,
 ) -> DenoiserLike:
     """The denoiser of a pipeline for `count` samples of normalised latents, conditioned and guided.
 
     what: a class or a prompt for each sample, or one for all; None is nothing in particular. guidance: the scale, and
-    guidance_interval: where to guide, (low, high) in t; None: the pipeline's defaults. UserError for an unknown class, or
-    another number of entries than 1 or `count`.
+    guidance_interval: where to guide, (low, high) in t; None: the pipeline's defaults. label: the class of every prompt, of a
+    model with both. UserError for an unknown class, or another number of entries than 1 or `count`.
     """
     if len(what) not in (1, count):
         raise UserError(f"{len(what)} classes or prompts for {count} images: give one, or one for each")
@@ -255,7 +256,7 @@ def conditional_denoiser(
     reads_text = pipeline.text_encoder is not None
     is_prompt = [reads_text and isinstance(entry, str) and entry not in pipeline.class_names for entry in entries]
     prompts = [entry if text else None for entry, text in zip(entries, is_prompt, strict=True)]
-    classes = [None if text else entry for entry, text in zip(entries, is_prompt, strict=True)]
+    classes = [label if text else entry for entry, text in zip(entries, is_prompt, strict=True)]
     try:
         texts, labels, no_texts, no_labels = pipeline.match_inputs(prompts, classes, None, None)
         scale = pipeline.match_guidance_scale(guidance, texts, labels, no_texts, no_labels)
@@ -318,6 +319,13 @@ def check_models(
     normalisers = ((codec.shift.tolist(), codec.scale.tolist()) for codec in (a, b))
     if strength < 1 and len({str(each) for each in normalisers}) > 1:
         raise UserError("strength: below 1 both models must normalise their latents alike; train both with normaliser=stored")
+
+
+def refuse_bridge(pipeline: LatentDiffusionPipeline) -> None:
+    """UserError for a bridge: it has data at both ends, so it encodes no image to noise."""
+    name = pipeline.config.get("bridge")
+    if name is not None:
+        raise UserError(f"MODEL: a bridge from {name} has no noise, so it only translates; give a model that starts from noise")
 
 
 def _whole(steps: int) -> Tensor:

@@ -13,7 +13,6 @@ from latentdiff.editing import (
     Between,
     edit,
     frame_weights,
-    image_latents,
     interpolation,
     subject_conditioning,
     variations,
@@ -21,6 +20,7 @@ from latentdiff.editing import (
 from latentdiff.errors import UserError
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, normalise
 from latentdiff.samplers import slerp
+from latentdiff.translation import encode_images
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def test_an_image_that_is_larger_shows_its_border(run, here, model, photo):
     assert np.array_equal(result[:16, :16], pixels("photo.png")) and result[:, 16:].std() > 0
 
 
-def test_interpolations_are_strips_animations_or_folders(run, here, model, photo):
+def test_interpolations_are_strips_animations_or_folders(run, refused, here, model, photo):
     first, last = photo("first.png", 0), photo("last.png", 20)
     ask = ("edit", first, last, "--model", model, "--task", "interpolate", "--num-images", 3, "--steps", 3)
     run(*ask, "--out", "way.png")
@@ -124,8 +124,19 @@ def test_interpolations_are_strips_animations_or_folders(run, here, model, photo
     assert np.array_equal(np.asarray(film.convert("L")), row[2])
     run(*ask, "--out", "way")
     assert np.array_equal(pixels("way/000-001.png"), row[2])
+    photo("in/one.png")
+    run("edit", "in", "--model", model, "--steps", 2)
+    assert "--out edited: the folder is not empty" in refused(*ask, "--out", "edited")  # by images of another task
     run("edit", "--model", model, "--task", "interpolate", "--source", "down", "--to", "across", "--out", "classes.png")
     assert all(cell.std() > 0 for cell in cells("classes.png", 8))
+
+
+def test_an_interpolation_of_classes_is_guided_where_it_is_asked_to(run, here, model):
+    ask = ("edit", "--model", model, "--task", "interpolate", "--to", "down", "across", "--num-images", 2, "--steps", 4)
+    for name, more in {"off": (1,), "on": (3,), "late": (3, "--guidance-interval", 0, 0.01)}.items():
+        run(*ask, "--out", f"{name}.png", "--guidance", *more)
+    off, on, late = ((here / f"{name}.png").read_bytes() for name in ("off", "on", "late"))
+    assert off != on and late != on
 
 
 def test_a_small_image_is_upscaled_to_one_that_has_its_means(run, here, model, photo):
@@ -170,6 +181,9 @@ def test_a_model_with_a_second_image_does_what_it_was_trained_for(monkeypatch, r
     run(*ask, "--mask", half, "--steps", 2)
     original, _, result = cells("edited.png", 3)
     assert np.array_equal(original[:8], result[:8]) and not np.array_equal(original[8:], result[8:])
+    assert "--method posterior: this model was trained" in refused(*ask, "--mask", half, "--method", "posterior")
+    with_second_image(monkeypatch, pipe, "pair", 4)
+    assert "--strength: this model is given the whole picture" in refused(*ask, "--strength", 0.5)
 
 
 def test_inpainting_by_posterior_sampling_keeps_the_known_pixels(run, model, photo, half):
@@ -204,7 +218,7 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
         (["half.png", "--task", "colorize", "--steps", "2"], "the images have 1 channels; only colour images"),
         (["half.png", "--task", "upscale", "--steps", "2"], "which is no whole part of the model's 16x16"),
         (["half.png", "small.png", "--task", "upscale"], "IMAGE: to be upscaled together, images must be of one size"),
-        (["half.png", "--task", "translate", "--strength", "0"], "--strength 0: nothing is translated"),
+        (["half.png", "--task", "translate", "--to", "down", "--strength", "0"], "--strength 0: nothing is translated"),
         (["half.png", "--task", "translate", "--into", "nowhere"], "'nowhere': no such folder"),
         (["half.png", "--strength", "1.5"], "--strength 1.5: must be from 0"),
         (["half.png", "--expand", "0", "0", "0", "0"], "--expand 0 0 0 0: must be four numbers"),
@@ -217,6 +231,17 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
         (["folder", "--out", "a.png"], "--out a.png: a folder of images gives a folder"),
         (["text.png"], "IMAGE text.png: cannot be read as an image"),
         (["half.png", "--guidance", "3"], "there is no class or prompt to guide to"),
+        (["half.png", "--task", "variations", "--guidance", "2"], "--guidance: has no part in --task variations; leave it out"),
+        (
+            ["half.png", "half.png", "--task", "interpolate", "--guidance-interval", "0", "1"],
+            "interpolate between images; leave",
+        ),
+        (["half.png", "--task", "translate"], "--to: missing; name what the images become, or give --into"),
+        (
+            ["--task", "interpolate", "--to", "down", "across", "--guidance", "-1"],
+            "guidance_scale -1.0: must be a finite number",
+        ),
+        (["--task", "interpolate", "--to", "down", "across", "--out", "folder"], "--out folder: the folder is not empty"),
         (["half.png", "--sampler", "eular"], "--sampler eular: unknown; valid: ancestral"),
     ],
     ids=lambda words: words if isinstance(words, str) else " ".join(words),
@@ -258,13 +283,14 @@ def gaussian(monkeypatch):
 
 def test_variations_go_from_the_image_to_another(monkeypatch, pipe, images):
     gaussian(monkeypatch)
-    latents = image_latents(pipe, images, seeded(4))
+    latents = encode_images(pipe, images * 2 - 1, seeded(4))
     back = pipe.decode_latents(latents, "pt")
     none = variations(pipe, images, 0.0, generator=seeded(4))
+    assert not none.requires_grad  # else the graph of the decoder stays in memory
     torch.testing.assert_close(none, back, atol=5e-3, rtol=0)
     half, full = (variations(pipe, images, s, generator=seeded(4)) for s in (0.5, 1.0))
     generators = seeded(4)
-    image_latents(pipe, images, generators)
+    encode_images(pipe, images * 2 - 1, generators)
     noise = torch.stack([torch.randn(latents.shape[1:], generator=g) for g in generators])
     torch.testing.assert_close(full, pipe.decode_latents(noise, "pt"), atol=5e-3, rtol=0)
     torch.testing.assert_close(half, pipe.decode_latents(slerp(latents, noise, 0.5), "pt"), atol=5e-3, rtol=0)
@@ -277,13 +303,13 @@ def test_variations_go_from_the_image_to_another(monkeypatch, pipe, images):
 def test_an_interpolation_ends_on_its_ends(monkeypatch, pipe, images):
     gaussian(monkeypatch)
     made = interpolation(pipe, images[:1], images[3:], 5, generators=(seeded(1), seeded(1, 9)))
-    ends = image_latents(pipe, images[:1], seeded(1)), image_latents(pipe, images[3:], seeded(1, 9))
-    assert made.shape == (5, 1, 16, 16)
+    ends = encode_images(pipe, images[:1] * 2 - 1, seeded(1)), encode_images(pipe, images[3:] * 2 - 1, seeded(1, 9))
+    assert made.shape == (5, 1, 16, 16) and not made.requires_grad
     for k, weight in enumerate(frame_weights(5).tolist()):
         expected = pipe.decode_latents(slerp(*ends, weight), "pt")[0]
         torch.testing.assert_close(made[k], expected, atol=5e-3, rtol=0)
     mean = interpolation(pipe, images[:1], images[3:], 2, use_mean=True)
-    expected = pipe.decode_latents(image_latents(pipe, images[:1], use_mean=True), "pt")
+    expected = pipe.decode_latents(encode_images(pipe, images[:1] * 2 - 1, use_mean=True), "pt")
     torch.testing.assert_close(mean[:1], expected, atol=5e-3, rtol=0)
 
 

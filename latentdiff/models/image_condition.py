@@ -20,7 +20,6 @@ from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
 from latentdiff.utils.random import derive_seed
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, as Pillow's mode L
 SHAPES = ("side", "rectangles", "frame")  # of masks; "mixed" is each of them equally often
 KEY = "image_condition"  # the keyword under which the network is given the condition
 Content = tuple[int, int, int, int]  # (top, left, height, width) of the image inside the padded one
@@ -79,13 +78,14 @@ class ImageCondition:
 
         images: [B, C, H', W'] in [-1, 1], padded; of kind "pair" the paired ones. content: where the image is in them.
         """
+        from latentdiff.pipelines.latent_diffusion import in_grey
+
         top, left, height, width = content
         inside = images[..., top : top + height, left : left + width]
         if self.kind == "low_resolution":
             return _as_8_bits(functional.avg_pool2d(inside, self.factor))
         if self.kind == "grey":
-            weights = torch.tensor(LUMA).to(inside)[:, None, None]
-            return _as_8_bits((inside * weights).sum(1, keepdim=True)).expand(-1, 3, -1, -1)
+            return in_grey(inside)
         return inside
 
     def hidden(self, keys: Sequence[int | str], content: Content) -> Tensor | None:

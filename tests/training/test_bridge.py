@@ -15,6 +15,7 @@ from latentdiff import samplers
 from latentdiff.checkpoints import load
 from latentdiff.config import parse_config
 from latentdiff.denoiser import Denoiser
+from latentdiff.editing import edit, interpolation, variations
 from latentdiff.errors import UserError
 from latentdiff.objective import diffusion_loss
 from latentdiff.pipelines.latent_diffusion import PipelineInputError
@@ -24,7 +25,7 @@ from latentdiff.training import train_diffusion as stage2
 from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.encode import encode_dataset
 from latentdiff.training.publish import publish
-from latentdiff.translation import cycle_error_of_images, encode_images, translate_images
+from latentdiff.translation import cycle_error_of_images, encode_images, interpolate_images, translate_images
 from latentdiff.utils.random import generators
 
 FLOW = {"schedule": {"name": "flow"}, "prediction": "flow", "noise_levels": {"name": "uniform"}}
@@ -241,6 +242,15 @@ def test_a_run_publishes_a_bridge_that_starts_from_images_alone(finished, dark, 
     assert float(cycle_error_of_images(pipe, images, to=[0], steps=40, generator=generators(0, range(4))).max()) < 0.05
     with pytest.raises(UserError, match="a bridge from .* takes images alone"):
         translate_images(pipe, images, ["across"], ["down"])
+    for needs_noise in (
+        lambda: interpolate_images(pipe, images[:2], images[2:], [0.5]),
+        lambda: variations(pipe, images / 2 + 0.5),
+        lambda: interpolation(pipe, images[:1] / 2 + 0.5, images[1:2] / 2 + 0.5),
+    ):
+        with pytest.raises(UserError, match="a bridge from .* has no noise, so it only translates"):
+            needs_noise()
+    with pytest.raises(UserError, match="--sampler: goes with .*, not translate"):
+        edit(finished / "model", [dark / "00.png"], sampler="heun", out=finished / "x.png")
 
 
 def test_a_bridge_goes_on_only_with_the_source_it_had(finished, stripe_folder, autoencoder_run, dark, tmp_path):

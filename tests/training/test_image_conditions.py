@@ -160,6 +160,11 @@ def test_hidden_pixels_change_nothing(mask_run):
     assert np.array_equal(drawn, draw(condition_image=others, condition_mask=mask))
     assert not np.array_equal(drawn, draw(condition_image=1 - pictures, condition_mask=mask))
     assert not np.array_equal(drawn, draw(condition_image=pictures, condition_mask=mask.flip(2)))
+    # image and mask_image stand in for the second image, where that is not given
+    drawn_anew = {"image": pictures, "mask_image": mask}
+    same = draw(**drawn_anew, condition_mask=mask)
+    assert np.array_equal(draw(**drawn_anew), same)
+    assert not np.array_equal(draw(**drawn_anew, condition_mask=torch.ones_like(mask)), same)
     # Row i alone is row i of the batch
     alone = pipe(
         class_labels=[1],

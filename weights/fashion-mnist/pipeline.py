@@ -938,8 +938,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         if masks is not None and 1 not in (len(masks), num_given) and len(masks) != num_given:
             raise PipelineInputError(f"mask_image: {len(masks)} for {num_given} images; give one, or one for each image")
         num_given = max(num_given, 0 if masks is None else len(masks))
-        if (self.config.image_condition or {}).get("kind") == "mask" and condition_image is None and mask_image is not None:
-            condition_image, condition_mask = image, mask_image
+        if (self.config.image_condition or {}).get("kind") == "mask" and mask_image is not None:
+            condition_image = image if condition_image is None else condition_image
+            condition_mask = mask_image if condition_mask is None else condition_mask
         beside_image, beside_mask = self.prepare_condition(condition_image, condition_mask, size)
         has_image = beside_image is not None
         if has_image and 1 not in (len(beside_image), num_given) and len(beside_image) != num_given:
