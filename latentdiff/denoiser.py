@@ -158,7 +158,7 @@ def unet_model(unet: Any, schedule: NoiseSchedule, autocast: torch.dtype | None 
     if "encoder_hidden_states" in inspect.signature(inner.forward).parameters:
         defaults["encoder_hidden_states"] = None
 
-    inner_config = getattr(inner, "config", None)
+    inner_config: Any = getattr(inner, "config", None)
     channels = inner_config.get("in_channels") if hasattr(inner_config, "get") else None
 
     def model(x: Tensor, t: Tensor, image_condition: Tensor | None = None, **conditioning: Any) -> Tensor:

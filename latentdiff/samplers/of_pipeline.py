@@ -126,14 +126,15 @@ def _run(
     image. start, image_scale: see `by_sampler`.
     """
     steps = samplers.default_steps(name, steps) if use_default_steps else steps
-    plain, options_of_rule = Denoiser.from_pipeline(pipe), {"interval": interval, "rescale": rescale, "rule": rule}
+    plain = Denoiser.from_pipeline(pipe)
+    options_of_rule: dict[str, Any] = {"interval": interval, "rescale": rescale, "rule": rule}
     denoiser: Any
     if weak is None:
         bare = conditions[2] if len(conditions) > 2 else None
         denoiser = ClassifierFree(plain, *conditions[:2], scale, **options_of_rule, bare=bare, bare_scale=image_scale)
     else:
         model = partial(unet_model(weak, plain.schedule), **conditions[0])
-        strong = ClassifierFree(plain, *conditions, 1.0)
+        strong = ClassifierFree(plain, *conditions[:2], 1.0)
         denoiser = Autoguidance(strong, Denoiser(model, plain.schedule, plain.prediction), scale, **options_of_rule)
     denoiser = denoiser if guide is None else guide(denoiser)
     fixed = noise
