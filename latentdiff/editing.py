@@ -305,12 +305,13 @@ def variations(
     """
     import torch
 
+    from latentdiff.checkpoints import refuse_bridge
     from latentdiff.denoiser import Denoiser
     from latentdiff.samplers import encode, sample, slerp
-    from latentdiff.translation import encode_images, refuse_bridge
+    from latentdiff.translation import encode_images
     from latentdiff.utils.random import randn_like
 
-    refuse_bridge(pipeline)
+    refuse_bridge(pipeline, "MODEL")
 
     if not 0 <= strength <= 1:
         raise UserError(f"strength {strength}: must be from 0 (the image stays) to 1 (nothing of it stays)")
@@ -353,11 +354,12 @@ def interpolation(
     """
     import torch
 
+    from latentdiff.checkpoints import refuse_bridge
     from latentdiff.denoiser import Denoiser
     from latentdiff.samplers import encode, sample, slerp
-    from latentdiff.translation import encode_images, refuse_bridge
+    from latentdiff.translation import encode_images
 
-    refuse_bridge(pipeline)
+    refuse_bridge(pipeline, "MODEL")
     weights = frame_weights(frames)
     noises = []
     for image, conditioning, generator in zip((first, last), conditionings, generators, strict=True):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from latentdiff import samplers
+from latentdiff.checkpoints import refuse_bridge
 from latentdiff.denoiser import Denoiser, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance import ClassifierFree
@@ -229,7 +230,7 @@ def interpolate_images(
     what: what both show, as `source` of `translate_images`. The other arguments are as there; generator draws for a, then for
     b. There is no guidance, so that the ends are a and b as the model keeps them.
     """
-    refuse_bridge(pipeline)
+    refuse_bridge(pipeline, "MODEL")
     ends = [encode_images(pipeline, images, generator, use_mean) for images in (a, b)]
     denoiser = conditional_denoiser(pipeline, what, len(a), 1.0)
     between = interpolate(denoiser, *ends, weights, sampler=sampler, steps=steps)
@@ -319,13 +320,6 @@ def check_models(
     normalisers = ((codec.shift.tolist(), codec.scale.tolist()) for codec in (a, b))
     if strength < 1 and len({str(each) for each in normalisers}) > 1:
         raise UserError("strength: below 1 both models must normalise their latents alike; train both with normaliser=stored")
-
-
-def refuse_bridge(pipeline: LatentDiffusionPipeline) -> None:
-    """UserError for a bridge: it has data at both ends, so it encodes no image to noise."""
-    name = pipeline.config.get("bridge")
-    if name is not None:
-        raise UserError(f"MODEL: a bridge from {name} has no noise, so it only translates; give a model that starts from noise")
 
 
 def _whole(steps: int) -> Tensor:

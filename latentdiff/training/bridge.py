@@ -19,14 +19,14 @@ from latentdiff.data.latent_cache import LatentCache, build_cache
 from latentdiff.data.shuffling import coin_flips, stream
 from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
+from latentdiff.pipelines.latent_diffusion import BRIDGE_SAMPLERS
 from latentdiff.training.images import Images
 from latentdiff.training.latents import Latents, cache_folder
 from latentdiff.utils.random import derive_seed, generators
 
 WEIGHTINGS = ("none", "uncertainty")  # the others weigh by a signal-to-noise ratio, and there is no noise
-# Solvers of the ODE: those of the SDE replace the images that a bridge starts from by noise
+# Solvers of the ODE, as BRIDGE_SAMPLERS are: those of the SDE replace the images that a bridge starts from by noise
 SCHEDULERS = ("auto", "DPMSolverMultistepScheduler", "FlowMatchEulerDiscreteScheduler")
-SAMPLERS = ("euler", "heun", "dopri5", "dpmpp_2m", "dpmpp_3m")
 
 
 def check(config: DiffusionConfig) -> None:
@@ -44,8 +44,10 @@ def check(config: DiffusionConfig) -> None:
     if sample.scheduler not in (None, *SCHEDULERS):
         valid = ", ".join(SCHEDULERS)
         raise UserError(f"sample.scheduler: {sample.scheduler} may add noise, and a bridge has none; valid: {valid}")
-    if sample.sampler not in (None, *SAMPLERS):
-        raise UserError(f"sample.sampler: {sample.sampler} adds noise, and a bridge has none; valid: {', '.join(SAMPLERS)}")
+    if sample.sampler not in (None, *BRIDGE_SAMPLERS):
+        raise UserError(
+            f"sample.sampler: {sample.sampler} adds noise, and a bridge has none; valid: {', '.join(BRIDGE_SAMPLERS)}"
+        )
 
 
 def source_config(config: DiffusionConfig) -> DiffusionConfig:

@@ -88,6 +88,7 @@ def test_autoguidance_needs_no_class_and_no_dropout():
     [
         ({"guidance_rule": "pag"}, "guidance rule: 'pag' is unknown; valid: cfg, apg, cfg_zero"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: must be from 0"),
+        ({"guidance_rescale": "much"}, "guidance_rescale much: must be from 0"),
         ({"guidance_options": {"parallel": 0.5}}, "cfg has no parallel and no threshold"),
         ({"guidance_rule": "apg", "guidance_options": {"eta": 0.5}}, "valid: parallel and threshold"),
         ({"guidance_options": {"rescale": 0.5}}, "guidance_rule: must be a name"),

@@ -324,6 +324,8 @@ def test_forms_of_an_image():
     for form in (grey, [grey], image[0], [image[0]], array, array[None], array[..., 0], (image[0] * 255).round().byte()):
         found = pipe(**call, image=form, generator=seeded()).images
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    number = pipe(**{**call, "strength": np.float32(0.4)}, image=image, generator=seeded()).images
+    assert torch.equal(number, expected)
     larger = grey.resize((20, 30)).convert("RGB")
     assert pipe(**call, image=larger).images.shape == (1, 1, 8, 8)
     clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))  # what is transparent counts as white

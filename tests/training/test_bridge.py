@@ -247,7 +247,7 @@ def test_a_run_publishes_a_bridge_that_starts_from_images_alone(finished, dark, 
         lambda: variations(pipe, images / 2 + 0.5),
         lambda: interpolation(pipe, images[:1] / 2 + 0.5, images[1:2] / 2 + 0.5),
     ):
-        with pytest.raises(UserError, match="a bridge from .* has no noise, so it only translates"):
+        with pytest.raises(UserError, match="MODEL: is a bridge, which starts from images of"):
             needs_noise()
     with pytest.raises(UserError, match="--sampler: goes with .*, not translate"):
         edit(finished / "model", [dark / "00.png"], sampler="heun", out=finished / "x.png")

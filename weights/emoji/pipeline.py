@@ -430,7 +430,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             if given:
                 raise PipelineInputError(f"{given[0]}: goes with image=, the image to change; give that too")
             return
-        if strength is not None and not (isinstance(strength, (int, float)) and 0 <= strength <= 1):
+        if strength is not None and not (hasattr(strength, "__float__") and 0 <= float(strength) <= 1):
             raise PipelineInputError(f"strength {strength}: must be from 0 (the image stays) to 1 (nothing of it does)")
         if mask_margin is not None and mask_image is None:
             raise PipelineInputError("mask_margin: goes with mask_image=, whose white is filled; give that too")
@@ -530,7 +530,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
 
     def match_guidance_rule(self, name: str, rescale: float, options: dict | None) -> dict[str, Any] | None:
         """The rule of guidance and its options, or None for the plain rule. PipelineInputError for values out of range."""
-        if not 0 <= rescale <= 1:
+        if not (hasattr(rescale, "__float__") and 0 <= float(rescale) <= 1):
             raise PipelineInputError(f"guidance_rescale {rescale}: must be from 0, which is off, to 1")
         if not isinstance(name, str) or not isinstance(options or {}, dict) or {"name", "rescale"} & set(options or {}):
             raise PipelineInputError("guidance_rule: must be a name, and guidance_options a dict with options of that rule")
