@@ -201,6 +201,8 @@ def _resample(image: np.ndarray, size: tuple[int, int], crop: bool) -> np.ndarra
     """Lanczos with antialiasing to `size`; with crop, of the largest centred box that has the new aspect ratio."""
     height, width = size
     top, left, bottom, right = _cropped_box(image.shape[:2], size) if crop else (0.0, 0.0, *map(float, image.shape[:2]))
+    # Rounding may put the box outside by 1e-15, which Pillow refuses
+    top, left, bottom, right = max(0.0, top), max(0.0, left), min(bottom, image.shape[0]), min(right, image.shape[1])
     picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
     resized = np.asarray(picture.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, right, bottom)))
     return resized[..., None] if image.shape[-1] == 1 else resized

@@ -94,6 +94,11 @@ def test_crop_takes_the_middle_and_resize_all():
     assert stretched.shape == (1, 10, 15) and stretched[0, 5, 0] == -1 and stretched[0, 5, 7] > 0.9
 
 
+def test_crop_takes_images_whose_box_rounds_beyond_them():
+    for size in ((29, 40), (58, 100), (40, 29)):
+        assert Preprocess((28, 28), 1, "crop")(np.zeros((*size, 1), np.uint8)).shape == (1, 28, 28)
+
+
 def test_crop_scales_without_aliasing():
     board = (np.indices((64, 64)).sum(0) % 2 * 255).astype(np.uint8)[..., None]  # a checkerboard's mean is grey
     small = Preprocess((8, 8), 1, "crop")(board)
