@@ -11,7 +11,7 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import in_words, read_clock
-from latentdiff.fitting.page import comparable_floor
+from latentdiff.fitting.page import choice_distances, comparable_floor
 from latentdiff.utils import atomic, progress_bars
 
 GRID_ROWS, GRID_COLUMNS = 10, 8  # of samples.png
@@ -22,6 +22,7 @@ SLOW = 1.0  # seconds that a picture is taken to need where nothing was measured
 WORDS = ("Good", "Fair", "Rough")
 BLURRED_DB = 16.0  # mean PSNR of reconstructions below which hardly anything can be recognised
 WEAK_DB = 24.0  # mean PSNR of reconstructions below which the autoencoder limits what is drawn
+BUSY = 0.6  # share of the planned steps below which the machine did other work
 FEW, FEW_PER_CLASS = 300, 50  # pictures, below which more of them help most
 BEGIN, END = "<!-- fit -->", "<!-- /fit -->"
 
@@ -198,8 +199,8 @@ def numbers(result: dict[str, Any], record: dict[str, Any]) -> Numbers:
     frechet, accuracy = entry(result, "frechet["), entry(result, "label_accuracy")
     near = entry(result, "closer_to_training_than_1%_of_held_out[features]")
     distance, real_distance = frechet.get("value"), comparable_floor(frechet)
-    if real_distance is None and kept.get("distance") is not None:  # both of the choice, which holds out classes of any size
-        distance, real_distance = kept["distance"], (choice.get("real") or {}).get("distance")
+    if real_distance is None and (pair := choice_distances(choice, kept, images)):  # it holds out classes of any size
+        distance, real_distance = pair
     stands_out = bool(near) and near["value"] > max(5 * (near.get("floor") or 0.0), 0.05)
     return Numbers(
         result.get("images") or 0,
@@ -258,7 +259,7 @@ def what_helps(output: Path, config: Any, record: dict[str, Any], result: dict[s
     plan = record.get("plan") or {}
     facts, choice = plan.get("facts") or {}, record.get("choice") or {}
     images, classes = facts.get("images", 0), max(1, len(facts.get("classes") or []))
-    advice = []
+    advice = [busy] if (busy := fewer_steps(record)) else []
     found = numbers(result, record)
     if found.psnr is not None and found.psnr < WEAK_DB:
         advice.append(f"a better autoencoder (it reconstructs your pictures at {found.psnr:.0f} dB, and 25 are good)")
@@ -271,6 +272,15 @@ def what_helps(output: Path, config: Any, record: dict[str, Any], result: dict[s
     else:
         advice.append(f"more time: {more_time(output, record)}")
     return f"Better with {'; '.join(advice)}"
+
+
+def fewer_steps(record: dict[str, Any]) -> str | None:
+    """Where other work slowed the machine down: how many of the planned steps of stage 2 were done; else None."""
+    planned = ((record.get("plan") or {}).get("steps") or {}).get("diffusion")
+    steps = [each["step"] for each in (record.get("choice") or {}).get("candidates") or []]
+    if not planned or not steps or max(steps) > BUSY * planned:
+        return None
+    return f"a machine with less other work ({max(steps)} of about {planned} steps were done)"
 
 
 def more_time(output: Path, record: dict[str, Any]) -> str:

@@ -118,7 +118,9 @@ def _plan(output: Path, asked: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
     overrides, hours = asked["overrides"], asked["hours"]
     words = plan.sort_overrides(overrides)  # a mistyped key is refused before anything is read
-    facts, here = look(asked["folder"], words.data), machine.measure()
+    facts = look(asked["folder"], words.data)
+    _say(f"{facts.images} pictures; looking at the machine, and timing what it can train, takes up to half a minute")
+    here = machine.measure()
     base = None if asked["base"] is None else base_settings(asked["base"], asked["lora"], facts, overrides)
     data, _ = plan.choose_data(facts, here, hours, overrides, base)
     verdict = None

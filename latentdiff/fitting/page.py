@@ -603,11 +603,11 @@ class LivePage:
         accuracy = entries["label_accuracy"] or entries["probe_accuracy"]
         if accuracy:
             found.append(accuracy_verdict(accuracy["value"], accuracy.get("floor")))
-        kept, real = self._kept(record), self._choice(record).get("real") or {}
+        choice = self._choice(record)
         if (floor := comparable_floor(entries["frechet["] or {})) is not None:
             found.append(frechet_verdict(entries["frechet["]["value"], floor))
-        elif kept.get("distance") is not None and real.get("distance") is not None:
-            found.append(frechet_verdict(kept["distance"], real["distance"]))
+        elif pair := choice_distances(choice, self._kept(record), choice.get("images") or 0):
+            found.append(frechet_verdict(*pair))
         if near := entries[NEAR_COPIES]:
             found.append(copies_verdict(near["value"], near.get("floor") or 0.01, near.get("images")))
         elif (share := self._kept(record).get("closer_to_training")) is not None:
@@ -653,6 +653,18 @@ def comparable_floor(entry: Mapping[str, Any]) -> float | None:
     """
     images = entry.get("images") or 0
     return entry.get("floor") if 2 * entry.get("floor_images", images) >= images else None
+
+
+def choice_distances(choice: Mapping[str, Any], kept: Mapping[str, Any], images: int) -> tuple[float, float] | None:
+    """(the distance of the pictures that the choice of a state drew, that of real ones), to stand side by side.
+
+    choice: its record. kept: the values that count. images: how many pictures they are of. None where one was not measured, or
+    where fewer than half as many were drawn as there are real ones: their distance is large for no other reason.
+    """
+    real = choice.get("real") or {}
+    if kept.get("distance") is None or real.get("distance") is None or 2 * images < (real.get("images") or 0):
+        return None
+    return kept["distance"], real["distance"]
 
 
 def first_entry(values: Mapping[str, Any], name: str) -> dict[str, Any] | None:

@@ -52,6 +52,7 @@ WORTH = {"small": 0, "medium": 5_000, "large": 15_000}
 LEAST_PICTURES = {"small": 0, "medium": 0, "large": 5 * COPIED}
 ENOUGH_STEPS = {"cpu": (8_000, 12_000, 20_000), "gpu": (20_000, 30_000, 60_000)}  # few pictures, some, many
 HOURS = (0.25, 12.0)  # the least and the most that a plan recommends
+SHORT = 2.0  # times the hours that were given, from which on the plan says what it would recommend
 # Shares of the hours
 REST_SHARE, REST_LEAST, REST_MOST = 0.1, 40.0, 1800.0  # choosing and measuring: the share, and its bounds in seconds
 FIRST_SHARE, DECODER_SHARE = 0.28, 0.15  # stage 1, and its decoder alone
@@ -392,6 +393,8 @@ class _Planning:
             hours = self._recommended(size, timing, encoding)
             self.reasons["hours"] = f"{hours:g}, as none were given (--hours H): {self._why_hours(timing)}"
             encoding = self._encoding(each, hours)
+        elif (enough := self._recommended(size, timing, encoding)) > SHORT * hours:
+            self.notes.append(f"{hours:g} hours are short: {enough:g} would suit these pictures on this machine")
         seconds = self._seconds(hours, first is not None)
         steps = self._steps(seconds["diffusion"] - encoding, timing)
         encoding = self._regularise(tree, steps, each, hours)

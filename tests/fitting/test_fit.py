@@ -313,8 +313,20 @@ def test_a_distance_is_not_compared_with_that_of_a_few_real_images():
     kept = {"step": 9, "distance": 82.8}
     record = TEN | {"choice": {"step": 9, "images": 40, "candidates": [kept], "real": {"distance": 13.5, "images": 49}}}
     assert "Fréchet distance 82.8 (real pictures 13.5)" in finish.how_good({"images": 160, "values": values}, record)
+    few = TEN | {"choice": record["choice"] | {"images": 8}}  # of 8 pictures a distance is large for no other reason
+    assert "Fréchet distance 76.7;" in finish.how_good({"images": 160, "values": values}, few)
     values["frechet[net]"]["floor_images"] = 80
     assert "Fréchet distance 76.7 (real pictures 45)" in finish.how_good({"images": 160, "values": values}, record)
+
+
+def test_a_busy_machine_is_named():
+    """Where it did far fewer steps than planned, the last line says so first."""
+    choice = {"step": 900, "candidates": [{"step": 900}], "images": 8}
+    for steps, named in ((1000, False), (4000, True)):
+        record = TEN | {"folder": "a", "hours": 0.1, "choice": choice}
+        record["plan"] = record["plan"] | {"steps": {"diffusion": steps}}
+        line = finish.what_helps(Path("runs/a"), None, record, {})
+        assert ("less other work (900 of about 4000 steps were done)" in line) == named
 
 
 def test_the_choice_says_how_good_where_the_evaluation_had_less_time():

@@ -69,6 +69,8 @@ def test_more_time_and_pictures_give_a_larger_network():
 def test_without_hours_the_plan_names_some():
     slow, fast = plan(None, speed=0.5), plan(None, speed=0.05)
     assert 0.25 <= fast.hours < slow.hours <= 12 and "none were given" in slow.reasons["hours"]
+    assert f"0.1 hours are short: {slow.hours:g} would suit" in " ".join(plan(0.1, speed=0.5).notes)
+    assert not any("are short" in note for note in plan(slow.hours, speed=0.5).notes)
 
 
 def test_configs_are_written_and_read(tmp_path):
