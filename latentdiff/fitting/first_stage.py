@@ -27,7 +27,8 @@ FAR_BELOW = 5.0  # dB that a class may lie below SKIP_DB
 MOMENT = (0.7, 1.4)  # second moment of normalised latents for which a stored normaliser is kept
 BATCH_PIXELS = 16 * 64 * 64  # of the images that are reconstructed together
 LEAST_IMAGES = 4  # that are reconstructed, however slow the autoencoder is
-DECODER_STEPS = 100  # of DECODER_BATCH images each: with fewer, a decoder has hardly changed
+# Steps of DECODER_BATCH images each. Sixty of them took the label accuracy of the same latents, of 325 icons, from 52 % to 78 %
+DECODER_STEPS = 30
 DECODER_BATCH = 16
 STEP_COST = 3.0  # a training step takes about this many times the reconstruction of its images
 SHOWING, FEWEST_SHOWN, MOST_SHOWN = 4.0, 4, 8  # of a picture of reconstructions: seconds, and images

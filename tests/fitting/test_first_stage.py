@@ -132,10 +132,10 @@ def test_the_sample_takes_the_classes_in_turn_and_keeps_to_its_limits(monkeypatc
 
 def test_time_decides_whether_the_decoder_goes_on(monkeypatch, tmp_path):
     verdict = dataclasses.replace(tried(monkeypatch, tmp_path, AddingCodec((0.12,) * 3)), seconds_per_image=0.01)
-    assert verdict.decoder_seconds() == pytest.approx(48)
-    assert verdict.within(49) == verdict
-    assert verdict.within(47).decision == "skip"
-    assert verdict.within(47).reason.endswith(
+    assert verdict.decoder_seconds() == pytest.approx(14.4)
+    assert verdict.within(15) == verdict
+    assert verdict.within(14).decision == "skip"
+    assert verdict.within(14).reason.endswith(
         "24.4 dB (26 dB are enough): it is used as it is, as there is no time to train its decoder"
     )
     assert Verdict.from_json(json.loads(json.dumps(verdict.as_json()))) == verdict
