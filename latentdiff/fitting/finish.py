@@ -236,7 +236,7 @@ def word_for(found: Numbers) -> str:
         ranks.append(0 if share >= 0.85 else 1 if share >= 0.6 else 2)
     if found.distance is not None and found.real_distance:
         times = found.distance / found.real_distance
-        ranks.append(0 if times < 4 else 1 if times < 12 else 2)
+        ranks.append(0 if times <= 3 else 1 if times < 12 else 2)
     if found.psnr is not None and found.psnr < BLURRED_DB:
         ranks.append(2)
     return WORDS[max(ranks)] if ranks else "Not compared with real pictures"

@@ -172,7 +172,7 @@ def frechet_verdict(distance: float, real: float | None) -> Verdict | None:
     if not real or real <= 0:
         return None
     ratio = distance / real
-    word = "close to" if ratio < 4 else "some way from" if ratio < 12 else "far from"
+    word = "close to" if ratio <= 3 else "some way from" if ratio < 12 else "far from"
     text = f"As a whole, samples are {word} the training pictures: {ratio:.1f} times as far as real held-out ones."
     return Verdict("good" if ratio < 4 else "fact" if ratio < 12 else "look", text)
 
