@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from latentdiff import generation
 from latentdiff.errors import UserError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from latentdiff.utils.random import Generators
 
 Task = Literal["img2img", "inpaint", "outpaint", "upscale", "deblur", "colorize", "translate", "variations", "interpolate"]
+METHODS = ("replacement", "posterior")  # of inpaint
 RESTORING = ("upscale", "deblur", "colorize")  # by posterior sampling, as inpaint is with --method posterior
 BY_SAMPLER = ("translate", "variations", "interpolate")  # these run the model's ODE by Heun's method
 TRANSLATION_STEPS = 50
@@ -169,6 +170,9 @@ def edit(
     files, is_folder = _files(images or [])
     asked_task = task
     task = task or ("outpaint" if expand else "inpaint" if mask else "img2img")
+    for flag, value, valid in (("--task", task, get_args(Task)), ("--method", method, METHODS)):
+        if value not in valid:
+            raise UserError(f"{flag} {value}: unknown; valid: {', '.join(valid)}")
     flags = (files, to, source, into, method, blur, mask, mask_margin, expand, strength, sampler)
     _check_flags(task, *flags)
     if min(batch_size, *(1 if number is None else number for number in (num_images, steps))) < 1:
@@ -464,15 +468,18 @@ def _image_rule(folder: Path, pipeline: LatentDiffusionPipeline) -> Any:
     return Preprocess(tuple(size), channels, framing if framing in SCALED else "crop", background=background)
 
 
-def _read(file: Path, name: str, rule: Any, own_size: bool = False) -> Picture:
-    """An image file, brought to the model's channels, and to its size unless own_size. UserError where it cannot be read."""
+def _read(file: Path, name: str, rule: Any, own_size: bool = False, flag: str = "IMAGE") -> Picture:
+    """An image file, brought to the model's channels, and to its size unless own_size.
+
+    flag: what named the file. UserError, which names it too, where the file cannot be read.
+    """
     from latentdiff.data.image_files import DECODING_ERRORS, decode, reason_of
     from latentdiff.utils.images import to_uint8
 
     try:
         pixels = decode(file, rule.channels, rule.background)
     except DECODING_ERRORS as error:
-        raise UserError(f"IMAGE {file}: cannot be read as an image ({reason_of(file, error)})") from None
+        raise UserError(f"{flag} {file}: cannot be read as an image ({reason_of(file, error)})") from None
     return Picture(name, pixels if own_size else to_uint8(rule(pixels)[None])[0])
 
 
@@ -481,7 +488,7 @@ def _read_mask(file: str, rule: Any) -> np.ndarray:
     from dataclasses import replace
 
     black = (0, 0, 0)
-    pixels = _read(Path(file), file, replace(rule, channels=1, background=black)).pixels
+    pixels = _read(Path(file), file, replace(rule, channels=1, background=black), flag="--mask").pixels
     if int(pixels.max()) < 128:
         raise UserError(f"--mask {file}: has no white, so nothing is filled; white is what is drawn anew, black stays")
     return pixels

@@ -7,7 +7,7 @@ from diffusers import DDIMScheduler
 from PIL import Image
 from tiny_models import tiny_unet
 
-from latentdiff import checkpoints
+from latentdiff import checkpoints, editing
 from latentdiff.denoiser import Denoiser
 from latentdiff.editing import (
     Between,
@@ -225,6 +225,7 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
         (["half.png", "--to", "diagnal"], "--to: unknown class 'diagnal'; the classes are"),
         (["half.png", "--task", "variations", "--source", "x"], "--source: unknown class 'x'"),
         (["half.png", "--mask", "black.png"], "--mask black.png: has no white"),
+        (["half.png", "--mask", "text.png"], "--mask text.png: cannot be read as an image"),
         (["half.png", "--task", "interpolate"], "IMAGE: to interpolate, give two images or more"),
         (["half.png", "half.png", "--task", "interpolate", "--num-images", "1"], "an interpolation of 1 images"),
         (["half.png", "--out", "a.jpg"], "--out a.jpg: must end in .png (a grid), or name a folder"),
@@ -252,6 +253,13 @@ def test_a_mistake_is_one_line(refused, here, model, photo, half, arguments, lin
     (here / "text.png").write_text("no image")
     photo("folder/one.png")
     assert line in refused("edit", *arguments, "--model", model)
+
+
+@pytest.mark.parametrize("word", [{"task": "enlarge"}, {"method": "magic", "mask": "half.png"}], ids=["task", "method"])
+def test_python_is_told_of_an_unknown_word(here, model, half, word):
+    (name, value), *_ = word.items()
+    with pytest.raises(UserError, match=f"^--{name} {value}: unknown; valid: "):
+        editing.edit(model, ["half.png"], **word, progress=False)
 
 
 # --- variations and interpolation -----------------------------------------------------------------------------------------

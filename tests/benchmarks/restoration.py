@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def main() -> None:
     parser.add_argument(
         "--settings", nargs="+", default=["{}"], metavar="JSON", help='such as \'{"method": "dps", "steps": 50}\''
     )
-    parser.add_argument("--cache", default="/tmp/latentdiff-restoration", help="folder for the training images' statistics")
+    cache = Path(tempfile.gettempdir()) / "latentdiff-restoration"
+    parser.add_argument("--cache", default=str(cache), help="folder for the training images' statistics")
     parser.add_argument("--grid", type=Path)
     given = parser.parse_args()
 
