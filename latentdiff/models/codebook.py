@@ -59,6 +59,29 @@ def code_indices(vq_model: nn.Module, latents: Tensor) -> Tensor:
     return indices.view(latents.shape[0], *latents.shape[2:])
 
 
+def codebooks(vae: nn.Module) -> Tensor | None:
+    """The codebook of each level of a quantising autoencoder, [L, K, d]; None where it has no codebook."""
+    quantize: Any = getattr(vae, "quantize", None)
+    return None if quantize is None else quantize.embedding.weight[None]
+
+
+@torch.no_grad()
+def code_levels(vae: nn.Module, latents: Tensor) -> Tensor:
+    """The codes of each level, int64 [B, L, h, w]. latents: what the encoder gives, before quantisation, [B, d, h, w]."""
+    return code_indices(vae, latents)[:, None]
+
+
+def quantised(vae: nn.Module, codes: Tensor) -> Tensor:
+    """The quantised latents of codes: the sum over the levels of the codebooks' rows, [B, d, h, w].
+
+    codes: int64 [B, L, h, w], each from 0 to K - 1.
+    """
+    books = codebooks(vae)
+    assert books is not None
+    rows = torch.stack([book[codes[:, level]] for level, book in enumerate(books)])  # [L, B, h, w, d]
+    return rows.sum(0).movedim(-1, 1).contiguous()
+
+
 @torch.no_grad()
 def revive_dead_codes(
     vq_model: nn.Module, counts: Tensor, encoder_outputs: Tensor, generator: torch.Generator | None = None

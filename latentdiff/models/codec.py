@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import NotFiniteError, UserError
+from latentdiff.models import codebook
 from latentdiff.utils.random import Generators, randn
 
 NORMALISER = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")  # its keys in an autoencoder's config
@@ -28,6 +29,8 @@ class LatentCodec:
         shift, scale: [c] or [1].
         image_channels, latent_channels: C and c.
         factor: image side / latent side.
+        num_codes: K, the codes of a codebook; None where the autoencoder has no codebook.
+        code_levels: L, the codebooks, each with K codes: 1 for a VQModel; 0 where there is none.
     """
 
     def __init__(self, vae: nn.Module, refuse_non_finite: bool = True):
@@ -41,6 +44,9 @@ class LatentCodec:
         # A VQModel's latents are what enters its codebook, with vq_embed_dim channels
         self.latent_channels = int(getattr(config, "vq_embed_dim", None) or config.latent_channels)
         self.factor = _spatial_factor(vae)
+        books = codebook.codebooks(vae)  # [L, K, d]
+        self.num_codes: int | None = None if books is None else books.shape[1]
+        self.code_levels = 0 if books is None else books.shape[0]
 
     @property
     def device(self) -> torch.device:
@@ -107,6 +113,41 @@ class LatentCodec:
         """
         raw = self.denormalise(z.to(self.device).float())
         return self._finite(self.vae.decode(raw.to(next(self.vae.parameters()).dtype)).sample.float(), "decoder")
+
+    def codes(self, images: Tensor) -> Tensor:
+        """The codes of images [B, C, H, W] in [-1, 1]: int64 [B, L, h, w], each from 0 to num_codes - 1.
+
+        The first of the L levels is the coarsest. Errors as in `moments`; UserError where there is no codebook.
+        """
+        self._check_codebook()
+        return codebook.code_levels(self.vae, self.moments(images)[0].to(next(self.vae.parameters()).dtype))
+
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Images [B, C, H, W] of codes [B, L, h, w], int64, each from 0 to num_codes - 1. About [-1, 1], not clipped, float32.
+
+        Raises:
+            UserError: there is no codebook.
+            ValueError: codes of another shape or type, or one that is not in the codebook, such as a mask code.
+            NotFiniteError: the decoder's output is not finite.
+        """
+        self._check_codebook()
+        if codes.ndim != 4 or codes.shape[1] != self.code_levels or codes.dtype != torch.int64:
+            shape, kind = tuple(codes.shape), str(codes.dtype).removeprefix("torch.")
+            raise ValueError(f"codes must be int64 [B, {self.code_levels}, h, w], not {kind} {shape}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < (self.num_codes or 0):
+            found = f"{int(codes.min())} to {int(codes.max())}"
+            raise ValueError(f"codes must be from 0 to {(self.num_codes or 0) - 1}; these are from {found}")
+        codes = codes.to(self.device)
+        if getattr(self.vae.config, "lookup_from_codebook", False):  # then diffusers looks the rows up itself
+            shape = (len(codes), *codes.shape[2:], self.latent_channels)
+            output = self.vae.decode(codes, force_not_quantize=True, shape=shape)
+        else:
+            output = self.vae.decode(codebook.quantised(self.vae, codes), force_not_quantize=True)
+        return self._finite(output.sample.float(), "decoder")
+
+    def _check_codebook(self) -> None:
+        if self.num_codes is None:
+            raise UserError(f"{type(self.vae).__name__} has no codebook, so no codes: take an autoencoder with one (VQModel)")
 
     def _finite(self, output: Tensor, stage: str) -> Tensor:
         if self.refuse_non_finite and not bool(output.isfinite().all()):

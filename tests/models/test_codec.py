@@ -163,6 +163,44 @@ def test_vq_latents_are_normalised_channel_by_channel(tmp_path, place):
     assert config["scaling_factor"] == 1.0 and len(config["latents_mean"]) == len(config["latents_std"]) == 3
 
 
+@pytest.mark.parametrize("lookup", [False, True])
+def test_codes_are_the_nearest_rows_and_decode_to_the_reconstruction(lookup):
+    torch.manual_seed(0)
+    codec, x = LatentCodec(tiny_vq(lookup_from_codebook=lookup)), images()
+    with torch.no_grad():
+        codec.vae.quantize.embedding.weight.copy_(codec.moments(images(seed=1))[0].movedim(1, -1).reshape(-1, 3)[:64:8])
+    assert (codec.num_codes, codec.code_levels) == (8, 1)
+    codes = codec.codes(x)
+    assert codes.shape == (3, 1, 4, 6) and codes.dtype == torch.int64 and len(codes.unique()) > 4
+    z, rows = codec.moments(x)[0].movedim(1, -1), codec.vae.quantize.embedding.weight
+    assert torch.equal(codes[:, 0], (z[..., None, :] - rows).square().sum(-1).argmin(-1))
+    assert torch.equal(codec.codes(x[1:2]), codes[1:2])
+    torch.testing.assert_close(codec.decode_codes(codes), codec.reconstruct(x), rtol=1e-5, atol=1e-6)
+    other = codes.clone()
+    other[0, 0, 0, 0] = (codes[0, 0, 0, 0] + 1) % 8
+    changed = (codec.decode_codes(other) - codec.decode_codes(codes)).abs().amax((1, 2, 3))
+    assert changed[0] > 0 and not changed[1:].any()
+
+
+def test_codes_outside_the_codebook_and_autoencoders_without_one_are_refused():
+    codec = LatentCodec(tiny_vq())
+    codes = torch.zeros(2, 1, 4, 6, dtype=torch.int64)
+    for wrong, message in [
+        (codes - 1, "from 0 to 7; these are from -1 to -1"),
+        (codes + 8, "from 0 to 7; these are from 8 to 8"),
+        (codes[:, 0], r"int64 \[B, 1, h, w\], not int64 \(2, 4, 6\)"),
+        (codes.expand(2, 2, 4, 6), r"int64 \[B, 1, h, w\]"),
+        (codes.float(), "not float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            codec.decode_codes(wrong)
+    continuous = LatentCodec(tiny_vae())
+    assert continuous.num_codes is None and continuous.code_levels == 0
+    for call in (lambda: continuous.codes(images()), lambda: continuous.decode_codes(codes)):
+        with pytest.raises(UserError, match="AutoencoderKL has no codebook"):
+            call()
+
+
 def test_a_vq_model_with_one_scale_for_all_channels_still_loads(tmp_path):
     torch.manual_seed(0)
     tiny_vq(scaling_factor=0.5).save_pretrained(tmp_path)
