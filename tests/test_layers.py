@@ -21,6 +21,7 @@ ORDER = [
     "guidance",
     "samplers",
     "likelihood",
+    "discrete",
     "models",
     "data",
     "checkpoints",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
-from latentdiff.guidance.common import Interval, check_options, guided_rows, replace_estimates
+from latentdiff.guidance.common import Interval, check_options, guided_rows, join_conditions, replace_estimates
 from latentdiff.guidance.rules import CFG, Rule
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
@@ -77,7 +77,7 @@ class ClassifierFree:
         together = self.denoiser(
             torch.cat([x, *[x[guided]] * len(others)]),  # [B + G, ...], or [B + 2 G, ...]
             torch.cat([times, *[times[guided]] * len(others)]),
-            **{key: _joined(key, conditional[key], [each[key] for each in others], guided) for key in conditional},
+            **{key: join_conditions(key, conditional[key], [each[key] for each in others], guided) for key in conditional},
         )
         sizes = [len(x), *[len(guided)] * len(others)]
         (first, *rest), (first_eps, *rest_eps) = together.x0.split(sizes), together.eps.split(sizes)
@@ -90,18 +90,3 @@ class ClassifierFree:
             eps = eps + (self.bare_scale - 1) * (rest_eps[0] - rest_eps[1])
         x0, eps = denoised.x0.index_copy(0, guided, x0), denoised.eps.index_copy(0, guided, eps)
         return replace_estimates(x, denoised, x0, eps, rows, self.rescale)
-
-
-def _joined(key: str, conditional: Any, others: list[Any], guided: Tensor) -> Any:
-    """The values of one keyword argument for the conditional rows, then for the guided rows of each of the others."""
-    if isinstance(conditional, Tensor) and all(isinstance(other, Tensor) for other in others):
-        return torch.cat([conditional, *(other[guided.to(other.device)] for other in others)])
-    if isinstance(conditional, dict) and all(
-        isinstance(other, dict) and conditional.keys() == other.keys() for other in others
-    ):
-        return {
-            name: _joined(f"{key}.{name}", conditional[name], [other[name] for other in others], guided) for name in conditional
-        }
-    if any(conditional is not other and conditional != other for other in others):
-        raise UserError(f"guidance: {key} must be a tensor in both conditions, or equal in both")
-    return conditional

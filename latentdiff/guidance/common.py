@@ -1,6 +1,7 @@
 """What all guidance shares: which samples are guided, and how their x0 and eps replace the denoiser's."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,6 +49,32 @@ def guided_rows(times: Tensor, on: bool, interval: Interval) -> Tensor:
     if interval is not None:
         inside &= (times >= interval[0]) & (times <= interval[1])
     return inside
+
+
+def join_conditions(key: str, conditional: Any, others: list[Any], guided: Tensor) -> Any:
+    """The values of one keyword argument for the conditional rows, then for the guided rows of each of the others.
+
+    Args:
+        key: its name in messages.
+        conditional: its value for all rows: a tensor [B, ...], a dict of such, or anything else.
+        others: its values in the other conditions, of the same kind. What is no tensor must be equal in all.
+        guided: int64 [G], the guided rows.
+
+    Raises:
+        UserError: values that differ and are no tensors.
+    """
+    if isinstance(conditional, Tensor) and all(isinstance(other, Tensor) for other in others):
+        return torch.cat([conditional, *(other[guided.to(other.device)] for other in others)])
+    if isinstance(conditional, dict) and all(
+        isinstance(other, dict) and conditional.keys() == other.keys() for other in others
+    ):
+        return {
+            name: join_conditions(f"{key}.{name}", conditional[name], [other[name] for other in others], guided)
+            for name in conditional
+        }
+    if any(conditional is not other and conditional != other for other in others):
+        raise UserError(f"guidance: {key} must be a tensor in both conditions, or equal in both")
+    return conditional
 
 
 def replace_estimates(x: Tensor, denoised: Denoised, x0: Tensor, eps: Tensor, rows: Tensor, rescale: float) -> Denoised:

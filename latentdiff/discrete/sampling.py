@@ -1,0 +1,140 @@
+"""Sampling of codes, step by step from t = 1 to t = 0."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentdiff.discrete.common import Predict, check_codes, draw, log_probs, predict_logits
+from latentdiff.discrete.processes import Absorbing, Process
+from latentdiff.errors import UserError
+from latentdiff.samplers import Callback
+from latentdiff.samplers.common import apply_callback
+from latentdiff.utils.random import Generators, rand
+from latentdiff.utils.tensors import per_sample
+
+ORDERS = ("random", "confidence")
+
+
+@torch.no_grad()
+def sample(
+    predict: Predict,
+    shape: Sequence[int],
+    process: Process,
+    steps: int = 50,
+    generator: Generators = None,
+    guidance: Callable[[Predict], Predict] | None = None,
+    order: str = "random",
+    known: Tensor | None = None,
+    callback: Callback | None = None,
+    device: torch.device | str | None = None,
+    temperature: float = 1.0,
+    confidence_noise: float = 4.5,
+    **conditioning: Any,
+) -> Tensor:
+    """Draw codes: int64 of the given shape [B, ...], on `device`.
+
+    A step draws all positions by themselves, given the codes of the step before. So few steps leave out dependencies between
+    positions that are drawn in the same step; as the steps grow the error goes to 0, if the network is exact.
+
+    Args:
+        predict: predict(codes, t, **conditioning) -> logits; see `latentdiff.discrete`.
+        shape: of the codes, with the batch.
+        process: the process that the network was trained for.
+        steps: how many, each of the same length in t. A step is one evaluation of the network.
+        generator: one, or a list of B; sample i is then the same at any batch size. None for torch's default.
+        guidance: a function predict -> predict, such as `ClassifierFree`.
+        order: "random" draws the process backwards in time, by `Process.step`. "confidence" is that of MaskGIT (arXiv
+            2202.04200, section 3.2), for `Absorbing`: each step draws all masked positions, and masks those again of which the
+            network is least sure, as many as the schedule has masked at the next time. Few steps then give better images, but
+            not draws of the model's distribution.
+        known: codes that are given, int64 of the given shape, with -1 where they are to be drawn. Under `Absorbing` they are
+            clean from the beginning, so that many steps draw from p(free | known). Under `Uniform` each step sees them
+            corrupted as at its t (replacement), which is near p(free | known) only where the two parts hardly depend on one
+            another.
+        callback: callback(step, t, codes, x0), called after each step: t is the time at which the network was evaluated, codes
+            [B, ...] the new state, with masks, and x0 [B, ...] the codes that the network thinks most probable. It may return
+            codes to continue from.
+        device: of the codes; by default that of known, or of the generator.
+        temperature: above 0; divides the logits. 1 samples the model, below 1 is more typical and less varied.
+        confidence_noise: of order="confidence": the scale of the Gumbel noise on the confidences (log-probabilities), which
+            falls in proportion to t. 0 takes the surest positions, which makes images alike. 4.5 as in MaskGIT's code.
+        conditioning: keyword arguments of predict.
+
+    Raises:
+        UserError: an option out of range, or logits or known codes of another shape.
+        NotFiniteError: logits that are not finite.
+    """
+    _check(process, steps, order, temperature, confidence_noise)
+    shape = tuple(shape)
+    if known is not None:
+        check_codes(known, process.num_codes, "known", least=-1)
+        if known.shape != shape:
+            raise UserError(f"known: shape {list(known.shape)} is not that of the samples, {list(shape)}")
+        known = known.to(device or known.device)
+    device = known.device if known is not None else device or _device(generator)
+    predict = guidance(predict) if guidance is not None else predict
+    codes = process.prior_sample(shape, generator, device)
+    codes = _with_known(process, codes, known, 1.0, generator)
+    free = codes.eq(process.num_codes).reshape(shape[0], -1).sum(1)  # [B], masks
+    times = [1 - i / steps for i in range(steps)] + [0.0]
+    for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        logits = predict_logits(predict, codes, per_sample(t, codes), process.num_codes, conditioning)
+        beliefs = log_probs(logits.double() / temperature)  # [B, ..., K]
+        x0 = beliefs.argmax(-1)
+        if process.mask is not None:
+            x0 = torch.where(codes.eq(process.mask), x0, codes)
+        if order == "confidence":
+            kept = torch.ceil(free * (1 - process.schedule.alpha(s).to(free.device)) - 1e-9)  # 1e-9: of rounding
+            codes = _surest(codes, beliefs, kept, confidence_noise * s, generator)
+        else:
+            codes = process.step(codes, beliefs.exp(), t, s, generator)
+        codes = _with_known(process, codes, known, s, generator)
+        codes = apply_callback(callback, i, t, codes, x0)
+    return codes
+
+
+def _with_known(process: Process, codes: Tensor, known: Tensor | None, t: float, generator: Generators) -> Tensor:
+    """codes [B, ...] at t, with the known ones in their places: clean, or corrupted as at t where there is no mask."""
+    if known is None:
+        return codes
+    given = known.clamp_min(0)
+    if process.mask is None:
+        given = process.corrupt(given, t, generator)
+    return torch.where(known >= 0, given, codes)
+
+
+def _surest(codes: Tensor, beliefs: Tensor, masked: Tensor, noise: float, generator: Generators) -> Tensor:
+    """codes [B, ...] with all masks drawn from beliefs [B, ..., K], and the `masked` [B] least sure ones masked again."""
+    drawn = draw(beliefs.exp(), generator)
+    mask = beliefs.shape[-1]  # the code of a mask
+    is_masked = codes.eq(mask)
+    confidence = beliefs.gather(-1, drawn[..., None])[..., 0]
+    if noise > 0:
+        chance = rand(codes.shape, generator, codes.device, torch.float64)
+        confidence = confidence - noise * torch.log(-torch.log(chance))  # Gumbel noise
+    confidence = torch.where(is_masked, confidence, torch.inf).reshape(len(codes), -1)
+    rank = confidence.argsort(dim=1, stable=True).argsort(dim=1).reshape(codes.shape)  # 0: the least sure
+    again = is_masked & (rank < masked.reshape(-1, *(1,) * (codes.ndim - 1)))
+    return torch.where(again, mask, torch.where(is_masked, drawn, codes))
+
+
+def _device(generator: Generators) -> torch.device:
+    """The generators' device, else torch's default."""
+    first = generator if isinstance(generator, torch.Generator) else next(iter(generator or ()), None)
+    return first.device if first is not None else torch.get_default_device()
+
+
+def _check(process: Process, steps: int, order: str, temperature: float, confidence_noise: float) -> None:
+    """UserError for an option of `sample` that is out of range."""
+    if steps < 1:
+        raise UserError(f"steps: must be at least 1, not {steps}")
+    if order not in ORDERS:
+        raise UserError(f"order: {order!r} is unknown; valid: {', '.join(ORDERS)}")
+    if order == "confidence" and not isinstance(process, Absorbing):
+        raise UserError('order: "confidence" needs a process with masks; valid for this one: "random"')
+    if not temperature > 0:
+        raise UserError(f"temperature: must be above 0, not {temperature}")
+    if not confidence_noise >= 0:
+        raise UserError(f"confidence_noise: must be at least 0, not {confidence_noise}")
