@@ -529,6 +529,8 @@ def _check_flags(
             raise UserError(f"{flag}: goes with --task {' or '.join(tasks)}, not {task}; leave it out")
     if strength is not None and not 0 <= strength <= 1:
         raise UserError(f"--strength {strength:g}: must be from 0 (the image stays) to 1 (nothing of it stays)")
+    if sampler == "dopri5" and (task in RESTORING or method == "posterior"):
+        raise UserError("--sampler dopri5: its adaptive steps do not end in posterior sampling; take another, such as heun")
     if method == "posterior" and (strength is not None or mask_margin is not None):
         raise UserError("--method posterior: takes neither --strength nor --mask-margin; leave them out")
     if blur is not None and not 0 < blur < float("inf"):

@@ -243,6 +243,7 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
             "guidance_scale -1.0: must be a finite number",
         ),
         (["--task", "interpolate", "--to", "down", "across", "--out", "folder"], "--out folder: the folder is not empty"),
+        (["half.png", "--mask", "half.png", "--method", "posterior", "--sampler", "dopri5"], "--sampler dopri5: its adaptive"),
         (["half.png", "--sampler", "eular"], "--sampler eular: unknown; valid: ancestral"),
     ],
     ids=lambda words: words if isinstance(words, str) else " ".join(words),

@@ -10,7 +10,6 @@ from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier_free import ClassifierFree
 from latentdiff.guidance.common import check_interval, check_same_path
 from latentdiff.guidance.gradient import RECONSTRUCTION_METHODS, Classifier, Reconstruction
-from latentdiff.guidance.known_latents import KnownLatents
 from latentdiff.guidance.latent_classifier import LatentClassifier, load_classifier
 from latentdiff.guidance.operators import Blur, Downsample, Grey, Mask, of_latents
 from latentdiff.guidance.rules import RULES, Rule
@@ -25,7 +24,6 @@ __all__ = [
     "ClassifierFree",
     "Downsample",
     "Grey",
-    "KnownLatents",
     "LatentClassifier",
     "Mask",
     "Reconstruction",

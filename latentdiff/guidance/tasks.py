@@ -114,7 +114,8 @@ def restoration(
         The `Restoration`.
 
     Raises:
-        UserError: an unknown task or setting, an image of another size, or a mask that is missing or hides nothing.
+        UserError: an unknown task or setting, a sampler that does not end, an image of another size, or a mask that is missing
+            or hides nothing.
     """
     if task not in SETTINGS:
         raise UserError(f"task {task!r}: unknown; valid: {', '.join(TASKS)}")
@@ -128,6 +129,9 @@ def restoration(
     elif task == "colorize" and observed.shape[1] == 3:
         y = operator(observed)
     chosen = Settings(**{**vars(SETTINGS[task]), **settings})
+    if chosen.sampler == "dopri5" and chosen.method in ("pigdm", "mmps"):
+        # Where conjugate gradients stop a step earlier or later the slope jumps, and adaptive steps shrink without end
+        raise UserError(f"task {task}: sampler dopri5 does not end with method {chosen.method}; take another, such as heun")
     return Restoration(operator, y, of_latents(operator, decode, image_size), chosen)
 
 

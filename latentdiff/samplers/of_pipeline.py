@@ -15,9 +15,10 @@ from latentdiff import prediction as predictions
 from latentdiff import samplers
 from latentdiff.denoiser import Denoised, Denoiser, unet_model
 from latentdiff.errors import UserError
-from latentdiff.guidance import Autoguidance, ClassifierFree, KnownLatents, Rule
+from latentdiff.guidance import Autoguidance, ClassifierFree, Rule
 from latentdiff.guidance.common import check_options, replace_estimates
 from latentdiff.samplers.grids import make_grid
+from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.random import Generators
 from latentdiff.utils.tensors import per_sample, widen
 
@@ -139,9 +140,9 @@ def _run(
     denoiser = denoiser if guide is None else guide(denoiser)
     fixed = noise
     if start is not None:
-        if "start" in options:
-            raise UserError("sampler_options: start is taken by image=; leave it out")
-        denoiser, noise, options, steps = _from_image(denoiser, noise, dict(options), steps, start)
+        for name_of_option in {"start", "replacement"} & options.keys():
+            raise UserError(f"sampler_options: {name_of_option} is taken by image=; leave it out")
+        noise, options, steps = _from_image(denoiser.schedule, noise, dict(options), steps, start)
         if steps == 0:
             return start.keep(noise, fixed, 1.0, 0.0)
     pipe._num_timesteps = steps
@@ -159,24 +160,23 @@ def _run(
                 denoiser, noise, sampler=name, steps=steps, generator=generator, callback=after_step, **options
             )
         except _Interrupted as stop:
-            return stop.x
+            latents = stop.x
     return latents if start is None else start.keep(latents, fixed, 1.0, 0.0)
 
 
 def _from_image(
-    denoiser: Any, noise: Tensor, options: dict[str, Any], steps: int, start: Any
-) -> tuple[Any, Tensor, dict[str, Any], int]:
-    """(denoiser, x_t, options, steps) that go on from an image: the last part of the grid, from its noisy latents.
+    schedule: NoiseSchedule, noise: Tensor, options: dict[str, Any], steps: int, start: Any
+) -> tuple[Tensor, dict[str, Any], int]:
+    """(x_t, options, steps) that go on from an image: the last part of the grid, from its noisy latents.
 
-    denoiser, options, steps: of a call without an image. noise: unit-variance noise [B, c, h, w]. start: see `by_sampler`.
+    options, steps: of a call without an image. noise: unit-variance noise [B, c, h, w]. start: see `by_sampler`.
     """
-    schedule = denoiser.schedule
     times = make_grid(options.pop("grid", "angle"), schedule, steps, options.pop("grid_options", None))
     skipped = start.skipped_steps(len(times) - 1)
     first = times[skipped]
     if skipped == len(times) - 1:  # strength 0; of a schedule whose grid ends above 0 (VE) the image itself too
-        return denoiser, start.noised(noise, 1.0, 0.0, 1.0), options, 0
+        return start.noised(noise, 1.0, 0.0, 1.0), options, 0
     x = start.noised(noise, float(schedule.alpha(first)), float(schedule.sigma(first)), float(schedule.start_std(first)))
     if start.known is not None:
-        denoiser = KnownLatents(denoiser, start.known, start.is_free)
-    return denoiser, x, {**options, "grid": times[skipped:], "start": "state"}, len(times) - 1 - skipped
+        options["replacement"] = samplers.Replacement(start.known, start.is_free, noise=noise)
+    return x, {**options, "grid": times[skipped:], "start": "state"}, len(times) - 1 - skipped

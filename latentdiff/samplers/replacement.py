@@ -16,16 +16,18 @@ from latentdiff.utils.random import Generators, randn_like
 class Replacement:
     """Entries of x0 that are known. After each step they take the place of the sampler's own, with the noise of that time.
 
-    Replacement (Score SDE, arXiv 2011.13456, appendix I.2) sets the known entries of x_s to alpha_s x0 + sigma_s z, with a new
-    z in each step. The hidden entries then fit noised known ones, and not x0, so it does not draw from the posterior, however
-    many steps it takes. Resampling (RePaint, arXiv 2201.09865, algorithm 1) brings it closer: it runs each part of the grid
-    several times, with noise added in between to go back to the start of the part. The last step, to sigma = 0, is run once.
+    Replacement (Score SDE, arXiv 2011.13456, appendix I.2) sets the known entries of x_s to alpha_s x0 + sigma_s z. The hidden
+    entries then fit noised known ones, and not x0, so it does not draw from the posterior, however many steps it takes.
+    Resampling (RePaint, arXiv 2201.09865, algorithm 1) brings it closer: it runs each part of the grid several times, with
+    noise added in between to go back to the start of the part. The last step, to sigma = 0, is run once.
 
     Args:
         known: x0 [B or 1, ...]; its hidden entries are not read.
         hidden: 1 (at least 0.5) where x0 is drawn, 0 where it is known; it broadcasts to `known`, as [B or 1, 1, h, w] does.
         resamples: how often each part of the grid is run, RePaint's U. 1 is plain replacement. It multiplies the evaluations.
         jump: steps of the grid in a part, RePaint's jump length. A multistep sampler starts anew with each part.
+        noise: z [B, ...], the same in every step, as in diffusers; None: a new one is drawn in each. With the noise that the
+            sampler starts from, the known entries keep to the path of a deterministic sampler.
 
     Raises:
         UserError: a number below 1, or shapes that do not go together.
@@ -35,6 +37,7 @@ class Replacement:
     hidden: Tensor
     resamples: int = 1
     jump: int = 1
+    noise: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.resamples < 1 or self.jump < 1:
@@ -49,7 +52,8 @@ class Replacement:
         """x [B, ...] with the known entries replaced by those of x_t at a grid point, or by x0 for None."""
         known = self.known.to(x)
         if at is not None and at.sigma > 0:
-            known = at.alpha * known + at.sigma * randn_like(x, generator)
+            noise = randn_like(x, generator) if self.noise is None else self.noise.to(x)
+            known = at.alpha * known + at.sigma * noise
         return torch.where(self.hidden.to(x) >= 0.5, x, known.expand_as(x))
 
 

@@ -224,6 +224,29 @@ def test_replacement_is_per_sample_and_counts_its_steps():
     assert torch.equal(together[hidden == 0], known[hidden == 0])
 
 
+@pytest.mark.parametrize("sampler", ["ancestral", "predictor_corrector", "heun", "dpmpp_2m_sde"])
+def test_with_one_noise_hidden_entries_that_depend_on_no_known_one_keep_their_law(sampler):
+    """Data N(0, I): what is known says nothing of the rest."""
+    s, noise = make_schedule("vp"), states(2000, (2,), seed=1)
+    plain = Gaussian(torch.zeros(2).double(), torch.eye(2).double())
+    part = Replacement(torch.tensor([[1.3, 99.0]], dtype=torch.float64), torch.tensor([[0.0, 1.0]]), noise=noise)
+    x = sample(linear(plain, s), noise, sampler, 60, torch.Generator().manual_seed(2), replacement=part)
+    wide = 0.1 if sampler == "predictor_corrector" else 0.06
+    assert bool((x[:, 0] == 1.3).all())
+    assert abs(x[:, 1].mean()) < 4 / 2000**0.5 and abs(x[:, 1].std() - 1) < wide
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun", "dopri5", "dpmpp_2m", "dpmpp_3m"])
+def test_with_one_noise_known_entries_keep_to_their_path(sampler):
+    s, noise, seen = make_schedule("flow"), states(5, (4,), seed=1), []
+    part = Replacement(KNOWN[None], HIDDEN[None], noise=noise)
+    options = {"replacement": part, "callback": lambda step, t, x, x0: seen.append(x.clone()), "grid": [0.9, 0.6, 0.3, 0.1]}
+    sample(linear(gaussian(), s), noise, sampler, generator=torch.Generator().manual_seed(2), **options)
+    assert len(seen) == 3
+    for t, x in zip((0.6, 0.3, 0.1), seen, strict=True):
+        torch.testing.assert_close(x[:, :2], ((1 - t) * KNOWN + t * noise)[:, :2])
+
+
 def test_replacement_with_nothing_known_changes_nothing():
     s, prior = make_schedule("vp"), gaussian()
     nothing = Replacement(torch.zeros(1, 4), torch.ones(1, 4))

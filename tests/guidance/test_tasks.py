@@ -75,6 +75,12 @@ def test_mistakes_are_named(arguments, said):
         restoration(*(*arguments, lambda z: z, (8, 8))[: max(4, len(arguments))])
 
 
+def test_a_sampler_that_does_not_end_is_refused():
+    with pytest.raises(UserError, match="task deblur: sampler dopri5 does not end with method mmps"):
+        restoration("deblur", torch.zeros(1, 1, 8, 8), lambda z: z, (8, 8), sampler="dopri5")
+    assert restoration("deblur", torch.zeros(1, 1, 8, 8), lambda z: z, (8, 8), sampler="dopri5", method="dps").call
+
+
 def test_an_unknown_setting_is_named():
     with pytest.raises(UserError, match="task deblur: has no setting 'stepz'; valid: method, noise_std"):
         restoration("deblur", torch.zeros(1, 1, 8, 8), lambda z: z, (8, 8), stepz=3)

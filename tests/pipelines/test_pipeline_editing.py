@@ -258,6 +258,21 @@ def test_known_latents_keep_to_their_path_and_free_ones_do_not(sampler):
     assert (fit - seen[-1][0, :, 3].reshape(-1, 1)).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("sampler", [None, "ddim", "dpmpp_2m_sde"])
+def test_an_interrupted_call_keeps_what_is_known(sampler):
+    pipe = random_pipe()
+    pipe.vae = PlainVae(4)
+    image, mask = picture(channels=4, height=4, width=4), half_mask(4, 4)
+
+    def stop(pipe, step, t, tensors):
+        pipe._interrupt = step == 1
+
+    call = {**CALL, "image": image, "mask_image": mask, "mask_margin": 0, "sampler": sampler, "callback_on_step_end": stop}
+    latents = pipe(**{**call, "output_type": "latent"}, generator=seeded()).images
+    torch.testing.assert_close(latents[..., :2, :], BIG * (2 * image - 1)[..., :2, :], atol=1e-4, rtol=0)
+    assert torch.equal(pipe(**call, generator=seeded()).images[..., :2, :], image[..., :2, :])
+
+
 def test_free_cells_are_those_that_the_mask_touches_and_a_margin():
     mask = torch.zeros(1, 1, 12, 16)
     mask[0, 0, 4, 7] = 1
