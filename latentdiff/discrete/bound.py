@@ -1,16 +1,17 @@
 """The training loss of discrete diffusion, and a lower bound on the log-probability of codes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from latentdiff.discrete.common import Predict, check_codes, log_probs, predict_logits
-from latentdiff.discrete.processes import Absorbing, Process, cross_entropy
+from latentdiff.discrete.processes import Process, cross_entropy
 from latentdiff.errors import UserError
 from latentdiff.likelihood import Bound, require_finite
 from latentdiff.utils.random import Generators, rand
-from latentdiff.utils.tensors import flat_mean, per_sample
+from latentdiff.utils.tensors import flat_mean, per_sample, widen
 
 WEIGHTINGS = ("bound", "none")
 
@@ -140,25 +141,25 @@ def bound_terms(
     return Bound(total, prior, reconstruction, diffusion, variance.sqrt())
 
 
-def _continuous_cost(process: Process, codes: Tensor, place: Tensor, generator: Generators, beliefs: Any) -> Tensor:
+def _continuous_cost(
+    process: Process, codes: Tensor, place: Tensor, generator: Generators, beliefs: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
     """A draw whose mean over place [B] ~ uniform(0, 1) is minus the continuous-time bound without its prior term: [B].
 
-    The mean over t of `Process.divergence_rate`, times -alpha', would have an infinite variance: near t = 0 rarely anything is
-    corrupted, and then it counts much. `Absorbing` therefore draws k, how many of the N positions are masked, uniformly. It
-    masks those with the k smallest of N uniform numbers, and takes the time at which the k-th smallest is the share of masks.
-    Given k, that share has its exact distribution, Beta(k, N - k + 1), and the weight 1 / (1 - alpha) becomes N / k. `Uniform`
-    draws 1 - alpha with a density in proportion to its inverse root.
+    With t drawn uniformly the variance would be infinite: near t = 0 rarely a position is corrupted, and then it counts much.
+    So place chooses k, how many of the N positions are corrupted: from 1 to N under masking, where none costs nothing, else
+    from 0 to N. They are those with the k smallest of N uniform numbers, and the share of corruption, m = 1 - alpha, is the
+    k-th smallest. Its density is k C(N, k) m^(k-1) (1 - m)^(N-k), and C(N, k) m^k (1 - m)^(N-k) is to be integrated: the weight
+    is m / k times the number of choices of k. For k = 0, m is the smallest, and the weight (1 - m) / N times that number.
     """
-    if isinstance(process, Absorbing):
-        size = codes[0].numel()
-        count = (place * size).long().clamp(max=size - 1)[:, None]  # k - 1
-        chance = rand(codes.shape, generator, codes.device, torch.float64)
-        share = chance.reshape(len(codes), -1).sort(dim=1).values.gather(1, count)  # [B, 1], the k-th smallest
-        is_masked = chance <= share.reshape(-1, *(1,) * (codes.ndim - 1))
-        codes_t = torch.where(is_masked, process.num_codes, codes)
-        t = process.schedule.time(1 - share[:, 0])
-        losses = torch.where(is_masked, cross_entropy(codes, beliefs(codes_t, t)), 0.0)
-        return losses.reshape(len(codes), -1).sum(1) * size / (count[:, 0] + 1)
-    t = process.schedule.time(1 - place**2)
-    codes_t = process.corrupt(codes, t, generator)
-    return 2 * place * process.divergence_rate(codes, codes_t, beliefs(codes_t, t), t)
+    size = codes[0].numel()
+    least = 0 if process.mask is None else 1
+    choices = size + 1 - least
+    count = least + (place * choices).long().clamp(max=choices - 1)  # k, [B]
+    chance = rand(codes.shape, generator, codes.device, torch.float64)
+    share = chance.reshape(len(codes), -1).sort(dim=1).values.gather(1, (count[:, None] - 1).clamp_min(0))[:, 0]  # m, [B]
+    is_corrupted = (chance <= widen(share, chance)) & (widen(count, chance) > 0)
+    codes_t = torch.where(is_corrupted, process.prior_sample(codes.shape, generator, codes.device), codes)
+    t = process.schedule.time(1 - share)
+    weight = choices * torch.where(count > 0, share / count.clamp_min(1), (1 - share) / size)
+    return weight * process.divergence_rate(codes, codes_t, beliefs(codes_t, t), t)

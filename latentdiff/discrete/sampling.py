@@ -45,14 +45,14 @@ def sample(
         steps: how many, each of the same length in t. A step is one evaluation of the network.
         generator: one, or a list of B; sample i is then the same at any batch size. None for torch's default.
         guidance: a function predict -> predict, such as `ClassifierFree`.
-        order: "random" draws the process backwards in time, by `Process.step`. "confidence" is that of MaskGIT (arXiv
-            2202.04200, section 3.2), for `Absorbing`: each step draws all masked positions, and masks those again of which the
-            network is least sure, as many as the schedule has masked at the next time. Few steps then give better images, but
-            not draws of the model's distribution.
-        known: codes that are given, int64 of the given shape, with -1 where they are to be drawn. Under `Absorbing` they are
-            clean from the beginning, so that many steps draw from p(free | known). Under `Uniform` each step sees them
-            corrupted as at its t (replacement), which is near p(free | known) only where the two parts hardly depend on one
-            another.
+        order: "random" draws the process backwards in time, by `Process.step`. "confidence" is for `Absorbing`, as in MaskGIT
+            (arXiv 2202.04200, section 3.2, and its code): each step draws all masked positions, and masks those again of which
+            the network is least sure, as many as the schedule has masked at the next time; at least one fewer than before,
+            and one at least until the last step. Few steps then give better images, but not draws of the model's distribution.
+        known: codes that are given, int64 of the given shape, with -1 where they are to be drawn. They are clean at every t.
+            Under `Absorbing`, in random order, many steps then draw from p(free | known). Under `Uniform` the network cannot
+            know that they are clean, and weighs them as if they were corrupted as at t: the draws lie between p(free | known)
+            and p(free), nearer to the first.
         callback: callback(step, t, codes, x0), called after each step: t is the time at which the network was evaluated, codes
             [B, ...] the new state, with masks, and x0 [B, ...] the codes that the network thinks most probable. It may return
             codes to continue from.
@@ -76,7 +76,7 @@ def sample(
     device = known.device if known is not None else device or _device(generator)
     predict = guidance(predict) if guidance is not None else predict
     codes = process.prior_sample(shape, generator, device)
-    codes = _with_known(process, codes, known, 1.0, generator)
+    codes = codes if known is None else torch.where(known >= 0, known, codes)
     free = codes.eq(process.num_codes).reshape(shape[0], -1).sum(1)  # [B], masks
     times = [1 - i / steps for i in range(steps)] + [0.0]
     for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
@@ -86,23 +86,21 @@ def sample(
         if process.mask is not None:
             x0 = torch.where(codes.eq(process.mask), x0, codes)
         if order == "confidence":
-            kept = torch.ceil(free * (1 - process.schedule.alpha(s).to(free.device)) - 1e-9)  # 1e-9: of rounding
-            codes = _surest(codes, beliefs, kept, confidence_noise * s, generator)
+            codes = _surest(codes, beliefs, _masks_left(process, codes, free, s), confidence_noise * s, generator)
         else:
             codes = process.step(codes, beliefs.exp(), t, s, generator)
-        codes = _with_known(process, codes, known, s, generator)
+        codes = codes if known is None else torch.where(known >= 0, known, codes)
         codes = apply_callback(callback, i, t, codes, x0)
     return codes
 
 
-def _with_known(process: Process, codes: Tensor, known: Tensor | None, t: float, generator: Generators) -> Tensor:
-    """codes [B, ...] at t, with the known ones in their places: clean, or corrupted as at t where there is no mask."""
-    if known is None:
-        return codes
-    given = known.clamp_min(0)
-    if process.mask is None:
-        given = process.corrupt(given, t, generator)
-    return torch.where(known >= 0, given, codes)
+def _masks_left(process: Process, codes: Tensor, free: Tensor, s: float) -> Tensor:
+    """How many positions stay masked at s, [B]. codes: before the step. free: [B], those masked at t = 1."""
+    if s == 0:
+        return torch.zeros_like(free)
+    share = 1 - float(process.schedule.alpha(s))
+    left = torch.floor(free * share + 1e-9)  # 1e-9: of rounding
+    return left.minimum(codes.eq(process.num_codes).reshape(len(codes), -1).sum(1) - 1).clamp_min(1)
 
 
 def _surest(codes: Tensor, beliefs: Tensor, masked: Tensor, noise: float, generator: Generators) -> Tensor:

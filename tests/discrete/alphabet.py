@@ -37,7 +37,10 @@ class Alphabet:
         clean = one_hot(self.states, self.num_codes).double()  # [S, N, K]
 
         def network(codes: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
-            corruption = transition(process, process.schedule.alpha(t))[:, : self.num_codes]  # [B, K, values of x_t]
+            alpha = process.schedule.alpha(t)
+            if process.mask is not None:
+                alpha = torch.full_like(alpha, 0.5)  # any between 0 and 1: what is clean is certain, and a mask says nothing
+            corruption = transition(process, alpha)[:, : self.num_codes]  # [B, K, values of x_t]
             posterior = self.joint.expand(len(codes), -1) if joints is None else joints[label]  # [B, S]
             for i in range(self.positions):
                 seen = corruption[torch.arange(len(codes)), :, codes[:, i]]  # q(x_t,i | x0_i), [B, K]
@@ -47,15 +50,14 @@ class Alphabet:
 
         return network
 
-    def chain(self, process: Process, steps: int, predict: Callable[..., Tensor], start: Tensor | None = None) -> Tensor:
-        """The exact distribution [S] of what `steps` steps of sampling draw. start: of `all_states` at t = 1, if given."""
-        states = self.all_states(process)  # [M, N]
+    def chain(self, process: Process, steps: int, predict: Callable[..., Tensor]) -> Tensor:
+        """The exact distribution [S] of what `steps` steps of sampling draw."""
+        states = listed(process.num_states, self.positions)  # [M, N], of x_t
         chances = torch.zeros(process.num_states, dtype=torch.float64)
         chances[process.mask if process.mask is not None else slice(None)] = 1.0
-        chances = (chances / chances.sum())[states].prod(1) if start is None else start
+        chances = (chances / chances.sum())[states].prod(1)
         for i in range(steps, 0, -1):
-            beliefs = predict(states, torch.full((len(states),), i / steps, dtype=torch.float64)).exp()
-            beliefs = beliefs.nan_to_num(0.0)  # [M, N, K]; NaN for states that cannot be at this time
+            beliefs = predict(states, torch.full((len(states),), i / steps, dtype=torch.float64)).exp()  # [M, N, K]
             back = bayes(process, i / steps, (i - 1) / steps)  # [K, x_t, x_s]
             moves = torch.einsum("mnk,kmnz->mnz", beliefs, back[:, states])
             move = torch.ones(len(states), len(states), dtype=torch.float64)
@@ -65,10 +67,6 @@ class Alphabet:
         is_clean = (states < self.num_codes).all(1)
         torch.testing.assert_close(chances[is_clean].sum(), torch.ones((), dtype=torch.float64))
         return chances[is_clean]
-
-    def all_states(self, process: Process) -> Tensor:
-        """The states that x_t can have, with masks, [M, N]."""
-        return listed(process.num_states, self.positions)
 
 
 def listed(size: int, positions: int) -> Tensor:
