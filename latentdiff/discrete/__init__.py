@@ -11,7 +11,7 @@ belongs. The same function serves training (`loss`), sampling (`sample`) and mea
 
 from latentdiff.discrete.bound import bound, bound_terms, loss
 from latentdiff.discrete.guidance import ClassifierFree
-from latentdiff.discrete.processes import PROCESSES, Absorbing, Process, Uniform, make_process
+from latentdiff.discrete.processes import PROCESSES, Absorbing, Process, Uniform, add_evidence, make_process
 from latentdiff.discrete.sampling import ORDERS, sample
 from latentdiff.discrete.schedules import SCHEDULES, Schedule
 
@@ -24,6 +24,7 @@ __all__ = [
     "Process",
     "Schedule",
     "Uniform",
+    "add_evidence",
     "bound",
     "bound_terms",
     "loss",

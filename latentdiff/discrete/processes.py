@@ -7,12 +7,13 @@ Both are Markov: from s to t > s a position is corrupted anew with probability 1
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from latentdiff.discrete.common import check_codes, draw
+from latentdiff.discrete.common import Predict, check_codes, draw
 from latentdiff.discrete.schedules import SCHEDULES, Schedule
 from latentdiff.errors import UserError
 from latentdiff.utils.random import Generators, rand
@@ -95,6 +96,10 @@ class Process:
         """
         raise NotImplementedError
 
+    def evidence(self, codes_t: Tensor, t: float | Tensor) -> Tensor:
+        """log q(x_t | x0) for every x0 of a position, up to a constant: [B, ..., K]. See `add_evidence`."""
+        raise NotImplementedError
+
     def step(
         self, codes_t: Tensor, probs: Tensor, t: float | Tensor, s: float | Tensor, generator: Generators = None
     ) -> Tensor:
@@ -162,6 +167,10 @@ class Absorbing(Process):
             codes_t.eq(self.num_codes)[..., None], unmasked, functional.one_hot(codes_t, self.num_states).double()
         )
 
+    def evidence(self, codes_t: Tensor, t: float | Tensor) -> Tensor:
+        """0: a mask says nothing of its own x0, and the x0 of other positions is not asked for."""
+        return torch.zeros((), dtype=torch.float64, device=codes_t.device).expand(*codes_t.shape, self.num_codes)
+
     def divergence_rate(self, codes: Tensor, codes_t: Tensor, log_probs: Tensor, t: float | Tensor) -> Tensor:
         """-log p(x0 | x_t) summed over the masked positions, divided by 1 - alpha (MDLM; MD4, arXiv 2406.04329)."""
         losses = torch.where(codes_t.eq(self.num_codes), cross_entropy(codes, log_probs), 0.0)
@@ -186,6 +195,11 @@ class Uniform(Process):
         kept = alpha_t / alpha_s.clamp_min(_TINY)  # the probability that s to t does not corrupt
         forward = kept * functional.one_hot(codes_t, self.num_codes) + (1 - kept) / self.num_codes  # q(x_t | x_s)
         return forward * self._mean_ratio(codes_t, probs, alpha_t, alpha_s)
+
+    def evidence(self, codes_t: Tensor, t: float | Tensor) -> Tensor:
+        own = functional.one_hot(codes_t, self.num_codes).double()
+        alpha = self._alpha(t, own)
+        return torch.log(alpha * own + (1 - alpha).clamp_min(_TINY) / self.num_codes)
 
     def divergence_rate(self, codes: Tensor, codes_t: Tensor, log_probs: Tensor, t: float | Tensor) -> Tensor:
         """The divergence between two jump processes (Campbell et al., arXiv 2205.14987, proposition 2; SEDD, arXiv 2310.16834).
@@ -216,6 +230,23 @@ def make_process(name: str, num_codes: int, schedule: str = "linear") -> Process
     if name not in PROCESSES:
         raise UserError(f"process: {name!r} is unknown; valid: {', '.join(PROCESSES)}")
     return PROCESSES[name](num_codes, schedule)
+
+
+def add_evidence(predict: Predict, process: Process) -> Predict:
+    """The function predict with log q(x_t | x0) of each position added to its logits.
+
+    p(x0 | x_t) is in proportion to q(x_t | x0) and to what the other positions say of x0. With this the network has to learn
+    the second alone. Under `Uniform` near t = 0, x_t is all but certainly x0. A network that has not learned that has a loss
+    without bound there, so train with this. Under `Absorbing` nothing changes.
+
+    predict: see `latentdiff.discrete`. Sampling and the bound need the same wrapped function as training.
+    """
+
+    def informed(codes: Tensor, t: Tensor, **conditioning: Any) -> Tensor:
+        logits = predict(codes, t, **conditioning)
+        return logits + process.evidence(codes, t).to(torch.promote_types(logits.dtype, torch.float32))
+
+    return informed
 
 
 def cross_entropy(codes: Tensor, log_probs: Tensor) -> Tensor:
