@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.discrete.common import Predict, check_codes, log_probs, predict_logits
+from latentdiff.discrete.common import Predict, check_codes, predict_logits, require_probs
 from latentdiff.discrete.processes import Process, cross_entropy
 from latentdiff.errors import UserError
 from latentdiff.likelihood import Bound, require_finite
@@ -114,7 +114,7 @@ def bound_terms(
     check_codes(codes, process.num_codes, "bound")
 
     def beliefs(codes_t: Tensor, t: Tensor) -> Tensor:
-        return log_probs(predict_logits(predict, codes_t, t, process.num_codes, conditioning))
+        return require_probs(predict_logits(predict, codes_t, t, process.num_codes, conditioning).double().log_softmax(-1))
 
     prior = -process.prior_divergence(codes)
     reconstruction, diffusion, variance = (torch.zeros_like(prior) for _ in range(3))

@@ -27,23 +27,22 @@ def predict_logits(predict: Predict, codes: Tensor, t: Tensor, num_codes: int, c
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def log_probs(logits: Tensor) -> Tensor:
-    """log-softmax of logits [..., K] in float64. NotFiniteError where a row holds NaN, +inf or nothing but -inf."""
-    result = torch.log_softmax(logits.double(), dim=-1)
-    if bool(result.isnan().any()):
+def require_probs(probs: Tensor) -> Tensor:
+    """probs [..., K], a softmax or its logarithm. NotFiniteError for NaN: of logits with NaN, +inf or nothing but -inf."""
+    if bool(probs.isnan().any()):
         raise NotFiniteError("predict: logits that are not finite; the network or its weights have diverged")
-    return result
+    return probs
 
 
 def draw(probs: Tensor, generator: Generators = None) -> Tensor:
-    """One draw from each of the distributions probs [B, ..., S], float64: int64 [B, ...]. What has probability 0 is not drawn.
+    """One draw from each of the distributions probs [B, ..., S], which need not sum to 1: int64 [B, ...].
 
-    The distribution function is inverted at a float64 uniform number. Gumbel noise of float32 ends at 16.6, so codes of small
-    probability would come too seldom (Masked diffusion models are secretly time-agnostic, arXiv 2409.02908, section 5).
+    What has probability 0 is not drawn. The distribution function is inverted at a float64 uniform number. Gumbel noise of
+    float32 ends at 16.6, so codes of small probability would come too seldom (arXiv 2409.02908).
 
     generator: one, a list of B, or None.
     """
-    cumulative = probs.cumsum(dim=-1)  # [B, ..., S]
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [B, ..., S]
     total = cumulative[..., -1:]
     place = rand(probs.shape[:-1], generator, probs.device, torch.float64)[..., None] * total
     place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached the total

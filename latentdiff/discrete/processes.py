@@ -103,8 +103,17 @@ class Process:
     def step(
         self, codes_t: Tensor, probs: Tensor, t: float | Tensor, s: float | Tensor, generator: Generators = None
     ) -> Tensor:
-        """A draw of the model's step p(x_s | x_t): int64 [B, ...]. Arguments and errors as in `reverse`."""
-        return draw(self.reverse(codes_t, probs, t, s), generator)
+        """A draw of the model's step p(x_s | x_t): int64 [B, ...], by way of a draw of x0.
+
+        Arguments and errors as in `reverse`; probs may be of any precision. generator: one, a list of B, or None.
+        """
+        return self.posterior_sample(codes_t, draw(probs, generator), t, s, generator)
+
+    def posterior_sample(
+        self, codes_t: Tensor, codes: Tensor, t: float | Tensor, s: float | Tensor, generator: Generators = None
+    ) -> Tensor:
+        """A draw of `posterior`: int64 [B, ...]. Arguments and errors as there. generator: one, a list of B, or None."""
+        raise NotImplementedError
 
     def step_divergence(
         self, codes: Tensor, codes_t: Tensor, log_probs: Tensor, t: float | Tensor, s: float | Tensor
@@ -167,6 +176,14 @@ class Absorbing(Process):
             codes_t.eq(self.num_codes)[..., None], unmasked, functional.one_hot(codes_t, self.num_states).double()
         )
 
+    def posterior_sample(
+        self, codes_t: Tensor, codes: Tensor, t: float | Tensor, s: float | Tensor, generator: Generators = None
+    ) -> Tensor:
+        chance = rand(codes.shape, generator, codes.device, torch.float64)
+        alpha_t, alpha_s = self._alphas(t, s, chance)
+        is_shown = codes_t.eq(self.num_codes) & (chance * (1 - alpha_t) >= 1 - alpha_s)
+        return torch.where(is_shown, codes, codes_t)
+
     def evidence(self, codes_t: Tensor, t: float | Tensor) -> Tensor:
         """0: a mask says nothing of its own x0, and the x0 of other positions is not asked for."""
         return torch.zeros((), dtype=torch.float64, device=codes_t.device).expand(*codes_t.shape, self.num_codes)
@@ -196,10 +213,28 @@ class Uniform(Process):
         forward = kept * functional.one_hot(codes_t, self.num_codes) + (1 - kept) / self.num_codes  # q(x_t | x_s)
         return forward * self._mean_ratio(codes_t, probs, alpha_t, alpha_s)
 
+    def posterior_sample(
+        self, codes_t: Tensor, codes: Tensor, t: float | Tensor, s: float | Tensor, generator: Generators = None
+    ) -> Tensor:
+        """From x0 over x_s to x_t there are four ways, by which of the two steps corrupt. One is drawn by its share."""
+        chance = rand(codes.shape, generator, codes.device, torch.float64)
+        alpha_t, alpha_s = self._alphas(t, s, chance)
+        kept = alpha_t / alpha_s.clamp_min(_TINY)
+        ways = [
+            torch.where(codes_t == codes, alpha_t, 0.0).expand_as(chance),  # none: x_s = x0 = x_t
+            (alpha_s * (1 - kept) / self.num_codes).expand_as(chance),  # the second alone: x_s = x0
+            ((1 - alpha_s) * kept / self.num_codes).expand_as(chance),  # the first alone: x_s = x_t
+            ((1 - alpha_s) * (1 - kept) / self.num_codes).expand_as(chance),  # both: x_s is any code
+        ]
+        way = draw(torch.stack(ways, dim=-1), generator)
+        anything = (chance * self.num_codes).long().clamp(max=self.num_codes - 1)
+        return torch.where(way < 2, codes, torch.where(way == 2, codes_t, anything))
+
     def evidence(self, codes_t: Tensor, t: float | Tensor) -> Tensor:
-        own = functional.one_hot(codes_t, self.num_codes).double()
-        alpha = self._alpha(t, own)
-        return torch.log(alpha * own + (1 - alpha).clamp_min(_TINY) / self.num_codes)
+        """log(1 + K alpha / (1 - alpha)) for x0 = x_t, 0 for the others."""
+        alpha = self._alpha(t, torch.empty(codes_t.shape, dtype=torch.float64, device=codes_t.device)[..., None])
+        own = torch.log1p(self.num_codes * alpha / (1 - alpha).clamp_min(_TINY)).expand(*codes_t.shape, 1)
+        return own.new_zeros(*codes_t.shape, self.num_codes).scatter(-1, codes_t[..., None], own)
 
     def divergence_rate(self, codes: Tensor, codes_t: Tensor, log_probs: Tensor, t: float | Tensor) -> Tensor:
         """The divergence between two jump processes (Campbell et al., arXiv 2205.14987, proposition 2; SEDD, arXiv 2310.16834).
@@ -207,18 +242,26 @@ class Uniform(Process):
         Back in time a position jumps from z = x_t to y at a rate in proportion to q(y | x0) / q(z | x0), or in the model to the
         mean of this over the network's x0. Jumps from rate r, modelled by r', cost r' - r + r log(r / r') per unit of time.
         """
-        alpha = self._alpha(t, log_probs.double())
-        clean = functional.one_hot(codes, self.num_codes).double()
-        exact = self._mean_ratio(codes_t, clean, alpha, alpha)
-        model = self._mean_ratio(codes_t, log_probs.double().exp(), alpha, alpha).clamp_min(torch.finfo(torch.float64).tiny)
-        cost = model - exact + torch.special.xlogy(exact, exact) - torch.special.xlogy(exact, model)
-        jumps = functional.one_hot(codes_t, self.num_codes) == 0
-        return _sum(torch.where(jumps, cost / (self.num_codes * alpha.clamp_min(_TINY)), 0.0))
+        size, probs = self.num_codes, log_probs.double().exp()
+        alpha = self._alpha(t, probs)[..., 0]  # [B, 1, ...]
+        noise = (1 - alpha).clamp_min(_TINY) / size
+        model = self._mean_ratio(codes_t, probs, alpha[..., None], alpha[..., None]).clamp_min(torch.finfo(torch.float64).tiny)
+        logs = model.log()
+        own, clean = codes_t[..., None], codes[..., None]
+        sum_model, sum_logs = (each.sum(-1) - each.gather(-1, own)[..., 0] for each in (model, logs))  # over y that are not z
+        # The exact ratio is `low` for every y where z = x0; else it is `high` for y = x0, and 1 for the others
+        low, high = noise / (alpha + noise), (alpha + noise) / noise
+        same = sum_model + (size - 1) * (torch.special.xlogy(low, low) - low) - low * sum_logs
+        log_clean = logs.gather(-1, clean)[..., 0]
+        other = sum_model - high + high * (high.log() - log_clean) - (size - 2) - (sum_logs - log_clean)
+        return _sum(torch.where(codes_t == codes, same, other) / (size * alpha.clamp_min(_TINY)))
 
     def _mean_ratio(self, codes_t: Tensor, probs: Tensor, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
         """The mean over x0 ~ probs of q(x_s = y | x0) / q(x_t | x0), for every y: [B, ..., K]."""
         noise = (1 - alpha_t).clamp_min(_TINY) / self.num_codes
-        weights = probs / (alpha_t * functional.one_hot(codes_t, self.num_codes) + noise)  # probs / q(x_t | x0)
+        own = codes_t[..., None]
+        chances = noise.expand_as(probs).scatter(-1, own, (alpha_t + noise).expand_as(own))  # q(x_t | x0)
+        weights = probs / chances
         return alpha_s * weights + (1 - alpha_s) / self.num_codes * weights.sum(dim=-1, keepdim=True)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from latentdiff.discrete.common import Predict, check_codes, draw, log_probs, predict_logits
+from latentdiff.discrete.common import Predict, check_codes, draw, predict_logits, require_probs
 from latentdiff.discrete.processes import Absorbing, Process
 from latentdiff.errors import UserError
 from latentdiff.samplers import Callback
@@ -81,14 +81,14 @@ def sample(
     times = [1 - i / steps for i in range(steps)] + [0.0]
     for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         logits = predict_logits(predict, codes, per_sample(t, codes), process.num_codes, conditioning)
-        beliefs = log_probs(logits.double() / temperature)  # [B, ..., K]
-        x0 = beliefs.argmax(-1)
+        probs = require_probs((logits / temperature).softmax(-1))  # [B, ..., K]
+        x0 = probs.argmax(-1)
         if process.mask is not None:
             x0 = torch.where(codes.eq(process.mask), x0, codes)
         if order == "confidence":
-            codes = _surest(codes, beliefs, _masks_left(process, codes, free, s), confidence_noise * s, generator)
+            codes = _surest(codes, probs, _masks_left(process, codes, free, s), confidence_noise * s, generator)
         else:
-            codes = process.step(codes, beliefs.exp(), t, s, generator)
+            codes = process.step(codes, probs, t, s, generator)
         codes = codes if known is None else torch.where(known >= 0, known, codes)
         codes = apply_callback(callback, i, t, codes, x0)
     return codes
@@ -103,12 +103,12 @@ def _masks_left(process: Process, codes: Tensor, free: Tensor, s: float) -> Tens
     return left.minimum(codes.eq(process.num_codes).reshape(len(codes), -1).sum(1) - 1).clamp_min(1)
 
 
-def _surest(codes: Tensor, beliefs: Tensor, masked: Tensor, noise: float, generator: Generators) -> Tensor:
-    """codes [B, ...] with all masks drawn from beliefs [B, ..., K], and the `masked` [B] least sure ones masked again."""
-    drawn = draw(beliefs.exp(), generator)
-    mask = beliefs.shape[-1]  # the code of a mask
+def _surest(codes: Tensor, probs: Tensor, masked: Tensor, noise: float, generator: Generators) -> Tensor:
+    """codes [B, ...] with all masks drawn from probs [B, ..., K], and the `masked` [B] least sure ones masked again."""
+    drawn = draw(probs, generator)
+    mask = probs.shape[-1]  # the code of a mask
     is_masked = codes.eq(mask)
-    confidence = beliefs.gather(-1, drawn[..., None])[..., 0]
+    confidence = probs.gather(-1, drawn[..., None])[..., 0].double().log()
     if noise > 0:
         chance = rand(codes.shape, generator, codes.device, torch.float64)
         confidence = confidence - noise * torch.log(-torch.log(chance))  # Gumbel noise
