@@ -25,6 +25,7 @@ from latentdiff.data.transforms import Preprocess
 from latentdiff.evaluation.frechet import Moments, frechet_distance
 from latentdiff.evaluation.image_quality import psnr
 from latentdiff.models.feature_net import extract, load_features
+from latentdiff.utils.processes import pick_device
 from latentdiff.utils.random import generators
 
 BATCH = 100
@@ -50,7 +51,7 @@ def draw(pipe: Any, images: Tensor, labels: Tensor | None, kind: str, factor: in
         output = pipe(
             class_labels=told, num_inference_steps=steps, generator=generators(0, rows.tolist()), output_type="pt", **given
         ).images
-        made.append((output * 255).round() / 127.5 - 1)
+        made.append((output.cpu() * 255).round() / 127.5 - 1)
     return torch.cat(made)
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int)
     parser.add_argument("--told", action="store_true")
     arguments = parser.parse_args()
-    pipe = load(arguments.model)
+    pipe = load(arguments.model).to(pick_device("auto"))
     pipe.set_progress_bar_config(disable=True)
     rule = pipe.config.image_condition
     net = load_features(arguments.features)
