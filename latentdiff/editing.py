@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from latentdiff.utils.random import Generators
 
 Task = Literal["img2img", "inpaint", "outpaint", "upscale", "deblur", "colorize", "translate", "variations", "interpolate"]
-METHODS = ("replacement", "posterior")  # of inpaint
+Method = Literal["known_pixels", "replacement", "posterior"]  # of inpaint
 RESTORING = ("upscale", "deblur", "colorize")  # by posterior sampling, as inpaint is with --method posterior
 BY_SAMPLER = ("translate", "variations", "interpolate")  # these run the model's ODE by Heun's method
 TRANSLATION_STEPS = 50
@@ -88,7 +88,7 @@ def edit(
     expand: tuple[int, int, int, int] | None = None,
     source: str | int | None = None,
     into: str | Path | None = None,
-    method: Literal["replacement", "posterior"] = "replacement",
+    method: Method | None = None,
     blur: float | None = None,
     num_images: int | None = None,
     steps: int | None = None,
@@ -138,8 +138,8 @@ def edit(
         expand: pixels of the model's size to add at the top, right, bottom and left.
         source: what the images show, for translate, variations and interpolate: a class or a prompt.
         into: a second model over the same autoencoder, which makes the results of translate.
-        method: of inpaint: replacement, which costs no more than generating, or posterior, which fits the edges better and
-            costs several times as much.
+        method: of inpaint: known_pixels, replacement, which costs no more than generating and leaves a seam, or posterior,
+            which costs most. The default is known_pixels; with --strength or --mask-margin it is replacement.
         blur: standard deviation in pixels of the blur that deblur takes away. The default is 1.
         num_images: results of each image for each of `to`, or images of an interpolation. The default is 1, or 8.
         steps: steps of the sampler; the default is the checkpoint's, or that of the task.
@@ -170,8 +170,8 @@ def edit(
     files, is_folder = _files(images or [])
     asked_task = task
     task = task or ("outpaint" if expand else "inpaint" if mask else "img2img")
-    for flag, value, valid in (("--task", task, get_args(Task)), ("--method", method, METHODS)):
-        if value not in valid:
+    for flag, value, valid in (("--task", task, get_args(Task)), ("--method", method, get_args(Method))):
+        if value is not None and value not in valid:
             raise UserError(f"{flag} {value}: unknown; valid: {', '.join(valid)}")
     flags = (files, to, source, into, method, blur, mask, mask_margin, expand, strength, sampler)
     _check_flags(task, *flags)
@@ -205,11 +205,13 @@ def edit(
         _check_flags(task, *flags)  # again, because a bridge has chosen its task itself
     elif strength is not None and task != "inpaint":
         raise UserError(f"--strength: this model is given the whole picture for {task}; leave it out")
-    elif method == "posterior":
-        raise UserError("--method posterior: this model was trained to complete pictures; leave it out")
+    elif method is not None:
+        raise UserError(f"--method {method}: this model was trained to complete pictures; leave it out")
     _check_guidance(task, is_trained, bool(files), guidance, guidance_interval, negative, label)
     generation.check_negative(pipeline, negative, guidance)
-    restores = not is_trained and (task in RESTORING or (task == "inpaint" and method == "posterior"))
+    if task == "inpaint" and method is None:
+        method = "replacement" if is_trained or strength is not None or mask_margin is not None else "known_pixels"
+    restores = not is_trained and (task in RESTORING or (task == "inpaint" and method != "replacement"))
     generation.place(pipeline, device, sampler or ("heun" if not is_trained and task in BY_SAMPLER or restores else None))
     generation.set_precision(pipeline, precision)
     rule = _image_rule(folder, pipeline)
@@ -255,7 +257,7 @@ def edit(
         job = _translate_job(pipeline, folder, second, shows, strength, steps, guided, precision, path.suffix == "")
     elif restores:
         pixels = _read_mask(str(mask), rule) if task == "inpaint" else None
-        job = _restore_job(pipeline, change, task, pixels, 1.0 if blur is None else blur, steps, sampler)
+        job = _restore_job(pipeline, change, task, method, pixels, 1.0 if blur is None else blur, steps, sampler)
     elif task == "outpaint":
         job = _outpaint_job(change, expand or (0, 0, 0, 0), strength, mask_margin)
     elif task == "inpaint":
@@ -500,7 +502,7 @@ def _check_flags(
     to: Sequence[str | int] | None,
     source: str | int | None,
     into: Any,
-    method: str,
+    method: Method | None,
     blur: float | None,
     mask: Any,
     mask_margin: int | None,
@@ -519,7 +521,7 @@ def _check_flags(
         "--expand": (expand, ("outpaint",)),
         "--source": (source, BY_SAMPLER),
         "--into": (into, ("translate",)),
-        "--method posterior": (True if method == "posterior" else None, ("inpaint",)),
+        f"--method {method}": (method, ("inpaint",)),
         "--blur": (blur, ("deblur",)),
         "--strength": (strength, ("img2img", "inpaint", "translate", "variations")),
         "--sampler": (sampler, ("img2img", "inpaint", "outpaint", *RESTORING)),
@@ -531,8 +533,8 @@ def _check_flags(
         raise UserError(f"--strength {strength:g}: must be from 0 (the image stays) to 1 (nothing of it stays)")
     if sampler == "dopri5" and (task in RESTORING or method == "posterior"):
         raise UserError("--sampler dopri5: its adaptive steps do not end in posterior sampling; take another, such as heun")
-    if method == "posterior" and (strength is not None or mask_margin is not None):
-        raise UserError("--method posterior: takes neither --strength nor --mask-margin; leave them out")
+    if method not in (None, "replacement") and (strength is not None or mask_margin is not None):
+        raise UserError(f"--method {method}: takes neither --strength nor --mask-margin; leave them out")
     if blur is not None and not 0 < blur < float("inf"):
         raise UserError(f"--blur {blur:g}: must be a standard deviation in pixels, above 0")
     if mask_margin is not None and mask_margin < 0:
@@ -681,6 +683,7 @@ def _restore_job(
     pipeline: LatentDiffusionPipeline,
     change: Callable[..., np.ndarray],
     task: str,
+    method: Method | None,
     mask: np.ndarray | None,
     blur: float,
     steps: int | None,
@@ -694,7 +697,11 @@ def _restore_job(
 
     codec, (_, *size) = LatentCodec(pipeline.vae), pipeline.image_shape
     hidden = None if mask is None else torch.from_numpy(mask).permute(2, 0, 1)[None].float() / 255
-    settings = {key: value for key, value in (("steps", steps), ("sampler", sampler)) if value is not None}
+    settings: dict[str, Any] = {key: value for key, value in (("steps", steps), ("sampler", sampler)) if value is not None}
+    if method == "known_pixels":
+        settings |= {"method": method, "encode": lambda images: codec.latents(images, use_mean=True)}
+    if sampler is not None:
+        settings["sampler_options"] = ()  # those of the default are of another sampler
 
     def make(pictures: list[Picture], rows: list[Subject], generators: list[Any]) -> np.ndarray:
         observed = _tensor(pictures) * 2 - 1
@@ -704,7 +711,7 @@ def _restore_job(
     shown = partial(_enlarged, size=size)
     conditions = {"colorize": ("grey", _grey), "inpaint": ("to be filled", partial(_masked, mask=mask))}
     digest = None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()
-    return Job(make, conditions.get(task), shown, {"--mask": digest, "--blur": blur, "--method": "posterior"})
+    return Job(make, conditions.get(task), shown, {"--mask": digest, "--blur": blur, "--method": method or "posterior"})
 
 
 def _trained_job(change: Callable[..., np.ndarray], task: str, size: Sequence[int]) -> Job:

@@ -149,6 +149,7 @@ def translate_images(
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     source_guidance: float = 1.0,
+    away: Sequence[str | int | None] | None = None,
     sampler: str = "heun",
     generator: Generators = None,
     use_mean: bool = False,
@@ -168,6 +169,8 @@ def translate_images(
         guidance_interval: (low, high) in t, where to guide; None: the model's default. That is often the middle alone, while a
             class is decided at high noise: (0, 1) guides all the way.
         source_guidance: the same on the way to noise. 1 is off: other values make that way less exact.
+        away: what guidance leads away from, as `source`. None: from `source` itself, or from nothing in particular for a second
+            model. What `source` and `to` have in common is then not pushed, so more of the image stays.
         sampler: "heun", "dopri5" or "euler".
         generator: draws from the autoencoder's posterior: one, or a list with one per image; see `utils.random.randn`.
         use_mean: take the posterior's mean instead, for a model that was trained on means (cache.use_mean).
@@ -178,7 +181,8 @@ def translate_images(
     check_models(pipeline, into, strength, source)
     z = encode_images(pipeline, images, generator, use_mean)
     result = into or pipeline
-    after = conditional_denoiser(result, to, len(z), guidance, guidance_interval)
+    away = away if away is not None else source if into is None else (None,)
+    after = conditional_denoiser(result, to, len(z), guidance, guidance_interval, away=away)
     if pipeline.config.get("bridge") is not None:
         return decode_latents(result, samplers.sample(after, z, sampler, grid=_whole(steps)))
     before = conditional_denoiser(pipeline, source, len(z), source_guidance)
@@ -244,22 +248,20 @@ def conditional_denoiser(
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     label: int | None = None,
+    away: Sequence[str | int | None] = (None,),
 ) -> DenoiserLike:
     """The denoiser of a pipeline for `count` samples of normalised latents, conditioned and guided.
 
     what: a class or a prompt for each sample, or one for all; None is nothing in particular. guidance: the scale, and
     guidance_interval: where to guide, (low, high) in t; None: the pipeline's defaults. label: the class of every prompt, of a
-    model with both. UserError for an unknown class, or another number of entries than 1 or `count`.
+    model with both. away: what guidance leads away from, as `what`. UserError for an unknown class, or another number of
+    entries than 1 or `count`.
     """
-    if len(what) not in (1, count):
-        raise UserError(f"{len(what)} classes or prompts for {count} images: give one, or one for each")
-    entries = [*what] * (count // len(what))
-    reads_text = pipeline.text_encoder is not None
-    is_prompt = [reads_text and isinstance(entry, str) and entry not in pipeline.class_names for entry in entries]
-    prompts = [entry if text else None for entry, text in zip(entries, is_prompt, strict=True)]
-    classes = [label if text else entry for entry, text in zip(entries, is_prompt, strict=True)]
+    asked = [*_split(pipeline, what, count, label), *_split(pipeline, away, count, label)]
+    if not any(entry is not None for entry in asked[3]):
+        asked[3] = None  # the class of none, as the pipeline names it
     try:
-        texts, labels, no_texts, no_labels = pipeline.match_inputs(prompts, classes, None, None)
+        texts, labels, no_texts, no_labels = pipeline.match_inputs(*asked)
         scale = pipeline.match_guidance_scale(guidance, texts, labels, no_texts, no_labels)
     except ValueError as error:  # PipelineInputError, in one line
         raise UserError(str(error)) from None
@@ -267,6 +269,20 @@ def conditional_denoiser(
     negative = pipeline.conditioning(no_texts, no_labels) if scale != 1 else {}
     interval = pipeline.config.get("default_guidance_interval") if guidance_interval is None else guidance_interval
     return ClassifierFree(Denoiser.from_pipeline(pipeline), positive, negative, scale, interval=interval)
+
+
+def _split(
+    pipeline: LatentDiffusionPipeline, what: Sequence[str | int | None], count: int, label: int | None
+) -> tuple[list[str | None], list[str | int | None]]:
+    """(prompts, classes) of `count` samples; see `conditional_denoiser`."""
+    if len(what) not in (1, count):
+        raise UserError(f"{len(what)} classes or prompts for {count} images: give one, or one for each")
+    entries = [*what] * (count // len(what))
+    reads_text = pipeline.text_encoder is not None
+    is_prompt = [reads_text and isinstance(entry, str) and entry not in pipeline.class_names for entry in entries]
+    prompts = [entry if text else None for entry, text in zip(entries, is_prompt, strict=True)]
+    classes = [label if text else entry for entry, text in zip(entries, is_prompt, strict=True)]
+    return prompts, classes
 
 
 def encode_images(

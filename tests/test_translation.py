@@ -13,6 +13,7 @@ from latentdiff.checkpoints import load
 from latentdiff.data.transforms import Preprocess
 from latentdiff.denoiser import Denoiser
 from latentdiff.errors import UserError
+from latentdiff.guidance import Autoguidance
 from latentdiff.models.codec import LatentCodec
 from latentdiff.schedules import make_schedule
 from latentdiff.training import train
@@ -167,7 +168,20 @@ def test_images_go_one_by_one_and_to_the_class_that_is_named(pipe, images):
     torch.testing.assert_close(each[[0, 1, 3]], result[[0, 1, 3]], rtol=1e-4, atol=1e-4)
     assert float((each[2] - result[2]).abs().max()) > 1e-3
     second = translate_images(pipe, images, to=names[1:2], into=pipe, generator=generators(0, range(4)), **way)
-    assert torch.equal(second, result)
+    none = translate_images(pipe, images, to=names[1:2], away=[None], generator=generators(0, range(4)), **way)
+    assert torch.equal(second, none)
+    assert float((none - result).abs().max()) > 1e-4  # guidance leads away from the source, where it is not told otherwise
+
+
+def test_guidance_away_from_the_source_leaves_what_is_not_of_the_class():
+    """Two Gaussian classes that differ in one entry: guidance moves that one alone; away from a third mean it moves both."""
+    means = {"a": [0.0, 2.0], "b": [1.0, 2.0], "none": [0.5, 0.0]}
+    of = {name: exact(Gaussian(torch.tensor(m).double(), 0.04 * torch.eye(2).double()), "flow") for name, m in means.items()}
+    x0 = draw(Gaussian(torch.tensor(means["a"]).double(), 0.04 * torch.eye(2).double()), 50)
+    guided = {name: Autoguidance(of["b"], of[name], 3.0) for name in ("a", "none")}
+    away_from_source, away_from_none = (translate(of["a"], guided[name], x0, steps=60) for name in ("a", "none"))
+    torch.testing.assert_close(away_from_source[:, 1], x0[:, 1], rtol=0, atol=0.02)
+    assert float((away_from_none[:, 1] - x0[:, 1]).abs().mean()) > 0.5
 
 
 def test_images_translated_to_what_they_are_come_back(shipped):

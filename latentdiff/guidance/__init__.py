@@ -10,6 +10,7 @@ from latentdiff.guidance.autoguidance import Autoguidance
 from latentdiff.guidance.classifier_free import ClassifierFree
 from latentdiff.guidance.common import check_interval, check_same_path
 from latentdiff.guidance.gradient import RECONSTRUCTION_METHODS, Classifier, Reconstruction
+from latentdiff.guidance.known_pixels import KnownPixels
 from latentdiff.guidance.latent_classifier import LatentClassifier, load_classifier
 from latentdiff.guidance.operators import Blur, Downsample, Grey, Mask, of_latents
 from latentdiff.guidance.rules import RULES, Rule
@@ -24,6 +25,7 @@ __all__ = [
     "ClassifierFree",
     "Downsample",
     "Grey",
+    "KnownPixels",
     "LatentClassifier",
     "Mask",
     "Reconstruction",

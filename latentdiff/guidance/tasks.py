@@ -1,6 +1,7 @@
 """Restoring an image by a diffusion model: inpainting, upscaling, deblurring and colouring, each by its task's name.
 
-The model is not trained for the task: `Reconstruction` draws from its posterior given the observed image.
+The model is not trained for the task: `Reconstruction` draws from its posterior given the observed image. Of inpainting
+`KnownPixels` is another way.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from latentdiff.denoiser import DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance.gradient import Reconstruction
+from latentdiff.guidance.known_pixels import KnownPixels
 from latentdiff.guidance.operators import Blur, Downsample, Grey, Mask, Operator, of_latents
 
 
@@ -23,7 +25,7 @@ class Settings:
     numbers, unmeasured.
 
     Attributes:
-        method: of `Reconstruction`.
+        method: of `Reconstruction`, or "known_pixels" for `KnownPixels`, which reads none of the next three.
         noise_std: standard deviation of the noise that the observation is taken to have, for pixels in [-1, 1]. A smaller one
             keeps closer to the observation.
         strength: 1 is Bayes' rule; below it the observation counts less.
@@ -48,6 +50,7 @@ SETTINGS = {
     "colorize": Settings("mmps", 0.02, 1.0, 5, "dpmpp_2m_sde", 10),
 }
 TASKS = tuple(SETTINGS)
+KNOWN_PIXELS = Settings("known_pixels", 0.0, 1.0, 0, "ddim", 30, (("eta", 1.0),))
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,16 +62,24 @@ class Restoration:
         y: the observation, [1 or B, ...].
         observe: the operator after the decoder; it maps latents.
         settings: the method and its numbers.
+        encode, decode: latents of images and images of latents, of method "known_pixels".
+        mask: what is hidden, of that method.
     """
 
     operator: Operator
     y: Tensor
     observe: Callable[[Tensor], Tensor]
     settings: Settings
+    encode: Callable[[Tensor], Tensor] | None = None
+    decode: Callable[[Tensor], Tensor] | None = None
+    mask: Tensor | None = None
 
-    def guide(self, denoiser: DenoiserLike) -> Reconstruction:
+    def guide(self, denoiser: DenoiserLike) -> Reconstruction | KnownPixels:
         """The denoiser with guidance to the observation: the pipeline's `guidance`."""
         s = self.settings
+        if s.method == "known_pixels":
+            assert self.mask is not None and self.encode is not None and self.decode is not None
+            return KnownPixels(denoiser, self.y, self.mask, self.encode, self.decode)
         return Reconstruction(
             denoiser, self.observe, self.y, s.strength, s.noise_std, solver_steps=s.solver_steps, method=s.method
         )
@@ -96,6 +107,7 @@ def restoration(
     image_size: Sequence[int],
     mask: Tensor | None = None,
     blur_std: float = 1.0,
+    encode: Callable[[Tensor], Tensor] | None = None,
     **settings: Any,
 ) -> Restoration:
     """How to restore an image, by the task's name.
@@ -108,6 +120,7 @@ def restoration(
         image_size: (H, W) of the model's images, `pipe.config.image_size`; a border around them is cut off.
         mask: for "inpaint": [H, W], [1, 1, H, W] or [B, 1, H, W], 1 (white) where pixels are to be filled in.
         blur_std: for "deblur": standard deviation of the Gaussian blur, in pixels.
+        encode: latents of images [B, C, H, W] in [-1, 1], border included, for method="known_pixels" of "inpaint".
         settings: any of the fields of `Settings`, in the place of the task's default.
 
     Returns:
@@ -128,11 +141,17 @@ def restoration(
         y = operator(observed)
     elif task == "colorize" and observed.shape[1] == 3:
         y = operator(observed)
-    chosen = Settings(**{**vars(SETTINGS[task]), **settings})
+    uses_pixels = settings.get("method") == KNOWN_PIXELS.method
+    if uses_pixels and (task != "inpaint" or encode is None):
+        raise UserError(f"task {task}: method known_pixels is of inpaint, with encode=; leave it out")
+    chosen = Settings(**{**vars(KNOWN_PIXELS if uses_pixels else SETTINGS[task]), **settings})
     if chosen.sampler == "dopri5" and chosen.method in ("pigdm", "mmps"):
         # Where conjugate gradients stop a step earlier or later the slope jumps, and adaptive steps shrink without end
         raise UserError(f"task {task}: sampler dopri5 does not end with method {chosen.method}; take another, such as heun")
-    return Restoration(operator, y, of_latents(operator, decode, image_size), chosen)
+    seen = of_latents(operator, decode, image_size)
+    if not isinstance(operator, Mask):
+        return Restoration(operator, y, seen, chosen)
+    return Restoration(operator, y, seen, chosen, encode, decode, 1 - operator.known)
 
 
 def _operator(task: str, observed: Tensor, image_size: Sequence[int], mask: Tensor | None, blur_std: float) -> Operator:
