@@ -18,7 +18,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentdiff.errors import UserError
-from latentdiff.models.loading import REFUSALS, TEXT_WEIGHTS, WEIGHTS, load_part, part_class, quiet, read_json, weight_files
+from latentdiff.models.loading import (
+    REFUSALS,
+    TEXT_WEIGHTS,
+    WEIGHTS,
+    is_of_diffusers,
+    load_part,
+    part_class,
+    quiet,
+    read_json,
+    weight_files,
+)
 from latentdiff.utils import atomic, limits
 from latentdiff.utils.hashes import sha256_of, write_hashes
 from latentdiff.utils.shipped import shipped_folder, shipped_weights
@@ -359,7 +369,7 @@ def check(folder: Path) -> dict[str, type]:
         config = read_json(folder / part / "config.json")
         if part == "unet":
             limits.check_latent_size(folder / part / "config.json", config)
-        weight_files(folder / part, WEIGHTS if kind.__module__.startswith("diffusers") else TEXT_WEIGHTS)
+        weight_files(folder / part, WEIGHTS if is_of_diffusers(kind) else TEXT_WEIGHTS)
     return classes
 
 

@@ -21,7 +21,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import operator
@@ -65,6 +65,7 @@ STABLE_DIFFUSION_ONLY = ("safety_checker", "feature_extractor", "image_encoder",
 
 # What a folder may name without running code from it or from the Hub: see `refuse_code`
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+OWN_AUTOENCODERS = "vq_models"  # autoencoders that diffusers does not have; this file of latentdiff is saved with them
 FETCHING_KEYS = ("quantization_config", "fusion_config", "transformers_weights")
 TORCH_ATTENTION = (None, "eager", "sdpa")
 
@@ -1367,6 +1368,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         save_pretrained calls this last, so the hashes are those of the weights that it has saved.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        name_own_autoencoder(Path(save_directory, "model_index.json"))
         for part in self.components:
             write_hashes(Path(save_directory, part))
         Path(save_directory, "pipeline.py").write_text(_SOURCE, encoding="utf-8")
@@ -1379,6 +1381,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             own = {key: value for key, value in config.items() if key not in STABLE_DIFFUSION_ONLY}
             config = {**STABLE_DIFFUSION_DEFAULTS, **own}
         refuse_code(Path(json_file).parent, config)
+        if config.get("vae", [None])[0] == OWN_AUTOENCODERS and importlib.util.find_spec("latentdiff") is not None:
+            config["vae"] = [f"latentdiff.pipelines.{OWN_AUTOENCODERS}", config["vae"][1]]
         if "_class_name" in config:
             config["_class_name"] = cls.__name__
         return config
@@ -1666,11 +1670,21 @@ def write_hashes(part: Path) -> None:
         (part / "hashes.json").unlink(missing_ok=True)
 
 
+def name_own_autoencoder(index: Path) -> None:
+    """Name an autoencoder of latentdiff's own in a model_index.json by the file in vae/: diffusers writes the whole module."""
+    config = json.loads(index.read_text(encoding="utf-8"))
+    pair = config.get("vae") or [None]
+    if str(pair[0]).split(".")[-1] == OWN_AUTOENCODERS:
+        config["vae"] = [OWN_AUTOENCODERS, pair[1]]
+        index.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def refuse_code(folder: Path, index: dict) -> None:
     """PipelineInputError where opening a folder would run code that lies in it, or fetch code from the Hub.
 
     index: model_index.json. diffusers loads whatever looks like a (library, class) pair in it, and an Auto class runs what
-    an auto_map names.
+    an auto_map names. An autoencoder of latentdiff's own may be named: its code is the installed one's, or where latentdiff
+    is not installed that of vae/, beside this file, whose code runs already.
     """
     for part, pair in index.items():
         is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
@@ -1678,7 +1692,8 @@ def refuse_code(folder: Path, index: dict) -> None:
             continue
         library, name = pair[0], str(pair[1])
         is_auto = name.startswith("Auto") and not name.startswith("Autoencoder")
-        if part not in PARTS or library not in ("diffusers", "transformers") or is_auto:
+        is_own = (part, library) == ("vae", OWN_AUTOENCODERS)
+        if part not in PARTS or library not in ("diffusers", "transformers") and not is_own or is_auto:
             raise PipelineInputError(f"model_index.json: {part} {pair}: not a plain class of diffusers or transformers")
         file = folder / part / "config.json"
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}

@@ -13,18 +13,20 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.models.loading import load_part, quiet, read_json
+from latentdiff.models.loading import OWN_CLASSES, OWN_MODULE, load_part, part_class, quiet, read_json
 from latentdiff.utils import atomic
 from latentdiff.utils.shipped import shipped_weights
 
-TRAINABLE = ("AutoencoderKL", "VQModel")  # by stage 1
-LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC")
+TRAINABLE = ("AutoencoderKL", "VQModel", *OWN_CLASSES)  # by stage 1
+LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC", *OWN_CLASSES)
 
 
 def diffusers_class(name: str, allowed: tuple[str, ...], where: str) -> type:
-    """The diffusers class called `name`. UserError, naming the key `where`, if it is not one of the allowed names."""
+    """The class called `name`, of diffusers or latentdiff. UserError, naming the key `where`, if it is not an allowed name."""
     if name not in allowed:
         raise UserError(f"{where}: {name!r} is not one of {', '.join(allowed)}")
+    if name in OWN_CLASSES:
+        return part_class([OWN_MODULE, name], where)
     import diffusers
 
     return getattr(diffusers, name)
@@ -42,7 +44,7 @@ def checked_arguments(cls: type, config: dict[str, Any], where: str) -> dict[str
 
 
 def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, initial_logvar: float | None) -> nn.Module:
-    """A new AutoencoderKL or VQModel.
+    """A new AutoencoderKL, VQModel, ResidualVQModel or FSQModel.
 
     Args:
         type_name: one of TRAINABLE.
@@ -173,11 +175,12 @@ def store_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
 def set_normaliser(vae: nn.Module, mean: Tensor, std: Tensor) -> None:
     """Put measured statistics [c] of raw latents into the autoencoder's config; no weight is changed.
 
-    Per channel (latents_mean, latents_std) for AutoencoderKL and VQModel. Other classes know only one scaling_factor; it is
-    1 / sqrt(mean over channels of E[z^2]), so that the latents have second moment 1 overall. A VQModel's statistics cannot
-    be folded into its convolutions: with channels scaled differently, another code would be the nearest.
+    Per channel (latents_mean, latents_std) for AutoencoderKL and those with a codebook. Other classes know only one
+    scaling_factor; it is 1 / sqrt(mean over channels of E[z^2]), so that the latents have second moment 1 overall. A
+    VQModel's statistics cannot be folded into its convolutions: with channels scaled differently, another code would be the
+    nearest.
     """
-    if hasattr(vae.config, "latents_mean") or type(vae).__name__ == "VQModel":
+    if hasattr(vae.config, "latents_mean") or hasattr(vae, "quantize"):
         vae.register_to_config(scaling_factor=1.0, latents_mean=mean.tolist(), latents_std=std.tolist())
     else:
         vae.register_to_config(scaling_factor=float((mean.square() + std.square()).mean().rsqrt()))

@@ -30,7 +30,7 @@ class LatentCodec:
         image_channels, latent_channels: C and c.
         factor: image side / latent side.
         num_codes: K, the codes of a codebook; None where the autoencoder has no codebook.
-        code_levels: L, the codebooks, each with K codes: 1 for a VQModel; 0 where there is none.
+        code_levels: L, the codebooks, each with K codes: 1 for a VQModel or FSQModel; 0 where there is none.
     """
 
     def __init__(self, vae: nn.Module, refuse_non_finite: bool = True):
@@ -120,7 +120,7 @@ class LatentCodec:
         The first of the L levels is the coarsest. Errors as in `moments`; UserError where there is no codebook.
         """
         self._check_codebook()
-        return codebook.code_levels(self.vae, self.moments(images)[0].to(next(self.vae.parameters()).dtype))
+        return codebook.codes_of(self.vae, self.moments(images)[0].to(next(self.vae.parameters()).dtype))
 
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Images [B, C, H, W] of codes [B, L, h, w], int64, each from 0 to num_codes - 1. About [-1, 1], not clipped, float32.

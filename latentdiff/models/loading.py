@@ -21,6 +21,8 @@ from latentdiff.utils.weights import first_non_finite
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TEXT_WEIGHTS = "model.safetensors"  # transformers' own name
 LIBRARIES = ("diffusers", "transformers")  # a folder may name classes of these
+# And these, which lie in a file of that name in the folder and in latentdiff.pipelines
+OWN_MODULE, OWN_CLASSES = "vq_models", ("ResidualVQModel", "FSQModel")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 UNUSED = "pooler."  # weights of a text encoder that may be missing: its last hidden states do not depend on them
 # What diffusers and transformers raise for a folder that is damaged or hostile
@@ -127,6 +129,10 @@ def part_class(pair: Any, where: str) -> type:
             Auto classes, which follow an auto_map to such a file.
     """
     library, name = pair if isinstance(pair, list) and len(pair) == 2 else (None, None)
+    if library == OWN_MODULE and name in OWN_CLASSES:
+        from latentdiff.pipelines import vq_models  # the installed one, never the folder's
+
+        return getattr(vq_models, name)
     if library not in LIBRARIES or not isinstance(name, str):
         raise UserError(f"{where}: {json.dumps(pair)} is not a [library, class] pair of {' or '.join(LIBRARIES)}")
     import diffusers
@@ -143,6 +149,13 @@ def part_class(pair: Any, where: str) -> type:
     if not issubclass(found, kinds):
         raise UserError(f"{where}: {library}'s {name} is no {'scheduler' if library == 'diffusers' else 'tokenizer'} or model")
     return found
+
+
+def is_of_diffusers(kind: type) -> bool:
+    """Whether a model's class is of diffusers, or made of one of them, and not of transformers."""
+    import diffusers
+
+    return issubclass(kind, diffusers.ModelMixin)
 
 
 def refuse_code(config: Any, file: Any) -> None:
@@ -208,7 +221,7 @@ def load_part(where: str | Path, kind: Any, dtype: torch.dtype = torch.float32, 
     Raises:
         UserError: a file is missing, damaged, hostile or does not fit the others; the message names it.
     """
-    folder, shown, of_diffusers = Path(where), str(where), kind.__module__.startswith("diffusers")
+    folder, shown, of_diffusers = Path(where), str(where), is_of_diffusers(kind)
     # Otherwise diffusers leaves a missing weight without a device, and Auto classes of transformers may run code
     options: dict[str, Any] = {"low_cpu_mem_usage": False} if of_diffusers else {"trust_remote_code": False}
     try:
