@@ -259,7 +259,8 @@ class Stage1Loss(Section):
     commitment: float = Field(
         1.0,
         ge=0,
-        description="distance of latents and codes, |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 (arXiv:1711.00937, eq. 3; VQModel)",
+        description="distance of latents and codes, |sg(z) - e|^2 + 0.25 |z - sg(e)|^2 (arXiv:1711.00937, eq. 3; VQModel); "
+        "with codebook.update=ema 0.25 |z - sg(e)|^2 alone",
     )
     adversarial: float = Field(0.0, ge=0, description="the patch discriminator's judgement")
     adversarial_start: int = Field(0, ge=0, description="first step with the adversarial term")
@@ -271,6 +272,23 @@ class Stage1Loss(Section):
     def adversarial_at(self, step: int) -> bool:
         """Whether the adversarial term is part of this step (0 is the first). Before, the discriminator is not trained."""
         return self.adversarial > 0 and step >= self.adversarial_start
+
+
+class CodebookConfig(Section):
+    """How the codebook of a VQModel or ResidualVQModel starts, and what moves it. An FSQModel's is a fixed grid."""
+
+    update: Literal["gradient", "ema"] = Field(
+        "gradient",
+        description="gradient: the optimizer, by the commitment term; ema: running means of the latents that chose each code "
+        "(arXiv:1711.00937, appendix A.1)",
+    )
+    decay: float = Field(0.99, gt=0, lt=1, description="of the running means, for each step (update: ema)")
+    start: Literal["random", "data"] = Field(
+        "random", description="random: small values, as diffusers has it; data: latents of the first batch"
+    )
+    revive_every: int | None = Field(
+        None, gt=0, description="steps over which use is counted; then unused codes are revived. None: an epoch"
+    )
 
 
 class AutoencoderConfig(Section):
@@ -294,7 +312,10 @@ class AutoencoderConfig(Section):
         description="noise on the latents that the decoder learns from, in their standard deviations (with freeze_encoder): it "
         "then forgives stage 2 small errors",
     )
-    revive_dead_codes: bool = Field(True, description="give unused codes new values after each epoch (VQModel)")
+    revive_dead_codes: bool = Field(
+        True, description="give unused codes new values, random latents, after codebook.revive_every steps (VQModel)"
+    )
+    codebook: CodebookConfig = CodebookConfig()
     loss: Stage1Loss = Stage1Loss()
     optimizer: OptimizerConfig = OptimizerConfig()
     ema: EmaConfig = EmaConfig()

@@ -12,7 +12,7 @@ from latentdiff.config import AutoencoderConfig
 from latentdiff.models.autoencoder import freeze, load_autoencoder, store_normaliser
 from latentdiff.models.codec import LatentCodec
 from latentdiff.training import messages
-from latentdiff.training.autoencoder_report import LatentStatistics, stage1_report, write_report
+from latentdiff.training.autoencoder_report import LatentStatistics, codebook_picture, stage1_report, write_report
 from latentdiff.training.images import Images, sweep
 from latentdiff.utils import atomic
 from latentdiff.utils.hashes import write_hashes
@@ -44,7 +44,8 @@ def save_autoencoder(
         images: the run's images; the report is on the held-out ones.
         vae: holds the averaged weights; it is frozen.
         accelerator: the run's.
-        folder: what to write. The report goes to report.json and report.png in its parent.
+        folder: what to write. The report goes to report.json and report.png in its parent, and a picture of the codebook, if
+            it has one, to codebook.png.
         meta: what latentdiff.json holds besides the config and the data.
     """
     # Measure mean and deviation of the latents, with which stage 2 normalises them
@@ -69,6 +70,9 @@ def save_autoencoder(
     if images.nothing_held_out:
         report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
     write_report(folder.parent, report, pairs)
+    if (picture := codebook_picture(codec)) is not None:
+        with atomic.new_file(folder.parent / "codebook.png") as temporary:
+            picture.save(temporary, format="PNG")
     messages.save_report_lines(folder, report)
     messages.print_lines(messages.autoencoder_finished(folder, report["lines"]))
 

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from latentdiff.evaluation.image_quality import SSIM_MIN_SIDE, psnr, ssim
-from latentdiff.models.codebook import CodeUsage, code_indices
+from latentdiff.models.codebook import CodeUsage, codebooks, codes_of
 from latentdiff.utils import atomic
 
 if TYPE_CHECKING:
@@ -127,8 +127,9 @@ def stage1_report(
         ValueError: there are no images.
     """
     statistics = LatentStatistics(codec.latent_channels)
-    quantize: Any = getattr(codec.vae, "quantize", None)
-    usage = None if quantize is None else CodeUsage(quantize.n_e)
+    books = codebooks(codec.vae)  # [L, K, d]
+    usage = None if books is None else CodeUsage(books.shape[1], books.shape[0])
+    positions = 0  # of an image
     psnrs: list[Tensor] = []
     ssims: list[Tensor] = []
     shown: list[tuple[Tensor, Tensor]] = []
@@ -140,7 +141,8 @@ def stage1_report(
         normalised = codec.normalise(mean)
         largest = torch.maximum(largest, normalised.abs().max().cpu())
         if usage is not None:
-            usage.update(code_indices(codec.vae, mean))
+            usage.update(codes_of(codec.vae, mean).movedim(1, -1))
+            positions = mean.shape[2] * mean.shape[3]
         real, fake = (_crop(x, content) for x in (images, codec.decode(normalised).clamp(-1, 1)))
         psnrs.append(psnr(fake, real).cpu())
         if min(real.shape[-2:]) >= SSIM_MIN_SIDE:
@@ -153,8 +155,7 @@ def stage1_report(
     report = {**_quality(torch.cat(psnrs), torch.cat(ssims) if ssims else None), "content_box": content}
     report["latents"] = _latents(codec, statistics, float(largest))
     if usage is not None:
-        report["codes"] = {"codes": len(usage.counts), "used": usage.usage(), "perplexity": usage.perplexity()}
-        report["codes"]["dead"] = len(usage.dead())
+        report["codes"] = _codes(usage, positions)
     report = _finite(report)
     report["lines"] = verdict(report)
     real, fake = (torch.cat(side)[:examples] for side in zip(*shown, strict=True))
@@ -190,6 +191,59 @@ def _latents(codec: LatentCodec, statistics: LatentStatistics, largest: float) -
         "dead_channels": dead.nonzero().flatten().tolist(),
         "largest_normalised": largest,
     }
+
+
+def _codes(usage: CodeUsage, positions: int) -> dict[str, Any]:
+    """How the codes of `usage` were used. positions: of an image's latent; each has a code of every level."""
+    levels = usage.levels()
+    codes = len(levels[0].counts)
+    facts = {"codes": codes, "used": usage.usage(), "perplexity": usage.perplexity(), "dead": len(usage.dead())}
+    facts |= {"levels": len(levels), "bits_per_image": len(levels) * positions * math.log2(codes)}
+    if len(levels) > 1:
+        named = [{"used": level.usage(), "perplexity": level.perplexity(), "dead": len(level.dead())} for level in levels]
+        facts["of_each_level"] = named
+    return facts
+
+
+@torch.no_grad()
+def codebook_picture(codec: LatentCodec, most: int = 4096, batch_size: int = 256) -> Image.Image | None:
+    """A picture of the codebook: a tile for each code, decoded alone, from dark to light; None where there is no codebook.
+
+    A tile is the middle of what the decoder makes of a latent that has this code everywhere. With several levels, which lie one
+    below another, the rows of the other levels are at their mean.
+
+    codec: the autoencoder. most: codes drawn of each level, the first ones. batch_size: codes decoded at a time.
+    """
+    books = codebooks(codec.vae)
+    if books is None:
+        return None
+    side, factor = 3, codec.factor  # of the latent that is decoded, and of a tile
+    enlarge = max(1, 8 // factor)
+    blocks = []
+    for level, book in enumerate(books):
+        others = books.mean(1).sum(0) - books.mean(1)[level] if len(books) > 1 else torch.zeros_like(book[0])  # [d]
+        tiles = []
+        for rows in (book[:most] + others).split(batch_size):
+            latents = rows[:, :, None, None].expand(-1, -1, side, side)
+            images = codec.vae.decode(latents, force_not_quantize=True).sample.float()
+            tiles.append(images[..., factor : 2 * factor, factor : 2 * factor].cpu())
+        found = torch.cat(tiles)
+        blocks.append(_tiled(found[found.mean((1, 2, 3)).argsort()], enlarge))
+    gap = torch.full((blocks[0].shape[0], 4 * enlarge, blocks[0].shape[2]), 255, dtype=torch.uint8)
+    canvas = torch.cat([part for block in blocks for part in (block, gap)][:-1], 1)
+    array = canvas.permute(1, 2, 0).numpy()
+    return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if array.shape[2] == 1 else array))
+
+
+def _tiled(tiles: Tensor, enlarge: int) -> Tensor:
+    """Tiles [K, C, s, s] in [-1, 1] as one nearly square picture, uint8 [C or 1, H, W], with white lines between them."""
+    pixels = _pixels(tiles, enlarge)
+    k, c, h, w = pixels.shape
+    columns = math.ceil(math.sqrt(k))
+    rows = -(-k // columns)
+    whole = torch.full((rows * columns, c, h + 1, w + 1), 255, dtype=torch.uint8)
+    whole[:k, :, :h, :w] = pixels
+    return whole.view(rows, columns, c, h + 1, w + 1).permute(2, 0, 3, 1, 4).reshape(c, rows * (h + 1), columns * (w + 1))
 
 
 def verdict(report: dict[str, Any]) -> list[str]:
@@ -230,7 +284,8 @@ def verdict(report: dict[str, Any]) -> list[str]:
         )
     if "codes" in report:
         codes = report["codes"]
-        fact = f"{codes['used']:.0%} of {codes['codes']} codes used, perplexity {codes['perplexity']:.1f}"
+        each = f" of each of {codes['levels']} levels" if codes.get("levels", 1) > 1 else ""
+        fact = f"{codes['used']:.0%} of {codes['codes']} codes{each} used, perplexity {codes['perplexity']:.1f}"
         checks.append((codes["used"] >= CODES_WARN, fact, "the codebook is mostly idle: use fewer codes"))
     return [f"pass: {fact}" if good else f"warn: {fact}; {hint}" for good, fact, hint in checks]
 
@@ -270,11 +325,7 @@ def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8
     """
     pixels = []
     for x in (images, reconstruction):
-        x = x.detach().float().cpu()
-        x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
-        x = ((x.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-        enlarge = max(1, 64 // max(x.shape[-2:]))
-        pixels.append(x.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3))
+        pixels.append(_pixels(x, enlarge=max(1, 64 // max(x.shape[-2:]))))
     n, c, h, w = pixels[0].shape
     columns, gap = min(columns, n), 2
     rows = -(-n // columns)
@@ -286,6 +337,14 @@ def reconstruction_grid(images: Tensor, reconstruction: Tensor, columns: int = 8
             canvas[:, top : top + h, left : left + w] = x[i]
     array = canvas.permute(1, 2, 0).numpy()
     return Image.fromarray(np.ascontiguousarray(array[:, :, 0] if c == 1 else array))
+
+
+def _pixels(images: Tensor, enlarge: int) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1] as uint8 [N, 1 or 3, H', W'] on the CPU, with sides `enlarge` times longer."""
+    x = images.detach().float().cpu()
+    x = x if x.shape[1] in (1, 3) else x.mean(1, keepdim=True)
+    x = ((x.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return x.repeat_interleave(enlarge, 2).repeat_interleave(enlarge, 3)
 
 
 def write_report(folder: str | Path, report: dict[str, Any], picture: Image.Image, name: str = "report") -> None:

@@ -1,4 +1,4 @@
-"""Stage 1: train an AutoencoderKL or a VQModel for reconstruction, then freeze it with its latents measured.
+"""Stage 1: train an AutoencoderKL, or a VQModel or its kin, for reconstruction, then freeze it with its latents measured.
 
 `train_autoencoder` sets a run up. `AutoencoderTrainer.update` is one training step; `trainer.Trainer.run` repeats it.
 """
@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import AutoencoderConfig
+from latentdiff.config import AutoencoderConfig, CodebookConfig
 from latentdiff.data.shuffling import stream
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, load_autoencoder
-from latentdiff.models.codebook import CodeUsage, revive_dead_codes
+from latentdiff.models.codebook import EMBEDDING, CodebookEma, CodeUsage, codebooks, is_trained, revive
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
 from latentdiff.training import messages, run_clock, state
@@ -75,13 +75,15 @@ def _train(config: AutoencoderConfig, resume: bool, accelerator: Any, began: flo
     config = find_micro_batch(config, accelerator, trial)
     accelerator = start_accelerator(config.train)  # again: now in the precision that was chosen
 
-    # 3. Optimizer, discriminator and averaged weights; then the state of the run that is resumed.
+    # 3. Optimizer, discriminator and averaged weights; then the state of the run that is resumed, or a codebook from data.
     trainer = AutoencoderTrainer(config, vae, images, accelerator)
     trainer.clock.began = began  # what came before counts too: measuring the precision, say
     if config.train.compile:
         trainer.compile()
     if resume:
         trainer.resume()
+    elif config.codebook.start == "data":
+        trainer.start_codebook()
 
     # 4. Print what the run has, record the config, then train.
     warnings = [*messages.length_warnings(config), *messages.data_warnings(config, len(images.train))]
@@ -133,14 +135,28 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
             )
         if config.latent_noise and (not config.freeze_encoder or hasattr(vae, "quantize")):
             raise UserError("latent_noise: is for the decoder of an AutoencoderKL alone; set freeze_encoder, or leave it out")
+        _check_codebook(config, vae)
         return vae
     if config.freeze_encoder:
         raise UserError("freeze_encoder: needs model.pretrained, an autoencoder whose encoder is trained")
     if config.latent_noise:
         raise UserError("latent_noise: needs model.pretrained and freeze_encoder, as it follows the scale of finished latents")
     if config.model.type is None:
-        raise UserError("model: set type (AutoencoderKL or VQModel) with config, or pretrained")
-    return build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
+        raise UserError(f"model: set type ({', '.join(TRAINABLE[:-1])} or {TRAINABLE[-1]}) with config, or pretrained")
+    vae = build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
+    _check_codebook(config, vae)
+    return vae
+
+
+def _check_codebook(config: AutoencoderConfig, vae: nn.Module) -> None:
+    """UserError where the config's `codebook` has no effect: nothing is trained in it, or it is there already."""
+    if config.codebook == CodebookConfig():
+        return
+    if config.freeze_encoder or not is_trained(vae):
+        reason = "freeze_encoder keeps it as it is" if config.freeze_encoder else f"{type(vae).__name__} has none to train"
+        raise UserError(f"codebook: is for a VQModel or ResidualVQModel whose codebook is trained, and {reason}; leave it out")
+    if config.model.pretrained is not None and config.codebook.start != "random":
+        raise UserError("codebook.start: model.pretrained has a codebook already; leave it out")
 
 
 class EncoderDecoder(nn.Module):
@@ -164,13 +180,19 @@ class EncoderDecoder(nn.Module):
 
         Of an AutoencoderKL: the posterior's mean and logvar; noise [B, c, h, w] draws from it. level [B] makes the draw wider
         for the decoder, by so many standard deviations of the latents. Of a VQModel, which takes neither: commitment (a
-        scalar), codes [n] and the latents [B, c, h, w] before quantisation.
+        scalar), codes [n] (of L levels [n, L]) and the latents [B, c, h, w] before quantisation. An FSQModel has no commitment.
         """
         if self.discrete:
             latents = self.vae.encode(images).latents
             quantised, commitment, (_, _, codes) = self.vae.quantize(latents.float())
             image = self.vae.decode(quantised, force_not_quantize=True).sample
-            return {"reconstruction": image, "commitment": commitment, "codes": codes.flatten(), "latents": latents}
+            output = {"reconstruction": image, "codes": codes, "latents": latents}
+            if not is_trained(self.vae):
+                return output
+            if not self.vae.quantize.embedding.weight.requires_grad:
+                # Both terms have the same value, and only beta |z - sg(e)|^2 is minimised: running means move the codebook
+                commitment = commitment - commitment.detach() / (1 + self.vae.quantize.beta)
+            return {**output, "commitment": commitment}
         posterior = self.vae.encode(images).latent_dist
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         std = torch.exp(0.5 * logvar)
@@ -192,6 +214,7 @@ class AutoencoderTrainer(Trainer):
         discriminator: the patch discriminator, or None.
         parallel_discriminator: `discriminator` as accelerate wraps it.
         code_usage: of a VQModel, how often each code was used in this epoch, over all processes.
+        codebook_ema: of a VQModel with codebook.update=ema, the running means that are its codebook.
         last_latents: of a VQModel, the last batch's latents, from which unused codes are revived.
     """
 
@@ -216,7 +239,8 @@ class AutoencoderTrainer(Trainer):
             if getattr(vae, name, None) is not None:
                 getattr(vae, name).requires_grad_(False)
         self.model = EncoderDecoder(vae, codec.scale)
-        if self.model.discrete and loss.commitment == 0:
+        by_means = config.codebook.update == "ema"
+        if self.model.discrete and (by_means or loss.commitment == 0 or not is_trained(vae)):
             vae.quantize.requires_grad_(False)  # no term reaches the codebook, and DDP waits for every gradient
         if config.train.gradient_checkpointing:
             vae.enable_gradient_checkpointing()
@@ -243,8 +267,14 @@ class AutoencoderTrainer(Trainer):
             prepared = accelerator.prepare(self.discriminator, self.discriminator_optimizer)
             self.parallel_discriminator, self.discriminator_optimizer = prepared
         self.ema = Ema(vae, config.ema.decay, config.ema.power)
-        self.code_usage = CodeUsage(vae.quantize.n_e) if self.model.discrete else None
+        self.code_usage: CodeUsage | None = None
+        self.codebook_ema: CodebookEma | None = None
         self.last_latents: Tensor | None = None
+        if (books := codebooks(vae)) is not None:
+            self.code_usage = CodeUsage(books.shape[1], books.shape[0])
+            if by_means:
+                self.codebook_ema = CodebookEma(vae, config.codebook.decay)
+                self.ema.frozen.discard(EMBEDDING)  # no gradient reaches it, and yet it moves
 
     # A training step
 
@@ -295,10 +325,13 @@ class AutoencoderTrainer(Trainer):
             optimizer.zero_grad(set_to_none=True)
         if finite:
             self.loss_scale.stepped()
-            self.ema.update(self.model.vae)
             if self.code_usage is not None:
-                self.code_usage.update(self.accelerator.gather(torch.cat([output["codes"] for output in outputs])))
+                codes = torch.cat([output["codes"] for output in outputs])
                 self.last_latents = torch.cat([output["latents"] for output in outputs])
+                self.code_usage.update(self.accelerator.gather(codes))
+                if self.codebook_ema is not None:
+                    self.codebook_ema.update(self.model.vae, self.last_latents, codes, partial(_sum_over, self.accelerator))
+            self.ema.update(self.model.vae)
         return values, finite
 
     def read_images(self, step: int) -> Tensor:
@@ -410,7 +443,10 @@ class AutoencoderTrainer(Trainer):
         def loss() -> Tensor:
             with self.accelerator.autocast():
                 out = self.model(x, *noise)
-                extra = out["commitment"].float() if self.model.discrete else out["mean"].square().mean() + out["logvar"].mean()
+                if self.model.discrete:
+                    extra = out.get("commitment", out["latents"].square().mean()).float()
+                else:
+                    extra = out["mean"].square().mean() + out["logvar"].mean()
                 return (out["reconstruction"].float() - x).square().mean() + 1e-3 * extra
 
         compile_checked(self.model, [vae.encoder, vae.decoder], loss, self.config.train.precision)
@@ -421,7 +457,8 @@ class AutoencoderTrainer(Trainer):
         """At the end of an epoch, the usage of a VQModel's codes; a picture of reconstructions where it is due."""
         assert self.images is not None
         train, metrics = self.config.train, {}
-        if self.code_usage is not None and done % max(1, len(self.images.train) // train.batch_size) == 0:
+        counted = self.config.codebook.revive_every or max(1, len(self.images.train) // train.batch_size)
+        if self.code_usage is not None and done % counted == 0:
             metrics = self._end_of_epoch(done - 1)
             self.code_usage.reset()
         if (done % train.picture_every == 0 or self.due.picture) and self.accelerator.is_main_process:
@@ -433,17 +470,48 @@ class AutoencoderTrainer(Trainer):
             self.stop_reading()
         return metrics
 
+    @torch.no_grad()
+    def start_codebook(self) -> None:
+        """Put latents of the first batch into the codebook, before the first step."""
+        x = self.read_images(0)
+        self.stop_reading()
+        vae = self.model.vae
+        with self.accelerator.autocast():
+            pieces = [vae.encode(x[rows]).latents for rows in micro_batches(len(x), self.config.train.micro_batch)]
+        assert self.code_usage is not None
+        self._revive(torch.zeros_like(self.code_usage.counts), torch.cat(pieces), "start", publish=True)
+
     def _end_of_epoch(self, step: int) -> dict[str, float]:
         """Revive the codes that were not used in this epoch; returns how much of the codebook was used, and revived."""
         usage = self.code_usage
         assert usage is not None
         values = {"codes/used": usage.usage(), "codes/perplexity": usage.perplexity(), "codes/revived": 0.0}
-        if self.config.revive_dead_codes and not self.config.freeze_encoder and self.last_latents is not None:
-            # Every process draws the same codes from the same latents, so the codebooks stay equal
-            latents = self.accelerator.gather(self.last_latents.float().contiguous())
-            generator = torch.Generator().manual_seed(derive_seed(self.config.seed, "revive", step))
-            values["codes/revived"] = float(revive_dead_codes(self.model.vae, usage.counts, latents, generator))
+        trained = is_trained(self.model.vae) and not self.config.freeze_encoder
+        if self.config.revive_dead_codes and trained and self.last_latents is not None:
+            last = self.is_last(step + 1)  # then no step is left to train new codes in, so they are not published
+            values["codes/revived"] = float(self._revive(usage.counts, self.last_latents, "revive", step, publish=not last))
         return values
+
+    def _revive(self, counts: Tensor, latents: Tensor, *seed: str | int, publish: bool) -> int:
+        """Put random latents in the place of codes that were not used, and return how many these were.
+
+        What is kept of the old rows is dropped: the optimizer's moments, the running means, and where `publish` is true the
+        averaged weights. latents: this process's.
+        """
+        # Every process draws the same codes from the same latents, so the codebooks stay equal
+        latents = self.accelerator.gather(latents.float().contiguous())
+        generator = torch.Generator().manual_seed(derive_seed(self.config.seed, *seed))
+        vae = self.model.vae
+        rows = revive(vae, counts, latents, generator)
+        weight = vae.quantize.embedding.weight
+        for name, moment in self.optimizer.state.get(weight, {}).items():
+            if name != "step":  # which is of the whole codebook
+                moment[rows] = 0.0
+        if self.codebook_ema is not None:
+            self.codebook_ema.restart(vae, rows)
+        if publish:
+            self.ema.average[EMBEDDING][rows] = weight.detach()[rows]
+        return len(rows)
 
     # The training state
 
@@ -457,6 +525,8 @@ class AutoencoderTrainer(Trainer):
             tensors["discriminator_optimizer"] = state.optimizer_tensors(self.discriminator_optimizer)
         if self.code_usage is not None:
             tensors["codes"] = {"counts": self.code_usage.counts}
+            if self.codebook_ema is not None:
+                tensors["codes"] |= self.codebook_ema.state()
         if self.loss_scale.enabled:
             tensors["loss_scale"] = self.loss_scale.state()
         return tensors
@@ -481,6 +551,8 @@ class AutoencoderTrainer(Trainer):
             state.restore_optimizer(self.discriminator_optimizer, tensors.get("discriminator_optimizer", {}))
         if self.code_usage is not None:
             self.code_usage.counts.copy_(tensors["codes"]["counts"])
+            if self.codebook_ema is not None:
+                self.codebook_ema.restore(tensors["codes"])
         self.loss_scale.restore(tensors.get("loss_scale", {}))
 
 
@@ -496,6 +568,11 @@ def _load_perceptual(network: str | None) -> nn.Module:
     from latentdiff.models.feature_net import load_features
 
     return Perceptual(load_features(resolve_model(network)))
+
+
+def _sum_over(accelerator: Any, tensor: Tensor) -> Tensor:
+    """A tensor summed over the processes."""
+    return accelerator.reduce(tensor, "sum")
 
 
 def _add_means(values: Means, terms: dict[str, Tensor], count: int) -> None:
