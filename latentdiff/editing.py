@@ -1,7 +1,7 @@
 """Images changed, completed, varied, restored, translated and interpolated by a checkpoint.
 
-`edit` is the command. `variations` and `interpolation` work on tensors. For restoring see `latentdiff.guidance.restoration`,
-for translating `latentdiff.translation`. torch, numpy and diffusers are imported within the functions that use them, so that
+`edit` is the command. `variations` works on tensors. For restoring see `latentdiff.guidance.restoration`, for translating and
+interpolating `latentdiff.translation`. torch, numpy and diffusers are imported within the functions that use them, so that
 the command line starts quickly.
 """
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from latentdiff.denoiser import Denoised, DenoiserLike
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
     from latentdiff.utils.random import Generators
 
@@ -95,6 +94,10 @@ def edit(
     sampler: str | None = None,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
+    guidance_rule: str = "cfg",
+    guidance_rescale: float = 0.0,
+    guidance_options: list[str] | None = None,
+    weak: bool = False,
     negative: str | None = None,
     label: str | int | None = None,
     seed: int = 0,
@@ -145,17 +148,12 @@ def edit(
         steps: steps of the sampler; the default is the checkpoint's, or that of the task.
         sampler: one of latentdiff's samplers instead of the checkpoint's scheduler; not for translate, variations and
             interpolate, which run the model's ODE by heun.
-        guidance: scale of classifier-free guidance, at least 0; 1 is off; the default is the checkpoint's.
-        guidance_interval: guide only at times from LOW to HIGH, where 0 is data and 1 is noise.
-        negative: a prompt to guide away from, for a model that reads text.
-        label: a class, by name or number, for every prompt of a model with both prompts and classes.
+        guidance, guidance_interval, guidance_rule, guidance_rescale, guidance_options, weak, negative, label: as in `generate`.
         seed: every result depends on the seed, the image, what it is to show, and its number.
         out: .png (originals, conditions and results side by side), a folder (a PNG for each result, and the grid beside it), or
             for an interpolation .webp (animated). The default is edited.png, or the folder edited where a folder was given.
         batch_size: results made at a time.
-        precision: float32 or bfloat16, of the U-Net alone.
-        progress: show a progress bar on stderr.
-        device: auto, cpu, or torch's name of another device.
+        precision, progress, device: as in `generate`.
 
     Returns:
         The path written.
@@ -175,6 +173,7 @@ def edit(
             raise UserError(f"{flag} {value}: unknown; valid: {', '.join(valid)}")
     flags = (files, to, source, into, method, blur, mask, mask_margin, expand, strength, sampler)
     _check_flags(task, *flags)
+    guiding = generation.guidance_call(guidance_rule, guidance_rescale, guidance_options or [])
     if min(batch_size, *(1 if number is None else number for number in (num_images, steps))) < 1:
         raise UserError("--num-images, --batch-size and --steps: must be at least 1")
     out = out if out is not None else "edited" if is_folder else "edited.png"
@@ -207,7 +206,15 @@ def edit(
         raise UserError(f"--strength: this model is given the whole picture for {task}; leave it out")
     elif method is not None:
         raise UserError(f"--method {method}: this model was trained to complete pictures; leave it out")
-    _check_guidance(task, is_trained, bool(files), guidance, guidance_interval, negative, label)
+    flags_of_guidance = {
+        "--guidance": guidance,
+        "--guidance-interval": guidance_interval,
+        **{"--" + name.replace("_", "-"): value for name, value in guiding.items()},
+        "--weak": weak or None,
+        "--negative": negative,
+        "--label": label,
+    }
+    _check_guidance(task, is_trained, bool(files), flags_of_guidance)
     generation.check_negative(pipeline, negative, guidance)
     if task == "inpaint" and method is None:
         method = "replacement" if is_trained or strength is not None or mask_margin is not None else "known_pixels"
@@ -228,14 +235,19 @@ def edit(
         raise UserError(f"--label {label}: is the class of a prompt; give the prompt by --to or --source")
     if task == "translate" and not is_trained and not to and into is None and pipeline.config.get("bridge") is None:
         raise UserError("--to: missing; name what the images become, or give --into")
+    targets = generation.guided_to(pipeline, rows, [class_row if isinstance(row, str) else None for row in rows])
+    generation.check_rule(pipeline, guiding, weak, guidance, bool(targets or negative) or is_trained)
     call: dict[str, Any] = {
         "num_inference_steps": steps,
         "sampler": sampler,
         "guidance_scale": guidance,
         "guidance_interval": guidance_interval,
         "negative_prompt": negative,
+        **guiding,
     }
     of_model = {"--label": class_row, "--precision": precision, "device": pipeline.device.type, **call}
+    call |= generation.weak_call(pipeline, folder, weak, negative)
+    of_model |= {"--weak": True} if weak else {}
     if task == "interpolate":
         if pictures:
             stops = [shows, rows[0] if to else shows]
@@ -243,7 +255,7 @@ def edit(
             stops = [*([] if source is None else [shows]), *rows]
         frames = FRAMES if num_images is None else num_images
         guided = (guidance, guidance_interval)
-        return _interpolate(pipeline, folder, pictures, stops, class_row, frames, steps, *guided, seed, path)
+        return _interpolate(pipeline, folder, pictures, stops, class_row, frames, steps, *guided, seed, batch_size, path)
 
     # Say what is done to each picture
     change = partial(_change, pipeline, class_row, call)
@@ -273,7 +285,7 @@ def edit(
         "--num-images": num_images or 1,
         "--seed": seed,
         "--batch-size": batch_size,
-        "model": None if path.suffix else generation.fingerprint(folder),
+        "model": None if path.suffix else generation.fingerprint(folder, weak),
         **task_depends,
         **of_model,
     }
@@ -329,82 +341,6 @@ def variations(
         return pipeline.decode_latents(sample(denoiser, noise, "heun", steps), "pt")
 
 
-def interpolation(
-    pipeline: LatentDiffusionPipeline,
-    first: Tensor,
-    last: Tensor,
-    frames: int = FRAMES,
-    conditionings: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {}),
-    generators: tuple[Generators, Generators] = (None, None),
-    steps: int = ODE_STEPS,
-    use_mean: bool = False,
-) -> Tensor:
-    """Images on the way from one image to another, [frames, C, H, W] in [0, 1]; the ends are the two after the round trip.
-
-    Both are encoded by the probability-flow ODE, their noises interpolated (`samplers.slerp`, DDIM, arXiv 2010.02502, section
-    5.3), and each is decoded by the same ODE, without guidance. Where the two have different conditions, each step takes the
-    mean of the two estimates, with the weights of the noises.
-
-    Args:
-        pipeline: a checkpoint.
-        first, last: one image each, [1, C, H, W] in [0, 1], of the model's size.
-        frames: how many images, at least 2.
-        conditionings: keyword arguments of the U-Net for each end, of one sample: `pipeline.conditioning`.
-        generators: draw each end from the autoencoder's posterior. The encodings of posterior means would have too small a
-            variance for noise.
-        steps: of Heun's method in each direction.
-        use_mean: encode the means all the same, for a denoiser that was trained on means.
-
-    Raises:
-        UserError: fewer than 2 frames, images of another size, or a bridge, which has no noise.
-    """
-    import torch
-
-    from latentdiff.checkpoints import refuse_bridge
-    from latentdiff.denoiser import Denoiser
-    from latentdiff.samplers import encode, sample, slerp
-    from latentdiff.translation import encode_images
-
-    refuse_bridge(pipeline, "MODEL")
-    weights = frame_weights(frames)
-    noises = []
-    for image, conditioning, generator in zip((first, last), conditionings, generators, strict=True):
-        with torch.no_grad():
-            latents = encode_images(pipeline, image * 2 - 1, generator, use_mean)
-        noises.append(encode(Denoiser.from_pipeline(pipeline, **conditioning), latents, "heun", steps))
-    rows = [noise.expand(frames, -1, -1, -1) for noise in noises]
-    arc = slerp(rows[0], rows[1], weights.to(rows[0]))  # [frames, c, h, w]
-    ends = [Denoiser.from_pipeline(pipeline, **_for_rows(conditioning, frames)) for conditioning in conditionings]
-    same = conditionings[0].keys() == conditionings[1].keys()
-    same = same and all(torch.equal(value, conditionings[1][key]) for key, value in conditionings[0].items())
-    denoiser = ends[0] if same else Between(ends[0], ends[1], weights)
-    with torch.no_grad():
-        return pipeline.decode_latents(sample(denoiser, arc, "heun", steps), "pt")
-
-
-class Between:
-    """The weighted mean of two denoisers' estimates: (1 - weight) first + weight last, for each sample with its own weight.
-
-    The score is then that of the density proportional to p_first^(1 - weight) p_last^weight at each noise level.
-
-    first, last: denoisers with one schedule, or guidance around them. weights: [B], 0 gives first and 1 gives last.
-    """
-
-    def __init__(self, first: DenoiserLike, last: DenoiserLike, weights: Tensor):
-        self.first, self.last, self.weights = first, last, weights
-        self.schedule = first.schedule
-
-    def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
-        """The estimates at x [B, ...] and t (a float or [B]), as `Denoised`. conditioning: given to both."""
-        from latentdiff.denoiser import Denoised
-        from latentdiff.utils.tensors import widen
-
-        one, other = self.first(x, t, **conditioning), self.last(x, t, **conditioning)
-        weight = widen(self.weights, one.x0)
-        x0 = one.x0 + weight * (other.x0 - one.x0)
-        return Denoised(x0, one.eps + weight * (other.eps - one.eps), self.schedule, one.t)
-
-
 def frame_weights(frames: int) -> Tensor:
     """Weights of an interpolation, float64 [frames]: evenly from 0 to 1. UserError for fewer than 2."""
     import torch
@@ -426,11 +362,6 @@ def subject_conditioning(pipeline: LatentDiffusionPipeline, rows: list[Subject],
         return pipeline.conditioning(*pipeline.match_inputs(texts, labels, None, None)[:2], pipeline.device)
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _for_rows(conditioning: dict[str, Tensor], count: int) -> dict[str, Tensor]:
-    """The conditioning of one sample for `count` samples."""
-    return {key: value.expand(count, *value.shape[1:]) for key, value in conditioning.items()}
 
 
 # Reading
@@ -555,21 +486,16 @@ def _check_guidance(
     task: str,
     is_trained: bool,
     has_images: bool,
-    guidance: float | None,
-    guidance_interval: tuple[float, float] | None,
-    negative: str | None,
-    label: str | int | None,
+    flags: dict[str, Any],
 ) -> None:
-    """UserError for flags of guidance that a task does not read."""
+    """UserError for flags of guidance that a task does not read. flags: the value of each, None for one that is not given."""
     if is_trained or task not in BY_SAMPLER:
         return  # the pipeline reads them all
-    unread: dict[str, Any] = {"--negative": negative}
-    if task == "translate":
-        unread["--label"] = label
-    if task == "variations" or (task == "interpolate" and has_images):
-        unread |= {"--guidance": guidance, "--guidance-interval": guidance_interval}
-    for flag, value in unread.items():
-        if value is not None:
+    read = {"--label"} if task != "translate" else set()
+    if task != "variations" and not (task == "interpolate" and has_images):
+        read |= {"--guidance", "--guidance-interval"}
+    for flag, value in flags.items():
+        if value is not None and flag not in read:
             of_images = " between images" if task == "interpolate" and has_images else ""
             raise UserError(f"{flag}: has no part in --task {task}{of_images}; leave it out")
 
@@ -839,6 +765,7 @@ def _interpolate(
     guidance: float | None,
     guidance_interval: tuple[float, float] | None,
     seed: int,
+    batch_size: int,
     path: Path,
 ) -> Path:
     """Write the way from each picture to the next, or from each of `stops` to the next, as a strip or an animation."""
@@ -846,13 +773,15 @@ def _interpolate(
     if pictures:
         parts = list(zip(pictures, pictures[1:], strict=False))
         shown = [stops[0], stops[-1]]
-        make = partial(_between_pictures, pipeline, label, shown, frames, steps or ODE_STEPS, seed, _trained_on_means(folder))
+        use_mean = _trained_on_means(folder)
+        make = partial(_between_pictures, pipeline, label, shown, frames, steps or ODE_STEPS, seed, batch_size, use_mean)
         ways = [make(first, last) for first, last in parts]
         names = [f"{first.name} - {last.name}" for first, last in parts]
         ends: list[tuple[np.ndarray, np.ndarray] | None] = [(first.pixels, last.pixels) for first, last in parts]
     else:
         pairs = list(zip(stops, stops[1:], strict=False))
-        ways = [_between_subjects(pipeline, label, pair, frames, steps, guidance, guidance_interval, seed) for pair in pairs]
+        how = (frames, steps, guidance, guidance_interval, seed, batch_size)
+        ways = [_between_subjects(pipeline, label, pair, *how) for pair in pairs]
         words = _names_of(pipeline, stops, label)
         names = [f"{first} - {last}" for first, last in zip(words, words[1:], strict=False)]
         ends = [None] * len(pairs)
@@ -868,17 +797,31 @@ def _between_pictures(
     frames: int,
     steps: int,
     seed: int,
+    batch_size: int,
     use_mean: bool,
     first: Picture,
     last: Picture,
 ) -> np.ndarray:
     """uint8 [frames, H, W, C] from one picture to another."""
+    from latentdiff.translation import interpolate_images
+    from latentdiff.utils.images import to_uint8
     from latentdiff.utils.random import derive_seed, generators
 
-    conditionings = tuple(subject_conditioning(pipeline, [row], label) for row in shown)
-    draws = tuple(generators(derive_seed(seed, "posterior", picture.key), [0]) for picture in (first, last))
-    images = [_tensor([picture]) for picture in (first, last)]
-    return _as_pixels(interpolation(pipeline, *images, frames, conditionings, draws, steps, use_mean))
+    draws = [generators(derive_seed(seed, "posterior", picture.key), [0]) for picture in (first, last)]
+    made = interpolate_images(
+        pipeline,
+        *(_tensor([picture]) * 2 - 1 for picture in (first, last)),
+        frame_weights(frames).tolist(),
+        shown[:1],
+        steps,
+        generator=draws[0],
+        use_mean=use_mean,
+        what_of_b=shown[1:],
+        generator_of_b=draws[1],
+        label=label,
+        batch_size=batch_size,
+    )
+    return to_uint8(made[:, 0])
 
 
 def _between_subjects(
@@ -890,19 +833,25 @@ def _between_subjects(
     guidance: float | None,
     guidance_interval: tuple[float, float] | None,
     seed: int,
+    batch_size: int,
 ) -> np.ndarray:
     """uint8 [frames, H, W, C] of one noise, from what shows one subject to what shows another, with guidance."""
+    import numpy as np
     import torch
 
     from latentdiff.samplers import sample
-    from latentdiff.translation import conditional_denoiser
+    from latentdiff.translation import Between, conditional_denoiser
     from latentdiff.utils.random import generators, randn
 
-    first, last = (conditional_denoiser(pipeline, [row], frames, guidance, guidance_interval, label) for row in ends)
-    noise = randn((1, *pipeline.latent_shape), generators(seed, [0])).expand(frames, -1, -1, -1).to(pipeline.device)
-    between = Between(first, last, frame_weights(frames))
-    with torch.no_grad():
-        return _as_pixels(pipeline.decode_latents(sample(between, noise, "heun", steps or ODE_STEPS), "pt"))
+    noise = randn((1, *pipeline.latent_shape), generators(seed, [0])).to(pipeline.device)
+    made = []
+    for weights in frame_weights(frames).split(batch_size):
+        count = len(weights)
+        first, last = (conditional_denoiser(pipeline, [row], count, guidance, guidance_interval, label) for row in ends)
+        with torch.no_grad():
+            z = sample(Between(first, last, weights), noise.expand(count, -1, -1, -1), "heun", steps or ODE_STEPS)
+            made.append(_as_pixels(pipeline.decode_latents(z, "pt")))
+    return np.concatenate(made)
 
 
 def _save_ways(path: Path, ways: list[np.ndarray], names: list[str], ends: list[tuple[np.ndarray, np.ndarray] | None]) -> None:

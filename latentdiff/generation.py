@@ -83,7 +83,7 @@ def generate(
         guidance_rule: cfg; apg, adaptive projected guidance, which does not overexpose at a large scale; or cfg_zero, the scale
             of CFG-Zero*, for flows.
         guidance_rescale: take back this share of the contrast that guidance adds, from 0, which is off, to 1.
-        guidance_options: key=value options of the rule: parallel and threshold of apg.
+        guidance_options: key=value options of the rule: parallel, threshold and momentum of apg, and zero_init of cfg_zero.
         weak: autoguidance: guide away from the weaker U-Net in the model's folder weak. --guidance is its scale.
         sampler_options: key=value options of the sampler, such as eta=0.5; needs a sampler.
         precision: float32 or bfloat16, of the U-Net alone.
@@ -138,12 +138,11 @@ def generate(
     guide = classifier_guide(pipeline, folder, classifier_strength) if classifier_strength else None
     rows = subjects(pipeline, list(what or []), all_classes)
     class_row = class_of_prompts(pipeline, label, rows)
-    if weak:
-        from latentdiff.checkpoints import load_weak
-
-        if negative:
-            raise UserError("--weak: stands in for the negative prompt; leave --negative out")
-        guiding["weak_unet"] = load_weak(folder, pipeline)
+    if image_guidance in (None, 1.0):
+        labels = [class_row if isinstance(row, str) else row for row in rows]
+        has_target = bool(negative) or condition is not None or bool(guided_to(pipeline, rows, labels))
+        check_rule(pipeline, guiding, weak, guidance, has_target)
+    guiding |= weak_call(pipeline, folder, weak, negative)
     check_negative(pipeline, negative, guidance)
     total = len(rows) * num_images
     check_out(out, total)
@@ -294,6 +293,43 @@ def check_negative(pipeline: LatentDiffusionPipeline, negative: str | None, guid
         raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
 
 
+def check_rule(
+    pipeline: LatentDiffusionPipeline, guiding: dict[str, Any], weak: bool, guidance: float | None, has_target: bool
+) -> None:
+    """UserError for a rule of guidance where guidance is off, so that it would do nothing.
+
+    guiding: from `guidance_call`. weak, guidance: of `generate`. has_target: whether there is something to guide to.
+    """
+    scale = pipeline.config.default_guidance_scale if guidance is None else guidance
+    if not guiding or (scale != 1 and (weak or has_target)):
+        return
+    flag = "--" + next(iter(guiding)).replace("_", "-")
+    if scale == 1:
+        raise UserError(f"{flag}: at guidance 1, which is off, it changes nothing; give --guidance, such as 2")
+    raise UserError(f"{flag}: there is no class or prompt to guide to, so it changes nothing; name one, or leave it out")
+
+
+def weak_call(pipeline: LatentDiffusionPipeline, folder: Path, weak: bool, negative: str | None) -> dict[str, Any]:
+    """The argument of the pipeline's call for --weak: the U-Net in the model's folder weak; {} where it is not asked for."""
+    if not weak:
+        return {}
+    from latentdiff.checkpoints import load_weak
+
+    if negative:
+        raise UserError("--weak: stands in for the negative prompt; leave --negative out")
+    return {"weak_unet": load_weak(folder, pipeline)}
+
+
+def guided_to(pipeline: LatentDiffusionPipeline, rows: Sequence[Subject], labels: Sequence[int | str | None]) -> set[Subject]:
+    """Those of `rows` that guidance can be towards: a class, or a prompt that is not empty. labels: the class of each."""
+    nothing = (None, pipeline.config.null_class)
+    return {
+        row
+        for row, label in zip(rows, labels, strict=True)
+        if label is not None or (row.strip() if isinstance(row, str) else row not in nothing)
+    }
+
+
 def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:
     """The subjects of class-balanced samples: each class, or [None] of an unconditional model.
 
@@ -391,15 +427,16 @@ def guidance_call(rule: str, rescale: float, options: list[str]) -> dict[str, An
     """
     if rule == "cfg" and rescale == 0 and not options:
         return {}
-    from latentdiff.guidance import RULES, Rule
+    from latentdiff.guidance.rules import OPTIONS, OPTIONS_IN_WORDS, RULES, Rule
 
     if rule not in RULES:
         raise UserError(f"--guidance-rule {rule}: unknown; valid: {', '.join(RULES)}")
     if not 0 <= rescale <= 1:
         raise UserError(f"--guidance-rescale {rescale:g}: must be from 0, which is off, to 1")
     values = parse_options(options, "--guidance-options", "parallel=0.5")
-    if values.keys() - {"parallel", "threshold"} or not all(type(value) in (int, float) for value in values.values()):
-        raise UserError(f"--guidance-options {' '.join(options)}: valid: parallel=NUMBER and threshold=NUMBER, of apg")
+    known = {option for of_rule in OPTIONS.values() for option in of_rule}
+    if values.keys() - known or not all(type(value) in (int, float) for value in values.values()):
+        raise UserError(f"--guidance-options {' '.join(options)}: valid: {OPTIONS_IN_WORDS}, each as key=NUMBER")
     try:
         Rule(rule, **values)
     except UserError as error:
@@ -504,14 +541,9 @@ def generate_batches(
 
     # A batch of nothing but "no class" and empty prompts is made without guidance, which would change nothing and which the
     # pipeline refuses. A call of nothing else is left to the pipeline.
-    nothing = (None, pipeline.config.null_class)
     has_negative = bool((call.get("negative_prompt") or "").strip())
     has_weak = call.get("weak_unet") is not None
-    guided_to = {
-        row
-        for row, row_label in zip(rows, labels, strict=True)
-        if row_label is not None or (row.strip() if isinstance(row, str) else row not in nothing)
-    }
+    targets = guided_to(pipeline, rows, labels)
 
     images = Numbered(rows, num_images)
     first, last, _ = part.indices(len(images))
@@ -529,7 +561,7 @@ def generate_batches(
             arguments["guidance"] = guide(arguments["class_labels"])
         if given is not None:
             arguments |= given([row for _, _, row in batch])
-        if guided_to and not has_negative and not has_weak and guided_to.isdisjoint(subjects_of_batch):
+        if targets and not has_negative and not has_weak and targets.isdisjoint(subjects_of_batch):
             arguments["guidance_scale"] = 1.0
         try:
             output = pipeline(**arguments, generator=generators, output_type="np").images  # [B, H, W, C] in [0, 1]

@@ -20,14 +20,14 @@ from torch import Tensor
 
 from latentdiff import samplers
 from latentdiff.checkpoints import refuse_bridge
-from latentdiff.denoiser import Denoiser, DenoiserLike
+from latentdiff.denoiser import Denoised, Denoiser, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance import ClassifierFree
 from latentdiff.models.codec import LatentCodec
 from latentdiff.samplers.grids import make_grid
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.random import Generators
-from latentdiff.utils.tensors import flat_mean
+from latentdiff.utils.tensors import flat_mean, widen
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -124,6 +124,26 @@ def interpolate(
     noises = [samplers.encode(source, x0, **way) for x0 in (a, b)]
     # One weight at a time, because a condition of the denoiser has B rows
     return torch.stack([samplers.sample(target or source, samplers.slerp(*noises, weight), **way) for weight in weights])
+
+
+class Between:
+    """The weighted mean of two denoisers' estimates: (1 - weight) first + weight last, for each sample with its own weight.
+
+    The score is then that of the density proportional to p_first^(1 - weight) p_last^weight at each noise level.
+
+    first, last: denoisers with one schedule, or guidance around them. weights: [B], 0 gives first and 1 gives last.
+    """
+
+    def __init__(self, first: DenoiserLike, last: DenoiserLike, weights: Tensor):
+        self.first, self.last, self.weights = first, last, weights
+        self.schedule = first.schedule
+
+    def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
+        """The estimates at x [B, ...] and t (a float or [B]), as `Denoised`. conditioning: given to both."""
+        one, other = self.first(x, t, **conditioning), self.last(x, t, **conditioning)
+        weight = widen(self.weights, one.x0)
+        x0 = one.x0 + weight * (other.x0 - one.x0)
+        return Denoised(x0, one.eps + weight * (other.eps - one.eps), self.schedule, one.t)
 
 
 def _times(schedule: NoiseSchedule, end: float, steps: int, grid: str, grid_options: Mapping[str, Any] | None) -> Tensor:
@@ -228,17 +248,52 @@ def interpolate_images(
     sampler: str = "heun",
     generator: Generators = None,
     use_mean: bool = False,
+    what_of_b: Sequence[str | int | None] | None = None,
+    generator_of_b: Generators = None,
+    label: int | None = None,
+    batch_size: int | None = None,
 ) -> Tensor:
     """Images between images a and b [B, C, H, W] in [-1, 1]: [K, B, C, H, W] for K weights, 0 for a and 1 for b.
 
-    what: what both show, as `source` of `translate_images`. The other arguments are as there; generator draws for a, then for
-    b. There is no guidance, so that the ends are a and b as the model keeps them.
+    Both are encoded by the probability-flow ODE, their noises interpolated (`samplers.slerp`, DDIM, arXiv 2010.02502, section
+    5.3), and each is decoded by the same ODE. There is no guidance, so that the ends are a and b as the model keeps them.
+
+    Args:
+        pipeline, steps, sampler, use_mean: as in `translate_images`.
+        a, b: [B, C, H, W] in [-1, 1], of the model's size.
+        weights: K numbers; 0 is a and 1 is b.
+        what: what both show, or a alone, as `source` of `translate_images`.
+        generator: draws from the posterior for a, then for b.
+        what_of_b: what b shows, where that is something else. The estimates are then those of `Between`.
+        generator_of_b: draws for b instead.
+        label: the class of every prompt, of a model with both.
+        batch_size: images made at a time; None: B.
+
+    Raises:
+        UserError: images of another size, an unknown class, or a bridge, which has no noise.
     """
     refuse_bridge(pipeline, "MODEL")
-    ends = [encode_images(pipeline, images, generator, use_mean) for images in (a, b)]
-    denoiser = conditional_denoiser(pipeline, what, len(a), 1.0)
-    between = interpolate(denoiser, *ends, weights, sampler=sampler, steps=steps)
-    return torch.stack([decode_latents(pipeline, z) for z in between])
+    count, shown = len(a), [what, what if what_of_b is None else what_of_b]
+    draws = [generator, generator if generator_of_b is None else generator_of_b]
+
+    def denoisers(rows: Tensor) -> list[DenoiserLike]:
+        """One for what each end shows, of some of the K B results; one where both show the same."""
+        each = [[entries[i] for i in (rows % count).tolist()] if len(entries) > 1 else [*entries] for entries in shown]
+        different = each if each[0] != each[1] else each[:1]
+        return [conditional_denoiser(pipeline, entries, len(rows), 1.0, label=label) for entries in different]
+
+    ends = denoisers(torch.arange(count))
+    latents = [encode_images(pipeline, x, draw, use_mean) for x, draw in zip((a, b), draws, strict=True)]
+    both = zip((ends[0], ends[-1]), latents, strict=True)
+    noises = [samplers.encode(end, z, sampler, steps) for end, z in both]
+    amounts = torch.tensor([*weights], dtype=torch.float64).repeat_interleave(count)  # [K B]
+    made = []
+    for rows in torch.arange(len(amounts)).split(batch_size or count):
+        first, *last = denoisers(rows)
+        noise = samplers.slerp(*(z[rows % count] for z in noises), amounts[rows].to(latents[0]))
+        mixed = Between(first, last[0], amounts[rows]) if last else first
+        made.append(decode_latents(pipeline, samplers.sample(mixed, noise, sampler, steps)))
+    return torch.cat(made).unflatten(0, (len(weights), count))
 
 
 def conditional_denoiser(

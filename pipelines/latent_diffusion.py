@@ -863,7 +863,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 "cfg"; "apg", adaptive projected guidance (arXiv 2410.02416); "cfg_zero", the scale of CFG-Zero* (arXiv
                 2503.18886).
             guidance_rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891), in [0, 1], on x0; 0 is off.
-            guidance_options: options of the rule: parallel and threshold of "apg", see `latentdiff.guidance.Rule`.
+            guidance_options: options of the rule: parallel, threshold and momentum of "apg", zero_init of "cfg_zero"; see
+                `latentdiff.guidance.Rule`.
             weak_unet: a U-Net that was trained less, or is smaller, to guide away from in place of "no text" and "no class":
                 autoguidance (Karras et al., arXiv 2406.02507). guidance_scale is then its scale.
             image: an image to change, or a list: one for all prompts or class labels, or one each. A PIL image is brought to

@@ -10,17 +10,15 @@ from tiny_models import tiny_unet
 from latentdiff import checkpoints, editing
 from latentdiff.denoiser import Denoiser
 from latentdiff.editing import (
-    Between,
     edit,
     frame_weights,
-    interpolation,
     subject_conditioning,
     variations,
 )
 from latentdiff.errors import UserError
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, normalise
 from latentdiff.samplers import slerp
-from latentdiff.translation import encode_images
+from latentdiff.translation import Between, encode_images, interpolate_images
 
 
 @pytest.fixture(scope="module")
@@ -284,7 +282,7 @@ def gaussian(monkeypatch):
     def exact(pipe, **conditioning):
         schedule = from_pipeline(pipe).schedule
         return Denoiser.from_score(
-            lambda x, t: -x / (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).to(x)[:, None, None, None], schedule
+            lambda x, t, **_: -x / (schedule.alpha(t) ** 2 + schedule.sigma(t) ** 2).to(x)[:, None, None, None], schedule
         )
 
     monkeypatch.setattr(Denoiser, "from_pipeline", exact)
@@ -309,17 +307,35 @@ def test_variations_go_from_the_image_to_another(monkeypatch, pipe, images):
         variations(pipe, images, 2.0)
 
 
-def test_an_interpolation_ends_on_its_ends(monkeypatch, pipe, images):
+@pytest.mark.parametrize("batch_size", [None, 2])
+def test_an_interpolation_ends_on_its_ends(monkeypatch, pipe, images, batch_size):
     gaussian(monkeypatch)
-    made = interpolation(pipe, images[:1], images[3:], 5, generators=(seeded(1), seeded(1, 9)))
-    ends = encode_images(pipe, images[:1] * 2 - 1, seeded(1)), encode_images(pipe, images[3:] * 2 - 1, seeded(1, 9))
-    assert made.shape == (5, 1, 16, 16) and not made.requires_grad
-    for k, weight in enumerate(frame_weights(5).tolist()):
-        expected = pipe.decode_latents(slerp(*ends, weight), "pt")[0]
-        torch.testing.assert_close(made[k], expected, atol=5e-3, rtol=0)
-    mean = interpolation(pipe, images[:1], images[3:], 2, use_mean=True)
-    expected = pipe.decode_latents(encode_images(pipe, images[:1] * 2 - 1, use_mean=True), "pt")
-    torch.testing.assert_close(mean[:1], expected, atol=5e-3, rtol=0)
+    first, last, weights = images[:1] * 2 - 1, images[3:] * 2 - 1, frame_weights(5).tolist()
+    draws = {"generator": seeded(1), "generator_of_b": seeded(1, 9)}
+    made = interpolate_images(pipe, first, last, weights, **draws, batch_size=batch_size)
+    ends = encode_images(pipe, first, seeded(1)), encode_images(pipe, last, seeded(1, 9))
+    assert made.shape == (5, 1, 1, 16, 16) and not made.requires_grad
+    for k, weight in enumerate(weights):
+        expected = pipe.decode_latents(slerp(*ends, weight), "pt") * 2 - 1
+        torch.testing.assert_close(made[k], expected, atol=1e-2, rtol=0)
+    mean = interpolate_images(pipe, first, last, [0.0, 1.0], use_mean=True)
+    expected = pipe.decode_latents(encode_images(pipe, first, use_mean=True), "pt") * 2 - 1
+    torch.testing.assert_close(mean[0], expected, atol=1e-2, rtol=0)
+
+
+def test_an_interpolation_between_two_conditions_is_made_in_batches(pipe, images):
+    sizes, (a, b) = [], (images[:2] * 2 - 1, images[2:] * 2 - 1)
+    hook = pipe.unet.register_forward_hook(lambda net, inputs, out: sizes.append(len(inputs[0])))
+    call = {"steps": 2, "what": [0, 1], "what_of_b": [2, 2], "use_mean": True}
+    made = interpolate_images(pipe, a, b, [0.0, 0.5, 1.0], **call, batch_size=4)
+    hook.remove()
+    assert max(sizes) == 4
+    for k in range(2):  # each pair on its own
+        one = {**call, "what": [k], "what_of_b": [2]}
+        alone = interpolate_images(pipe, a[k : k + 1], b[k : k + 1], [0.0, 0.5, 1.0], **one)
+        torch.testing.assert_close(alone[:, 0], made[:, k], atol=1e-3, rtol=0)
+    as_first = interpolate_images(pipe, a, b, [0.5], **{**call, "what_of_b": None})
+    assert (as_first[0] - made[1]).abs().max() > 1e-3
 
 
 def test_between_two_conditions_each_end_is_its_own(pipe):

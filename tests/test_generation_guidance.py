@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_checkpoints import publish
 from tiny_models import tiny_unet
 
 from latentdiff import checkpoints
+from latentdiff.editing import edit
 from latentdiff.errors import UserError
 from latentdiff.generation import generate
+from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
 CALL = {"num_images": 1, "steps": 2, "all_classes": True, "progress": False, "guidance": 4.0}
 
@@ -42,6 +45,37 @@ def test_each_flag_changes_the_images(tmp_path, model):
     assert (images(tmp_path, model, guidance=1.0, weak=True) == off).all()
 
 
+def test_edit_reads_the_same_flags(tmp_path, model, monkeypatch):
+    seen, pixels = [], np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+
+    def see(pipeline, **call):
+        seen.append(call)
+        return generated(pipeline, **call)
+
+    generated = LatentDiffusionPipeline.__call__
+    monkeypatch.setattr(LatentDiffusionPipeline, "__call__", see)
+    call = {"to": [0], "steps": 3, "guidance": 4.0, "progress": False}
+
+    def result(name, **flags):
+        return np.asarray(Image.open(edit(model, [tmp_path / "a.png"], out=tmp_path / name, **{**call, **flags})))
+
+    plain = result("plain.png")
+    rule = {"guidance_rule": "apg", "guidance_options": ["parallel=0.5"], "guidance_rescale": 0.9}
+    assert (result("rule.png", **rule) != plain).any() and (result("weak.png", weak=True) != plain).any()
+    assert seen[1]["guidance_options"] == {"parallel": 0.5} and seen[1]["guidance_rescale"] == 0.9
+    for flags, said in (
+        ({"guidance": 1.0, "guidance_rule": "apg"}, "--guidance-rule: at guidance 1"),
+        ({"to": None, "guidance": None, "guidance_rule": "apg"}, "--guidance-rule: (at guidance 1|there is no class)"),
+        ({"to": None, "guidance_rule": "apg"}, "--guidance-rule: there is no class or prompt to guide to"),
+        ({"task": "translate", "source": 1, "weak": True}, "--weak: has no part in --task translate"),
+        ({"task": "translate", "source": 1, "guidance_rescale": 0.5}, "--guidance-rescale: has no part in --task translate"),
+        ({"weak": True, "negative": "a cat"}, "--weak: stands in for the negative prompt"),
+    ):
+        with pytest.raises(UserError, match=said):
+            result("refused.png", **flags)
+
+
 def test_a_folder_goes_on_only_with_the_same_guidance(tmp_path, model):
     out = generate(model, out=tmp_path / "images", **CALL, guidance_rule="apg")
     generate(model, out=out, **CALL, guidance_rule="apg")
@@ -54,13 +88,15 @@ def test_a_folder_goes_on_only_with_the_same_guidance(tmp_path, model):
     [
         ({"guidance_rule": "pag"}, "--guidance-rule pag: unknown; valid: cfg, apg, cfg_zero"),
         ({"guidance_rescale": 2.0}, "--guidance-rescale 2: must be from 0"),
-        ({"guidance_options": ["eta=1"]}, "--guidance-options eta=1: valid: parallel=NUMBER"),
+        ({"guidance_options": ["eta=1"]}, "--guidance-options eta=1: valid: parallel, threshold"),
         ({"guidance_options": ["parallel=x"]}, "--guidance-options parallel=x: valid"),
         ({"guidance_options": ["parallel=1"]}, "--guidance-options: guidance rule: cfg has no parallel"),
         (
             {"guidance_options": ["parallel"]},
             "--guidance-options 'parallel': write each as key=value, for example parallel=0.5",
         ),
+        ({"guidance": 1.0, "guidance_rule": "apg"}, "--guidance-rule: at guidance 1, which is off, it changes nothing"),
+        ({"guidance": 1.0, "guidance_rescale": 0.5, "weak": True}, "--guidance-rescale: at guidance 1, which is off"),
         ({"weak": True, "negative": "a cat"}, "--weak: stands in for the negative prompt"),
     ],
 )

@@ -18,6 +18,7 @@ class Command(NamedTuple):
     positional: tuple[str, ...]  # the parameters that are given by position instead of by a flag
     output: str  # of the result: "paths", "json", "text", or module:name of a function that makes text of it
     opens_weights: bool = True  # has --no-verify
+    flags_of: str = ""  # another command, whose help describes the flags that this one's function does not describe
 
 
 COMMANDS = {
@@ -28,7 +29,13 @@ COMMANDS = {
         "fitting.finish:last_lines",
     ),
     "generate": Command("generation:generate", "make images from a checkpoint", ("what",), "paths"),
-    "edit": Command("editing:edit", "change, complete, restore, translate, vary or interpolate images", ("images",), "paths"),
+    "edit": Command(
+        "editing:edit",
+        "change, complete, restore, translate, vary or interpolate images",
+        ("images",),
+        "paths",
+        flags_of="generate",
+    ),
     "train": Command("training:train", "train a stage as a config says", ("config", "overrides"), "paths"),
     "publish": Command(
         "training.publish:publish", "make a checkpoint of a training state", ("run_folder",), "paths", opens_weights=False

@@ -14,7 +14,7 @@ import docstring_parser
 from cyclopts import App, Parameter, Token, exceptions
 from rich.console import Console
 
-from latentdiff.cli.commands import Command, load
+from latentdiff.cli.commands import COMMANDS, Command, load
 from latentdiff.errors import UserError
 
 PYTHON_ONLY = ("progress",)  # parameters that have no flag
@@ -38,8 +38,9 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> tuple[Callable[
         SystemExit: --help was given, and the help page is printed.
     """
     function = load(command.function)
-    documentation = docstring_parser.parse(inspect.getdoc(function) or "", docstring_parser.DocstringStyle.GOOGLE)
-    helps = {entry.arg_name: _paragraphs(entry.description) for entry in documentation.params}
+    documentation, helps = _documentation(function)
+    if command.flags_of:
+        helps = _documentation(load(COMMANDS[command.flags_of].function))[1] | helps
     parameters = _parameters(function, command, helps)
     app = App(
         f"latentdiff {name}",
@@ -69,6 +70,12 @@ def parse(name: str, command: Command, tokens: Sequence[str]) -> tuple[Callable[
     # What is given by position in any number is bound as a tuple
     lists = {key: list(bound.arguments[key]) for key in command.positional if isinstance(bound.arguments[key], tuple)}
     return function, {**bound.arguments, **lists}
+
+
+def _documentation(function: Callable[..., Any]) -> tuple[docstring_parser.Docstring, dict[str, str]]:
+    """(a function's docstring, what it says of each parameter)."""
+    documentation = docstring_parser.parse(inspect.getdoc(function) or "", docstring_parser.DocstringStyle.GOOGLE)
+    return documentation, {entry.arg_name: _paragraphs(entry.description) for entry in documentation.params}
 
 
 def _parameters(function: Callable[..., Any], command: Command, helps: dict[str, str]) -> list[inspect.Parameter]:

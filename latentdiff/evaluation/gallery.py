@@ -221,8 +221,8 @@ def interpolation(
     """
     import torch
 
-    from latentdiff.editing import Between
     from latentdiff.samplers import encode, sample, slerp
+    from latentdiff.translation import Between
     from latentdiff.utils.random import derive_seed, generators
 
     denoiser = images.guided(1.0)  # guidance has no useful inverse: this is the ODE of the conditional model itself

@@ -1,12 +1,13 @@
 """Autoguidance: away from a weaker model of the same data."""
 
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.guidance.common import Interval, check_options, check_same_path, guided_rows, replace_estimates
-from latentdiff.guidance.rules import CFG, Rule
+from latentdiff.guidance.rules import CFG, Rule, RunningSum
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
 
@@ -40,6 +41,7 @@ class Autoguidance:
         check_same_path(denoiser.schedule, weak.schedule, "the weak denoiser")
         self.denoiser, self.weak = denoiser, weak
         self.scale, self.interval, self.rescale, self.rule = scale, interval, rescale, rule
+        self.running = RunningSum(rule.momentum)
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
@@ -50,5 +52,9 @@ class Autoguidance:
         if not bool(rows.any()):
             return denoised
         weaker = self.weak(x, times, **conditioning)
-        x0, eps = self.rule.combine(x, denoised, weaker, self.scale)
+        guided = rows.nonzero()[:, 0]  # [G]
+        p, n = (Denoised(d.x0[guided], d.eps[guided], self.schedule, times[guided]) for d in (denoised, weaker))
+        summed = partial(self.running.add, rows=guided, count=len(x))
+        x0, eps = self.rule.combine(x[guided], p, n, self.scale, summed)
+        x0, eps = denoised.x0.index_copy(0, guided, x0), denoised.eps.index_copy(0, guided, eps)
         return replace_estimates(x, denoised, x0, eps, rows, self.rescale)

@@ -1,5 +1,6 @@
 """Classifier-free guidance."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance.common import Interval, check_options, guided_rows, join_conditions, replace_estimates
-from latentdiff.guidance.rules import CFG, Rule
+from latentdiff.guidance.rules import CFG, Rule, RunningSum
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample
 
@@ -60,6 +61,7 @@ class ClassifierFree:
         self.denoiser, self.conditional, self.unconditional = denoiser, conditional, unconditional
         self.scale, self.interval, self.rescale, self.rule = scale, interval, rescale, rule
         self.bare, self.bare_scale = bare, bare_scale
+        self.running = RunningSum(rule.momentum)
         self.schedule: NoiseSchedule = denoiser.schedule
 
     def __call__(self, x: Tensor, t: float | Tensor, **conditioning: Any) -> Denoised:
@@ -84,7 +86,8 @@ class ClassifierFree:
         denoised = Denoised(first, first_eps, self.schedule, times)
         positive = Denoised(denoised.x0[guided], denoised.eps[guided], self.schedule, times[guided])  # [G, ...]
         negative = Denoised(rest[0], rest_eps[0], self.schedule, times[guided])
-        x0, eps = self.rule.combine(x[guided], positive, negative, self.scale)
+        summed = partial(self.running.add, rows=guided, count=len(x))
+        x0, eps = self.rule.combine(x[guided], positive, negative, self.scale, summed)
         if self.bare is not None:
             x0 = x0 + (self.bare_scale - 1) * (rest[0] - rest[1])
             eps = eps + (self.bare_scale - 1) * (rest_eps[0] - rest_eps[1])

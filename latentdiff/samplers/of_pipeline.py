@@ -17,6 +17,7 @@ from latentdiff.denoiser import Denoised, Denoiser, unet_model
 from latentdiff.errors import UserError
 from latentdiff.guidance import Autoguidance, ClassifierFree, Rule
 from latentdiff.guidance.common import check_options, replace_estimates
+from latentdiff.guidance.rules import OPTIONS_IN_WORDS, RunningSum
 from latentdiff.samplers.grids import make_grid
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.random import Generators
@@ -78,13 +79,15 @@ def output_rule(pipe: Any, rule: dict[str, Any]) -> Callable[..., Tensor]:
     chosen, rescale = _parse(rule)
     denoiser = Denoiser.from_pipeline(pipe)
     schedule, prediction = denoiser.schedule, denoiser.prediction
+    running = RunningSum(chosen.momentum)
 
     def combine(model_input: Tensor, timestep: Tensor, positive: Tensor, negative: Tensor, scale: float) -> Tensor:
         times = per_sample(schedule.time_from_timestep(timestep), model_input)
         x = model_input.float() / widen(schedule.input_scale(times), model_input.float())
         p, n = (Denoised(*predictions.solve(prediction, schedule, x, times, y), schedule, times) for y in (positive, negative))
         rows = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        guided = replace_estimates(x, p, *chosen.combine(x, p, n, scale), rows, rescale)
+        summed = partial(running.add, rows=rows.nonzero()[:, 0], count=len(x))
+        guided = replace_estimates(x, p, *chosen.combine(x, p, n, scale, summed), rows, rescale)
         return predictions.target(prediction, schedule, guided.x0, guided.eps, times)
 
     return combine
@@ -98,8 +101,8 @@ def _parse(rule: dict[str, Any] | None) -> tuple[Rule, float]:
     try:
         return Rule(**options), rescale
     except TypeError:
-        valid = "parallel and threshold, of apg"
-        raise UserError(f"guidance_options {sorted(options.keys() - {'name'})}: valid: {valid}, as numbers") from None
+        given = sorted(options.keys() - {"name"})
+        raise UserError(f"guidance_options {given}: valid: {OPTIONS_IN_WORDS}, as numbers") from None
 
 
 def _run(

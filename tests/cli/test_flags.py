@@ -103,6 +103,9 @@ def test_every_parameter_has_a_description(command):
     assert not any(f"[default: {value}]" in done.stdout for value in (None, False, ()))
     function = load(COMMANDS[command].function)
     documented = inspect.getdoc(function)
+    if COMMANDS[command].flags_of:
+        documented += inspect.getdoc(load(COMMANDS[COMMANDS[command].flags_of].function))
+        assert "adaptive projected guidance" in done.stdout
     for name in inspect.signature(function).parameters:
         assert f"\n    {name}: " in documented, name
         assert name == "progress" or name.upper() in done.stdout or f"--{name.replace('_', '-')}" in done.stdout

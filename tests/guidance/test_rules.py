@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers.guiders.adaptive_projected_guidance import normalized_guidance
+from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from exact import mixture
 from test_guidance_exact import SHAPE, exact, states, times
@@ -12,6 +12,8 @@ from test_guidance_exact import SHAPE, exact, states, times
 from latentdiff.denoiser import Denoised, Denoiser
 from latentdiff.errors import UserError
 from latentdiff.guidance import RULES, Autoguidance, ClassifierFree, Rule
+from latentdiff.guidance.rules import RunningSum
+from latentdiff.samplers import sample
 from latentdiff.schedules import make_schedule
 
 RULE = {"cfg": Rule(), "apg": Rule("apg", 0.3, 1.5), "cfg_zero": Rule("cfg_zero")}
@@ -78,6 +80,57 @@ def test_cfg_zero_is_that_of_diffusers():
     torch.testing.assert_close(eps - x0, peer, rtol=1e-5, atol=1e-5)  # diffusers computes in float32
 
 
+@pytest.mark.parametrize("kind", ["classifier-free", "autoguidance"])
+def test_momentum_of_apg_is_that_of_diffusers(kind):
+    """Each sample has its own times, as with adaptive steps, and an interval in which it is guided."""
+    s, m = make_schedule("flow"), mixture(SHAPE)
+    rule, scale, interval = Rule("apg", 0.3, 1.5, momentum=-0.6), 3.0, (0.0, 0.85)
+
+    def model(x, t, label):
+        rows = [m if k < 0 else m.only(k) for k in label.tolist()]
+        return torch.cat([row.score(x[i : i + 1], s, t[i : i + 1]) for i, row in enumerate(rows)])
+
+    if kind == "autoguidance":
+        guided = Autoguidance(exact(m.only(0), s), exact(m, s), scale, interval=interval, rule=rule)
+    else:
+        labels = {"label": torch.zeros(3).long()}, {"label": torch.full((3,), -1)}
+        guided = ClassifierFree(Denoiser.from_score(model, s), *labels, scale, rule=rule, interval=interval)
+    for _ in range(2):  # a second run starts anew
+        buffers = [MomentumBuffer(-0.6) for _ in range(3)]
+        for k in range(4):
+            x, t = states(seed=k), torch.tensor([0.9 - 0.2 * k, 0.8 - 0.1 * k, 0.7 - 0.2 * k], dtype=torch.float64)
+            p, n, found = exact(m.only(0), s)(x, t), exact(m, s)(x, t), guided(x, t)
+            for i, buffer in enumerate(buffers):
+                one = (p.x0[i : i + 1], n.x0[i : i + 1], scale - 1, buffer, 0.3, 1.5, True)
+                expected = normalized_guidance(*one)[0] if t[i] <= 0.85 else p.x0[i]
+                torch.testing.assert_close(found.x0[i], expected)
+
+
+def test_momentum_sums_a_geometric_series():
+    running, d, t = RunningSum(0.5), torch.ones(2, 3), torch.tensor([0.9, 0.8])
+    sums = [running.add(d, t - 0.1 * k, torch.arange(2), 2) for k in range(4)]
+    torch.testing.assert_close(sums[-1], torch.full((2, 3), (1 - 0.5**4) / 0.5))
+    mixed = running.add(d, torch.tensor([0.5, 0.9]), torch.arange(2), 2)  # the second one starts anew
+    torch.testing.assert_close(mixed, torch.tensor([[1 + 0.5 * 1.875], [1.0]]).expand(2, 3))
+    assert torch.equal(running.add(torch.ones(1, 3), t[:1] - 1, torch.arange(1), 1), torch.ones(1, 3))  # another batch
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
+def test_zero_init_leaves_the_noise_as_it_is_in_the_first_steps(sampler):
+    s, m, seen = make_schedule("flow"), mixture(SHAPE), []
+    noise, grid = states(seed=3), torch.linspace(1, 0, 11, dtype=torch.float64)
+    rule = Rule("cfg_zero", zero_init=0.2)
+    guided = Autoguidance(exact(m.only(0), s), exact(m, s), SCALE, rule=rule)
+    sample(guided, noise, sampler, grid=grid, callback=lambda step, t, x, x0: seen.append(x))
+    torch.testing.assert_close(torch.stack(seen[:2]), noise.expand(2, *noise.shape), atol=1e-6, rtol=0)
+    assert (seen[2] - noise).abs().max() > 1e-2
+    plain = Autoguidance(exact(m.only(0), s), exact(m, s), SCALE, rule=Rule("cfg_zero"))
+    later = sample(plain, noise, sampler, grid=grid[2:], start="state")  # as if the first two steps were not there
+    found = sample(guided, noise, sampler, grid=grid)
+    if sampler == "euler":
+        torch.testing.assert_close(found, later)
+
+
 @pytest.mark.parametrize("rule", RULES)
 def test_both_guidances_follow_the_rule(rule):
     s, m = make_schedule("flow"), mixture(SHAPE)
@@ -102,7 +155,11 @@ def test_both_guidances_follow_the_rule(rule):
         (lambda: Rule("pag"), "guidance rule: 'pag' is unknown; valid: cfg, apg, cfg_zero"),
         (lambda: Rule("apg", threshold=0.0), "threshold 0.0 above 0"),
         (lambda: Rule("apg", parallel=math.nan), "parallel nan must be finite"),
-        (lambda: Rule("cfg", parallel=0.5), "cfg has no parallel and no threshold"),
+        (lambda: Rule("cfg", parallel=0.5), "cfg has no parallel; there are parallel, threshold and momentum of apg"),
+        (lambda: Rule("cfg_zero", momentum=0.5), "cfg_zero has no momentum"),
+        (lambda: Rule("apg", zero_init=0.5), "apg has no zero_init"),
+        (lambda: Rule("apg", momentum=-1.0), "momentum -1.0 must be between -1 and 1"),
+        (lambda: Rule("cfg_zero", zero_init=1.0), "zero_init 1.0 must be from 0"),
     ],
 )
 def test_mistakes_are_named(make, said):

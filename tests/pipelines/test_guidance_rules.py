@@ -21,7 +21,9 @@ RULES_TRIED = {
     "rescale": {"guidance_rescale": 0.8},
     "apg": {"guidance_rule": "apg"},
     "apg with options": {"guidance_rule": "apg", "guidance_options": {"parallel": 0.4, "threshold": 0.5}},
+    "apg with momentum": {"guidance_rule": "apg", "guidance_options": {"momentum": -0.5}},
     "cfg_zero": {"guidance_rule": "cfg_zero"},
+    "cfg_zero with zero-init": {"guidance_rule": "cfg_zero", "guidance_options": {"zero_init": 0.5}},
     "cfg_zero rescaled": {"guidance_rule": "cfg_zero", "guidance_rescale": 0.5},
 }
 
@@ -89,8 +91,8 @@ def test_autoguidance_needs_no_class_and_no_dropout():
         ({"guidance_rule": "pag"}, "guidance rule: 'pag' is unknown; valid: cfg, apg, cfg_zero"),
         ({"guidance_rescale": 1.5}, "guidance_rescale 1.5: must be from 0"),
         ({"guidance_rescale": "much"}, "guidance_rescale much: must be from 0"),
-        ({"guidance_options": {"parallel": 0.5}}, "cfg has no parallel and no threshold"),
-        ({"guidance_rule": "apg", "guidance_options": {"eta": 0.5}}, "valid: parallel and threshold"),
+        ({"guidance_options": {"parallel": 0.5}}, "cfg has no parallel; there are"),
+        ({"guidance_rule": "apg", "guidance_options": {"eta": 0.5}}, "valid: parallel, threshold and momentum"),
         ({"guidance_options": {"rescale": 0.5}}, "guidance_rule: must be a name"),
         ({"weak_unet": "", "negative_class_labels": [1, 2]}, "weak_unet: stands in for the negative"),
         ({"weak_unet": "", "guidance_scale": -1.0}, "guidance_scale -1: must be a finite number"),

@@ -15,7 +15,7 @@ from latentdiff import samplers
 from latentdiff.checkpoints import load
 from latentdiff.config import parse_config
 from latentdiff.denoiser import Denoiser
-from latentdiff.editing import edit, interpolation, variations
+from latentdiff.editing import edit, variations
 from latentdiff.errors import UserError
 from latentdiff.objective import diffusion_loss
 from latentdiff.pipelines.latent_diffusion import PipelineInputError
@@ -245,7 +245,6 @@ def test_a_run_publishes_a_bridge_that_starts_from_images_alone(finished, dark, 
     for needs_noise in (
         lambda: interpolate_images(pipe, images[:2], images[2:], [0.5]),
         lambda: variations(pipe, images / 2 + 0.5),
-        lambda: interpolation(pipe, images[:1] / 2 + 0.5, images[1:2] / 2 + 0.5),
     ):
         with pytest.raises(UserError, match="MODEL: is a bridge, which starts from images of"):
             needs_noise()
