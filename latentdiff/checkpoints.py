@@ -46,7 +46,8 @@ VERY_LONG = int(1e30)  # transformers' length of a tokenizer that has none of it
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 IN_REPOSITORY = ("emoji", "emoji-judge")  # weights that are too large for a wheel
 # Values of _class_name in model_index.json that can be loaded
-KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION)
+OVER_CODES = ("DiscreteDiffusionPipeline", ["pipeline", "DiscreteDiffusionPipeline"])
+KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION, *OVER_CODES)
 
 
 def save(
@@ -81,16 +82,15 @@ def save(
         files: more files by name (bytes, or a path to copy), such as pictures of the card.
         index: more arguments of `LatentDiffusionPipeline` for model_index.json: image_size, prediction, schedule,
             default_guidance_scale, default_guidance_interval, default_num_inference_steps, default_sampler,
-            image_condition.
+            image_condition. With `process` among them the checkpoint is a `DiscreteDiffusionPipeline`.
 
     Raises:
         UserError: a weight is not finite in `dtype`; classes, null class, guidance and U-Net contradict each other; or
             nothing says how to sample.
     """
-    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
-
     folder = Path(folder)
-    _check_sampling(scheduler, index.get("default_sampler"), index.get("prediction"), index.get("schedule"))
+    if not is_over_codes(index):
+        _check_sampling(scheduler, index.get("default_sampler"), index.get("prediction"), index.get("schedule"))
     if (text_encoder is None) != (tokenizer is None):
         raise UserError("text_encoder and tokenizer: a checkpoint has both or neither")
     image_dropped = bool((index.get("image_condition") or {}).get("dropped"))
@@ -108,9 +108,9 @@ def save(
     }
     # Before anything is written, as it fails for values that JSON cannot hold
     text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    pipeline = LatentDiffusionPipeline(
+    pipeline = pipeline_class(index)(
         *_with_sizes(in_dtype(unet, dtype, "unet"), in_dtype(vae, dtype, "vae")),
-        scheduler,
+        scheduler=scheduler,
         class_names=names,
         text_encoder=None if text_encoder is None else in_dtype(text_encoder, dtype, "text_encoder"),
         tokenizer=tokenizer,
@@ -133,6 +133,22 @@ def save(
             (new / name).write_bytes(content if isinstance(content, bytes) else Path(content).read_bytes())
         write_hashes(new)
     return folder
+
+
+def is_over_codes(index: Mapping[str, Any]) -> bool:
+    """Whether a pipeline is a `DiscreteDiffusionPipeline`, given its config or its arguments: those have a process."""
+    return index.get("process") is not None
+
+
+def pipeline_class(index: Mapping[str, Any]) -> type:
+    """The class of a pipeline with these arguments, or with this config."""
+    if is_over_codes(index):
+        from latentdiff.pipelines.discrete_diffusion import DiscreteDiffusionPipeline
+
+        return DiscreteDiffusionPipeline
+    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+
+    return LatentDiffusionPipeline
 
 
 def _check_sampling(scheduler: Any, sampler: str | None, prediction: str | None, schedule: Any) -> None:
@@ -251,8 +267,9 @@ def short_card(pipeline: "LatentDiffusionPipeline") -> str:
     if pipeline.config.get("bridge") is not None:
         condition += ". It is a bridge: it starts from images of another data set in the place of noise"
         arguments.append("latents=latentdiff.translation.encode_images(pipe, images)")
+    kind = "discrete diffusion" if is_over_codes(pipeline.config) else "latent diffusion"
     return (
-        "# A latent diffusion model\n\n"
+        f"# A {kind} model\n\n"
         f"Trained with latentdiff, {condition}. How it was made is in `{META}`.\n\n"
         "```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("this/folder", trust_remote_code=True)\n'
@@ -273,13 +290,11 @@ def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = 
     Raises:
         UserError: the folder or one of its files is missing, truncated, damaged, pickled, or of another kind.
     """
-    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
-
     folder = Path(folder)
     models = {name: load_part(folder / name, kind, dtype, verify) for name, kind in check(folder).items()}
     try:
         with quiet():
-            pipeline = LatentDiffusionPipeline.from_pretrained(
+            pipeline = pipeline_class(read_json(folder / INDEX)).from_pretrained(
                 str(folder), torch_dtype=dtype, local_files_only=True, trust_remote_code=False, **models
             )
     except REFUSALS as error:
@@ -355,6 +370,8 @@ def check(folder: Path) -> dict[str, type]:
     name = index.get("_class_name")
     if name not in KINDS:
         raise UserError(f"{folder / INDEX}: _class_name is {name}; expected LatentDiffusionPipeline or {STABLE_DIFFUSION}")
+    if (name in OVER_CODES) != is_over_codes(index):
+        raise UserError(f"{folder / INDEX}: process is {str(index.get('process'))[:60]}, which {name} does not go with")
     parts = ["unet", "vae", "scheduler", "text_encoder", "tokenizer"]
     if name != STABLE_DIFFUSION:  # which needs all of them
         parts = parts[:2] + [part for part in parts[2:] if index.get(part, [None, None]) != [None, None]]

@@ -10,7 +10,7 @@ import reprlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from PIL import ImageColor
@@ -437,14 +437,9 @@ class ConditionConfig(Section):
         return self.joint_dropout
 
 
-class SampleConfig(Section):
-    """How pictures are drawn while training, and the defaults of the published pipeline."""
+class DrawConfig(Section):
+    """What both kinds of stage 2 say of drawing pictures: while training, and by default from the published pipeline."""
 
-    scheduler: str | None = Field(
-        "auto", description="a class of diffusers; auto: the schedule's first choice; null: none, a sampler of latentdiff"
-    )
-    scheduler_config: dict[str, Any] = Field({}, description="arguments of the scheduler")
-    sampler: str | None = Field(None, description="latentdiff's, where there is no scheduler; None: dpmpp_2m")
     steps: int = Field(20, gt=0, description="steps of sampling")
     guidance: float | None = Field(
         None, ge=0, description="guidance scale; None: 1.5 where training drops class or text, else 1, which is off"
@@ -461,6 +456,16 @@ class SampleConfig(Section):
         if value is not None and not 0 <= value[0] <= value[1] <= 1:
             raise ValueError("must be [low, high] with 0 <= low <= high <= 1")
         return value
+
+
+class SampleConfig(DrawConfig):
+    """How pictures are drawn while training, and the defaults of the published pipeline."""
+
+    scheduler: str | None = Field(
+        "auto", description="a class of diffusers; auto: the schedule's first choice; null: none, a sampler of latentdiff"
+    )
+    scheduler_config: dict[str, Any] = Field({}, description="arguments of the scheduler")
+    sampler: str | None = Field(None, description="latentdiff's, where there is no scheduler; None: dpmpp_2m")
 
 
 class EvaluateConfig(Section):
@@ -512,6 +517,60 @@ class DiffusionConfig(Section):
     validation_images: int = Field(512, gt=0, description="held-out images of the validation loss")
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class DiscreteModelConfig(Section):
+    """The U-Net of discrete diffusion. It is given the codes as channels of zeros and ones, and gives a logit of each code."""
+
+    type: str = Field("UNet2DModel", description="UNet2DModel, or UNet2DConditionModel for a model that reads text")
+    config: dict[str, Any] = Field({}, description="arguments of the class")
+    # What only the U-Net of stage diffusion can do
+    pretrained: ClassVar[None] = None
+    match_classes: ClassVar[bool] = False
+    lora: ClassVar[None] = None
+
+
+class DiscreteSampleConfig(DrawConfig):
+    """How pictures are drawn while training, and the defaults of the published pipeline."""
+
+    order: Literal["random", "confidence"] = Field(
+        "random",
+        description="which positions become codes at a step: random ones, as the process has it, or those that the network is "
+        "surest of (MaskGIT, arXiv 2202.04200; process absorbing alone)",
+    )
+
+
+class DiscreteConfig(Section):
+    """Stage 2 over codes: train a network to restore the codes of a frozen autoencoder that has a codebook.
+
+    The process masks codes (absorbing) or replaces them by random ones (uniform); 0 is data, and at time 1 nothing is left.
+    """
+
+    stage: Literal["discrete"]
+    output: str = Field(description="folder of the run")
+    seed: int = Field(0, description="of weights, order of the data, corruption and dropout")
+    autoencoder: str = Field(description="output of stage 1, or a diffusers VQModel: a folder or a Hub name")
+    data: DataConfig
+    cache: CacheConfig = CacheConfig()
+    model: DiscreteModelConfig
+    process: Literal["absorbing", "uniform"] = Field(
+        "absorbing", description="absorbing: codes are masked (MDLM, arXiv 2406.07524); uniform: replaced by random ones (D3PM)"
+    )
+    schedule: str = Field("linear", description="how many codes are left at time t; a name of `latentdiff.discrete.SCHEDULES`")
+    weighting: Literal["none", "likelihood"] = Field(
+        "none",
+        description="of the loss at each time. none: the cross-entropy of corrupted codes as it is; likelihood: the bound on "
+        "the likelihood",
+    )
+    condition: ConditionConfig = ConditionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    ema: EmaConfig = EmaConfig()
+    train: LoopConfig
+    validation_images: int = Field(512, gt=0, description="held-out images of the validation loss")
+    sample: DiscreteSampleConfig = DiscreteSampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    # What only stage diffusion can do
+    bridge: ClassVar[None] = None
 
 
 class FeaturesConfig(Section):
@@ -569,11 +628,12 @@ class JudgeConfig(Section):
     train: TrainConfig
 
 
-Config = AutoencoderConfig | DiffusionConfig | FeaturesConfig | ClassifierConfig | JudgeConfig
+Config = AutoencoderConfig | DiffusionConfig | DiscreteConfig | FeaturesConfig | ClassifierConfig | JudgeConfig
 AnyConfig = Annotated[Config, Field(discriminator="stage")]
 STAGES: dict[str, type[Section]] = {
     "autoencoder": AutoencoderConfig,
     "diffusion": DiffusionConfig,
+    "discrete": DiscreteConfig,
     "features": FeaturesConfig,
     "classifier": ClassifierConfig,
     "judge": JudgeConfig,

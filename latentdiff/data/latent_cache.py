@@ -7,7 +7,8 @@ was made of another autoencoder, preprocessing, data or copies is refused.
     manifest.json                written last: if it is there, all shards are; it has the sha256 of each
     shard-00000.safetensors      mean, std [n, c, h, w]; mirrored.mean, mirrored.std where flips were cached; labels [n]
 
-A cache of condition images (`latentdiff.data.condition_images`) has means alone: their std is 0.
+A cache of condition images (`latentdiff.data.condition_images`) has means alone: their std is 0. A cache of codes, of an
+autoencoder with a codebook, has code indices in their place: codes, mirrored.codes [n, L, h, w], int32.
 """
 
 import sys
@@ -47,15 +48,19 @@ from latentdiff.utils.random import Generators, randn
 FORMAT = 2  # in 1 the decoder and the normaliser were part of the autoencoder's fingerprint
 REMAKE = "run `latentdiff encode` again, which makes only this one anew"
 Dataset = ImageDataset | ConditionImages  # what can be cached
-DTYPES = {"float16": torch.float16, "float32": torch.float32}
-_SAFETENSORS_DTYPES = ("F16", "F32")
+DTYPES = {"float16": torch.float16, "float32": torch.float32, "int32": torch.int32}
+_SAFETENSORS_DTYPES = ("F16", "F32", "I32")
 BOTH = ("mean", "std")  # the moments in a shard, where its identity does not name them
+CODES = ["codes"]  # what is in a shard of codes, as its identity names it
+CODES_DTYPE = "int32"
 
 
 class Codec(Protocol):
     """What the cache needs of an autoencoder; `latentdiff.models.codec.LatentCodec` has it."""
 
     def moments(self, images: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def codes(self, images: Tensor) -> Tensor: ...
 
     def fingerprint(self, latents_only: bool = False) -> str: ...
 
@@ -76,7 +81,7 @@ class LatentMoments:
 class LatentCache:
     """An opened cache of N images. Shards are memory-mapped: memory in use is bounded by what a batch touches.
 
-    Attributes: manifest, labels (int64 [N] | None), class_names, latent_shape (c, h, w), has_flips.
+    Attributes: manifest, labels (int64 [N] | None), class_names, latent_shape (c, h, w; of codes L, h, w), has_flips.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
@@ -102,8 +107,9 @@ class LatentCache:
     def _check_shard(self, path: Path) -> None:
         """UserError where a whole shard is not what the manifest says."""
         shapes = tensor_shapes(path)
-        if shapes["mean"][1][1:] != self.latent_shape:
-            content = f"latents {list(shapes['mean'][1][1:])}, where manifest.json says {list(self.latent_shape)}"
+        shape = shapes[self._moments[0]][1][1:]
+        if shape != self.latent_shape:
+            content = f"latents {list(shape)}, where manifest.json says {list(self.latent_shape)}"
         elif self.manifest["labelled"] and "labels" not in shapes:
             content = "no labels, where manifest.json says there are"
         else:
@@ -128,22 +134,32 @@ class LatentCache:
 
     def moments(self, indices: Tensor | Sequence[int], flips: Tensor | bool = False) -> tuple[Tensor, Tensor]:
         """(mean, std) of the posteriors, float32 [B, c, h, w] each. IndexError outside 0..N-1."""
+        found = self._read(indices, flips)
+        mean = found["mean"].float()
+        return mean, found["std"].float() if "std" in found else torch.zeros_like(mean)
+
+    def codes(self, indices: Tensor | Sequence[int], flips: Tensor | bool = False) -> Tensor:
+        """Code indices of a cache of codes, int64 [B, L, h, w]. IndexError outside 0..N-1."""
+        return self._read(indices, flips)["codes"].long()
+
+    def _read(self, indices: Tensor | Sequence[int], flips: Tensor | bool) -> dict[str, Tensor]:
+        """Rows of each tensor in the shards, [B, c, h, w], in the type on disk. Errors as in `moments`."""
         index = torch.as_tensor(indices, dtype=torch.int64)
         if len(index) and not (0 <= int(index.min()) and int(index.max()) < self._count):
             raise IndexError(f"latent index {int(index.min())}..{int(index.max())} outside 0..{self._count - 1}")
         mirrored = torch.as_tensor(flips).expand(len(index))
         if bool(mirrored.any()) and not self.has_flips:
             raise UserError(f"{self.folder}: this cache was built without flips; encode again with flips on")
-        mean, std = torch.zeros(2, len(index), *self.latent_shape)
+        dtype = DTYPES[self.manifest["identity"]["dtype"]]
+        found = {name: torch.zeros(len(index), *self.latent_shape, dtype=dtype) for name in self._moments}
         shard_of = index // self._shard_size
         for number in shard_of.unique().tolist():
             for side in mirrored[shard_of == number].unique().tolist():
                 rows = (shard_of == number) & (mirrored == side)
                 local = index[rows] - number * self._shard_size
-                mean[rows] = self._view(number, _tensor_name("mean", side))[local].float()
-                if "std" in self._moments:
-                    std[rows] = self._view(number, _tensor_name("std", side))[local].float()
-        return mean, std
+                for name, values in found.items():
+                    values[rows] = self._view(number, _tensor_name(name, side))[local]
+        return found
 
     def _view(self, number: int, name: str) -> Tensor:
         """A tensor of a shard as a view into the mapped file: only the pages of the rows picked are read from disk."""
@@ -156,6 +172,15 @@ class LatentCache:
         if name not in self._moments:
             return torch.zeros_like(self._flat(shard, "mean", mirrored))
         return shard.get_tensor(_tensor_name(name, mirrored)).double().transpose(0, 1).flatten(1)
+
+    def code_counts(self, num_codes: int) -> Tensor:
+        """How often each code stands in a cache of codes, mirrored encodings included: int64 [L, num_codes]."""
+        counts = torch.zeros(self.latent_shape[0], num_codes, dtype=torch.int64)
+        for shard in self._shards:
+            for side in (False, True) if self.has_flips else (False,):
+                codes = shard.get_tensor(_tensor_name("codes", side)).transpose(0, 1).flatten(1)  # [L, n·h·w]
+                counts += torch.stack([torch.bincount(level, minlength=num_codes) for level in codes])
+        return counts
 
     def statistics(self) -> LatentMoments:
         """Exact per-channel moments over the whole cache in one streaming pass, mirrored encodings included."""
@@ -175,8 +200,11 @@ class LatentCache:
         return LatentMoments(mean[:, 0], variance.sqrt(), noise[:, 0] / count / variance)
 
 
-def identity(codec: Codec, dataset: Dataset) -> Identity:
-    """The parts of a cache's identity that decide its latents; give it to open_cache as `expect`."""
+def identity(codec: Codec, dataset: Dataset, codes: bool = False) -> Identity:
+    """The parts of a cache's identity that decide its latents; give it to open_cache as `expect`.
+
+    codes: of a cache of codes.
+    """
     made_of = {
         "autoencoder": codec.fingerprint(latents_only=True),
         "preprocessing": dataset.preprocess.describe(),
@@ -184,13 +212,13 @@ def identity(codec: Codec, dataset: Dataset) -> Identity:
     }
     # Earlier versions wrote neither of these
     made_of |= {"split": dataset.split} if dataset.split else {}
-    made_of |= {"moments": ["mean"]} if dataset.means_only else {}
+    made_of |= {"moments": ["mean"]} if dataset.means_only else {"moments": CODES} if codes else {}
     return made_of | ({"copies": dataset.copies.describe()} if dataset.copies.count > 1 else {})
 
 
 def _refuse_other(folder: Path, stored: Identity, expected: Identity) -> None:
     """UserError where a cache's identity differs from the expected one. One that says nothing of copies has none."""
-    plain = {"copies": ONCE.describe()}
+    plain = {"copies": ONCE.describe(), "moments": list(BOTH)}
     refuse_difference(folder, plain | stored, (plain if "data" in expected else {}) | expected)
 
 
@@ -246,11 +274,12 @@ def build_cache(
     world: int = 1,
     patience: float = 1800.0,
     check: str = "full",
+    codes: bool = False,
 ) -> LatentCache:
     """Encodes the data set into `folder`, which may have finished shards already, and opens the result.
 
     flips: whether mirrored images are encoded too. batch: images encoded at a time. dtype: "float16" or "float32", of the
-    moments on disk. shard_size: images in a shard. check: as in `open_cache`.
+    moments on disk. shard_size: images in a shard. check: as in `open_cache`. codes: keep code indices in their place.
 
     Process `rank` of `world` builds shards rank, rank + world, … and needs no communication with the others: whichever sees
     that all are there writes the manifest. The others wait, and give up (UserError) when no shard appears for `patience`
@@ -261,7 +290,7 @@ def build_cache(
     encodes there; or latents are not finite. Any number of jobs may open a finished cache.
     """
     folder = Path(folder)
-    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
+    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size, codes)
     if not _is_finished(folder, made_of):
         with building(folder, rank, world):
             _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
@@ -283,6 +312,7 @@ def build_part(
     progress: Callable[[int, int], None] | None = None,
     rank: int = 0,
     world: int = 1,
+    codes: bool = False,
 ) -> list[int]:
     """Builds shards rank, rank + world, … of a cache without waiting for the others; returns the numbers of missing shards.
 
@@ -290,7 +320,7 @@ def build_part(
     the cache as finished. Arguments and errors as `build_cache`.
     """
     folder = Path(folder)
-    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size)
+    made_of = _identity_here(codec, dataset, folder, flips, dtype, shard_size, codes)
     with building(folder, rank, world):
         _build_shards(codec, dataset, folder, made_of, batch, progress, rank, world)
         missing = _missing_shards(folder, made_of)
@@ -299,11 +329,14 @@ def build_part(
     return missing
 
 
-def _identity_here(codec: Codec, dataset: Dataset, folder: Path, flips: bool, dtype: str, shard_size: int) -> Identity:
+def _identity_here(
+    codec: Codec, dataset: Dataset, folder: Path, flips: bool, dtype: str, shard_size: int, codes: bool
+) -> Identity:
     """The identity of the cache that a folder shall have; UserError where it has another one."""
+    dtype = CODES_DTYPE if codes else dtype
     if dtype not in DTYPES:
         raise UserError(f"cache dtype '{dtype}': valid are {', '.join(DTYPES)}")
-    expected = {"format": FORMAT, **identity(codec, dataset), "count": len(dataset)}
+    expected = {"format": FORMAT, **identity(codec, dataset, codes), "count": len(dataset)}
     manifest = read_manifest(folder)
     if manifest is None:
         return {**expected, "flips": bool(flips), "dtype": dtype, "shard_size": shard_size}
@@ -380,8 +413,10 @@ def _encode(codec: Codec, dataset: Dataset, indices: Tensor, made_of: Identity) 
     dtype = DTYPES[made_of["dtype"]]
     for side in (False, True) if made_of["flips"] else (False,):
         images, labels = dataset.batch(indices, flips=side)
-        for name, value in zip(BOTH, codec.moments(images), strict=True):
-            if name not in made_of.get("moments", BOTH):
+        names = made_of.get("moments", BOTH)
+        found = {"codes": codec.codes(images)} if names == CODES else dict(zip(BOTH, codec.moments(images), strict=True))
+        for name, value in found.items():
+            if name not in names:
                 continue
             rows[_tensor_name(name, side)] = value.to("cpu", dtype)
             if not torch.isfinite(rows[_tensor_name(name, side)]).all():
@@ -410,7 +445,7 @@ def _wait_for_shards(folder: Path, made_of: Identity, patience: float) -> None:
 
 def _manifest(folder: Path, dataset: Dataset, made_of: Identity) -> dict[str, Any]:
     with safe_open(shard_path(folder, 0), "pt") as shard:
-        latent_shape = list(shard.get_slice("mean").get_shape()[1:])
+        latent_shape = list(shard.get_slice(made_of.get("moments", BOTH)[0]).get_shape()[1:])
     # Each process knows what it could not read itself
     bad = dict(dataset.source.bad)
     for number in range(shard_count(made_of)):
@@ -445,7 +480,7 @@ def _shard_problem(folder: Path, made_of: Identity, number: int) -> str | None:
     moments = [shapes.get(_tensor_name(name, side)) for side in sides for name in made_of.get("moments", BOTH)]
     first = moments[0]
     if first is None or len(first[1]) != 4 or first[0] not in _SAFETENSORS_DTYPES or len(set(moments)) != 1:
-        return "without mean and std of one shape"
+        return f"without {' and '.join(made_of.get('moments', BOTH))} of one shape"
     count = len(shard_rows(made_of, number))
     if first[1][0] != count or shapes.get("labels", ("I64", (count,))) != ("I64", (count,)):
         return "of the wrong length"

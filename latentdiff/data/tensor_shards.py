@@ -33,6 +33,7 @@ _PART_NAMES = {
         "shard_size": "shard size",
         "split": "way of choosing held-out images, data.held_out_rule",
         "copies": "data.copies, data.shift or data.zoom",
+        "moments": "content",
     },
     "caption states": {"length": "condition.text.max_length", "count": "number of captions", "shard_size": "shard size"},
 }

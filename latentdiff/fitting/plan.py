@@ -606,7 +606,7 @@ class _Planning:
             config: Any = parse_config(copy.deepcopy(tree), "fit")
             train_diffusion.check_config(config)
             train_diffusion.check_unet_size(config, shape, codec.factor)
-            trial = partial(train_diffusion.trial_steps, config, codec, None, shape, classes)
+            trial = partial(train_diffusion.DiffusionTrainer.trial_steps, config, codec, None, shape, classes)
             timing = self.measure(config, trial, self.machine.device, precision, self._patience(hours))
             if timing is None and chosen is not None:
                 break  # it does not fit in memory

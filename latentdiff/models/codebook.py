@@ -27,6 +27,13 @@ class CodeUsage:
     def __init__(self, codes: int, levels: int = 1) -> None:
         self.counts = torch.zeros(codes if levels == 1 else (levels, codes), dtype=torch.int64)
 
+    @classmethod
+    def of(cls, counts: Tensor) -> CodeUsage:
+        """The usage of codes that were counted elsewhere; counts: int64 [K]."""
+        usage = cls(len(counts))
+        usage.counts += counts
+        return usage
+
     def update(self, indices: Tensor) -> None:
         """Count codes, each from 0 to K - 1: of any shape, or with several levels [..., L]. ValueError for a larger one."""
         counts = self._by_level()

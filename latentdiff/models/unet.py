@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from latentdiff import prediction as predictions
-from latentdiff.config import DiffusionConfig
+from latentdiff.config import DiffusionConfig, DiscreteConfig
 from latentdiff.errors import UserError
 from latentdiff.guidance import check_same_path
 from latentdiff.models.autoencoder import checked_arguments, diffusers_class
@@ -48,13 +48,14 @@ class PretrainedUNet:
     pipeline: Path | None
 
 
-def check_unet(config: DiffusionConfig) -> None:
+def check_unet(config: DiffusionConfig | DiscreteConfig) -> None:
     """UserError, before anything is encoded, for a U-Net that cannot be built or does not fit the rest of the config."""
     if config.model.pretrained is None:
         if config.model.match_classes:
             raise UserError("model.match_classes: has no effect without model.pretrained; leave it out")
         _unet_arguments(config)
         return
+    assert isinstance(config, DiffusionConfig)
     start = find_pretrained(config)
     _check_conditions(config, start)
     if config.model.match_classes:
@@ -70,7 +71,7 @@ def check_unet(config: DiffusionConfig) -> None:
     weight_files(start.folder)
 
 
-def check_unet_size(config: DiffusionConfig, latent_shape: tuple[int, int, int], factor: int) -> None:
+def check_unet_size(config: DiffusionConfig | DiscreteConfig, latent_shape: tuple[int, int, int], factor: int) -> None:
     """UserError, before anything is encoded, where the U-Net's levels do not divide the latents.
 
     latent_shape: (c, h, w). factor: image side / latent side, for advice in pixels.
@@ -78,6 +79,7 @@ def check_unet_size(config: DiffusionConfig, latent_shape: tuple[int, int, int],
     if config.model.pretrained is None:
         key, levels = "model.config.block_out_channels", config.model.config.get("block_out_channels", (0,) * DEFAULT_LEVELS)
     else:
+        assert isinstance(config, DiffusionConfig)
         key, levels = "model.pretrained", find_pretrained(config).config["block_out_channels"]
     _check_sides(latent_shape, len(levels), key, factor)
 
@@ -121,14 +123,23 @@ def make_unet(
 
 
 def build_unet(
-    config: DiffusionConfig, latent_shape: tuple[int, int, int], num_class_embeds: int | None, text_width: int | None = None
+    config: DiffusionConfig | DiscreteConfig,
+    latent_shape: tuple[int, int, int],
+    num_class_embeds: int | None,
+    text_width: int | None = None,
+    in_channels: int | None = None,
 ) -> nn.Module:
-    """A new diffusers U-Net over latents [B, c, h, w]. Arguments and errors as in `make_unet`."""
+    """A new diffusers U-Net over latents [B, c, h, w]. Other arguments and errors as in `make_unet`.
+
+    in_channels: of its input; None: those of the latents, and of a second image.
+    """
     cls, arguments = _unet_arguments(config)
     levels = len(arguments.get("block_out_channels", (0,) * DEFAULT_LEVELS))
     _check_sides(latent_shape, levels, "model.config.block_out_channels")
     channels = latent_shape[0]
-    arguments |= {"in_channels": channels + extra_channels(config.condition, channels), "out_channels": channels}
+    if in_channels is None:
+        in_channels = channels + extra_channels(config.condition, channels)
+    arguments |= {"in_channels": in_channels, "out_channels": channels}
     arguments |= {"sample_size": sample_size(latent_shape), "num_class_embeds": num_class_embeds}
     if text_width is not None:
         arguments["cross_attention_dim"] = text_width
@@ -169,7 +180,7 @@ def find_pretrained(config: DiffusionConfig) -> PretrainedUNet:
     return PretrainedUNet(name, folder, kind, found, pipeline)
 
 
-def _unet_arguments(config: DiffusionConfig) -> tuple[type, dict[str, Any]]:
+def _unet_arguments(config: DiffusionConfig | DiscreteConfig) -> tuple[type, dict[str, Any]]:
     """The class of a new U-Net and its constructor arguments from the config, checked."""
     cls = diffusers_class(config.model.type or "", UNETS, "model.type")
     text = config.condition.includes("text")

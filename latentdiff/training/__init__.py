@@ -37,7 +37,7 @@ def train(config: Config | str | Path, resume: bool = False, overrides: Sequence
 
     began = run_clock.now()  # train.minutes counts the imports too
     from latentdiff.checkpoints import resolve_config
-    from latentdiff.config import AutoencoderConfig, ClassifierConfig, DiffusionConfig, JudgeConfig, load_config
+    from latentdiff.config import AutoencoderConfig, ClassifierConfig, DiffusionConfig, DiscreteConfig, JudgeConfig, load_config
     from latentdiff.training.accelerator import torch_settings_restored
     from latentdiff.training.run_folder import how_to_continue
     from latentdiff.utils import atomic
@@ -56,6 +56,10 @@ def train(config: Config | str | Path, resume: bool = False, overrides: Sequence
             from latentdiff.training.train_diffusion import train_diffusion
 
             return train_diffusion(config, resume, began)
+        if isinstance(config, DiscreteConfig):
+            from latentdiff.training.train_discrete import train_discrete
+
+            return train_discrete(config, resume, began)
 
         # Smaller networks: in one go, on one process. A judge's folder is replaced as a whole, so its lock lies beside it
         if processes.count() > 1:

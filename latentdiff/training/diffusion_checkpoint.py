@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from latentdiff import checkpoints, samplers
-from latentdiff.config import DiffusionConfig
+from latentdiff.config import DiffusionConfig, DiscreteConfig
 from latentdiff.errors import UserError
 from latentdiff.models.text_encoder import NULL_PROMPT, UNetWithTextEncoder
 from latentdiff.schedules import NoiseSchedule
@@ -44,27 +44,46 @@ def pipeline_parts(
     network: the U-Net, or the U-Net with the text encoder that was trained with it.
     """
     scheduler = published_scheduler(config, schedule)
-    classes, text = conditions.classes, conditions.text
-    unet, text_encoder = network, text and text.prompt_encoder.encoder
-    if isinstance(network, UNetWithTextEncoder):
-        unet, text_encoder = network.unet, network.text_encoder
-    drops_text = text is not None and (text.dropout > 0 or conditions.joint > 0)
     parts = {
-        "unet": unet,
-        "vae": latents.codec.vae,
+        **condition_parts(network, latents, conditions),
         "scheduler": scheduler,
-        "text_encoder": text_encoder,
-        "tokenizer": text and text.prompt_encoder.tokenizer,
-        "class_names": latents.images.class_names if classes else None,
-        "null_class": classes.null_class if classes else None,
-        "null_prompt": NULL_PROMPT if drops_text else None,
         "default_sampler": (config.sample.sampler or "dpmpp_2m") if scheduler is None else None,
-        "image_size": latents.images.preprocess.content[2:],
         "prediction": config.prediction,
         "schedule": {"name": config.schedule.name, **config.schedule.params},
         "image_condition": conditions.image.condition.published() if conditions.image else None,
     }
     return parts if config.bridge is None else {**parts, "bridge": config.bridge.source}
+
+
+def condition_parts(network: nn.Module, latents: Latents, conditions: Conditions) -> dict[str, Any]:
+    """The arguments that both kinds of pipeline have: the networks, classes and text, and the size of images."""
+    classes, text = conditions.classes, conditions.text
+    unet, text_encoder = network, text and text.prompt_encoder.encoder
+    if isinstance(network, UNetWithTextEncoder):
+        unet, text_encoder = network.unet, network.text_encoder
+    drops_text = text is not None and (text.dropout > 0 or conditions.joint > 0)
+    return {
+        "unet": unet,
+        "vae": latents.codec.vae,
+        "text_encoder": text_encoder,
+        "tokenizer": text and text.prompt_encoder.tokenizer,
+        "class_names": latents.images.class_names if classes else None,
+        "null_class": classes.null_class if classes else None,
+        "null_prompt": NULL_PROMPT if drops_text else None,
+        "image_size": latents.images.preprocess.content[2:],
+    }
+
+
+def run_facts(config: DiffusionConfig | DiscreteConfig, latents: Latents, ema_updates: int, step: int) -> dict[str, Any]:
+    """What latentdiff.json says of a run of either kind: its config, steps, average, data and autoencoder."""
+    images = latents.images.train
+    return {
+        "config": config.model_dump(mode="json"),
+        "steps": step,
+        "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": ema_updates},
+        "data": {"source": config.data.source, "images": len(images), "fingerprint": images.fingerprint()},
+        "autoencoder": {"fingerprint": latents.codec.fingerprint()},
+    }
 
 
 def save_checkpoint(
@@ -93,16 +112,11 @@ def save_checkpoint(
     if config.model.lora is not None:
         files[lora.FILE] = lora.lora_file(parts["unet"])
         parts = {**parts, "unet": lora.merged(parts["unet"])}
-    cache, images = latents.cache, latents.images.train
-    statistics = cache.statistics()
+    statistics = latents.cache.statistics()
     meta = {
-        "config": config.model_dump(mode="json"),
-        "steps": step,
-        "ema": {"decay": config.ema.decay, "power": config.ema.power, "updates": ema_updates},
-        "data": {"source": config.data.source, "images": len(images), "fingerprint": images.fingerprint()},
-        "autoencoder": {"fingerprint": latents.codec.fingerprint()},
+        **run_facts(config, latents, ema_updates, step),
         "latents": {
-            "shape": list(cache.latent_shape),
+            "shape": list(latents.cache.latent_shape),
             "mean": statistics.mean.tolist(),
             "std": statistics.std.tolist(),
             "posterior_share": statistics.posterior_share.tolist(),

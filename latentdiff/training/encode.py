@@ -14,12 +14,12 @@ from latentdiff.utils.deprecation import renamed
 def encode_dataset(
     config: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
 ) -> Path:
-    """Build the latent cache of a diffusion config, and that of a bridge's source, or finish one that was interrupted.
+    """Build the latent cache of a diffusion config (of a discrete one: its codes), and that of a bridge's source, or finish one that was interrupted.
 
     With a second image (condition.type: image) its own cache too. A signal ends it after a shard; the same call goes on.
 
     Args:
-        config: a YAML file whose stage is diffusion.
+        config: a YAML file whose stage is diffusion or discrete.
         overrides: values that replace the file's, as key=value, such as cache.folder=latents.
         progress: show a progress bar on stderr.
         part: "K/N", with K from 1 to N: build every N-th shard alone, as one of N jobs that share the folder. The job that
@@ -32,15 +32,23 @@ def encode_dataset(
         UserError: a mistake in the config, data or an autoencoder that cannot be used, or another job that encodes there.
     """
     from latentdiff.checkpoints import resolve_config
-    from latentdiff.config import DiffusionConfig, load_config
+    from latentdiff.config import DiffusionConfig, DiscreteConfig, load_config
     from latentdiff.models.unet import check_unet, check_unet_size
     from latentdiff.training import bridge, image_conditions, messages
     from latentdiff.training.accelerator import announcement, start_accelerator
-    from latentdiff.training.latents import cache_folder, cache_size, encode_part, open_inputs, prepare_latents, progress_bar
+    from latentdiff.training.latents import (
+        cache_folder,
+        cache_size,
+        cached_shape,
+        encode_part,
+        open_inputs,
+        prepare_latents,
+        progress_bar,
+    )
 
     file, config = config, load_config(resolve_config(config), overrides or [])
-    if not isinstance(config, DiffusionConfig):
-        raise UserError(f"{file}: stage is {config.stage}; encode takes a config whose stage is diffusion")
+    if not isinstance(config, DiffusionConfig | DiscreteConfig):
+        raise UserError(f"{file}: stage is {config.stage}; encode takes a config whose stage is diffusion or discrete")
     job = None if part is None else _part(part)
     check_unet(config)
     accelerator = start_accelerator(config.train)
@@ -48,7 +56,7 @@ def encode_dataset(
     codec, images = opened
     image_conditions.check_images(config, images)
     # Latents that the U-Net cannot take are not worth the time
-    check_unet_size(config, codec.latent_shape(*images.preprocess.padded_size), codec.factor)
+    check_unet_size(config, cached_shape(config, codec, images), codec.factor)
     source_images = bridge.open_images(config, images, codec)
     lines = [*messages.as_warnings(messages.autoencoder_warnings(config.autoencoder)), cache_size(config, *opened)]
     # A frozen autoencoder always runs in float32, whatever the precision of training

@@ -216,7 +216,7 @@ def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[s
     if not fits:
         return facts | cached | {"parameters": _parameters(autoencoder_frozen=codec.vae)}
     # Precision and micro-batch, as training chooses them
-    trial = partial(train_diffusion.trial_steps, config, codec, images, latent_shape, classes)
+    trial = partial(train_diffusion.DiffusionTrainer.trial_steps, config, codec, images, latent_shape, classes)
     config, facts["precision"] = _resolve(config, accelerator, trial, notes)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = start_accelerator(config.train)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from latentdiff.config import ClassifierConfig, DiffusionConfig
+from latentdiff.config import ClassifierConfig, DiffusionConfig, DiscreteConfig
 from latentdiff.data.latent_cache import LatentCache, build_cache, build_part
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import autoencoder_folder, load_autoencoder, set_normaliser
@@ -21,12 +21,13 @@ from latentdiff.models.image_condition import image_condition
 from latentdiff.training.images import Images
 from latentdiff.utils import progress_bars
 
+LatentConfig = DiffusionConfig | DiscreteConfig | ClassifierConfig  # the stages that train on a cache
 CHECKED = 1024  # latents that the normaliser is checked on
 TOLERANCE = 1.25  # their root mean square may differ from 1 by this factor
 
 
 def encode_part(
-    config: DiffusionConfig | ClassifierConfig,
+    config: LatentConfig,
     rank: int,
     world: int,
     opened: tuple[LatentCodec, Images],
@@ -55,6 +56,7 @@ def encode_part(
         images.then_print_report(progress),
         rank,
         world,
+        isinstance(config, DiscreteConfig),
     )
     return len(missing)
 
@@ -77,18 +79,21 @@ class Latents:
         return self.codec.normalise(mean if noise is None else mean + std * noise)
 
 
-def cache_folder(config: DiffusionConfig | ClassifierConfig) -> Path:
-    """Where the latent cache of a config is: cache.folder, or latents/ in its output folder."""
-    return Path(config.cache.folder or Path(config.output) / "latents")
+def cache_folder(config: LatentConfig) -> Path:
+    """Where the cache of a config is: cache.folder, or latents/ (of codes: codes/) in its output folder."""
+    name = "codes" if isinstance(config, DiscreteConfig) else "latents"
+    return Path(config.cache.folder or Path(config.output) / name)
 
 
 def prepare_latents(
-    config: DiffusionConfig | ClassifierConfig,
+    config: LatentConfig,
     accelerator,
     progress: Callable[[int, int], None] | None = None,
     opened: tuple[LatentCodec, Images] | None = None,
 ) -> Latents:
     """Load the autoencoder, build or open the latent cache, and check the normaliser. Every process calls this.
+
+    Of a discrete config the cache is one of codes, which have no normaliser.
 
     Args:
         config: of the run.
@@ -112,7 +117,10 @@ def prepare_latents(
         rank=accelerator.process_index,
         world=accelerator.num_processes,
         check=config.cache.check,
+        codes=isinstance(config, DiscreteConfig),
     )
+    if isinstance(config, DiscreteConfig):
+        return Latents(codec, images, cache)
     if config.normaliser == "measured":
         statistics = cache.statistics()
         set_normaliser(codec.vae, statistics.mean, statistics.std)
@@ -131,41 +139,60 @@ def goes_on_with_both(config: DiffusionConfig | ClassifierConfig) -> bool:
     return own is not None and used is not None and own.resolve() == used.resolve()
 
 
-def open_inputs(config: DiffusionConfig | ClassifierConfig, device: torch.device) -> tuple[LatentCodec, Images]:
+def open_inputs(config: LatentConfig, device: torch.device) -> tuple[LatentCodec, Images]:
     """(the frozen autoencoder on its device, the images in the form that it takes); nothing is encoded yet.
 
-    UserError where either cannot be opened, or the number of image channels differs.
+    UserError where either cannot be opened, the number of image channels differs, or a discrete config names an autoencoder
+    without a codebook.
     """
     codec = LatentCodec(load_autoencoder(config.autoencoder).to(device))
     if codec.image_channels != config.data.channels:
         raise UserError(
             f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
         )
+    if isinstance(config, DiscreteConfig) and codec.num_codes is None:
+        raise UserError(
+            f"autoencoder {config.autoencoder}: {type(codec.vae).__name__} has no codebook, and stage discrete needs codes; name a "
+            "VQModel, such as configs/fashion-mnist/autoencoder-vq.yaml trains, or set stage: diffusion"
+        )
     return codec, Images(config.data, codec.factor)
 
 
-def cache_bytes(config: DiffusionConfig | ClassifierConfig, count: int, latent_shape: tuple[int, int, int]) -> int:
+def code_shape(codec: LatentCodec, height: int, width: int) -> tuple[int, int, int]:
+    """(L, h, w) of the codes of an image of height x width pixels: L levels of the quantiser."""
+    return codec.code_levels, *codec.latent_shape(height, width)[1:]
+
+
+def cached_shape(config: LatentConfig, codec: LatentCodec, images: Images) -> tuple[int, int, int]:
+    """(c, h, w) of what the cache of a config holds of each image: latents, or (L, h, w) of codes."""
+    shape = code_shape if isinstance(config, DiscreteConfig) else LatentCodec.latent_shape
+    return shape(codec, *images.preprocess.padded_size)
+
+
+def cache_bytes(config: LatentConfig, count: int, latent_shape: tuple[int, int, int]) -> int:
     """Bytes of the latent cache of `count` images: mean and deviation in float16, of mirrored images too with data.flips.
 
-    With a second image the means of its cache count too.
+    With a second image the means of its cache count too. Codes take 4 bytes each.
     """
+    if isinstance(config, DiscreteConfig):
+        return count * math.prod(latent_shape) * 4 * (1 + config.data.flips)
     condition = image_condition(config.condition) if isinstance(config, DiffusionConfig) else None
     moments = 2 + (condition.draws if condition else 0)
     return count * math.prod(latent_shape) * 2 * moments * (1 + config.data.flips)
 
 
-def cache_size(config: DiffusionConfig, codec: LatentCodec, images: Images) -> str:
+def cache_size(config: DiffusionConfig | DiscreteConfig, codec: LatentCodec, images: Images) -> str:
     """One line, for the user, on the disk space in MiB that the latent cache needs. It begins "warning:" where less is free.
 
     codec: the autoencoder. images: of the run. Nothing is printed.
     """
     folder = cache_folder(config)
-    size = cache_bytes(config, len(images.samples), codec.latent_shape(*images.preprocess.padded_size))
+    size = cache_bytes(config, len(images.samples), cached_shape(config, codec, images))
     place = folder.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    line = f"latents of {len(images.samples)} images into {folder}: {size / 2**20:.3g} MiB"
+    line = f"{'codes' if isinstance(config, DiscreteConfig) else 'latents'} of {len(images.samples)} images into {folder}: {size / 2**20:.3g} MiB"
     return line if size < free else f"warning: {line}, and only {free / 2**20:.3g} MiB are free there"
 
 

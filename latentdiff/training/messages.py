@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff.config import AutoencoderConfig, DiffusionConfig, EmaConfig
+from latentdiff.config import AutoencoderConfig, DiffusionConfig, DiscreteConfig, EmaConfig
 from latentdiff.errors import printable
 from latentdiff.models.autoencoder import autoencoder_folder
 from latentdiff.training.lora import FILE as LORA_FILE
@@ -36,7 +36,10 @@ def as_warnings(warnings: Iterable[str]) -> list[str]:
 # Warnings about a config
 
 
-def length_warnings(config: AutoencoderConfig | DiffusionConfig) -> list[str]:
+AnyStage = AutoencoderConfig | DiffusionConfig | DiscreteConfig
+
+
+def length_warnings(config: AnyStage) -> list[str]:
     """Warnings about parts of a config that do not suit the run's length: warm-up, EMA, adversarial loss."""
     steps, warm_up = config.train.steps, config.optimizer.warmup_steps
     warnings: list[str] = []
@@ -63,7 +66,7 @@ def ema_half_life(ema: EmaConfig) -> float:
     return math.log(0.5) / math.log(ema.decay) if ema.decay > 0 else 0.0
 
 
-def data_warnings(config: AutoencoderConfig | DiffusionConfig, count: int) -> list[str]:
+def data_warnings(config: AnyStage, count: int) -> list[str]:
     """Warnings about a run's length and batch size for `count` training images."""
     train = config.train
     warnings: list[str] = []
@@ -118,7 +121,7 @@ def autoencoder_warnings(where: str) -> list[str]:
 # Where the results are
 
 
-def where_results_appear(config: AutoencoderConfig | DiffusionConfig) -> str:
+def where_results_appear(config: AnyStage) -> str:
     """One line on where a run's pictures and curves appear."""
     output, every, minutes = Path(config.output), config.train.picture_every, config.train.picture_minutes
     pictures = f"{output / 'pictures'} every {every} steps"
@@ -126,7 +129,7 @@ def where_results_appear(config: AutoencoderConfig | DiffusionConfig) -> str:
         pictures = f"{output / 'pictures'} every {minutes:g} minutes"
     elif every > config.train.steps:
         # Stage 2 draws a picture at its last step in any case
-        pictures = f"{output / ('pictures' if isinstance(config, DiffusionConfig) else 'report.png')} at the end"
+        pictures = f"{output / ('report.png' if isinstance(config, AutoencoderConfig) else 'pictures')} at the end"
     return f"pictures: {pictures}; curves: {output / 'metrics.jsonl'}, tensorboard --logdir {shlex.quote(str(output / 'logs'))}"
 
 
@@ -142,7 +145,7 @@ def autoencoder_finished(folder: Path, lines: Sequence[str]) -> list[str]:
     ]
 
 
-def model_finished(config: DiffusionConfig, prompt: str | None) -> list[str]:
+def model_finished(config: DiffusionConfig | DiscreteConfig, prompt: str | None) -> list[str]:
     """What a finished stage-2 run prints: where the model is, and the command for images. prompt: an example, with text."""
     output = Path(config.output)
     what = "--all-classes " if config.condition.includes("class") else ""
@@ -150,7 +153,7 @@ def model_finished(config: DiffusionConfig, prompt: str | None) -> list[str]:
     if config.condition.includes("image"):
         what += "--condition PICTURE " + ("--condition-mask MASK " if config.condition.image.kind == "mask" else "")
     lora = []
-    if config.model.lora is not None:
+    if isinstance(config, DiffusionConfig) and config.model.lora is not None:
         lora = [f"the LoRA alone is in {output / 'model' / LORA_FILE}, for load_lora_weights on {config.model.pretrained}"]
     return [
         f"the model is in {output / 'model'}; pictures drawn while training: {output / 'pictures'}",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.checkpoints import resolve_model
-from latentdiff.config import DiffusionConfig
+from latentdiff.config import DiffusionConfig, DiscreteConfig
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.errors import UserError
 from latentdiff.evaluation.frechet import Moments, frechet_distance
@@ -34,7 +34,7 @@ BATCH = 125  # images that are generated at a time to measure the distance
 Start = Callable[[list[int]], Tensor]
 
 
-def check(config: DiffusionConfig) -> None:
+def check(config: DiffusionConfig | DiscreteConfig) -> None:
     """UserError for a measurement without a feature network, or a best state by a distance that is never measured."""
     evaluate = config.evaluate
     if config.train.best == "evaluation/frechet" and evaluate.every is None:
@@ -44,7 +44,7 @@ def check(config: DiffusionConfig) -> None:
     load_net(config, torch.device("cpu"))
 
 
-def load_net(config: DiffusionConfig, device: torch.device) -> FeatureNet | None:
+def load_net(config: DiffusionConfig | DiscreteConfig, device: torch.device) -> FeatureNet | None:
     """The feature network of evaluate.features; None where evaluate.every is not set. UserError where there is none."""
     if config.evaluate.every is None:
         return None
@@ -91,8 +91,8 @@ def save_picture(
             guidance_interval=config.sample.guidance_interval,
             num_inference_steps=config.sample.steps,
             generator=generators(config.seed, numbers),
-            latents=start and start(numbers),
             output_type="pt",
+            **from_start(start, numbers),
             **beside,
         ).images
         images = images.unflatten(0, (len(chosen), each))
@@ -146,8 +146,8 @@ class Monitor:
                     guidance_interval=config.sample.guidance_interval,
                     num_inference_steps=config.sample.steps,
                     generator=generators(derive_seed(config.seed, "evaluate"), numbers),
-                    latents=start and start(numbers),
                     output_type="pt",
+                    **from_start(start, numbers),
                     **beside,
                 ).images
             # Rounded to 8 bits, as the real images are
@@ -176,6 +176,11 @@ class Monitor:
         return Moments(rows.shape[1]).update(rows)
 
 
+def from_start(start: Start | None, numbers: list[int]) -> dict[str, Tensor]:
+    """The argument of a pipeline's call that says where a bridge's pictures of these numbers start; none without a bridge."""
+    return {} if start is None else {"latents": start(numbers)}
+
+
 def condition_arguments(conditions: Conditions, images: Images, rows: Tensor) -> dict[str, Tensor]:
     """Arguments of a pipeline's call for the condition images of held-out images; rows: their places, int64 [B]."""
     assert conditions.image is not None
@@ -192,15 +197,15 @@ def _shown(conditions: Conditions, images: Images, rows: Tensor, size: tuple[int
     return given if "condition_mask" not in arguments else torch.where(arguments["condition_mask"] >= 0.5, 0.5, given)
 
 
-def sampling_pipeline(config: DiffusionConfig, parts: dict[str, Any], refuse_non_finite: bool = False) -> Any:
-    """A quiet pipeline with the config's guidance scale. parts: what `pipeline_parts` gave.
+def sampling_pipeline(config: DiffusionConfig | DiscreteConfig, parts: dict[str, Any], refuse_non_finite: bool = False) -> Any:
+    """A quiet pipeline with the config's guidance scale. parts: what `pipeline_parts` gave, or `discrete_parts`.
 
     refuse_non_finite: raise NotFiniteError for such an image. By default it is no error: training goes on.
     """
-    from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
+    from latentdiff.checkpoints import pipeline_class
 
     # The scale is given as a default: then it is off without a condition, and a call would be refused
-    pipeline = LatentDiffusionPipeline(**parts, default_guidance_scale=guidance_scale(config))
+    pipeline = pipeline_class(parts)(**parts, default_guidance_scale=guidance_scale(config))
     pipeline.set_progress_bar_config(disable=True)
     pipeline.refuse_non_finite = refuse_non_finite
     return pipeline

@@ -11,10 +11,14 @@ from latentdiff.errors import UserError
 from latentdiff.utils import locks, processes, signals
 
 if TYPE_CHECKING:
-    from latentdiff.config import AutoencoderConfig, DiffusionConfig, Section
+    from latentdiff.config import AutoencoderConfig, DiffusionConfig, DiscreteConfig, Section
     from latentdiff.training.train_diffusion import DiffusionTrainer
 
-PRODUCTS = {"autoencoder": "autoencoder", "diffusion": "model"}  # the folder that a stage publishes, within its output
+PRODUCTS = {
+    "autoencoder": "autoencoder",
+    "diffusion": "model",
+    "discrete": "model",
+}  # the folder that a stage publishes, within its output
 
 
 def publish(run_folder: str | Path, step: int | None = None, best: bool = False, out: str | Path | None = None) -> Path:
@@ -83,22 +87,26 @@ def _publish_autoencoder(config: AutoencoderConfig, folder: Path, tensors: dict[
     save_autoencoder(config, images, vae, accelerator, folder, {"steps": meta["step"], "ema_updates": meta["ema_updates"]})
 
 
-def _publish_diffusion(config: DiffusionConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
+def _publish_diffusion(
+    config: DiffusionConfig | DiscreteConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]
+) -> None:
     """The same for stage 2."""
     trainer = open_diffusion(config)
     load_averages(trainer, tensors, meta)
     trainer.publish(folder, meta["step"])
 
 
-def open_diffusion(config: DiffusionConfig) -> DiffusionTrainer:
+def open_diffusion(config: DiffusionConfig | DiscreteConfig) -> DiffusionTrainer:
     """A stage-2 run with its images, autoencoder, text encoder and network, but none of its weights.
 
     The run's latent cache is opened, or built again where it is not there any more. config: as the run recorded it.
     """
+    from latentdiff.config import DiscreteConfig
     from latentdiff.training import bridge, conditioning
     from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import open_inputs, prepare_latents, progress_bar
     from latentdiff.training.train_diffusion import DiffusionTrainer
+    from latentdiff.training.train_discrete import DiscreteTrainer
 
     accelerator = start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as bar:
@@ -108,7 +116,8 @@ def open_diffusion(config: DiffusionConfig) -> DiffusionTrainer:
         source = bridge.open_source(config, latents, source_images, accelerator, bar)
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
-    return DiffusionTrainer(config, latents, conditions, accelerator, source)
+    trainer_class = DiscreteTrainer if isinstance(config, DiscreteConfig) else DiffusionTrainer
+    return trainer_class(config, latents, conditions, accelerator, source)
 
 
 def load_averages(trainer: DiffusionTrainer, tensors: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -125,11 +134,15 @@ def load_averages(trainer: DiffusionTrainer, tensors: dict[str, Any], meta: dict
     trainer.ema.updates = meta["ema_updates"]
 
 
-def _config(output: Path) -> AutoencoderConfig | DiffusionConfig:
-    from latentdiff.config import AutoencoderConfig, DiffusionConfig
+def _config(output: Path) -> AutoencoderConfig | DiffusionConfig | DiscreteConfig:
+    from latentdiff.config import AutoencoderConfig, DiffusionConfig, DiscreteConfig
     from latentdiff.training.run_folder import recorded_config
 
-    stages: dict[str, type[Section]] = {"autoencoder": AutoencoderConfig, "diffusion": DiffusionConfig}
+    stages: dict[str, type[Section]] = {
+        "autoencoder": AutoencoderConfig,
+        "diffusion": DiffusionConfig,
+        "discrete": DiscreteConfig,
+    }
     record = output / "run.json"
     try:
         stage = json.loads(record.read_text(encoding="utf-8"))["stage"]

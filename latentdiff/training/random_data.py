@@ -28,14 +28,15 @@ STAND_IN = 4096  # number of images, where it is not known
 class RandomCache:
     """Random latents in place of a LatentCache, with the methods that a training step calls. Nothing is stored.
 
-    shape: of one latent, (c, h, w). count: how many images the cache claims to hold.
+    shape: of one latent, (c, h, w), or of codes (L, h, w). count: how many images the cache claims to hold. num_codes: of the
+    codebook, if there is one.
 
     `moments(indices)` returns standard normal means and deviations of 0, float32 [B, c, h, w], drawn anew by torch's default
     generator.
     """
 
-    def __init__(self, shape: tuple[int, int, int], count: int):
-        self.latent_shape, self.count = shape, count
+    def __init__(self, shape: tuple[int, int, int], count: int, num_codes: int | None = None):
+        self.latent_shape, self.count, self.num_codes = shape, count, num_codes
 
     def __len__(self) -> int:
         return self.count
@@ -43,6 +44,10 @@ class RandomCache:
     def moments(self, indices: Tensor, flips: Tensor | bool = False) -> tuple[Tensor, Tensor]:
         shape = (len(indices), *self.latent_shape)
         return torch.randn(shape), torch.zeros(shape)
+
+    def codes(self, indices: Tensor, flips: Tensor | bool = False) -> Tensor:
+        """Uniformly random codes, int64 [B, L, h, w]."""
+        return torch.randint(self.num_codes or 1, (len(indices), *self.latent_shape))
 
 
 class RandomStates:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import DiffusionConfig
+from latentdiff.config import DiffusionConfig, DiscreteConfig
 from latentdiff.data.shuffling import coin_flips, stream
 from latentdiff.denoiser import Denoiser, unet_model
 from latentdiff.errors import UserError
@@ -35,7 +36,7 @@ from latentdiff.training.diffusion_checkpoint import pipeline_parts, published_s
 from latentdiff.training.dropout import replace_dropout, set_keys
 from latentdiff.training.ema import Ema
 from latentdiff.training.images import Images
-from latentdiff.training.latents import Latents, open_inputs, prepare_latents, progress_bar
+from latentdiff.training.latents import Latents, cached_shape, open_inputs, prepare_latents, progress_bar
 from latentdiff.training.logging import RunLogger, Values
 from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.optimizer import clip_gradient, make_optimizer, set_learning_rate
@@ -63,28 +64,42 @@ def train_diffusion(config: DiffusionConfig, resume: bool = False, began: float 
     Raises:
         UserError: a mistake in the config, the data or the output folder. Nothing was written then.
     """
+    return run_stage(config, resume, began, check_config, DiffusionTrainer)
+
+
+def run_stage(
+    config: DiffusionConfig | DiscreteConfig,
+    resume: bool,
+    began: float | None,
+    check: Callable[[Any], None],
+    trainer_class: type[DiffusionTrainer],
+) -> Path:
+    """A whole run of stage 2, of either kind; arguments, result and errors as `train_diffusion`.
+
+    check: refuses a config that cannot work. trainer_class: the training step, and what is made of it.
+    """
     began = run_clock.now() if began is None else began
     output = Path(config.output)
     config = conditioning.with_recorded_dropout(config, output) if resume else config
-    check_config(config)
+    check(config)
     accelerator = start_accelerator(config.train, shards=True)
     with locked_run_folder(output, config, resume) as resumes:
-        _train(config, resumes, accelerator, began)
+        _train(config, resumes, accelerator, began, trainer_class)
     return output / "model"
 
 
-def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float) -> None:
+def _train(config: Any, resume: bool, accelerator: Any, began: float, trainer_class: type[DiffusionTrainer]) -> None:
     output = Path(config.output)
 
     # 1. The frozen autoencoder and the images. The latents' shape follows from both.
     codec, images = open_inputs(config, accelerator.device)
     conditioning.check_data(config, images)
-    latent_shape = codec.latent_shape(*images.preprocess.padded_size)
+    latent_shape = cached_shape(config, codec, images)
     check_unet_size(config, latent_shape, codec.factor)
     source_images = bridge.open_images(config, images, codec)
 
     # 2. Precision and micro-batch, where the config says auto: measured by a few steps on random data.
-    trial = partial(trial_steps, config, codec, images, latent_shape, len(images.class_names))
+    trial = partial(trainer_class.trial_steps, config, codec, images, latent_shape, len(images.class_names))
     config, precision = resolve(config, output, accelerator, trial, resume)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = start_accelerator(config.train, shards=True)  # again: now in the precision that was chosen
@@ -103,7 +118,7 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
 
     # 5. The U-Net, its optimizer and its averaged weights; then the state of the run that is resumed.
-    trainer = DiffusionTrainer(config, latents, conditions, accelerator, source)
+    trainer = trainer_class(config, latents, conditions, accelerator, source)
     trainer.clock.began = began  # what came before counts too: encoding, say
     if config.train.compile:
         trainer.compile()
@@ -134,30 +149,6 @@ def _train(config: DiffusionConfig, resume: bool, accelerator: Any, began: float
     accelerator.wait_for_everyone()
 
 
-def trial_steps(
-    config: DiffusionConfig,
-    codec: LatentCodec,
-    images: Images | None,
-    shape: tuple[int, int, int],
-    class_count: int,
-    alone: OneProcess,
-) -> Step:
-    """step(precision, batch): training steps on random latents of shape (c, h, w), labels and captions, to be timed.
-
-    They need no latent cache, so they can run before any image is encoded. images: None where they are not there.
-    """
-    cache: Any = RandomCache(shape, len(images.train) if images else STAND_IN)
-    latents = Latents(codec, images, cache)  # type: ignore[arg-type]
-    trainer = DiffusionTrainer(config, latents, random_conditions(config, images, class_count, shape), alone)
-
-    def step(precision: str, batch: int) -> None:
-        alone.precision = precision
-        trainer.config = named(config, precision, batch)
-        trainer.train_step(0, config.optimizer.lr)
-
-    return step
-
-
 def check_config(config: DiffusionConfig) -> None:
     """UserError, before anything is encoded, for names and combinations that would fail only later in the run."""
     bridge.check(config)
@@ -166,6 +157,11 @@ def check_config(config: DiffusionConfig) -> None:
     conditioning.check(config)
     lora.check(config)
     check_unet(config)
+    check_launch(config)
+
+
+def check_launch(config: DiffusionConfig | DiscreteConfig) -> None:
+    """UserError for settings that a network sharded by `accelerate launch --use_fsdp` cannot have."""
     if not distributed.fsdp_requested():
         return
     by_fsdp = "sharded by accelerate launch --use_fsdp"
@@ -246,14 +242,12 @@ class DiffusionTrainer(Trainer):
     ):
         super().__init__(config, accelerator)
         self.latents, self.conditions, self.source = latents, conditions, source
-        self.schedule, self.levels = make_noise(config)
-        self.uncertainty = Uncertainty(self.schedule) if config.weighting == "uncertainty" else None
+        self.uncertainty: Uncertainty | None = None
+        self.make_process()
 
         # The network, and a copy of it for the averaged weights
         classes, text = conditions.classes, conditions.text
-        class_rows, text_width = classes and classes.num_embeddings, text and text.prompt_encoder.width
-        names = latents.images.class_names if latents.images else []
-        unet = make_unet(config, latents.cache.latent_shape, class_rows, text_width, names)
+        unet = self.make_network(classes and classes.num_embeddings, text and text.prompt_encoder.width)
         self.trained: set[str] | None = None
         if config.model.lora is not None:
             self.trained = lora.add_lora(unet, config.model.lora, config.seed)
@@ -267,11 +261,54 @@ class DiffusionTrainer(Trainer):
 
         # The optimizer, and one network for all processes
         self._distribute()
-        self.denoiser = Denoiser(unet_model(self.parallel_model, self.schedule), self.schedule, config.prediction)
+        self.denoiser = self.denoiser_of(self.parallel_model)
         self.ema = Ema(self.model, config.ema.decay, config.ema.power, self.trained)
         if self.trained is not None:
             lora.share_base(self.ema_model, self.model, self.trained)
         self.parallel_model.train()
+
+    # What a noise process decides. Discrete diffusion has its own: see train_discrete.py
+
+    def make_process(self) -> None:
+        """Make the noise schedule, the distribution of training times, and the learned weight of the loss."""
+        self.schedule, self.levels = make_noise(self.config)
+        self.times = self.schedule.t_min, self.schedule.t_max
+        if self.config.weighting == "uncertainty":
+            self.uncertainty = Uncertainty(self.schedule)
+
+    def make_network(self, class_rows: int | None, text_width: int | None) -> nn.Module:
+        """The U-Net. class_rows: of the class embedding. text_width: of the text encoder's states."""
+        names = self.latents.images.class_names if self.latents.images else []
+        return make_unet(self.config, self.latents.cache.latent_shape, class_rows, text_width, names)
+
+    def denoiser_of(self, network: nn.Module) -> Any:
+        """The network with its schedule and prediction."""
+        return Denoiser(unet_model(network, self.schedule), self.schedule, self.config.prediction)
+
+    @classmethod
+    def trial_steps(
+        cls,
+        config: Any,
+        codec: LatentCodec,
+        images: Images | None,
+        shape: tuple[int, int, int],
+        class_count: int,
+        alone: OneProcess,
+    ) -> Step:
+        """step(precision, batch): training steps on random latents of shape (c, h, w), labels and captions, to be timed.
+
+        They need no latent cache, so they can run before any image is encoded. images: None where they are not there.
+        """
+        cache: Any = RandomCache(shape, len(images.train) if images else STAND_IN, codec.num_codes)
+        latents = Latents(codec, images, cache)  # type: ignore[arg-type]
+        trainer = cls(config, latents, random_conditions(config, images, class_count, shape), alone)
+
+        def step(precision: str, batch: int) -> None:
+            alone.precision = precision
+            trainer.config = named(config, precision, batch)
+            trainer.train_step(0, config.optimizer.lr)
+
+        return step
 
     def _distribute(self) -> None:
         """Wrap the networks for several processes, and make the optimizer: whole copies (DDP), or shards (FSDP2)."""
@@ -296,8 +333,8 @@ class DiffusionTrainer(Trainer):
     # A training step
 
     def train_step(self, step: int, lr: float) -> tuple[Values, bool]:
-        """One update of the weights; see `Trainer.train_step`. The loss is the weighted squared error of the prediction."""
-        config, device, schedule = self.config, self.accelerator.device, self.schedule
+        """One update of the weights; see `Trainer.train_step`. The loss is that of `losses`."""
+        config, device = self.config, self.accelerator.device
         set_learning_rate(self.optimizer, lr)
 
         # Draw this process's share of the batch: latents, noise, times and conditions.
@@ -309,19 +346,10 @@ class DiffusionTrainer(Trainer):
         wrapped = [module for module in (self.parallel_model, self.parallel_uncertainty) if module is not None]
         for rows in pieces:
             piece = batch.piece(rows, device)
-            x0, noise, t = piece.x0, piece.noise, piece.t
             set_keys(self.dropout, config.seed, step, piece.rows)
             with accumulating(wrapped, last=rows is pieces[-1]), self._attention():
-                # Add noise to the latents: x_t = alpha(t) x0 + sigma(t) noise.
-                x_t = add_noise(schedule, x0, noise, t)
-
-                # The network predicts the noise, or whatever config.prediction says, from x_t.
-                output = self.denoiser.output(x_t, t, **piece.conditioning)
-
-                # The loss of each sample. `correction` undoes that some times are drawn more often than others.
-                loss = weighted_error(self.denoiser, output, x0, noise, t, config.weighting, config.min_snr_gamma)  # [B]
-                loss = loss * self.levels.correction(batch.t[rows]).to(loss)
-                total = self._balance(loss, t).sum() / count
+                loss = self.losses(piece)  # [B]
+                total = self._balance(loss, piece.t).sum() / count
                 self.accelerator.backward(self.loss_scale.scaled(total))
             losses.append(loss.detach())
             totals.append(total.detach())
@@ -340,6 +368,21 @@ class DiffusionTrainer(Trainer):
         values = {"loss": (torch.stack(totals).sum(), count), "gradient_norm": (torch.tensor(norm), 1)}
         return values | self.loss_scale.logged() | self._loss_by_quarter(batch.t, torch.cat(losses)), finite
 
+    def losses(self, piece: Batch) -> Tensor:
+        """The weighted squared error of the prediction for each sample of a piece, [B]."""
+        config, x0, noise, t = self.config, piece.x0, piece.noise, piece.t
+        denoiser = self.denoiser
+
+        # Add noise to the latents: x_t = alpha(t) x0 + sigma(t) noise.
+        x_t = add_noise(self.schedule, x0, noise, t)
+
+        # The network predicts the noise, or whatever config.prediction says, from x_t.
+        output = denoiser.output(x_t, t, **piece.conditioning)
+
+        # The loss of each sample. `correction` undoes that some times are drawn more often than others.
+        loss = weighted_error(denoiser, output, x0, noise, t, config.weighting, config.min_snr_gamma)
+        return loss * self.levels.correction(t).to(loss)
+
     def draw_batch(self, step: int) -> Batch:
         """This process's share of a step's batch, on the CPU but for the conditioning.
 
@@ -354,8 +397,7 @@ class DiffusionTrainer(Trainer):
         posterior_noise, noise = randn(shape, generator)[mine], randn(shape, generator)[mine]
         t = self.levels.sample(size, generator)[mine]
         draws = {name: values[mine] for name, values in self.conditions.draw(size, generator).items()}
-        indices = self.image_indices(step)[mine]
-        flips = coin_flips(config.seed, step * size, size)[mine] if config.data.flips else False
+        indices, flips = self.image_indices(step)[mine], self.image_flips(step, mine)
         x0 = self.latents.normalised(indices, None if config.cache.use_mean else posterior_noise, flips)
         if self.source is not None:
             noise = self.source.draw(step, noise, mine, size)
@@ -367,6 +409,11 @@ class DiffusionTrainer(Trainer):
         size = self.config.train.batch_size
         return stream(len(self.latents.cache), self.config.seed, step * size, size)
 
+    def image_flips(self, step: int, mine: slice) -> Tensor | bool:
+        """Which images of a process's share of a step's batch are mirrored, bool [B]; False where none is."""
+        size = self.config.train.batch_size
+        return coin_flips(self.config.seed, step * size, size)[mine] if self.config.data.flips else False
+
     def _balance(self, loss: Tensor, t: Tensor) -> Tensor:
         """What is minimised for losses [B] at times t [B]: themselves, or balanced by the learned uncertainty."""
         return loss if self.parallel_uncertainty is None else self.parallel_uncertainty(loss, t)
@@ -377,7 +424,7 @@ class DiffusionTrainer(Trainer):
 
     def _loss_by_quarter(self, t: Tensor, loss: Tensor) -> dict[str, tuple[Tensor, int]]:
         """For each quarter of the usable time interval: the mean loss of its samples, and how many there are."""
-        place = (t - self.schedule.t_min) / (self.schedule.t_max - self.schedule.t_min)
+        place = (t - self.times[0]) / (self.times[1] - self.times[0])
         quarter = (place * QUARTERS).long().clamp(0, QUARTERS - 1)
         inside = [loss.cpu()[quarter == k] for k in range(QUARTERS)]
         return {f"loss_quarter{k + 1}": (losses.mean(), len(losses)) for k, losses in enumerate(inside)}
@@ -387,14 +434,18 @@ class DiffusionTrainer(Trainer):
         batch, config = self.draw_batch(0), self.config
         piece = batch.piece(micro_batches(len(batch.x0), config.train.micro_batch)[0], self.accelerator.device)
         set_keys(self.dropout, config.seed, 0, piece.rows)
-        denoiser = Denoiser(unet_model(self.model.train(), self.schedule), self.schedule, config.prediction)
+        denoiser = self.denoiser_of(self.model.train())
 
         def loss() -> Tensor:
             with self.accelerator.autocast():
-                return diffusion_loss(denoiser, piece.x0, piece.t, piece.noise, **piece.conditioning).mean()
+                return self.errors(denoiser, piece).mean()
 
         with self._attention():  # as in a training step, so that what is compiled is what was compared
             compile_checked(self.model, [self.model], loss, config.train.precision)
+
+    def errors(self, denoiser: Any, piece: Batch) -> Tensor:
+        """The squared error of the prediction of a denoiser for each sample, without weights: [B]."""
+        return diffusion_loss(denoiser, piece.x0, piece.t, piece.noise, **piece.conditioning)
 
     # Validation and pictures
 
@@ -457,9 +508,9 @@ class DiffusionTrainer(Trainer):
         would have to run on all processes in step.
         """
         accelerator, count, metrics = self.accelerator, len(self.validation["x0"]), {}
-        names = ("loss", "error") if self._loss_is_weighted() else ("loss",)
+        names = ("loss", "error") if self.loss_is_weighted() else ("loss",)
         mine = torch.arange(count)[accelerator.process_index :: accelerator.num_processes]
-        denoiser = Denoiser(unet_model(self.ema_model, self.schedule), self.schedule, self.config.prediction)
+        denoiser = self.denoiser_of(self.ema_model)
         for weights_name, weights in (("raw", self.trained_weights()), ("ema", self.ema.state())):
             distributed.fill(self.ema_model, weights)
             results = torch.zeros(len(names), count, device=accelerator.device)
@@ -467,7 +518,7 @@ class DiffusionTrainer(Trainer):
                 batch = {key: value[rows].to(accelerator.device) for key, value in self.validation.items()}
                 x0, t, noise = (batch.pop(key) for key in ("x0", "t", "noise"))
                 with accelerator.autocast():
-                    error = diffusion_loss(denoiser, x0, t, noise, **batch)
+                    error = self.errors(denoiser, Batch(x0, noise, t, batch, rows))
                 results[:, rows.to(results.device)] = torch.stack([self.weighted_loss(error, t), error])[: len(names)]
             for name, mean in zip(names, accelerator.reduce(results, "sum").mean(1).tolist(), strict=True):
                 metrics[f"validation/{name}_{weights_name}"] = mean
@@ -480,7 +531,7 @@ class DiffusionTrainer(Trainer):
         loss = error * weight.to(error) * self.levels.correction(t).to(error)
         return loss if self.uncertainty is None else self.uncertainty(loss, t)
 
-    def _loss_is_weighted(self) -> bool:
+    def loss_is_weighted(self) -> bool:
         """Whether what is minimised differs from the squared error of the prediction."""
         t = self.levels.midpoints(2)
         return self.config.weighting != "none" or not bool((self.levels.correction(t) == 1).all())

@@ -281,7 +281,7 @@ def test_trials_of_the_other_trainers_run_in_the_precision_asked_for(monkeypatch
     )
     config = diffusion_config(stripe_folder, tmp_path / "run", autoencoder_run)
     codec = train_autoencoder.LatentCodec(train_autoencoder.load_autoencoder(str(autoencoder_run)))
-    step = train_diffusion.trial_steps(config, codec, None, (2, 8, 8), 3, OneProcess(torch.device("cpu")))
+    step = train_diffusion.DiffusionTrainer.trial_steps(config, codec, None, (2, 8, 8), 3, OneProcess(torch.device("cpu")))
     step("bfloat16", 4)
     ((told, ran),) = kinds
     assert (told.precision, told.batch_size, ran) == ("bfloat16", 4, "bfloat16")

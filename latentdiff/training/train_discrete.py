@@ -1,0 +1,163 @@
+"""Stage 2 over codes: train a U-Net to restore the codes of a frozen autoencoder that were masked or replaced.
+
+The run is that of `train_diffusion`: cache, conditions, network, averages, states and pictures are the same. `DiscreteTrainer`
+says what is different: the batch, the loss, and the pipeline that is published.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from latentdiff.config import DiscreteConfig
+from latentdiff.discrete import Process, make_process
+from latentdiff.errors import UserError
+from latentdiff.models.unet import build_unet, check_unet
+from latentdiff.pipelines.discrete_diffusion import code_logits
+from latentdiff.training import conditioning, monitor
+from latentdiff.training.discrete_checkpoint import discrete_parts, save_discrete
+from latentdiff.training.train_diffusion import Batch, DiffusionTrainer, check_launch, run_stage
+from latentdiff.utils.random import derive_seed, generators, rand
+
+
+def train_discrete(config: DiscreteConfig, resume: bool = False, began: float | None = None) -> Path:
+    """Train stage 2 over codes and return the folder of the published pipeline, <output>/model.
+
+    Arguments, the files that are written, and errors as `train_diffusion`; config is of stage "discrete".
+    """
+    return run_stage(config, resume, began, check_discrete, DiscreteTrainer)
+
+
+def check_discrete(config: DiscreteConfig) -> None:
+    """UserError, before anything is encoded, for names and combinations that would fail only later in the run."""
+    if config.condition.includes("image"):
+        raise UserError(
+            f"condition.type: {config.condition.type}, and stage discrete takes no second image; valid: class, text, class+text, "
+            "none (known pixels need none: the published model completes images by mask_image)"
+        )
+    if config.sample.order == "confidence" and config.process != "absorbing":
+        raise UserError("sample.order: confidence is for process absorbing, where codes once drawn stay; set it to random")
+    if config.cache.use_mean:
+        raise UserError("cache.use_mean: codes have no posterior to take the mean of; leave it out")
+    make_process(config.process, 2, config.schedule)
+    monitor.check(config)
+    conditioning.check(config)
+    check_unet(config)
+    check_launch(config)
+
+
+class DiscreteTrainer(DiffusionTrainer):
+    """The data, networks and optimizer of stage 2 over codes, and its training step.
+
+    A batch's x0 are codes, int64 [B, L, h, w], and its noise is what the process made of them at time t.
+
+    Attributes:
+        num_codes: K, the codes of a position. K itself is the mask code.
+        process: corrupts codes, and weighs the loss.
+    """
+
+    config: DiscreteConfig  # type: ignore[assignment]
+
+    def make_process(self) -> None:
+        """Make the process over the codebook's codes. Times are uniform in [0, 1]."""
+        codes = self.latents.codec.num_codes
+        assert codes is not None, "the autoencoder has no codebook"  # which open_inputs refuses
+        self.num_codes = codes
+        self.process: Process = make_process(self.config.process, codes, self.config.schedule)
+        self.times = 0.0, 1.0
+
+    def make_network(self, class_rows: int | None, text_width: int | None) -> nn.Module:
+        """A new U-Net. Its input has a channel for each code and the mask of each level, its output one for each code."""
+        levels, height, width = self.latents.cache.latent_shape
+        latent_shape = levels * self.num_codes, height, width
+        return build_unet(self.config, latent_shape, class_rows, text_width, levels * (self.num_codes + 1))
+
+    def denoiser_of(self, network: nn.Module) -> Any:
+        """predict(codes, t, **conditioning) -> logits [B, L, h, w, K] of the codes before corruption."""
+
+        def predict(codes: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
+            return code_logits(network, codes, t, self.num_codes, **conditioning)
+
+        return predict
+
+    def losses(self, piece: Batch) -> Tensor:
+        """The loss of each sample of a piece, [B], in nats per position."""
+        return self.errors(self.denoiser, piece)
+
+    def errors(self, denoiser: Any, piece: Batch) -> Tensor:
+        """The loss of a network for each sample, [B], in nats per position; denoiser: from `denoiser_of`."""
+        codes, corrupted, t = piece.x0, piece.noise, piece.t
+
+        # The network's logits of the codes that were there before corruption
+        logits = denoiser(corrupted, t, **piece.conditioning).float()
+
+        # The bound on the likelihood at time t, or the cross-entropy: of masks alone, where the process has them
+        if self.config.weighting == "likelihood":
+            rate = self.process.divergence_rate(codes, corrupted, torch.log_softmax(logits, -1), t)
+            nats = -self.process.schedule.d_alpha(t) * rate
+        else:
+            mask = self.process.mask
+            nats = cross_entropy(logits, codes, torch.ones_like(codes) if mask is None else corrupted == mask)
+        return (nats / codes[0].numel()).float()
+
+    def weighted_loss(self, error: Tensor, t: Tensor) -> Tensor:
+        """What training minimises: the error as it is, [B]."""
+        return error
+
+    def loss_is_weighted(self) -> bool:
+        """Never: what is minimised is the error."""
+        return False
+
+    def draw_batch(self, step: int) -> Batch:
+        """This process's share of a step's batch; as in `DiffusionTrainer.draw_batch`."""
+        config, world, rank = self.config, self.accelerator.num_processes, self.accelerator.process_index
+        size, local = config.train.batch_size, config.train.batch_size // world
+        mine = slice(rank * local, (rank + 1) * local)
+        generator = torch.Generator().manual_seed(derive_seed(config.seed, "step", step))
+        t = spread_times(size, generator)[mine]
+        draws = {name: values[mine] for name, values in self.conditions.draw(size, generator).items()}
+        indices, flips = self.image_indices(step)[mine], self.image_flips(step, mine)
+        codes, rows = self.latents.cache.codes(indices, flips), torch.arange(size)[mine]
+        corrupted = self.process.corrupt(codes, t, generators(derive_seed(config.seed, "corrupt", step), rows.tolist()))
+        return Batch(codes, corrupted, t, self.conditions(indices, draws, self.accelerator.device, flips), rows)
+
+    def validation_set(self) -> dict[str, Tensor]:
+        """Codes of held-out images, corrupted at times spread evenly, with the conditioning: the same at every validation."""
+        config, images = self.config, self.latents.images
+        pixels, labels = images.held_out_batch(config.validation_images)
+        codes = torch.cat([self.latents.codec.codes(chunk).cpu() for chunk in pixels.split(128)])
+        generator = torch.Generator().manual_seed(derive_seed("validation"))
+        t = spread_times(len(codes), generator)[torch.randperm(len(codes), generator=generator)]
+        corrupted = self.process.corrupt(codes, t, generator)
+        conditioning = self.conditions.encode(labels, images.held_out_captions(config.validation_images), "cpu")
+        return {"x0": codes, "noise": corrupted, "t": t, **conditioning}
+
+    def pipeline_parts(self) -> dict[str, Any]:
+        """The components of a DiscreteDiffusionPipeline with the weights that are in `ema_model`."""
+        return discrete_parts(self.config, self.ema_model, self.latents, self.conditions)
+
+    def publish(self, folder: Path, step: int) -> None:
+        """Write the weights in `ema_model`, those of this step, as a pipeline's folder."""
+        save_discrete(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step)
+
+    def made_from(self) -> dict[str, Any]:
+        """Checksums of the images and the autoencoder."""
+        identity = self.latents.cache.manifest["identity"]
+        return {"data": identity["data"], "autoencoder": identity["autoencoder"]}
+
+
+def spread_times(count: int, generator: torch.Generator) -> Tensor:
+    """Times spread evenly over [0, 1) with one random offset, float64 [count]; each is uniform (VDM, arXiv 2107.00630, I.1)."""
+    return (rand((1,), generator, dtype=torch.float64) + torch.arange(count, dtype=torch.float64) / count) % 1.0
+
+
+def cross_entropy(logits: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
+    """Nats [B]: the cross-entropy of codes [B, ...] summed over the positions where counted [B, ...] is true.
+
+    logits: [B, ..., K].
+    """
+    nats = nn.functional.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
+    return (nats * counted).flatten(1).sum(1)
