@@ -557,10 +557,9 @@ class DiscreteConfig(Section):
         "absorbing", description="absorbing: codes are masked (MDLM, arXiv 2406.07524); uniform: replaced by random ones (D3PM)"
     )
     schedule: str = Field("linear", description="how many codes are left at time t; a name of `latentdiff.discrete.SCHEDULES`")
-    weighting: Literal["none", "likelihood"] = Field(
+    weighting: Literal["none", "bound"] = Field(
         "none",
-        description="of the loss at each time. none: the cross-entropy of corrupted codes as it is; likelihood: the bound on "
-        "the likelihood",
+        description="weight of the loss at each time. none: the mean cross-entropy; bound: the likelihood's",
     )
     condition: ConditionConfig = ConditionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()

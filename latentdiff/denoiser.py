@@ -97,6 +97,10 @@ class Denoiser:
         unet, scheduler = getattr(pipe, "unet", None), getattr(pipe, "scheduler", None)
         if unet is None:
             raise UserError(f"pipeline: {type(pipe).__name__} has no unet; from_pipeline needs one over latents")
+        if pipe.config.get("process") is not None:
+            raise UserError(
+                "MODEL: draws codes, not latents, so it has no denoiser; valid for it are generate, edit and evaluate"
+            )
         schedule_config, prediction = pipe.config.get("schedule"), pipe.config.get("prediction")
         if scheduler is None and not (schedule_config and prediction):
             raise UserError("pipeline: without a scheduler its config must state a schedule and a prediction")

@@ -31,6 +31,7 @@ Method = Literal["known_pixels", "replacement", "posterior"]  # of inpaint
 RESTORING = ("upscale", "deblur", "colorize")  # by posterior sampling, as inpaint is with --method posterior
 BY_SAMPLER = ("translate", "variations", "interpolate")  # these run the model's ODE by Heun's method
 TRANSLATION_STEPS = 50
+OF_CODES = ("img2img", "inpaint")  # what a model over codes can do
 # What a model does that was trained to be given a second image, by the kind of that image
 TRAINED = {"low_resolution": "upscale", "mask": "inpaint", "grey": "colorize", "pair": "translate"}
 FRAMES = 8  # of an interpolation
@@ -183,11 +184,7 @@ def edit(
         raise UserError(f"--out {out}: the folder is not empty; an interpolation needs a new one")
     if is_folder and path.suffix:
         raise UserError(f"--out {out}: a folder of images gives a folder; name one")
-    if sampler is not None:
-        from latentdiff import samplers
-
-        if sampler not in samplers.names():
-            raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
+    generation.check_sampler(sampler)
 
     if processes.rank() > 0:  # one process does the work of all
         return path
@@ -198,6 +195,8 @@ def edit(
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
+    unread = {f"--task {task}": task not in OF_CODES, "--method posterior": method == "posterior"}
+    generation.refuse_for_codes(pipeline, unread)
     was_asked = bool(asked_task or mask or expand)
     task, is_trained = _task_of_model(pipeline, task, was_asked, mask)
     if not is_trained:

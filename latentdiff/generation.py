@@ -115,11 +115,7 @@ def generate(
     path = check_out(out, 0)
     options = parse_options(sampler_options or [])
     guiding = guidance_call(guidance_rule, guidance_rescale, guidance_options or [])
-    if sampler is not None:
-        from latentdiff import samplers
-
-        if sampler not in samplers.names():
-            raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
+    check_sampler(sampler)
     processes.pick_device(device)
 
     # Load the model
@@ -132,6 +128,8 @@ def generate(
     set_precision(pipeline, precision)
 
     # Check the call against the model
+    unread: dict[str, Any] = {"--classifier-strength": classifier_strength, "--weak": weak, "--guidance-rule": guiding}
+    refuse_for_codes(pipeline, unread)
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
     given = given_picture(pipeline, condition, condition_mask)
@@ -185,6 +183,26 @@ def generate(
     make = partial(_batches_of_part, pipeline, rows, num_images, seed, batch_size, **call)
     _write(path, make, names, depends_on, batch_size, progress)
     return path
+
+
+def check_sampler(sampler: str | None) -> None:
+    """UserError for a sampler that no model has: one of latentdiff's samplers, or an order in which codes are drawn."""
+    if sampler is None:
+        return
+    from latentdiff import discrete, samplers
+
+    valid = (*samplers.names(), *discrete.ORDERS)
+    if sampler not in valid:
+        raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(valid)}")
+
+
+def refuse_for_codes(pipeline: LatentDiffusionPipeline, flags: dict[str, Any]) -> None:
+    """UserError where a model draws codes, and a flag is set that it does not read. flags: their values, by name."""
+    from latentdiff.checkpoints import is_over_codes
+
+    given = [flag for flag, value in flags.items() if value]
+    if given and is_over_codes(pipeline.config):
+        raise UserError(f"{given[0]}: this model draws codes, and it has no part in that; leave it out")
 
 
 def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:

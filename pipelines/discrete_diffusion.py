@@ -63,6 +63,7 @@ SCHEDULES = {
     "cosine_squared": lambda t: torch.sin(math.pi / 2 * (1 - t)) ** 2,
 }
 
+_DictOrNone = Union[dict, None]  # noqa: UP007
 _IntOrNone = Union[int, None]  # noqa: UP007
 _ListOrDict = Union[list, dict, None]  # noqa: UP007
 _ListOrTuple = Union[list, tuple, None]  # noqa: UP007
@@ -78,7 +79,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
             each of L levels, the last one of K + 1 being the mask; its output L K channels, the logits of the clean codes.
         vae: a diffusers `VQModel`.
         process: {"name": "absorbing" or "uniform", "schedule": a name of SCHEDULES}: what training did to the codes.
-        scheduler: always None: the process is in this file.
+        scheduler, prediction, schedule, image_condition: always None; latent diffusion has these.
         default_sampler: the order of calls that do not give one: "random" or "confidence".
 
     Other arguments and attributes are those of `LatentDiffusionPipeline`.
@@ -90,7 +91,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         self,
         unet: torch.nn.Module,
         vae: torch.nn.Module,
-        process: dict,
+        process: _DictOrNone = None,
         scheduler: Any = None,
         class_names: _ListOrDict = None,
         null_class: _IntOrNone = None,
@@ -102,6 +103,9 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         text_encoder: _ModuleOrNone = None,
         tokenizer: Any = None,
         null_prompt: _StrOrNone = "",
+        prediction: _StrOrNone = None,
+        schedule: _DictOrNone = None,
+        image_condition: _DictOrNone = None,
     ):
         super().__init__(
             unet,
@@ -119,8 +123,8 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
             null_prompt=null_prompt,
         )
         for key, valid in (("name", PROCESSES), ("schedule", tuple(SCHEDULES))):
-            if process.get(key) not in valid:
-                raise PipelineInputError(f"process: its {key} is {process.get(key)!r}; valid: {', '.join(valid)}")
+            if (process or {}).get(key) not in valid:
+                raise PipelineInputError(f"process: its {key} is {(process or {}).get(key)!r}; valid: {', '.join(valid)}")
         self.register_to_config(process=dict(process))
 
     @property
@@ -334,7 +338,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         if start is not None:
             codes = self._corrupted(start.to(device), times[first], generator)
         codes = self._with_known(codes, known, 1.0 if first == 0 else times[first], generator)
-        free = (codes == mask).flatten(1).sum(1)  # [B], positions that are drawn, if there is a mask
+        free = codes.eq(self.num_codes).flatten(1).sum(1)  # [B], positions that are drawn, if there is a mask
         at_start = 1 - self.alpha(times[first])  # the share that is masked now
         self._num_timesteps = steps - first
         with self.progress_bar(total=steps - first) as progress_bar:
@@ -498,7 +502,7 @@ def _uniform_numbers(shape: tuple[int, ...], generator: Any, device: torch.devic
 
 
 def _drawn(probs: torch.Tensor, generator: Any) -> torch.Tensor:
-    """One draw from each of the distributions probs [B, ..., S], float64: int64 [B, ...]. What has probability 0 is not drawn."""
+    """One draw from each of the distributions probs [B, ..., S], float64: int64 [B, ...]. Probability 0 is never drawn."""
     cumulative = probs.cumsum(dim=-1)
     total = cumulative[..., -1:]
     place = _uniform_numbers(tuple(probs.shape[:-1]), generator, probs.device)[..., None] * total

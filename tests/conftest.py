@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from stripes import stripes
-from tiny_runs import autoencoder_config, diffusion_config, tree, write_stripes
+from tiny_runs import SMALL_VQ, autoencoder_config, diffusion_config, discrete_config, tree, write_stripes
 from tqdm import tqdm
 
 from latentdiff.cli import main
@@ -61,6 +61,22 @@ def diffusion_run(tmp_path_factory, stripe_folder, autoencoder_run) -> Path:
     """Output folder of a finished stage-2 run of 60 steps; its checkpoint is in model/."""
     output = tmp_path_factory.mktemp("stage2") / "run"
     train(diffusion_config(stripe_folder, output, autoencoder_run, train__steps=60, train__picture_every=30))
+    return output
+
+
+@pytest.fixture(scope="session")
+def vq_run(tmp_path_factory, stripe_folder) -> Path:
+    """Output folder of a finished stage-1 run of 60 steps with six codes."""
+    output = tmp_path_factory.mktemp("stage1-vq") / "run"
+    train(autoencoder_config(stripe_folder, output, **SMALL_VQ, train__steps=60))
+    return output
+
+
+@pytest.fixture(scope="session")
+def discrete_run(tmp_path_factory, stripe_folder, vq_run) -> Path:
+    """Output folder of a finished run of 60 steps over the codes of that; its checkpoint is in model/."""
+    output = tmp_path_factory.mktemp("stage2-codes") / "run"
+    train(discrete_config(stripe_folder, output, vq_run, train__steps=60, data__flips=True))
     return output
 
 

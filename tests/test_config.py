@@ -54,7 +54,7 @@ def test_an_unknown_key_names_the_nearest(changes, said):
         ({"sample__guidance_interval": [0.8, 0.2]}, ("sample.guidance_interval: ", "low <= high", "[0.8, 0.2]")),
         ({"ema__decay": 1.0}, ("ema.decay: ", "less than 1")),
         ({"data": None}, ("data: ",)),
-        ({"stage": "difusion"}, ("stage: 'difusion' is not one of autoencoder, diffusion, features",)),
+        ({"stage": "difusion"}, ("stage: 'difusion' is not one of autoencoder, diffusion, discrete, features",)),
     ],
 )
 def test_a_wrong_value_names_its_key_and_what_is_valid(changes, said):

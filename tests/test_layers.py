@@ -91,7 +91,9 @@ def test_a_module_imports_only_modules_above_it(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda p: p.name)
 def test_a_pipeline_imports_nothing_of_the_library(path):
-    assert list(imported_names(ast.parse(path.read_text()), "latentdiff.pipelines")) == []
+    """But another pipeline, which is put in front of it where it is saved into a checkpoint."""
+    names = {name for _, name in imported_names(ast.parse(path.read_text()), "latentdiff.pipelines")}
+    assert names <= ANYWHERE
 
 
 @pytest.mark.parametrize(

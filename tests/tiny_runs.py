@@ -10,6 +10,17 @@ from stripes import CLASSES, stripe_pixels
 from latentdiff.config import parse_config
 
 SIZE = 16
+SMALL_VQ: dict[str, Any] = {  # changes of an autoencoder's config: a VQModel of six codes
+    "model__type": "VQModel",
+    "model__config": {
+        "block_out_channels": [8, 8],
+        "layers_per_block": 1,
+        "latent_channels": 2,
+        "num_vq_embeddings": 6,
+        "norm_num_groups": 4,
+        "mid_block_add_attention": False,
+    },
+}
 
 
 def write_stripes(root: Path, count: int = 48, size: int = SIZE, seed: int = 0) -> Path:
@@ -72,6 +83,11 @@ def diffusion_tree(data: Path, output: Path, autoencoder: Path, **changes: Any) 
     return change(tree, changes)
 
 
+def discrete_tree(data: Path, output: Path, autoencoder: Path, **changes: Any) -> dict[str, Any]:
+    """A stage-2 config on the codes of `autoencoder`, a VQModel."""
+    return diffusion_tree(data, output, autoencoder, **{"stage": "discrete", "optimizer__lr": 1e-2, **changes})
+
+
 def change(tree: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     for key, value in changes.items():
         *parents, last = key.split("__")
@@ -88,6 +104,10 @@ def autoencoder_config(data: Path, output: Path, **changes: Any):
 
 def diffusion_config(data: Path, output: Path, autoencoder: Path, **changes: Any):
     return parse_config(diffusion_tree(data, output, autoencoder, **changes))
+
+
+def discrete_config(data: Path, output: Path, autoencoder: Path, **changes: Any):
+    return parse_config(discrete_tree(data, output, autoencoder, **changes))
 
 
 def write_yaml(path: Path, tree: dict[str, Any]) -> Path:

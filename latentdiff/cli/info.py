@@ -113,6 +113,15 @@ def _cache_info(folder: Path) -> dict[str, Any]:
     from latentdiff.data.summary import class_counts
 
     cache = open_cache(folder)
+    if cache.holds_codes:
+        return {
+            "codes": str(folder),
+            "images": len(cache),
+            "shape": list(cache.latent_shape),
+            "mirrored": cache.has_flips,
+            "classes": class_counts(cache.class_names, cache.labels),
+            "made_of": cache.manifest["identity"],
+        }
     latents = cache.statistics()
     return {
         "latents": str(folder),
@@ -128,11 +137,19 @@ def _cache_info(folder: Path) -> dict[str, Any]:
 
 
 def _checkpoint_info(folder: Path) -> dict[str, Any]:
-    from latentdiff.checkpoints import META, load, read_meta
+    from latentdiff.checkpoints import META, is_over_codes, load, read_meta
     from latentdiff.evaluation.records import default_sampler
 
     pipeline = load(folder)
     meta = read_meta(folder) if (folder / META).is_file() else {}
+    if is_over_codes(pipeline.config):
+        process = {"codes": pipeline.num_codes, "process": dict(pipeline.config.process), "codebook": meta.get("codes")}
+    else:
+        process = {
+            "prediction": pipeline.config.prediction or pipeline.scheduler.config.get("prediction_type"),
+            "schedule": pipeline.config.schedule,
+            "latents": meta.get("latents"),
+        }
     networks = {name: getattr(pipeline, name) for name in ("unet", "vae", "text_encoder")}
     return {
         "model": str(folder),
@@ -140,16 +157,14 @@ def _checkpoint_info(folder: Path) -> dict[str, Any]:
         "parameters": {name: _parameters(network) for name, network in networks.items() if network is not None},
         "bytes_on_disk": sum(p.stat().st_size for p in folder.rglob("*") if p.is_file()),
         "image_size": pipeline.config.image_size,
-        "latent_shape": list(pipeline.latent_shape),
+        "latent_shape": list(pipeline.code_shape if is_over_codes(pipeline.config) else pipeline.latent_shape),
         "text": _text_info(pipeline),
         "classes": pipeline.class_names,
         "null_class": pipeline.config.null_class,
         **({"image_condition": dict(given)} if (given := getattr(pipeline.config, "image_condition", None)) else {}),
-        "prediction": pipeline.config.prediction or pipeline.scheduler.config.get("prediction_type"),
-        "schedule": pipeline.config.schedule,
+        **process,
         "scheduler": default_sampler(pipeline),
         "steps_trained": meta.get("steps"),
-        "latents": meta.get("latents"),
         "defaults": {key: pipeline.config[key] for key in DEFAULTS},
     }
 

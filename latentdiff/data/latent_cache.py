@@ -81,7 +81,8 @@ class LatentMoments:
 class LatentCache:
     """An opened cache of N images. Shards are memory-mapped: memory in use is bounded by what a batch touches.
 
-    Attributes: manifest, labels (int64 [N] | None), class_names, latent_shape (c, h, w; of codes L, h, w), has_flips.
+    Attributes: manifest, labels (int64 [N] | None), class_names, latent_shape (c, h, w; of codes L, h, w), has_flips,
+    holds_codes.
     """
 
     def __init__(self, folder: Path, manifest: dict[str, Any]):
@@ -91,6 +92,7 @@ class LatentCache:
         self.latent_shape: tuple[int, ...] = tuple(manifest["latent_shape"])
         self.has_flips: bool = made_of["flips"]
         self._moments = made_of.get("moments", BOTH)
+        self.holds_codes = self._moments == CODES
         self._count, self._shard_size = int(made_of["count"]), int(made_of["shard_size"])
         self._shards = []
         self._views: dict[tuple[int, str], Tensor] = {}

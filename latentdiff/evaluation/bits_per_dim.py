@@ -10,6 +10,9 @@ For an image x of 8-bit values, with z drawn from the encoder's posterior q(z | 
 
 The only bound is Jensen's inequality over q; one z per image estimates it without bias. For a class-conditional model
 every term is given the true class, which makes it log p(x | y).
+
+A model over codes has one code c(x) for an image, so log q is 0: log p(x) >= log p(x | c(x)) + log p(c(x)). Here log p(c) is
+itself a bound (`latentdiff.discrete.bound`).
 """
 
 import math
@@ -24,12 +27,14 @@ from torch.nn.functional import logsigmoid
 from latentdiff.data.datasets import ImageDataset
 from latentdiff.data.shuffling import permutation
 from latentdiff.denoiser import DenoiserLike
+from latentdiff.discrete import Process, bound_terms
 from latentdiff.errors import UserError
 from latentdiff.likelihood import bits_per_dim, log_prob
 from latentdiff.models.codec import LatentCodec
 from latentdiff.utils.random import Generators, derive_seed, generators, randn_like
 
 LEVELS, BANDS = 256, 32
+CODE_SAMPLES = 64  # evaluations of a network over codes for an image, for each probe
 _SCALES = torch.logspace(-1, math.log10(LEVELS / 2), 48, dtype=torch.float64)  # candidates of a fit, in levels
 _SHRINK = 100  # each band gets so many pixels of the channel's average, so that a rare band has a sane scale
 
@@ -62,17 +67,23 @@ class DiscretisedLogistic:
         return _log_logistic(values, centre, scale).flatten(1).sum(dim=1)
 
 
-def fit_observation(codec: LatentCodec, batches: Iterable[tuple[Tensor, Generators]], crop=lambda x: x) -> DiscretisedLogistic:
+def fit_observation(
+    codec: LatentCodec, batches: Iterable[tuple[Tensor, Generators]], crop=lambda x: x, over_codes: bool = False
+) -> DiscretisedLogistic:
     """Fit the observation model: the scales that make training images likeliest, with z drawn as in the bound.
 
     Args:
         codec: the autoencoder.
         batches: (images [B, C, H', W'] in [-1, 1], generators for z).
         crop: takes the padding off images.
+        over_codes: z are the codes of the images.
     """
     table = counts = torch.zeros(())
     for images, generator in batches:
-        means = codec.decode(codec.normalise(_draw(codec, images, generator)[0])).cpu()
+        if over_codes:
+            means = codec.decode_codes(codec.codes(images)).cpu()
+        else:
+            means = codec.decode(codec.normalise(_draw(codec, images, generator)[0])).cpu()
         values, centre = _levels(crop(images)).round(), _levels(crop(means))
         channels = values.shape[1]
         slot = (_bands(centre) + BANDS * torch.arange(channels).reshape(-1, 1, 1)).flatten()
@@ -154,6 +165,33 @@ def pixel_terms(
     return PixelTerms(decoder, density.log_prob + volume.to(z.device), encoder, density.stderr, density.nfe)
 
 
+def code_terms(
+    codec: LatentCodec,
+    predict: Callable[..., Tensor],
+    process: Process,
+    images: Tensor,
+    observation: Observation,
+    generator: Generators = None,
+    crop: Callable[[Tensor], Tensor] = lambda x: x,
+    samples: int = 64,
+) -> PixelTerms:
+    """The bound's terms for images under a model over codes; the encoder's is 0.
+
+    Args:
+        codec: the autoencoder, with a codebook.
+        predict: predict(codes, t) -> logits [B, L, h, w, K], with the class of each image built in.
+        process: that the model was trained for.
+        images, observation, crop: as in `pixel_terms`.
+        generator: for the times and the corruption; one, or one per image.
+        samples: evaluations of the network, an even number.
+    """
+    codes = codec.codes(images)
+    prior = bound_terms(predict, codes, process, samples, generator)
+    decoder = observation(crop(images).to(codes.device), crop(codec.decode_codes(codes)))
+    nfe = torch.full((len(codes),), samples, device=codes.device)
+    return PixelTerms(decoder, prior.bound, torch.zeros_like(prior.bound), prior.stderr, nfe)
+
+
 def _draw(codec: LatentCodec, images: Tensor, generator: Generators) -> tuple[Tensor, Tensor]:
     """z ~ q(z | x), raw [B, c, h, w], and -log q(z | x), nats, float64 [B]."""
     mean, std = codec.moments(images)
@@ -179,6 +217,7 @@ def pixel_bits(
     fit_images: int = 512,
     batch_size: int = 50,
     progress: Callable[[int], None] = lambda count: None,
+    process: Process | None = None,
 ) -> dict[str, Any]:
     """The bound on `num_images` images of test, drawn by seed.
 
@@ -186,16 +225,17 @@ def pixel_bits(
 
     Args:
         codec: the autoencoder.
-        denoiser_for: (labels int64 [B] or None, B) -> the denoiser of images of these classes.
+        denoiser_for: (labels int64 [B] or None, B) -> the denoiser of images of these classes; over codes, `predict`.
         train: images on which the observation model is fitted.
         test: images to measure.
         num_images: how many.
-        probes: random vectors of Hutchinson's estimator for each image.
+        probes: random vectors of Hutchinson's estimator for each image; over codes, CODE_SAMPLES evaluations each.
         seed: of all draws.
         tolerance: rtol and atol of the ODE.
         fit_images: images of train for the fit.
         batch_size: images in a batch.
         progress: called with the number of images after each batch.
+        process: of a model over codes; None for one over latents.
 
     Returns:
         JSON values: nats and bits_per_dim, means over images; stderr, the standard error of bits_per_dim over images, which
@@ -212,13 +252,18 @@ def pixel_bits(
     crop = test.preprocess.crop_content
     fit_rows = permutation(len(train), seed, "observation")[:fit_images]
     batches = ((train.batch(rows)[0], _image_generators(seed, "observation", rows)) for rows in fit_rows.split(batch_size))
-    observation = fit_observation(codec, batches, crop)
+    observation = fit_observation(codec, batches, crop, process is not None)
     parts = []
     for rows in permutation(len(test), seed, "likelihood")[:num_images].split(batch_size):
         images, labels = test.batch(rows)
         generators_of_rows = _image_generators(seed, "likelihood", rows)
         denoiser = denoiser_for(labels, len(rows))
-        parts.append(pixel_terms(codec, denoiser, images, observation, generators_of_rows, crop, probes, tolerance))
+        if process is None:
+            terms = pixel_terms(codec, denoiser, images, observation, generators_of_rows, crop, probes, tolerance)
+        else:
+            samples = probes * CODE_SAMPLES
+            terms = code_terms(codec, denoiser, process, images, observation, generators_of_rows, crop, samples)
+        parts.append(terms)
         progress(len(rows))
     terms = PixelTerms(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
     dims = math.prod(crop(images).shape[1:])
@@ -226,6 +271,12 @@ def pixel_bits(
         f"discretised logistic over {LEVELS} levels around the decoder's mean, one scale for each channel and each of "
         f"{BANDS} bands of the mean, fitted on {len(fit_rows)} training images"
     )
+    over_codes = {
+        "solver": "the bound in continuous time, its times drawn in strata",
+        "rtol": None,
+        "atol": None,
+        "divergence": None,
+    }
     return {
         **_summary(terms, dims),
         "protocol": {
@@ -244,6 +295,7 @@ def pixel_bits(
             "divergence": "hutchinson, rademacher",
             "probes": probes,
             "nfe": {"mean": float(terms.nfe.double().mean()), "max": int(terms.nfe.max())},
+            **({} if process is None else over_codes),
         },
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ def measure_likelihood(
         model: a checkpoint: a folder or a Hub name.
         data: a data set: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards.
         num_images: images of the split.
-        probes: probes of Hutchinson's estimator for each image.
+        probes: probes of Hutchinson's estimator for each image; of a model over codes, 64 evaluations each.
         seed: chooses the images and draws latents and probes.
         rtol: tolerance of the probability-flow ODE, relative and absolute.
         split: test (or what training held out), or train.
@@ -47,8 +48,9 @@ def measure_likelihood(
         UserError: a model or data that cannot be used or do not go together, or numbers out of range.
     """
 
-    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.checkpoints import is_over_codes, load, resolve_model
     from latentdiff.denoiser import Denoiser
+    from latentdiff.discrete import make_process
     from latentdiff.evaluation.bits_per_dim import pixel_bits
     from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
     from latentdiff.guidance import ClassifierFree
@@ -70,15 +72,32 @@ def measure_likelihood(
     if unconditional and pipeline.num_classes > 0 and null is None:
         raise UserError("--unconditional: this model was trained without class dropout and has no null class")
     check_likelihood(pipeline, str(model))
-    denoiser = Denoiser.from_pipeline(pipeline)
+    process = denoiser = None
+    if is_over_codes(pipeline.config):
+        process = make_process(pipeline.config.process["name"], pipeline.num_codes, pipeline.config.process["schedule"])
+    else:
+        denoiser = Denoiser.from_pipeline(pipeline)
 
     def denoiser_for(labels: Tensor | None, count: int) -> Any:
         rows = labels.tolist() if conditional and labels is not None else [null] * count
-        return ClassifierFree(denoiser, pipeline.conditioning([None] * count, rows), {}, 1.0)
+        conditioning = pipeline.conditioning([None] * count, rows)
+        if denoiser is None:
+            return partial(pipeline.predict, **conditioning)
+        return ClassifierFree(denoiser, conditioning, {}, 1.0)
 
     with progress_bars.bar(total=num_images, unit="image", desc="likelihood", delay=0.5) as bar:
         report = pixel_bits(
-            codec, denoiser_for, train, images, num_images, probes, seed, rtol, batch_size=batch_size, progress=bar.update
+            codec,
+            denoiser_for,
+            train,
+            images,
+            num_images,
+            probes,
+            seed,
+            rtol,
+            batch_size=batch_size,
+            progress=bar.update,
+            process=process,
         )
     protocol = {"model": str(model), "split": split, "density": "log p(x | class)" if conditional else "log p(x)"}
     return report | {"protocol": protocol | report["protocol"]}

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from latentdiff.checkpoints import library_versions
+from latentdiff.checkpoints import is_over_codes, library_versions
 from latentdiff.errors import UserError
 from latentdiff.evaluation.tables import NONE, format_setting, format_value, markdown_table
 from latentdiff.utils.atomic import write_text
@@ -310,7 +310,7 @@ def sampling_protocol(pipeline: Any, model: str, seed: int = 0, batch_size: int 
     steps, guidance, interval = (call.get(key) for key in ("num_inference_steps", "guidance_scale", "guidance_interval"))
     if steps is None:
         steps = config.default_num_inference_steps
-        if sampler not in (None, config.default_sampler):
+        if sampler not in (None, config.default_sampler) and not is_over_codes(config):
             steps = default_steps(sampler, steps)
     return {
         "model": model,

@@ -14,9 +14,10 @@ from latentdiff.utils.deprecation import renamed
 def encode_dataset(
     config: str | Path, overrides: list[str] | None = None, progress: bool = True, part: str | None = None
 ) -> Path:
-    """Build the latent cache of a diffusion config (of a discrete one: its codes), and that of a bridge's source, or finish one that was interrupted.
+    """Build the latent cache of a diffusion config, and that of a bridge's source, or finish one that was interrupted.
 
-    With a second image (condition.type: image) its own cache too. A signal ends it after a shard; the same call goes on.
+    Of a discrete config the cache holds codes. With a second image (condition.type: image) its own cache is built too. A signal
+    ends it after a shard; the same call goes on.
 
     Args:
         config: a YAML file whose stage is diffusion or discrete.

@@ -152,8 +152,8 @@ def open_inputs(config: LatentConfig, device: torch.device) -> tuple[LatentCodec
         )
     if isinstance(config, DiscreteConfig) and codec.num_codes is None:
         raise UserError(
-            f"autoencoder {config.autoencoder}: {type(codec.vae).__name__} has no codebook, and stage discrete needs codes; name a "
-            "VQModel, such as configs/fashion-mnist/autoencoder-vq.yaml trains, or set stage: diffusion"
+            f"autoencoder {config.autoencoder}: {type(codec.vae).__name__} has no codebook, and stage discrete needs one; name "
+            "a VQModel, such as configs/fashion-mnist/autoencoder-vq.yaml trains, or set stage: diffusion"
         )
     return codec, Images(config.data, codec.factor)
 
@@ -192,7 +192,8 @@ def cache_size(config: DiffusionConfig | DiscreteConfig, codec: LatentCodec, ima
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free
-    line = f"{'codes' if isinstance(config, DiscreteConfig) else 'latents'} of {len(images.samples)} images into {folder}: {size / 2**20:.3g} MiB"
+    what = "codes" if isinstance(config, DiscreteConfig) else "latents"
+    line = f"{what} of {len(images.samples)} images into {folder}: {size / 2**20:.3g} MiB"
     return line if size < free else f"warning: {line}, and only {free / 2**20:.3g} MiB are free there"
 
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.config import DiscreteConfig
-from latentdiff.discrete import Process, make_process
+from latentdiff.discrete import Process, loss, make_process
 from latentdiff.errors import UserError
 from latentdiff.models.unet import build_unet, check_unet
 from latentdiff.pipelines.discrete_diffusion import code_logits
 from latentdiff.training import conditioning, monitor
 from latentdiff.training.discrete_checkpoint import discrete_parts, save_discrete
 from latentdiff.training.train_diffusion import Batch, DiffusionTrainer, check_launch, run_stage
-from latentdiff.utils.random import derive_seed, generators, rand
+from latentdiff.utils.random import derive_seed, rand
 
 
 def train_discrete(config: DiscreteConfig, resume: bool = False, began: float | None = None) -> Path:
@@ -35,8 +35,8 @@ def check_discrete(config: DiscreteConfig) -> None:
     """UserError, before anything is encoded, for names and combinations that would fail only later in the run."""
     if config.condition.includes("image"):
         raise UserError(
-            f"condition.type: {config.condition.type}, and stage discrete takes no second image; valid: class, text, class+text, "
-            "none (known pixels need none: the published model completes images by mask_image)"
+            f"condition.type: {config.condition.type}, and stage discrete takes no second image; valid: class, text, "
+            "class+text, none (known pixels need none: the published model completes images by mask_image)"
         )
     if config.sample.order == "confidence" and config.process != "absorbing":
         raise UserError("sample.order: confidence is for process absorbing, where codes once drawn stay; set it to random")
@@ -52,7 +52,7 @@ def check_discrete(config: DiscreteConfig) -> None:
 class DiscreteTrainer(DiffusionTrainer):
     """The data, networks and optimizer of stage 2 over codes, and its training step.
 
-    A batch's x0 are codes, int64 [B, L, h, w], and its noise is what the process made of them at time t.
+    A batch's x0 are codes, int64 [B, L, h, w]; its noise is the seed of each sample's corruption, int64 [B].
 
     Attributes:
         num_codes: K, the codes of a position. K itself is the mask code.
@@ -89,19 +89,8 @@ class DiscreteTrainer(DiffusionTrainer):
 
     def errors(self, denoiser: Any, piece: Batch) -> Tensor:
         """The loss of a network for each sample, [B], in nats per position; denoiser: from `denoiser_of`."""
-        codes, corrupted, t = piece.x0, piece.noise, piece.t
-
-        # The network's logits of the codes that were there before corruption
-        logits = denoiser(corrupted, t, **piece.conditioning).float()
-
-        # The bound on the likelihood at time t, or the cross-entropy: of masks alone, where the process has them
-        if self.config.weighting == "likelihood":
-            rate = self.process.divergence_rate(codes, corrupted, torch.log_softmax(logits, -1), t)
-            nats = -self.process.schedule.d_alpha(t) * rate
-        else:
-            mask = self.process.mask
-            nats = cross_entropy(logits, codes, torch.ones_like(codes) if mask is None else corrupted == mask)
-        return (nats / codes[0].numel()).float()
+        draws = [torch.Generator().manual_seed(seed) for seed in piece.noise.tolist()]
+        return loss(denoiser, piece.x0, self.process, piece.t, draws, self.config.weighting, **piece.conditioning)
 
     def weighted_loss(self, error: Tensor, t: Tensor) -> Tensor:
         """What training minimises: the error as it is, [B]."""
@@ -120,20 +109,20 @@ class DiscreteTrainer(DiffusionTrainer):
         t = spread_times(size, generator)[mine]
         draws = {name: values[mine] for name, values in self.conditions.draw(size, generator).items()}
         indices, flips = self.image_indices(step)[mine], self.image_flips(step, mine)
-        codes, rows = self.latents.cache.codes(indices, flips), torch.arange(size)[mine]
-        corrupted = self.process.corrupt(codes, t, generators(derive_seed(config.seed, "corrupt", step), rows.tolist()))
-        return Batch(codes, corrupted, t, self.conditions(indices, draws, self.accelerator.device, flips), rows)
+        codes = self.latents.cache.codes(indices, flips)
+        conditioning = self.conditions(indices, draws, self.accelerator.device, flips)
+        return Batch(codes, corruption_seeds(size, generator)[mine], t, conditioning, torch.arange(size)[mine])
 
     def validation_set(self) -> dict[str, Tensor]:
-        """Codes of held-out images, corrupted at times spread evenly, with the conditioning: the same at every validation."""
+        """Codes of held-out images, times spread evenly, what corrupts them, and the conditioning: always the same."""
         config, images = self.config, self.latents.images
         pixels, labels = images.held_out_batch(config.validation_images)
         codes = torch.cat([self.latents.codec.codes(chunk).cpu() for chunk in pixels.split(128)])
         generator = torch.Generator().manual_seed(derive_seed("validation"))
         t = spread_times(len(codes), generator)[torch.randperm(len(codes), generator=generator)]
-        corrupted = self.process.corrupt(codes, t, generator)
+        seeds = corruption_seeds(len(codes), generator)
         conditioning = self.conditions.encode(labels, images.held_out_captions(config.validation_images), "cpu")
-        return {"x0": codes, "noise": corrupted, "t": t, **conditioning}
+        return {"x0": codes, "noise": seeds, "t": t, **conditioning}
 
     def pipeline_parts(self) -> dict[str, Any]:
         """The components of a DiscreteDiffusionPipeline with the weights that are in `ema_model`."""
@@ -150,14 +139,10 @@ class DiscreteTrainer(DiffusionTrainer):
 
 
 def spread_times(count: int, generator: torch.Generator) -> Tensor:
-    """Times spread evenly over [0, 1) with one random offset, float64 [count]; each is uniform (VDM, arXiv 2107.00630, I.1)."""
-    return (rand((1,), generator, dtype=torch.float64) + torch.arange(count, dtype=torch.float64) / count) % 1.0
+    """Times spread evenly over (0, 1] with one random offset, float64 [count]; each is uniform (VDM, arXiv 2107.00630, I.1)."""
+    return 1 - (rand((1,), generator, dtype=torch.float64) + torch.arange(count, dtype=torch.float64) / count) % 1.0
 
 
-def cross_entropy(logits: Tensor, codes: Tensor, counted: Tensor) -> Tensor:
-    """Nats [B]: the cross-entropy of codes [B, ...] summed over the positions where counted [B, ...] is true.
-
-    logits: [B, ..., K].
-    """
-    nats = nn.functional.cross_entropy(logits.flatten(0, -2), codes.flatten(), reduction="none").view(codes.shape)
-    return (nats * counted).flatten(1).sum(1)
+def corruption_seeds(count: int, generator: torch.Generator) -> Tensor:
+    """Seeds of the generators that corrupt the codes of `count` samples, int64 [count]."""
+    return torch.randint(2**62, (count,), generator=generator)
