@@ -572,6 +572,9 @@ class DiscreteConfig(Section):
     bridge: ClassVar[None] = None
 
 
+Stage2Config = DiffusionConfig | DiscreteConfig
+
+
 class FeaturesConfig(Section):
     """A small classifier whose features serve perceptual losses and offline evaluation."""
 

@@ -138,16 +138,23 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         channels, height, width = self.latent_shape
         return channels // (self.num_codes + 1), height, width
 
-    def alpha(self, t: float) -> torch.Tensor:
-        """The probability that a code is clean at t in [0, 1]: float64, a number."""
-        return SCHEDULES[self.config.process["schedule"]](torch.tensor(t, dtype=torch.float64))
+    def alpha(self, t: float | torch.Tensor) -> torch.Tensor:
+        """The probability that a code is clean at t in [0, 1], a number or any shape; float64."""
+        return SCHEDULES[self.config.process["schedule"]](torch.as_tensor(t, dtype=torch.float64))
 
     def predict(self, codes: torch.Tensor, t: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
-        """The U-Net's logits of the clean codes, float32 [B, L, h, w, K].
+        """The logits of the clean codes, float32 [B, L, h, w, K]: the U-Net's, and for the process "uniform" log q(x_t | x0).
+
+        The second is log(1 + K alpha / (1 - alpha)) for x0 = x_t, as `latentdiff.discrete.add_evidence` has it in training.
 
         codes: corrupted codes, int64 [B, L, h, w]. t: [B]. conditioning: from `conditioning`.
         """
-        return code_logits(self.unet, codes, t, self.num_codes, **conditioning).float()
+        logits = code_logits(self.unet, codes, t, self.num_codes, **conditioning).float()
+        if self.config.process["name"] == "absorbing":
+            return logits
+        alpha = self.alpha(t)
+        own = torch.log1p(self.num_codes * alpha / (1 - alpha).clamp_min(_TINY)).reshape(-1, 1, 1, 1, 1)  # [B, 1, 1, 1, 1]
+        return logits.scatter_add(-1, codes[..., None], own.expand(*codes.shape, 1).to(logits))
 
     def encode_codes(self, images: torch.Tensor) -> torch.Tensor:
         """The codes of images [B, C, H, W] in [-1, 1], with the border of the autoencoder: int64 [B, L, h, w]."""
@@ -332,37 +339,38 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         """
         options = SAMPLER_OPTIONS if options is None else options
         device = device or self._execution_device
-        shape, mask = (count, *self.code_shape), self.num_codes if self.config.process["name"] == "absorbing" else None
         times = [1 - i / steps for i in range(steps)] + [0.0]
-        codes = self._prior(shape, generator, device)
+        codes = self._prior((count, *self.code_shape), generator, device)
         if start is not None:
-            codes = self._corrupted(start.to(device), times[first], generator)
-        codes = self._with_known(codes, known, 1.0 if first == 0 else times[first], generator)
-        free = codes.eq(self.num_codes).flatten(1).sum(1)  # [B], positions that are drawn, if there is a mask
-        at_start = 1 - self.alpha(times[first])  # the share that is masked now
+            chance = _uniform_numbers(tuple(start.shape), generator, device)
+            codes = torch.where(chance < (1 - self.alpha(times[first])).to(device), codes, start)
+        codes = codes if known is None else torch.where(known >= 0, known, codes)
+        free = codes.eq(self.num_codes).flatten(1).sum(1)  # [B], masks
+        at_start = 1 - float(self.alpha(times[first]))  # the share that is masked now
         self._num_timesteps = steps - first
         with self.progress_bar(total=steps - first) as progress_bar:
             for i in range(first, steps):
                 if self.interrupt:
                     continue
                 t, s = times[i], times[i + 1]
-                logits = predict(codes, t)
-                if self.refuse_non_finite and bool(logits.isnan().any()):
-                    raise NonFiniteError(f"U-Net: its logits are not finite (timestep {TIMESTEPS * t:g})")
-                beliefs = torch.log_softmax(logits.double() / options["temperature"], dim=-1)  # [B, L, h, w, K]
+                probs = (predict(codes, t) / options["temperature"]).softmax(-1)  # [B, L, h, w, K]
+                if self.refuse_non_finite and bool(probs.isnan().any()):
+                    cause = non_finite_cause(self.unet, codes.float())
+                    raise NonFiniteError(f"U-Net: its output is not finite (timestep {TIMESTEPS * t:g}); {cause}")
                 if sampler == "confidence":
-                    masked = torch.ceil(free * ((1 - self.alpha(s)) / at_start).to(device) - 1e-9)
-                    codes = _surest(codes, beliefs, self.num_codes, masked, options["confidence_noise"] * s, generator)
+                    masked = torch.zeros_like(free)
+                    if s > 0:  # at least one mask fewer than before, and one at least
+                        masked = torch.floor(free * ((1 - float(self.alpha(s))) / at_start) + 1e-9)
+                        masked = masked.minimum(codes.eq(self.num_codes).flatten(1).sum(1) - 1).clamp_min(1)
+                    codes = _surest(codes, probs, masked, options["confidence_noise"] * s, generator)
                 else:
-                    codes = _drawn(self._step_probs(codes, beliefs.exp(), t, s), generator)
-                codes = self._with_known(codes, known, s, generator)
+                    codes = self._step(codes, _drawn(probs, generator), t, s, generator)
+                codes = codes if known is None else torch.where(known >= 0, known, codes)
                 if callback is not None:
                     changed = callback(self, i - first, t, {"codes": codes}) or {}
                     codes = changed.get("codes", codes)
                 progress_bar.update()
-        if mask is not None and self.interrupt:
-            codes = torch.where(codes == mask, 0, codes)  # an interrupted call has masks left, which no image has
-        return codes
+        return torch.where(codes == self.num_codes, 0, codes)  # an interrupted call has masks left, which no image has
 
     def _guided(
         self,
@@ -422,39 +430,28 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         chance = _uniform_numbers(shape, generator, device)
         return (chance * self.num_codes).long().clamp(max=self.num_codes - 1)
 
-    def _corrupted(self, codes: torch.Tensor, t: float, generator: Any) -> torch.Tensor:
-        """Clean codes as at time t, each position for itself."""
-        chance = _uniform_numbers(codes.shape, generator, codes.device)
-        is_replaced = chance < (1 - self.alpha(t)).to(codes.device)
-        return torch.where(is_replaced, self._prior(tuple(codes.shape), generator, codes.device), codes)
+    def _step(self, codes: torch.Tensor, x0: torch.Tensor, t: float, s: float, generator: Any) -> torch.Tensor:
+        """A draw of q(x_s | x_t, x0) for s < t: codes at s, int64 [B, L, h, w].
 
-    def _with_known(self, codes: torch.Tensor, known: torch.Tensor | None, t: float, generator: Any) -> torch.Tensor:
-        """codes at t with the known ones in their places: clean, or corrupted as at t where there is no mask."""
-        if known is None:
-            return codes
-        kept = known.clamp_min(0)
-        if self.config.process["name"] == "uniform":
-            kept = self._corrupted(kept, t, generator)
-        return torch.where(known >= 0, kept, codes)
-
-    def _step_probs(self, codes: torch.Tensor, probs: torch.Tensor, t: float, s: float) -> torch.Tensor:
-        """p(x_s | x_t): the mean of the exact step over the network's clean codes; [B, L, h, w, states].
-
-        The formulas are those of `latentdiff.discrete.processes`: MDLM (arXiv 2406.07524), eq. 7, for masks, and D3PM (arXiv
-        2107.03006), eq. 3 and 4, for uniform codes.
+        codes: x_t. x0: clean codes, drawn from what the network believes. The draws are those of
+        `latentdiff.discrete.processes`: MDLM (arXiv 2406.07524), eq. 7, for masks, and D3PM (arXiv 2107.03006), eq. 3.
         """
+        chance = _uniform_numbers(tuple(codes.shape), generator, codes.device)
         alpha_t, alpha_s = self.alpha(t).to(codes.device), self.alpha(s).to(codes.device)
         if self.config.process["name"] == "absorbing":
-            stay = (1 - alpha_s) / (1 - alpha_t).clamp_min(_TINY)
-            unmasked = torch.cat([probs * (1 - stay), stay.expand_as(probs[..., :1])], dim=-1)
-            clean = torch.nn.functional.one_hot(codes, self.num_codes + 1).double()
-            return torch.where((codes == self.num_codes)[..., None], unmasked, clean)
-        now = torch.nn.functional.one_hot(codes, self.num_codes)
-        kept = alpha_t / alpha_s.clamp_min(_TINY)  # the probability that s to t does not corrupt
-        forward = kept * now + (1 - kept) / self.num_codes  # q(x_t | x_s)
-        noise_t, noise_s = ((1 - alpha).clamp_min(_TINY) / self.num_codes for alpha in (alpha_t, alpha_s))
-        weights = probs / (alpha_t * now + noise_t)  # probs / q(x_t | x0)
-        return forward * (alpha_s * weights + noise_s * weights.sum(dim=-1, keepdim=True))
+            is_shown = codes.eq(self.num_codes) & (chance * (1 - alpha_t) >= 1 - alpha_s)
+            return torch.where(is_shown, x0, codes)
+        # From x0 over x_s to x_t there are four ways, by which of the two steps corrupt. One is drawn by its share
+        kept = alpha_t / alpha_s.clamp_min(_TINY)
+        ways = [
+            torch.where(codes == x0, alpha_t, 0.0).expand_as(chance),  # none: x_s = x0 = x_t
+            (alpha_s * (1 - kept) / self.num_codes).expand_as(chance),  # the second alone: x_s = x0
+            ((1 - alpha_s) * kept / self.num_codes).expand_as(chance),  # the first alone: x_s = x_t
+            ((1 - alpha_s) * (1 - kept) / self.num_codes).expand_as(chance),  # both: x_s is any code
+        ]
+        way = _drawn(torch.stack(ways, dim=-1), generator)
+        anything = (chance * self.num_codes).long().clamp(max=self.num_codes - 1)
+        return torch.where(way < 2, x0, torch.where(way == 2, codes, anything))
 
     def to_json_string(self) -> str:
         """The text of model_index.json, without the entries of latent diffusion that a model over codes has not."""
@@ -502,21 +499,22 @@ def _uniform_numbers(shape: tuple[int, ...], generator: Any, device: torch.devic
 
 
 def _drawn(probs: torch.Tensor, generator: Any) -> torch.Tensor:
-    """One draw from each of the distributions probs [B, ..., S], float64: int64 [B, ...]. Probability 0 is never drawn."""
-    cumulative = probs.cumsum(dim=-1)
+    """One draw from each of the distributions probs [B, ..., S], which need not sum to 1: int64 [B, ...].
+
+    What has probability 0 is not drawn.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)
     total = cumulative[..., -1:]
     place = _uniform_numbers(tuple(probs.shape[:-1]), generator, probs.device)[..., None] * total
     place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached the total
     return torch.searchsorted(cumulative, place, right=True)[..., 0]
 
 
-def _surest(
-    codes: torch.Tensor, beliefs: torch.Tensor, mask: int, masked: torch.Tensor, noise: float, generator: Any
-) -> torch.Tensor:
-    """codes [B, ...] with all masks drawn from beliefs [B, ..., K], and the `masked` [B] least sure ones masked again."""
-    drawn = _drawn(beliefs.exp(), generator)
+def _surest(codes: torch.Tensor, probs: torch.Tensor, masked: torch.Tensor, noise: float, generator: Any) -> torch.Tensor:
+    """codes [B, ...] with all masks drawn from probs [B, ..., K], and the `masked` [B] least sure ones masked again."""
+    drawn, mask = _drawn(probs, generator), probs.shape[-1]
     is_masked = codes == mask
-    confidence = beliefs.gather(-1, drawn[..., None])[..., 0]
+    confidence = probs.gather(-1, drawn[..., None])[..., 0].double().log()
     if noise > 0:
         chance = _uniform_numbers(tuple(codes.shape), generator, codes.device)
         confidence = confidence - noise * torch.log(-torch.log(chance))  # Gumbel noise

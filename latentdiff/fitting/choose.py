@@ -31,7 +31,7 @@ from latentdiff.utils import atomic, locks, progress_bars, signals
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from latentdiff.config import DiffusionConfig
+    from latentdiff.config import DiffusionConfig, DiscreteConfig
     from latentdiff.data.datasets import ImageDataset
     from latentdiff.evaluation.linear_probe import LinearProbe
     from latentdiff.models.feature_net import FeatureSpace
@@ -96,7 +96,7 @@ class Choice:
 
 
 def choose_state(
-    config: DiffusionConfig,
+    config: DiffusionConfig | DiscreteConfig,
     seconds: float,
     out: str | Path,
     features: str | Path | None = None,
@@ -121,14 +121,13 @@ def choose_state(
     Raises:
         UserError: the run has no state that can be read, its data have changed, or `out` holds something else.
     """
-    from latentdiff.config import DiffusionConfig
     from latentdiff.training import publish, state
     from latentdiff.training.accelerator import torch_settings_restored
     from latentdiff.training.run_folder import recorded_config
 
     began = time.monotonic()
     output, folder = Path(config.output), Path(out)
-    recorded: Any = recorded_config(output, DiffusionConfig)
+    recorded: Any = recorded_config(output, type(config))
     publish.check_out(folder, recorded)
     held = locks.locked(folder, "wait for it, or give another folder", beside=True)
     with torch_settings_restored(), signals.watched(signals.again), held:

@@ -57,8 +57,8 @@ def fit(
         resume: go on with the fit in the output folder. Its hours, base and other settings are those it began with; more
             hours may be given.
         dry_run: print the plan and write nothing.
-        overrides: key=value: `data.` keys; `autoencoder=FOLDER` for a trained first stage; `stage1.KEY` for a key of stage 1's
-            config; any other key of stage 2's config.
+        overrides: key=value: `data.` keys; `autoencoder=FOLDER` for a trained first stage; `latents=discrete` for a model over
+            the codes of a VQ autoencoder; `stage1.KEY` for a key of stage 1's config; any other key of stage 2's config.
 
     Returns:
         The folder of the model. None where only the plan was printed.
@@ -227,9 +227,9 @@ class _Fit:
         """Print a plan, write its configs, and record it."""
         from latentdiff.fitting.first_stage import show_reconstructions
         from latentdiff.fitting.plan import write_configs
-        from latentdiff.training.train_diffusion import check_config
+        from latentdiff.training.train_discrete import of_stage
 
-        check_config(plan.diffusion)
+        of_stage(plan.diffusion)[0](plan.diffusion)
         for line in plan.lines():
             _say(line)
         _say(f"watch: {self.output / PAGE} in a browser; Ctrl-C stops it, and --resume goes on")
@@ -275,9 +275,10 @@ class _Fit:
 
                 train_autoencoder(config, resume)
             else:
-                from latentdiff.training.train_diffusion import train_diffusion
+                from latentdiff.training.train_diffusion import run_stage
+                from latentdiff.training.train_discrete import of_stage
 
-                train_diffusion(config, resume)
+                run_stage(config, resume, None, *of_stage(config))
 
     def choose(self, seconds: float) -> None:
         """Keep the best state of stage 2 as <output>/model."""

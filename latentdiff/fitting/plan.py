@@ -19,7 +19,15 @@ from typing import Any
 import yaml
 
 from latentdiff.checkpoints import resolve_config
-from latentdiff.config import AutoencoderConfig, DataConfig, DiffusionConfig, override, parse_config, parse_data
+from latentdiff.config import (
+    AutoencoderConfig,
+    DataConfig,
+    DiffusionConfig,
+    DiscreteConfig,
+    override,
+    parse_config,
+    parse_data,
+)
 from latentdiff.errors import UserError, printable
 from latentdiff.fitting.budget import in_words
 from latentdiff.fitting.facts import COPIED, GENERALISED, Facts
@@ -31,6 +39,12 @@ from latentdiff.utils.safe_yaml import read_yaml
 SIZES = ("small", "medium", "large")
 AUTOENCODER = "weights/autoencoder-rgb"  # comes with latentdiff
 TRAIN = "train"  # as in autoencoder=train: no pretrained one is tried
+LATENTS = ("continuous", "discrete")  # as in latents=discrete: a model over the codes of a VQ autoencoder
+CODES = 512  # of its codebook
+CODE_CHANNELS = 8  # of its codes
+# What of a config of stage diffusion is none of a config of stage discrete
+CONTINUOUS = ("schedule", "prediction", "noise_levels", "weighting", "min_snr_gamma", "normaliser", "bridge")
+CONTINUOUS_SAMPLE = ("scheduler", "scheduler_config", "sampler")
 FIXED = {
     "stage": "a plan has both stages; write stage1.KEY=value for a key of stage 1",
     "output": "give --out DIR",
@@ -98,7 +112,7 @@ class Plan:
     facts: Facts
     machine: Machine
     autoencoder: AutoencoderConfig | None
-    diffusion: DiffusionConfig
+    diffusion: DiffusionConfig | DiscreteConfig
     seconds: dict[str, float]
     size: str | None = None
     steps: dict[str, int] = field(default_factory=dict)
@@ -146,12 +160,14 @@ class Asked:
         data: `data.` keys, of both stages.
         stage1, stage2: keys of either config.
         autoencoder: a pretrained one, TRAIN, or None for the one that comes with latentdiff.
+        latents: a name of LATENTS.
     """
 
     data: list[str]
     stage1: list[str]
     stage2: list[str]
     autoencoder: str | None = None
+    latents: str = LATENTS[0]
 
 
 def sort_overrides(overrides: Sequence[str]) -> Asked:
@@ -169,6 +185,10 @@ def sort_overrides(overrides: Sequence[str]) -> Asked:
             tree: dict[str, Any] = {}
             override(tree, item)
             asked.autoencoder = str(tree["autoencoder"])
+        elif key == "latents":
+            asked.latents = item.partition("=")[2]
+            if asked.latents not in LATENTS:
+                raise UserError(f"{item}: valid: latents={', latents='.join(LATENTS)}")
         elif key.startswith("data."):
             asked.data.append(item)
         elif key.startswith("stage1."):
@@ -177,7 +197,9 @@ def sort_overrides(overrides: Sequence[str]) -> Asked:
             asked.stage2.append(item)
     _config("autoencoder-small", [*asked.data, *asked.stage1], "stage1")
     kind = "text-small" if any(item.startswith("condition.text.") for item in asked.stage2) else "diffusion-small"
-    _config(kind, [*asked.data, *asked.stage2], "fit")
+    _config(kind, [*asked.data, *asked.stage2], "fit", asked.latents)
+    if asked.latents == "discrete" and asked.autoencoder is None:
+        asked.autoencoder = TRAIN  # the one that comes with latentdiff has no codebook
     return asked
 
 
@@ -186,8 +208,15 @@ def preset(name: str) -> dict[str, Any]:
     return read_yaml(resolve_config(f"configs/folder/{name}.yaml").read_text(encoding="utf-8"))
 
 
-def _config(name: str, overrides: Sequence[str], where: str) -> Any:
-    tree = preset(name)
+def _over_codes(tree: dict[str, Any]) -> dict[str, Any]:
+    """The same config of stage diffusion as one of stage discrete."""
+    kept = {key: value for key, value in tree.items() if key not in CONTINUOUS}
+    sample = {key: value for key, value in tree.get("sample", {}).items() if key not in CONTINUOUS_SAMPLE}
+    return kept | {"stage": "discrete", "schedule": "cosine", "sample": sample}
+
+
+def _config(name: str, overrides: Sequence[str], where: str, latents: str = LATENTS[0]) -> Any:
+    tree = _over_codes(preset(name)) if latents == "discrete" else preset(name)
     for item in overrides:
         override(tree, item)
     return parse_config(tree, where)
@@ -378,12 +407,21 @@ class _Planning:
         if base is not None and base.get("autoencoder"):
             self.decision = "skip"
         self.channels = data.channels
+        self.over_codes = asked.latents == "discrete"
+        if self.over_codes and base is not None:
+            raise UserError("latents=discrete: a base is a model of latents; leave --base or latents=discrete out")
 
     def plan(self, hours: float | None) -> Plan:
+        from latentdiff.training.latents import code_shape
+
         # Stage 1: what is trained, and the latents that follow from it
         first, codec = self._first_stage(hours)
         height, width = self.data.size or (64, 64)
         latent_shape = codec.latent_shape(height, width)
+        if self.over_codes:
+            if codec.num_codes is None:
+                raise UserError(f"autoencoder={self.autoencoder}: has no codebook, which latents=discrete needs; leave it out")
+            latent_shape = code_shape(codec, height, width)
         each = time_encoding(codec, (height, width)) * (1 + self.data.flips)
         encoding = self._encoding(each, hours)
 
@@ -478,6 +516,8 @@ class _Planning:
             why = "trained on these pictures"
             if self.verdict is not None:
                 why += f": {self.verdict.reason}"
+            elif self.over_codes:
+                why += f", with {CODES} codes, as latents=discrete needs"
             elif self.asked.autoencoder == TRAIN:
                 why += ", as asked"
             self.reasons["autoencoder"] = why
@@ -510,6 +550,12 @@ class _Planning:
         blocks = tree["model"]["config"]["block_out_channels"]
         if max(self.data.size or (64, 64)) <= 32:  # at factor 8 their latents would be 4x4, which is little to draw on
             tree["model"]["config"] |= {"block_out_channels": [blocks[0], *blocks[2:]], "latent_channels": 8}
+        if self.over_codes:
+            # One code says less than a latent of many channels, so there are more of them: at factor 4
+            network = tree["model"]["config"] | {"block_out_channels": [blocks[0], *blocks[2:]]}
+            network |= {"latent_channels": CODE_CHANNELS, "num_vq_embeddings": CODES}
+            tree["model"] = {"type": "VQModel", "config": network}
+            tree["loss"].pop("kl", None)
         batch = 32 if self.machine.gpu else 16
         _batch(tree, batch, self._variants(), self.machine.processes, _keys(self.asked.stage1))
         return self._parse_autoencoder(tree)
@@ -583,6 +629,8 @@ class _Planning:
         if self.base is not None:
             rest = {key: value for key, value in self.base.items() if key not in ("data", "notes")}  # used already
             tree = _merged(tree, rest, whole=("model", "schedule", "noise_levels", "condition"))
+        if self.over_codes:
+            tree = _over_codes(tree)
         for item in self.asked.stage2:
             override(tree, item)
         return tree
@@ -591,7 +639,8 @@ class _Planning:
         self, hours: float | None, first: AutoencoderConfig | None, encoding: float, codec: Any, shape: tuple[int, int, int]
     ) -> tuple[str | None, dict[str, Any], Timing | None]:
         """(the size, its config as nested dicts, how long its steps take)."""
-        from latentdiff.training import train_diffusion
+        from latentdiff.training.train_diffusion import check_unet_size
+        from latentdiff.training.train_discrete import of_stage
 
         self.factor = codec.factor
         chosen: tuple[str | None, dict[str, Any], Timing | None] | None = None
@@ -604,9 +653,10 @@ class _Planning:
             tree = self._tree(size)
             _batch(tree, 128 if self.machine.gpu else 32, self._variants(), self.machine.processes, _keys(self.asked.stage2))
             config: Any = parse_config(copy.deepcopy(tree), "fit")
-            train_diffusion.check_config(config)
-            train_diffusion.check_unet_size(config, shape, codec.factor)
-            trial = partial(train_diffusion.DiffusionTrainer.trial_steps, config, codec, None, shape, classes)
+            check, trainer_class = of_stage(config)
+            check(config)
+            check_unet_size(config, shape, codec.factor)
+            trial = partial(trainer_class.trial_steps, config, codec, None, shape, classes)
             timing = self.measure(config, trial, self.machine.device, precision, self._patience(hours))
             if timing is None and chosen is not None:
                 break  # it does not fit in memory
@@ -629,7 +679,7 @@ class _Planning:
 
     def _finish_diffusion(
         self, tree: dict[str, Any], timing: Timing | None, steps: int, seconds: float, hours: float
-    ) -> DiffusionConfig:
+    ) -> DiffusionConfig | DiscreteConfig:
         """The config with what follows from the number of steps and the time."""
         own = _keys(self.asked.stage2)
         _set_times(tree["train"], steps, seconds, hours, own)
@@ -693,10 +743,15 @@ class _Planning:
         return f"{self._enough()} steps of stage 2 are worth it for {self.facts.images} pictures"
 
     def _why_size(
-        self, size: str | None, timing: Timing | None, steps: int, shape: tuple[int, int, int], config: DiffusionConfig
+        self,
+        size: str | None,
+        timing: Timing | None,
+        steps: int,
+        shape: tuple[int, int, int],
+        config: DiffusionConfig | DiscreteConfig,
     ) -> str:
+        latents = f"{'codes' if self.over_codes else 'latents'} of {'x'.join(map(str, shape))}"
         what = f"{size} (configs/folder)" if size else "the base model's" if self.base is not None else "of the widths given"
-        latents = f"latents of {'x'.join(map(str, shape))}"
         if timing is None:
             return f"{what}, {latents}; its steps could not be timed"
         passes = steps * config.train.batch_size / max(1, self._variants() // self.data.copies)

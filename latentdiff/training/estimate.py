@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig, load_config, parse_config
+from latentdiff.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig, Stage2Config, load_config, parse_config
 from latentdiff.data.captions import Captions
 from latentdiff.data.sources import open_source
 from latentdiff.data.tables import HUB_NAME
@@ -34,15 +34,16 @@ from latentdiff.models.image_condition import extra_channels
 from latentdiff.models.loading import read_json
 from latentdiff.models.text_encoder import load_tokenizer, train_tokenizer
 from latentdiff.models.unet import find_pretrained, make_unet
-from latentdiff.training import conditioning, messages, precision, train_autoencoder, train_diffusion
+from latentdiff.training import conditioning, messages, precision, train_autoencoder
 from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.conditioning import Conditions
 from latentdiff.training.dry_run import dry_run, three_figures
 from latentdiff.training.images import Images, columns_of
-from latentdiff.training.latents import TOLERANCE, Latents, cache_bytes, cache_folder
+from latentdiff.training.latents import TOLERANCE, Latents, cache_bytes, cache_folder, cached_shape, check_codebook, shape_of
 from latentdiff.training.memory import Memory
 from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
+from latentdiff.training.train_discrete import of_stage
 
 HOLD_BACK = 2.0  # seconds for which the first progress lines wait
 ENCODED = 256  # images that are encoded to time it and to check the normaliser
@@ -112,7 +113,7 @@ def plan(config: Config, path: Path) -> dict[str, Any]:
     Raises:
         UserError: training would refuse the config, for a reason that is not among those warned of.
     """
-    if not isinstance(config, AutoencoderConfig | DiffusionConfig):
+    if not isinstance(config, AutoencoderConfig | Stage2Config):
         return {}
     threads = torch.get_num_threads()
     try:
@@ -179,8 +180,9 @@ def _plan_autoencoder(config: AutoencoderConfig, notes: Notes) -> dict[str, Any]
     return facts | _note_memory(dry_run(step, phases, config.train, memory), notes)
 
 
-def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[str, Any]:
+def _plan_diffusion(config: Stage2Config, path: Path, notes: Notes) -> dict[str, Any]:
     config = _without_impossible_guidance(config, notes)
+    check, trainer_class = of_stage(config)
     # What is there: autoencoder, images, captions
     notes.progress(f"opening the autoencoder {config.autoencoder}")
     codec, origin = _find_autoencoder(config.autoencoder, path)
@@ -194,7 +196,7 @@ def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[s
         notes.progress("counting the tokens of the captions")
         notes.warnings += _caption_warnings(config, images)
     if codec is None or shape is None:
-        train_diffusion.check_config(config)
+        check(config)
         if codec is None:
             notes.unknown["autoencoder"] = origin
             notes.warnings.append(f"autoencoder: {origin}; train it first, or name another")
@@ -203,7 +205,8 @@ def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[s
     trained = origin == config.autoencoder
     notes.warnings += messages.autoencoder_warnings(config.autoencoder) if trained else []
     facts["autoencoder"] = origin if trained else f"as {origin} will make it; not there yet"
-    latent_shape = codec.latent_shape(*shape[1:])
+    check_codebook(config, codec)
+    latent_shape = shape_of(config, codec, *shape[1:])
     facts["latent_shape"] = list(latent_shape)
     # U-Net and conditions, on random data
     accelerator = start_accelerator(config.train)
@@ -216,16 +219,16 @@ def _plan_diffusion(config: DiffusionConfig, path: Path, notes: Notes) -> dict[s
     if not fits:
         return facts | cached | {"parameters": _parameters(autoencoder_frozen=codec.vae)}
     # Precision and micro-batch, as training chooses them
-    trial = partial(train_diffusion.DiffusionTrainer.trial_steps, config, codec, images, latent_shape, classes)
+    trial = partial(trainer_class.trial_steps, config, codec, images, latent_shape, classes)
     config, facts["precision"] = _resolve(config, accelerator, trial, notes)
     config = find_micro_batch(config, accelerator, trial)
     accelerator = start_accelerator(config.train)
     # Steps
     notes.progress(f"timing training steps in {config.train.precision}")
     memory = Memory(accelerator.device)
-    cache: Any = RandomCache(latent_shape, len(images.train) if images else STAND_IN)
+    cache: Any = RandomCache(latent_shape, len(images.train) if images else STAND_IN, codec.num_codes)
     latents = Latents(codec, images, cache)  # type: ignore[arg-type]
-    trainer = train_diffusion.DiffusionTrainer(config, latents, conditions, accelerator)
+    trainer = trainer_class(config, latents, conditions, accelerator)
     unet, text_encoder = getattr(trainer.model, "unet", trainer.model), getattr(trainer.model, "text_encoder", None)
     facts["parameters"] = _parameters(unet=unet, text_encoder=text_encoder, autoencoder_frozen=codec.vae)
 
@@ -310,7 +313,7 @@ def _image_shape(data: DataConfig, images: Images | None, factor: int, notes: No
     return (data.channels, *preprocess.padded_size)
 
 
-def _class_count(config: DiffusionConfig, images: Images | None, notes: Notes) -> int:
+def _class_count(config: Stage2Config, images: Images | None, notes: Notes) -> int:
     if images is not None:
         return len(images.class_names)
     if config.model.pretrained is not None:
@@ -324,7 +327,7 @@ def _class_count(config: DiffusionConfig, images: Images | None, notes: Notes) -
 
 
 def _data_facts(
-    config: AutoencoderConfig | DiffusionConfig, images: Images | None, shape: tuple[int, int, int] | None, notes: Notes
+    config: AutoencoderConfig | Stage2Config, images: Images | None, shape: tuple[int, int, int] | None, notes: Notes
 ) -> dict[str, Any]:
     """shape: (C, H, W) of the tensors, if known. Warns where the run's length does not suit the number of images."""
     facts: dict[str, Any] = {"source": config.data.source}
@@ -343,7 +346,7 @@ def _parameters(**modules: nn.Module | None) -> dict[str, int]:
     return {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items() if module is not None}
 
 
-def _without_impossible_guidance(config: DiffusionConfig, notes: Notes) -> DiffusionConfig:
+def _without_impossible_guidance(config: Stage2Config, notes: Notes) -> Stage2Config:
     """The config; where its guidance scale needs what training leaves out, a warning, and the config without the scale."""
     try:
         conditioning.guidance_scale(config)
@@ -353,7 +356,7 @@ def _without_impossible_guidance(config: DiffusionConfig, notes: Notes) -> Diffu
         return config.model_copy(update={"sample": config.sample.model_copy(update={"guidance": None})})
 
 
-def _caption_warnings(config: DiffusionConfig, images: Images) -> list[str]:
+def _caption_warnings(config: Stage2Config, images: Images) -> list[str]:
     text, captions = config.condition.text, Captions(images.train.captions() or [])
     if text.encoder is not None:
         tokenizer = load_tokenizer(text.encoder, text.max_length)
@@ -362,7 +365,7 @@ def _caption_warnings(config: DiffusionConfig, images: Images) -> list[str]:
     return conditioning.caption_warnings(tokenizer, captions)
 
 
-def _unet_fits(config: DiffusionConfig, latent_shape: tuple[int, int, int], conditions: Conditions, notes: Notes) -> bool:
+def _unet_fits(config: Stage2Config, latent_shape: tuple[int, int, int], conditions: Conditions, notes: Notes) -> bool:
     """Whether the U-Net takes latents (c, h, w); notes where not. UserError where something else than the shape is wrong."""
     channels = latent_shape[0]
     channels_fit = config.model.pretrained is None or find_pretrained(config).config.get("in_channels") in (
@@ -370,7 +373,7 @@ def _unet_fits(config: DiffusionConfig, latent_shape: tuple[int, int, int], cond
         channels + extra_channels(config.condition, channels),
     )
     if channels_fit:
-        train_diffusion.check_config(config)
+        of_stage(config)[0](config)
     rows = conditions.classes.num_embeddings if conditions.classes else None
     width = conditions.text.prompt_encoder.width if conditions.text else None
     # A new U-Net is built without memory for its weights; a trained one is read
@@ -387,13 +390,14 @@ def _unet_fits(config: DiffusionConfig, latent_shape: tuple[int, int, int], cond
 
 
 def _encoding_facts(
-    config: DiffusionConfig, codec: LatentCodec, images: Images | None, notes: Notes, trained: bool
+    config: Stage2Config, codec: LatentCodec, images: Images | None, notes: Notes, trained: bool
 ) -> dict[str, Any]:
     """Size of the latent cache and hours to build it. trained: False where the codec has random weights."""
     name, stored = f"autoencoder {config.autoencoder}", codec.vae.config
     keys = "(scaling_factor, or latents_mean and latents_std, in its config.json)"
     normalised = getattr(stored, "latents_mean", None) or getattr(stored, "scaling_factor", None)
-    if trained and config.normaliser == "stored" and not normalised:
+    is_stored = trained and isinstance(config, DiffusionConfig) and config.normaliser == "stored"
+    if is_stored and not normalised:
         notes.warnings.append(f"{name}: has no normaliser {keys}; set normaliser=measured")
     channels_fit = codec.image_channels == config.data.channels
     if not channels_fit:
@@ -401,14 +405,14 @@ def _encoding_facts(
     if images is None:
         return {}
     finished = read_manifest(cache_folder(config)) is not None
-    size = cache_bytes(config, len(images.samples), codec.latent_shape(*images.preprocess.padded_size))
+    size = cache_bytes(config, len(images.samples), cached_shape(config, codec, images))
     facts: dict[str, Any] = {"latent_cache": {"folder": str(cache_folder(config)), "bytes": size, "finished": finished}}
     if not channels_fit:
         return facts
     notes.progress.release()
     notes.progress("encoding a few images, for the time it takes")
     rms, seconds = _encode_some(codec, images)
-    if trained and config.normaliser == "stored" and normalised and not 1 / TOLERANCE <= rms <= TOLERANCE:
+    if is_stored and normalised and not 1 / TOLERANCE <= rms <= TOLERANCE:
         notes.warnings.append(
             f"{name}: its normaliser {keys} gives latents of this data a root mean square of {rms:.3g} instead of 1; set "
             "normaliser=measured"
@@ -477,7 +481,7 @@ def _as_long_as_its_minutes(config: Any, facts: dict[str, Any], notes: Notes) ->
     return config
 
 
-def _say_time(config: AutoencoderConfig | DiffusionConfig, facts: dict[str, Any], notes: Notes) -> None:
+def _say_time(config: AutoencoderConfig | Stage2Config, facts: dict[str, Any], notes: Notes) -> None:
     """Print how long the run takes here, and warn where that is days of a CPU."""
     hours, step = facts.get("hours"), facts.get("step")
     if hours is None or step is None:

@@ -150,12 +150,17 @@ def open_inputs(config: LatentConfig, device: torch.device) -> tuple[LatentCodec
         raise UserError(
             f"data.channels: {config.data.channels}, but the autoencoder {config.autoencoder} takes {codec.image_channels}"
         )
+    check_codebook(config, codec)
+    return codec, Images(config.data, codec.factor)
+
+
+def check_codebook(config: LatentConfig, codec: LatentCodec) -> None:
+    """UserError where a discrete config names an autoencoder without a codebook."""
     if isinstance(config, DiscreteConfig) and codec.num_codes is None:
         raise UserError(
             f"autoencoder {config.autoencoder}: {type(codec.vae).__name__} has no codebook, and stage discrete needs one; name "
             "a VQModel, such as configs/fashion-mnist/autoencoder-vq.yaml trains, or set stage: diffusion"
         )
-    return codec, Images(config.data, codec.factor)
 
 
 def code_shape(codec: LatentCodec, height: int, width: int) -> tuple[int, int, int]:
@@ -163,10 +168,15 @@ def code_shape(codec: LatentCodec, height: int, width: int) -> tuple[int, int, i
     return codec.code_levels, *codec.latent_shape(height, width)[1:]
 
 
+def shape_of(config: LatentConfig, codec: LatentCodec, height: int, width: int) -> tuple[int, int, int]:
+    """(c, h, w) of what the model of a config draws for an image of height x width pixels: latents, or (L, h, w) of codes."""
+    shape = code_shape if isinstance(config, DiscreteConfig) else LatentCodec.latent_shape
+    return shape(codec, height, width)
+
+
 def cached_shape(config: LatentConfig, codec: LatentCodec, images: Images) -> tuple[int, int, int]:
     """(c, h, w) of what the cache of a config holds of each image: latents, or (L, h, w) of codes."""
-    shape = code_shape if isinstance(config, DiscreteConfig) else LatentCodec.latent_shape
-    return shape(codec, *images.preprocess.padded_size)
+    return shape_of(config, codec, *images.preprocess.padded_size)
 
 
 def cache_bytes(config: LatentConfig, count: int, latent_shape: tuple[int, int, int]) -> int:

@@ -101,12 +101,10 @@ def open_diffusion(config: DiffusionConfig | DiscreteConfig) -> DiffusionTrainer
 
     The run's latent cache is opened, or built again where it is not there any more. config: as the run recorded it.
     """
-    from latentdiff.config import DiscreteConfig
     from latentdiff.training import bridge, conditioning
     from latentdiff.training.accelerator import start_accelerator
     from latentdiff.training.latents import open_inputs, prepare_latents, progress_bar
-    from latentdiff.training.train_diffusion import DiffusionTrainer
-    from latentdiff.training.train_discrete import DiscreteTrainer
+    from latentdiff.training.train_discrete import of_stage
 
     accelerator = start_accelerator(config.train)
     with progress_bar("encoding", True, lambda: None) as bar:
@@ -116,7 +114,7 @@ def open_diffusion(config: DiffusionConfig | DiscreteConfig) -> DiffusionTrainer
         source = bridge.open_source(config, latents, source_images, accelerator, bar)
         reader, _ = conditioning.open_text(config, latents.images, accelerator, resume=True)
         conditions = conditioning.prepare_conditions(config, latents, accelerator, bar, reader)
-    trainer_class = DiscreteTrainer if isinstance(config, DiscreteConfig) else DiffusionTrainer
+    _, trainer_class = of_stage(config)
     return trainer_class(config, latents, conditions, accelerator, source)
 
 

@@ -6,20 +6,21 @@ says what is different: the batch, the loss, and the pipeline that is published.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from latentdiff.config import DiscreteConfig
-from latentdiff.discrete import Process, loss, make_process
+from latentdiff.config import DiffusionConfig, DiscreteConfig
+from latentdiff.discrete import Process, add_evidence, loss, make_process
 from latentdiff.errors import UserError
 from latentdiff.models.unet import build_unet, check_unet
 from latentdiff.pipelines.discrete_diffusion import code_logits
 from latentdiff.training import conditioning, monitor
 from latentdiff.training.discrete_checkpoint import discrete_parts, save_discrete
-from latentdiff.training.train_diffusion import Batch, DiffusionTrainer, check_launch, run_stage
+from latentdiff.training.train_diffusion import Batch, DiffusionTrainer, check_config, check_launch, run_stage
 from latentdiff.utils.random import derive_seed, rand
 
 
@@ -29,6 +30,11 @@ def train_discrete(config: DiscreteConfig, resume: bool = False, began: float | 
     Arguments, the files that are written, and errors as `train_diffusion`; config is of stage "discrete".
     """
     return run_stage(config, resume, began, check_discrete, DiscreteTrainer)
+
+
+def of_stage(config: DiffusionConfig | DiscreteConfig) -> tuple[Callable[[Any], None], type[DiffusionTrainer]]:
+    """(the check of a stage-2 config, the class of its trainer), for either kind of stage 2."""
+    return (check_discrete, DiscreteTrainer) if isinstance(config, DiscreteConfig) else (check_config, DiffusionTrainer)
 
 
 def check_discrete(config: DiscreteConfig) -> None:
@@ -81,7 +87,7 @@ class DiscreteTrainer(DiffusionTrainer):
         def predict(codes: Tensor, t: Tensor, **conditioning: Tensor) -> Tensor:
             return code_logits(network, codes, t, self.num_codes, **conditioning)
 
-        return predict
+        return add_evidence(predict, self.process)
 
     def losses(self, piece: Batch) -> Tensor:
         """The loss of each sample of a piece, [B], in nats per position."""

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from PIL import Image
-from tiny_runs import autoencoder_tree, diffusion_tree, tree, write_stripes
+from tiny_runs import SMALL_VQ, autoencoder_tree, diffusion_tree, tree, write_stripes
 
 import latentdiff
 from latentdiff.checkpoints import load
@@ -36,6 +36,11 @@ def tiny(**changes) -> list[str]:
     values |= {f"{stage}train.{key}": value for stage in ("", "stage1.") for key, value in TRAIN.items()}
     values |= {"sample.steps": 2, "sample.per_class": 1}
     values |= {key.replace("__", "."): value for key, value in changes.items()}
+    return tiny_words(values)
+
+
+def tiny_words(values: dict) -> list[str]:
+    """The values as key=value words."""
     return [
         f"{key}={yaml.safe_dump(value, default_flow_style=True).removesuffix('...' + chr(10)).strip()}"
         for key, value in values.items()
@@ -84,6 +89,21 @@ def test_three_lines_say_how_it_went(finished):
     how, what, better = finish.last_lines(finished / "model").splitlines()
     assert "real pictures" in how and "latentdiff generate --all-classes --model" in what
     assert "more pictures (48" in better and f"--out {finished} --resume --hours 0.1" in better
+
+
+def test_a_folder_becomes_a_model_over_codes(pictures, tmp_path):
+    network = {key: value for key, value in SMALL_VQ["model__config"].items() if key != "num_vq_embeddings"}
+    small = {"stage1.model.config.num_vq_embeddings": 6} | {f"stage1.model.config.{k}": v for k, v in network.items()}
+    words = [*tiny(latents="discrete", **{"sample.order": "confidence"}), *tiny_words(small)]
+    model = latentdiff.fit(pictures, hours=0.05, out=tmp_path / "fit", overrides=words)
+    pipe = load(model)
+    assert pipe.num_codes == 6 and pipe.code_shape == (1, 8, 8) and pipe.config.default_sampler == "confidence"
+    second = load_config(tmp_path / "fit" / "configs" / "diffusion.yaml")
+    assert (second.stage, second.process, second.schedule) == ("discrete", "absorbing", "cosine")
+    record = json.loads((tmp_path / "fit" / "fit.json").read_text())
+    assert record["phases"] == {phase: "done" for phase in fitting.PHASES}
+    assert "as latents=discrete needs" in record["plan"]["reasons"]["autoencoder"]
+    assert (tmp_path / "fit" / "report" / "metrics.json").is_file()
 
 
 def test_the_card_has_the_fit_and_the_evaluation(finished):
