@@ -86,7 +86,7 @@ def test_two_processes_and_pieces_take_the_steps_of_one(tmp_path, stripe_folder,
     jobs = []
     for name, (world, piece) in ways.items():
         folder = str(tmp_path / "codes")
-        changes = {**smooth, "train__steps": 6, "cache__folder": folder, "train__micro_batch": piece}
+        changes = {**smooth, "train__steps": 4, "cache__folder": folder, "train__micro_batch": piece}
         tree = discrete_tree(stripe_folder, tmp_path / name, vq_run, **changes)
         jobs.append(job(write_yaml(tmp_path / f"{name}.yaml", tree), world))
     for (name, (world, _)), result in zip(ways.items(), carry_out(jobs), strict=True):
