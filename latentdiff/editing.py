@@ -190,12 +190,12 @@ def edit(
         return path
 
     # Load the model and the images
-    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.checkpoints import is_over_codes, load, resolve_model
 
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
-    unread = {f"--task {task}": task not in OF_CODES, "--method posterior": method == "posterior"}
+    unread = {f"--task {task}": task not in OF_CODES, f"--method {method}": method not in (None, "replacement")}
     generation.refuse_for_codes(pipeline, unread)
     was_asked = bool(asked_task or mask or expand)
     task, is_trained = _task_of_model(pipeline, task, was_asked, mask)
@@ -216,7 +216,8 @@ def edit(
     _check_guidance(task, is_trained, bool(files), flags_of_guidance)
     generation.check_negative(pipeline, negative, guidance)
     if task == "inpaint" and method is None:
-        method = "replacement" if is_trained or strength is not None or mask_margin is not None else "known_pixels"
+        is_plain = is_trained or is_over_codes(pipeline.config)
+        method = "replacement" if is_plain or strength is not None or mask_margin is not None else "known_pixels"
     restores = not is_trained and (task in RESTORING or (task == "inpaint" and method != "replacement"))
     generation.place(pipeline, device, sampler or ("heun" if not is_trained and task in BY_SAMPLER or restores else None))
     generation.set_precision(pipeline, precision)

@@ -130,7 +130,7 @@ class SamplerBenchmark:
         self, model: str | Path, data: str, num_images: int, features: str | Path | None, precision: str, batch_size: int
     ):
 
-        from latentdiff.checkpoints import load, resolve_model
+        from latentdiff.checkpoints import is_over_codes, load, resolve_model
         from latentdiff.evaluation.feature_spaces import open_features
         from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
         from latentdiff.generation import every_class, set_precision
@@ -138,6 +138,8 @@ class SamplerBenchmark:
 
         self.folder, self.num_images, self.batch_size = resolve_model(model), num_images, batch_size
         self.pipeline = load(self.folder)
+        if is_over_codes(self.pipeline.config):
+            raise UserError("MODEL: draws codes, and this compares samplers of latents; measure it by evaluate --sampler")
         self.pipeline.set_progress_bar_config(disable=True)
         set_precision(self.pipeline, precision)
         self.rows = every_class(self.pipeline)
