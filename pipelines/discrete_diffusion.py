@@ -38,7 +38,6 @@ from latentdiff.pipelines.latent_diffusion import (
     all_finite,
     free_cells,
     non_finite_cause,
-    normalise,
     repeated,
     step_callback,
     with_border,
@@ -77,7 +76,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
     Args:
         unet: `UNet2DModel` or `UNet2DConditionModel`. Its input has L (K + 1) channels of zeros and ones, which say the code of
             each of L levels, the last one of K + 1 being the mask; its output L K channels, the logits of the clean codes.
-        vae: a diffusers `VQModel`.
+        vae: a diffusers `VQModel`, or an autoencoder that is used as one.
         process: {"name": "absorbing" or "uniform", "schedule": a name of SCHEDULES}: what training did to the codes.
         scheduler, prediction, schedule, image_condition: always None; latent diffusion has these.
         default_sampler: the order of calls that do not give one: "random" or "confidence".
@@ -130,7 +129,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
     @property
     def num_codes(self) -> int:
         """K: how many codes there are for a position."""
-        return self.vae.config.num_vq_embeddings
+        return self.vae.quantize.n_e
 
     @property
     def code_shape(self) -> tuple[int, int, int]:
@@ -162,16 +161,20 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         if self.refuse_non_finite and not all_finite(latents):
             cause = non_finite_cause(self.vae, images, unused=("decoder.", "post_quant_conv."))
             raise NonFiniteError(f"encoder: its output is not finite; {cause}")
-        codes = self.vae.quantize(latents)[2][2]
-        return codes.reshape(len(images), 1, *latents.shape[2:])
+        codes = self.vae.quantize(latents)[2][2]  # [B h w], or with several levels [B h w, L]
+        return codes.view(len(images), *latents.shape[2:], -1).movedim(-1, 1).contiguous()
 
     def decode_codes(
         self, codes: torch.Tensor, output_type: str = "pil", kept: tuple[torch.Tensor, torch.Tensor] | None = None
     ) -> Any:
         """Images of codes [B, L, h, w]. output_type, kept: as in `decode_latents`. NonFiniteError as there."""
-        vectors = self.vae.quantize.embedding.weight[codes[:, 0]].permute(0, 3, 1, 2)  # [B, d, h, w]
-        # decode_latents finds the nearest codes again, which are these
-        return self.decode_latents(normalise(vectors.float(), self.vae.config), output_type, kept=kept)
+        rows = self.vae.quantize.embedding.weight
+        books = rows.view(-1, self.num_codes, rows.shape[1])  # [L, K, d]
+        raw = torch.stack([book[codes[:, level]] for level, book in enumerate(books)]).sum(0)  # [B, h, w, d]
+        raw = raw.movedim(-1, 1).contiguous()
+        # A model whose decoder looks rows up by itself would take these for codes; it finds the nearest rows again
+        is_quantised = not self.vae.config.get("lookup_from_codebook")
+        return self.finish_images(self.vae.decode(raw, force_not_quantize=is_quantised).sample, raw, output_type, kept=kept)
 
     @torch.no_grad()
     def __call__(

@@ -1314,7 +1314,18 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             NonFiniteError: the decoder gives NaN or infinity.
         """
         raw = denormalise(latents, self.vae.config).to(self.vae.dtype)
-        images = self.vae.decode(raw).sample.float()  # [B, C, H, W] in [-1, 1]
+        return self.finish_images(self.vae.decode(raw).sample, raw, output_type, size, kept)
+
+    def finish_images(
+        self,
+        images: torch.Tensor,
+        raw: torch.Tensor,
+        output_type: str,
+        size: tuple[int, int] | None = None,
+        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """What `decode_latents` returns of the decoder's output [B, C, H, W] in [-1, 1]. raw: what the decoder was given."""
+        images = images.float()
         if self.refuse_non_finite and not all_finite(images):  # before they are clamped, which would hide an infinity
             cause = non_finite_cause(self.vae, raw, unused=("encoder.", "quant_conv."))
             raise NonFiniteError(f"decoder: its output is not finite; {cause}")
