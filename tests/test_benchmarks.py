@@ -113,3 +113,28 @@ def test_the_summary_reads_cells_that_the_tables_have(benchmark):
     assert len(lines) == 5 + 5 + 1 + 2 + 2 + 2 and not any(line.endswith("– |") for line in lines), lines
     del trained[0].rows["MONAI, cached"]
     assert len(benchmark("all").summary(*trained, images, starts).splitlines()) == len(lines) - 1
+
+
+def test_colours_are_measured_in_the_plane_of_cielab(benchmark):
+    restoration = benchmark("restoration")
+    corners = torch.tensor([[1.0, -1, -1], [-1, -1, 1], [0.2, 0.2, 0.2]])[:, :, None, None].expand(3, 3, 2, 2)
+    expected = torch.tensor([[80.8, 69.9], [68.3, -112.0], [0.0, 0.0]])  # of sRGB under D50
+    assert (restoration.ab_of(corners) - expected[:, :, None, None]).abs().max() < 1
+
+
+def test_trivial_colours_are_those_of_the_training_pictures_on_the_grey_that_is_given(benchmark):
+    restoration = benchmark("restoration")
+    train = torch.tensor([[0.5, -0.5, 0.0], [-0.5, 0.5, 0.1], [1.0, 1.0, 1.0]])[:, :, None, None].expand(3, 3, 2, 2)
+    seen = restoration.eight_bits(restoration.Grey()(train))
+    for colours in (restoration.mean_colours, restoration.nearest_colours):
+        assert (colours(train, seen) - train).abs().max() < 0.01
+    brighter = restoration.nearest_colours(train, seen[:1] + 0.1)
+    assert (brighter - train[:1] - 0.1).abs().max() < 0.01
+
+
+def test_settings_are_chosen_on_pictures_that_are_not_reported(benchmark):
+    restoration = benchmark("restoration")
+    held_out = torch.arange(40) % 3 == 0
+    pairs = restoration.Pairs("", None, None, None, held_out, [], [], [])
+    tuning, report = (set(restoration.chosen_emoji(pairs, 100, part).tolist()) for part in (True, False))
+    assert tuning | report == set(held_out.nonzero()[:, 0].tolist()) and not tuning & report and len(tuning) == 4
