@@ -269,7 +269,7 @@ def edit(
         job = _translate_job(pipeline, folder, second, shows, strength, steps, guided, precision, path.suffix == "")
     elif restores:
         pixels = _read_mask(str(mask), rule) if task == "inpaint" else None
-        job = _restore_job(pipeline, change, task, method, pixels, 1.0 if blur is None else blur, steps, sampler)
+        job = _restore_job(pipeline, change, task, method, pixels, 1.0 if blur is None else blur, steps, sampler, guidance)
     elif task == "outpaint":
         job = _outpaint_job(change, expand or (0, 0, 0, 0), strength, mask_margin)
     elif task == "inpaint":
@@ -614,6 +614,7 @@ def _restore_job(
     blur: float,
     steps: int | None,
     sampler: str | None,
+    guidance: float | None,
 ) -> Job:
     """Pictures that were observed through a mask, a lower resolution, a blur or without colour: draws of what they were."""
     import torch
@@ -623,7 +624,8 @@ def _restore_job(
 
     codec, (_, *size) = LatentCodec(pipeline.vae), pipeline.image_shape
     hidden = None if mask is None else torch.from_numpy(mask).permute(2, 0, 1)[None].float() / 255
-    settings: dict[str, Any] = {key: value for key, value in (("steps", steps), ("sampler", sampler)) if value is not None}
+    given = {"steps": steps, "sampler": sampler, "guidance": guidance}
+    settings: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
     if method == "known_pixels":
         settings |= {"method": method, "encode": lambda images: codec.latents(images, use_mean=True)}
     if sampler is not None:

@@ -130,11 +130,3 @@ def test_trivial_colours_are_those_of_the_training_pictures_on_the_grey_that_is_
         assert (colours(train, seen) - train).abs().max() < 0.01
     brighter = restoration.nearest_colours(train, seen[:1] + 0.1)
     assert (brighter - train[:1] - 0.1).abs().max() < 0.01
-
-
-def test_settings_are_chosen_on_pictures_that_are_not_reported(benchmark):
-    restoration = benchmark("restoration")
-    held_out = torch.arange(40) % 3 == 0
-    pairs = restoration.Pairs("", None, None, None, held_out, [], [], [])
-    tuning, report = (set(restoration.chosen_emoji(pairs, 100, part).tolist()) for part in (True, False))
-    assert tuning | report == set(held_out.nonzero()[:, 0].tolist()) and not tuning & report and len(tuning) == 4

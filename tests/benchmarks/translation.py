@@ -19,14 +19,14 @@ weights/emoji: the pairs of style and emoji that training has not seen. weights/
 emoji (the nearest of all, or among the nearest five), and whether it is in the right style. Distances are root mean squares of
 pixels in [0, 1], to the picture that was translated and to the real one of the other style, which nothing was shown. Beside the
 methods stand pictures drawn from the prompt alone. A source without a name ("noto style") shows what the picture itself says.
-Settings are chosen with the styles in the other order (--styles twemoji noto).
+Settings are chosen by the way back, from the second style to the first; --one-way leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,23 +37,15 @@ from torch import Tensor
 
 from latentdiff.checkpoints import load, resolve_model
 from latentdiff.config import DataConfig
-from latentdiff.data.pairs import read_pairs
+from latentdiff.data.pairs import Pairs, read_pairs
 from latentdiff.evaluation.compare_samplers import EvaluationCounter
-from latentdiff.evaluation.retrieval import index_pictures, retrieval_scores
+from latentdiff.evaluation.retrieval import PictureIndex, index_pictures, retrieval_scores
 from latentdiff.generation import place
-from latentdiff.guidance import ClassifierFree
 from latentdiff.models.feature_net import FeatureNet, extract, load_features
 from latentdiff.models.judge_net import load_judge
 from latentdiff.models.perceptual import Perceptual
 from latentdiff.training.images import Images
-from latentdiff.translation import (
-    conditional_denoiser,
-    cycle_error_of_images,
-    decode_latents,
-    encode_images,
-    translate,
-    translate_images,
-)
+from latentdiff.translation import cycle_error_of_images, translate_images
 from latentdiff.utils.images import save_rows
 from latentdiff.utils.random import generators
 from latentdiff.utils.tensors import flat_mean
@@ -64,10 +56,11 @@ EVERYWHERE = (0.0, 1.0)  # the interval of guidance: what a picture shows is dec
 EMOJI_GUIDANCE = 4.0  # the checkpoint's
 # (kind, strength, guidance) of emoji; see `EmojiTask`
 EMOJI_METHODS = [
-    *(("translate", s, g) for s in (1.0, 0.8, 0.6, 0.5, 0.4) for g in (1.0, 4.0)),
-    *(("away from the source", s, 4.0) for s in (1.0, 0.8, 0.6, 0.5, 0.4)),
-    *(("styles alone", s, 4.0) for s in (0.8, 0.6, 0.4)),
-    *(("img2img", s, 4.0) for s in (0.8, 0.6, 0.4)),
+    ("translate", 1.0, 1.0),
+    *(("translate", s, 4.0) for s in (1.0, 0.8, 0.6, 0.5, 0.4)),
+    *(("away from the source", s, 4.0) for s in (0.8, 0.6, 0.5, 0.4)),
+    *(("styles alone", s, 4.0) for s in (0.8, 0.6, 0.5)),
+    *(("img2img", s, 4.0) for s in (0.8, 0.6, 0.5)),
 ]
 SHOWN = 12  # images of the picture
 
@@ -190,16 +183,15 @@ class EmojiTask:
 
     def translate(self, strength: float, guidance: float) -> Tensor:
         """From prompt to prompt, guided away from no text."""
-        return self._through_noise(self.source, self.to, None, strength, guidance)
+        return self._translated(self.source, self.to, [None], strength, guidance)
 
     def away(self, strength: float, guidance: float) -> Tensor:
         """From prompt to prompt, guided away from the source's prompt: what guidance adds is then the style alone."""
-        return self._through_noise(self.source, self.to, self.source, strength, guidance)
+        return self._translated(self.source, self.to, self.source, strength, guidance)
 
     def styles(self, strength: float, guidance: float) -> Tensor:
         """From style to style, guided away from the source's. Nothing but the picture says what it shows."""
-        source, to = ([style] * len(self.images) for style in (self.source_style, self.to_style))
-        return self._through_noise(source, to, source, strength, guidance)
+        return self._translated([self.source_style], [self.to_style], [self.source_style], strength, guidance)
 
     def noised(self, strength: float, guidance: float) -> Tensor:
         """With noise added and taken off for the prompt (SDEdit)."""
@@ -213,30 +205,31 @@ class EmojiTask:
         draws = generators(0, range(len(self.images)))
         return (self.pipe(self.to, generator=draws, **call).images * 2 - 1).cpu()
 
-    def _through_noise(
-        self, source: list[str], to: list[str], away: list[str] | None, strength: float, guidance: float
+    def _translated(
+        self, source: list[str], to: list[str], away: Sequence[str | None], strength: float, guidance: float
     ) -> Tensor:
-        """Translated by the ODE. [N, 3, H, W] in [-1, 1]."""
-        count = len(self.images)
-        z = encode_images(self.pipe, self.images, generators(1, range(count)))
-        before, after = (
-            conditional_denoiser(self.pipe, source, count, 1.0),
-            conditional_denoiser(self.pipe, to, count, guidance),
-        )
-        if away is not None:
-            after = ClassifierFree(after.denoiser, after.conditional, before.conditional, guidance)
-        return decode_latents(self.pipe, translate(before, after, z, "heun", self.steps, strength)).cpu()
+        """Through the Gaussian, by the ODE. [N, 3, H, W] in [-1, 1]."""
+        call = {"steps": self.steps, "strength": strength, "guidance": guidance, "away": away}
+        return translate_images(self.pipe, self.images, source, to, generator=generators(1, range(len(self.images))), **call).cpu()
 
 
-@torch.no_grad()
 def measure_emoji(arguments: argparse.Namespace) -> None:
-    # The pairs: held out in the style to come, with their picture in the other style
     pipe = load(resolve_model("weights/emoji"))
     device = place(pipe, "auto", "heun")
     pipe.set_progress_bar_config(disable=True)
     pairs = read_pairs(arguments.emoji)
     index = index_pictures(load_judge(resolve_model("weights/emoji-judge", "judge", "model.safetensors"), device), pairs)
-    source, to = (pairs.style_names.index(style) for style in arguments.styles)
+    ways = [arguments.styles] if arguments.one_way else [arguments.styles[::-1], arguments.styles]
+    shown = [results for styles in ways for results in emoji_table(arguments, pipe, pairs, index, styles)]
+    if arguments.picture:
+        save_rows(shown, arguments.picture)
+
+
+def emoji_table(
+    arguments: argparse.Namespace, pipe: Any, pairs: Pairs, index: PictureIndex, styles: Sequence[str]
+) -> list[Tensor]:
+    """Print what each method gives of pairs held out in the second style, and return some of its pictures, a row each."""
+    source, to = (pairs.style_names.index(style) for style in styles)
     place_of = {(int(pairs.identities[k]), int(pairs.styles[k])): k for k in range(len(pairs))}
     targets = (pairs.held_out & (pairs.styles == to)).nonzero()[:, 0]
     targets = targets[torch.linspace(0, len(targets) - 1, min(arguments.images, len(targets))).round().long()]
@@ -244,8 +237,8 @@ def measure_emoji(arguments: argparse.Namespace) -> None:
     images, real = pairs.images(sources), pairs.images(targets)
     prompts = [[pairs.prompts[k] for k in rows.tolist()] for rows in (sources, targets)]
     steps, count, counted = arguments.steps, len(targets), EvaluationCounter(pipe.unet)
-    task = EmojiTask(pipe, images, *prompts, *(f"{style} style" for style in arguments.styles), steps)
-    print(f"{' to '.join(arguments.styles)}: {count} held-out pairs on {device.type}, {steps} steps of Heun each way\n")
+    task = EmojiTask(pipe, images, *prompts, *(f"{style} style" for style in styles), steps)
+    print(f"\n{' to '.join(styles)}: {count} held-out pairs on {pipe.device.type}, {steps} steps of Heun each way\n")
     header = ("pictures", "identity, top 1", "identity, top 5", "style", "top 5 in the right style")
     header += ("to the original", "to the real one", "evaluations", "s")
     print(f"| {' | '.join(header)} |\n|{'---|' * len(header)}", flush=True)
@@ -276,8 +269,7 @@ def measure_emoji(arguments: argparse.Namespace) -> None:
     }
     for kind, strength, guidance in EMOJI_METHODS:
         report(f"{kind} s={strength} g={guidance}", partial(kinds[kind], strength, guidance))
-    if arguments.picture:
-        save_rows(shown, arguments.picture)
+    return shown
 
 
 def main() -> None:
@@ -285,6 +277,7 @@ def main() -> None:
     parser.add_argument("--judge", nargs="+", help="folders of the feature networks that judge")
     parser.add_argument("--emoji", help="folder that `latentdiff prepare emoji` made: translate emoji instead")
     parser.add_argument("--styles", nargs=2, default=["noto", "twemoji"], help="of emoji: of the pictures, and of the results")
+    parser.add_argument("--one-way", action="store_true", help="of emoji: without the way back, by which settings are chosen")
     parser.add_argument("--model", default="weights/fashion-mnist")
     parser.add_argument("--data", default="fashion-mnist")
     parser.add_argument("--source", default="Sneaker")
