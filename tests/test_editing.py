@@ -1,5 +1,7 @@
 """The command edit, and variations and interpolations: what they start from, what they end on, what they write."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from latentdiff.editing import (
     variations,
 )
 from latentdiff.errors import UserError
+from latentdiff.guidance import tasks
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline, normalise
 from latentdiff.samplers import slerp
 from latentdiff.translation import Between, encode_images, interpolate_images
@@ -147,6 +150,16 @@ def test_a_small_image_is_upscaled_to_one_that_has_its_means(run, here, model, p
     for result in results:
         means = result.astype(float).reshape(8, 2, 8, 2).mean((1, 3))
         assert np.abs(means - small)[inside].mean() < 8
+
+
+def test_a_task_has_a_guidance_of_its_own_where_none_is_asked_for(monkeypatch, run, model, photo):
+    monkeypatch.setitem(tasks.SETTINGS, "deblur", replace(tasks.SETTINGS["deblur"], guidance=1.0))
+    ask = ("edit", photo(), "--model", model, "--task", "deblur", "--to", "down", "--steps", 3)
+    results = []
+    for k, guidance in enumerate(([], ["--guidance", 1], ["--guidance", 5])):
+        run(*ask, *guidance, "--out", f"{k}.png")
+        results += cells(f"{k}.png", 1)
+    assert np.array_equal(results[0], results[1]) and not np.array_equal(results[0], results[2])
 
 
 def with_second_image(monkeypatch, pipe, kind, channels):

@@ -210,7 +210,9 @@ class EmojiTask:
     ) -> Tensor:
         """Through the Gaussian, by the ODE. [N, 3, H, W] in [-1, 1]."""
         call = {"steps": self.steps, "strength": strength, "guidance": guidance, "away": away}
-        return translate_images(self.pipe, self.images, source, to, generator=generators(1, range(len(self.images))), **call).cpu()
+        return translate_images(
+            self.pipe, self.images, source, to, generator=generators(1, range(len(self.images))), **call
+        ).cpu()
 
 
 def measure_emoji(arguments: argparse.Namespace) -> None:

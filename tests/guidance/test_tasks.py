@@ -43,11 +43,21 @@ def test_a_task_draws_samples_that_agree_with_its_observation(task):
     def miss(x):
         return float((made.operator(x) - made.y).square().mean().sqrt())
 
-    assert miss(x) < 0.15 * miss(free)
+    # DPS is not exact, and does not come as near
+    assert miss(x) < (0.15 if made.settings.method == "mmps" else 0.45) * miss(free)
     assert (x[0] - x[1]).abs().max() > 0.1
     if task == "inpaint":
         finished = made.finish((image.expand(4, -1, -1, -1).roll(1, 2).clamp(-1, 1) + 1) / 2)
         assert torch.equal(finished[:, :, : SIDE // 2], (seen[:, :, : SIDE // 2].expand(4, -1, -1, -1).clamp(-1, 1) + 1) / 2)
+
+
+def test_colours_are_not_guided_unless_it_is_asked_for():
+    seen = torch.zeros(1, 1, 8, 8)
+    scales = [
+        restoration(*ask, lambda z: z, [8, 8], **given).call.get("guidance_scale")
+        for ask, given in ((("colorize", seen), {}), (("colorize", seen), {"guidance": 3.0}), (("deblur", seen), {}))
+    ]
+    assert scales == [1.0, 3.0, None]
 
 
 def test_settings_take_the_place_of_the_defaults():
