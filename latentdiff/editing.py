@@ -33,7 +33,7 @@ BY_SAMPLER = ("translate", "variations", "interpolate")  # these run the model's
 TRANSLATION_STEPS = 50
 OF_CODES = ("img2img", "inpaint")  # what a model over codes can do
 # What a model does that was trained to be given a second image, by the kind of that image
-TRAINED = {"low_resolution": "upscale", "mask": "inpaint", "grey": "colorize", "pair": "translate"}
+TRAINED: dict[str, Task] = {"low_resolution": "upscale", "mask": "inpaint", "grey": "colorize", "pair": "translate"}
 FRAMES = 8  # of an interpolation
 VARIATION = 0.3  # strength of variations
 ODE_STEPS = 30  # of Heun's method, in each direction
@@ -191,6 +191,7 @@ def edit(
 
     # Load the model and the images
     from latentdiff.checkpoints import is_over_codes, load, resolve_model
+    from latentdiff.pipelines.latent_diffusion import MAX_SAMPLE_SIZE
 
     folder = resolve_model(model)
     pipeline = load(folder)
@@ -228,8 +229,8 @@ def edit(
         raise UserError("IMAGE: to be upscaled together, images must be of one size; give them one call each")
 
     # Check the call against the model
-    rows = _subjects(pipeline, list(to), "--to") if to else [None]
-    shows = None if source is None else _subjects(pipeline, [source], "--source")[0]
+    rows: list[Subject] = generation.subjects(pipeline, list(to), flag="--to") if to else [None]
+    shows = None if source is None else generation.subjects(pipeline, [source], flag="--source")[0]
     class_row = generation.class_of_prompts(pipeline, label, [*rows, shows])
     if class_row is not None and not any(isinstance(row, str) for row in [*rows, shows]):
         raise UserError(f"--label {label}: is the class of a prompt; give the prompt by --to or --source")
@@ -254,8 +255,8 @@ def edit(
         else:
             stops = [*([] if source is None else [shows]), *rows]
         frames = FRAMES if num_images is None else num_images
-        guided = (guidance, guidance_interval)
-        return _interpolate(pipeline, folder, pictures, stops, class_row, frames, steps, *guided, seed, batch_size, path)
+        how = (steps, guidance, guidance_interval, seed, batch_size)
+        return _interpolate(pipeline, folder, pictures, stops, class_row, frames, *how, path)
 
     # Say what is done to each picture
     change = partial(_change, pipeline, class_row, call)
@@ -271,7 +272,13 @@ def edit(
         pixels = _read_mask(str(mask), rule) if task == "inpaint" else None
         job = _restore_job(pipeline, change, task, method, pixels, 1.0 if blur is None else blur, steps, sampler, guidance)
     elif task == "outpaint":
-        job = _outpaint_job(change, expand or (0, 0, 0, 0), strength, mask_margin)
+        top, right, bottom, left = expand or (0, 0, 0, 0)
+        most, (height, width) = MAX_SAMPLE_SIZE * pipeline.vae_factor, pipeline.image_shape[1:]
+        if max(height + top + bottom, width + left + right) > most:
+            raise UserError(
+                f"--expand {' '.join(map(str, expand or ()))}: the result may be at most {most} pixels high and wide"
+            )
+        job = _outpaint_job(change, (top, right, bottom, left), strength, mask_margin)
     elif task == "inpaint":
         job = _inpaint_job(change, _read_mask(str(mask), rule), strength, mask_margin)
     else:
@@ -500,7 +507,7 @@ def _check_guidance(
             raise UserError(f"{flag}: has no part in --task {task}{of_images}; leave it out")
 
 
-def _task_of_model(pipeline: LatentDiffusionPipeline, task: str, was_asked: bool, mask: Any) -> tuple[str, bool]:
+def _task_of_model(pipeline: LatentDiffusionPipeline, task: Task, was_asked: bool, mask: Any) -> tuple[Task, bool]:
     """(the task, whether the model was trained for it by a second image).
 
     A model with a second image does one task, and a bridge translates. was_asked: the task follows from the flags. UserError
@@ -516,14 +523,6 @@ def _task_of_model(pipeline: LatentDiffusionPipeline, task: str, was_asked: bool
     if own == "inpaint" and mask is None:
         raise UserError("--mask: missing; this model completes pictures, so give what to fill")
     return own, kind is not None
-
-
-def _subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], flag: str) -> list[Subject]:
-    """The classes or prompts that a flag names. UserError, naming the flag, where the model does not know one."""
-    try:
-        return generation.subjects(pipeline, what)
-    except UserError as error:
-        raise UserError(f"{flag}{str(error).removeprefix('WHAT')}") from None
 
 
 def _names_of(pipeline: LatentDiffusionPipeline, rows: list[Subject], label: int | None) -> list[str]:
@@ -637,9 +636,11 @@ def _restore_job(
         return change(pictures, rows, generators, image=None, finish=restored.finish, **restored.call)
 
     shown = partial(_enlarged, size=size)
-    conditions = {"colorize": ("grey", _grey), "inpaint": ("to be filled", partial(_masked, mask=mask))}
-    digest = None if mask is None else hashlib.sha256(mask.tobytes()).hexdigest()
-    return Job(make, conditions.get(task), shown, {"--mask": digest, "--blur": blur, "--method": method or "posterior"})
+    condition: tuple[str, Callable[[Picture], np.ndarray]] | None = ("grey", _grey) if task == "colorize" else None
+    digest = None
+    if mask is not None:
+        condition, digest = ("to be filled", partial(_masked, mask=mask)), hashlib.sha256(mask.tobytes()).hexdigest()
+    return Job(make, condition, shown, {"--mask": digest, "--blur": blur, "--method": method or "posterior"})
 
 
 def _trained_job(change: Callable[..., np.ndarray], task: str, size: Sequence[int]) -> Job:
@@ -699,8 +700,8 @@ def _translate_job(
 
     def make(pictures: list[Picture], rows: list[Subject], generators: list[Any]) -> np.ndarray:
         images = (_tensor(pictures) * 2 - 1).to(pipeline.device)
-        call = {"steps": steps or TRANSLATION_STEPS, "strength": amount, "generator": generators, "use_mean": use_mean}
-        made = translate_images(pipeline, images, [source], rows, into, **call, **guided)
+        how = {"strength": amount, "generator": generators, "use_mean": use_mean, **guided}
+        made = translate_images(pipeline, images, [source], rows, into, steps or TRANSLATION_STEPS, **how)
         return _as_pixels((made + 1) / 2)
 
     known = generation.fingerprint(second) if second is not None and in_folder else None
@@ -812,7 +813,8 @@ def _between_pictures(
     draws = [generators(derive_seed(seed, "posterior", picture.key), [0]) for picture in (first, last)]
     made = interpolate_images(
         pipeline,
-        *(_tensor([picture]) * 2 - 1 for picture in (first, last)),
+        _tensor([first]) * 2 - 1,
+        _tensor([last]) * 2 - 1,
         frame_weights(frames).tolist(),
         shown[:1],
         steps,

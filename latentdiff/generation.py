@@ -205,13 +205,16 @@ def refuse_for_codes(pipeline: LatentDiffusionPipeline, flags: dict[str, Any]) -
         raise UserError(f"{given[0]}: this model draws codes, and it has no part in that; leave it out")
 
 
-def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False) -> list[Subject]:
+def subjects(
+    pipeline: LatentDiffusionPipeline, what: list[str | int], all_classes: bool = False, flag: str = ""
+) -> list[Subject]:
     """What to draw, one entry for each of `what`: the embedding row of a class (int), or a prompt (str).
 
     Args:
         pipeline: the checkpoint.
         what: class names or numbers. For a model that reads text, every entry that is not a class name is a prompt.
         all_classes: every class of the model, in order; `what` must be empty.
+        flag: what named them, for messages; "" where they were given by position.
 
     Returns:
         Rows and prompts. [None] where `what` is empty and the model is unconditional.
@@ -232,7 +235,7 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
     reads_text = pipeline.text_encoder is not None
     if not what:
         if pipeline.num_classes or reads_text:
-            raise UserError("WHAT: name what to draw" + _what_it_takes(pipeline))
+            raise UserError("nothing is named to draw; name it" + _what_it_takes(pipeline))
         return [None]
 
     # Prompts and classes
@@ -242,7 +245,7 @@ def subjects(pipeline: LatentDiffusionPipeline, what: list[str | int], all_class
         class_names = pipeline.class_names
         return [entry if reads_text and entry not in class_names else pipeline.class_index(entry) for entry in what]
     except ValueError as error:
-        raise UserError(f"WHAT: {error}") from None
+        raise UserError(f"{flag}: {error}" if flag else str(error)) from None
 
 
 def given_picture(pipeline: LatentDiffusionPipeline, condition: str | Path | None, mask: str | Path | None) -> Given | None:
@@ -296,9 +299,9 @@ def class_of_prompts(pipeline: LatentDiffusionPipeline, label: str | int | None,
     if not pipeline.num_classes:
         raise UserError(f"--label {label}: this model has no classes; leave it out")
     if pipeline.text_encoder is None:
-        raise UserError(f"--label {label}: goes with prompts, and this model reads none; name classes as WHAT")
+        raise UserError(f"--label {label}: goes with prompts, and this model reads none; name classes to draw")
     if any(isinstance(row, int) for row in rows):
-        raise UserError(f"--label {label}: WHAT names classes already; give prompts, or leave --label out")
+        raise UserError(f"--label {label}: classes are named already; give prompts, or leave --label out")
     try:
         return pipeline.class_index(label)
     except ValueError as error:
@@ -360,7 +363,7 @@ def every_class(pipeline: LatentDiffusionPipeline) -> list[Subject]:
 
 
 def _what_it_takes(pipeline: LatentDiffusionPipeline) -> str:
-    """What may be given as WHAT, as the end of a message."""
+    """What may be named to draw, as the end of a message."""
     prompts = "" if pipeline.text_encoder is None else ', as prompts such as "a red apple"'
     classes = f"; {pipeline.describe_classes()}, or give --all-classes" if pipeline.num_classes else ""
     return prompts + classes or "; it is unconditional"

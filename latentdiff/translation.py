@@ -121,9 +121,9 @@ def interpolate(
         sampler, steps, grid, grid_options, options: as in `samplers.encode`.
     """
     way = {"sampler": sampler, "steps": steps, "grid": grid, "grid_options": grid_options, **options}
-    noises = [samplers.encode(source, x0, **way) for x0 in (a, b)]
+    first, last = (samplers.encode(source, x0, **way) for x0 in (a, b))
     # One weight at a time, because a condition of the denoiser has B rows
-    return torch.stack([samplers.sample(target or source, samplers.slerp(*noises, weight), **way) for weight in weights])
+    return torch.stack([samplers.sample(target or source, samplers.slerp(first, last, weight), **way) for weight in weights])
 
 
 class Between:
@@ -290,7 +290,7 @@ def interpolate_images(
     made = []
     for rows in torch.arange(len(amounts)).split(batch_size or count):
         first, *last = denoisers(rows)
-        noise = samplers.slerp(*(z[rows % count] for z in noises), amounts[rows].to(latents[0]))
+        noise = samplers.slerp(noises[0][rows % count], noises[1][rows % count], amounts[rows].to(latents[0]))
         mixed = Between(first, last[0], amounts[rows]) if last else first
         made.append(decode_latents(pipeline, samplers.sample(mixed, noise, sampler, steps)))
     return torch.cat(made).unflatten(0, (len(weights), count))
@@ -312,11 +312,11 @@ def conditional_denoiser(
     model with both. away: what guidance leads away from, as `what`. UserError for an unknown class, or another number of
     entries than 1 or `count`.
     """
-    asked = [*_split(pipeline, what, count, label), *_split(pipeline, away, count, label)]
-    if not any(entry is not None for entry in asked[3]):
-        asked[3] = None  # the class of none, as the pipeline names it
+    prompts, classes = _split(pipeline, what, count, label)
+    no_prompts, no_classes = _split(pipeline, away, count, label)
+    named = no_classes if any(entry is not None for entry in no_classes) else None  # None: no class, as the pipeline names it
     try:
-        texts, labels, no_texts, no_labels = pipeline.match_inputs(*asked)
+        texts, labels, no_texts, no_labels = pipeline.match_inputs(prompts, classes, no_prompts, named)
         scale = pipeline.match_guidance_scale(guidance, texts, labels, no_texts, no_labels)
     except ValueError as error:  # PipelineInputError, in one line
         raise UserError(str(error)) from None
@@ -335,7 +335,7 @@ def _split(
     entries = [*what] * (count // len(what))
     reads_text = pipeline.text_encoder is not None
     is_prompt = [reads_text and isinstance(entry, str) and entry not in pipeline.class_names for entry in entries]
-    prompts = [entry if text else None for entry, text in zip(entries, is_prompt, strict=True)]
+    prompts = [str(entry) if text else None for entry, text in zip(entries, is_prompt, strict=True)]
     classes = [label if text else entry for entry, text in zip(entries, is_prompt, strict=True)]
     return prompts, classes
 

@@ -420,8 +420,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise PipelineInputError(f"num_images_per_label {num_images_per_label}: must be at least 1")
         self._check_image_inputs(image, strength, mask_image, mask_margin)
         for name, side in (("height", height), ("width", width)):
-            if side is not None and not (hasattr(side, "__index__") and 1 <= side <= MAX_SAMPLE_SIZE * self.vae_factor):
-                raise PipelineInputError(f"{name} {side}: must be a whole number of pixels, at least 1")
+            most = MAX_SAMPLE_SIZE * self.vae_factor
+            if side is not None and not (hasattr(side, "__index__") and 1 <= side <= most):
+                raise PipelineInputError(f"{name} {side}: must be a whole number of pixels, at least 1 and at most {most}")
 
     def _check_image_inputs(self, image, strength, mask_image, mask_margin) -> None:
         """PipelineInputError for the arguments that change an image, where they do not go together or are out of range."""

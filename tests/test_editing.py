@@ -255,6 +255,7 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
         ),
         (["--task", "interpolate", "--to", "down", "across", "--out", "folder"], "--out folder: the folder is not empty"),
         (["half.png", "--mask", "half.png", "--method", "posterior", "--sampler", "dopri5"], "--sampler dopri5: its adaptive"),
+        (["half.png", "--expand", "100000", "0", "0", "0"], "the result may be at most 8192 pixels high and wide"),
         (["half.png", "--sampler", "eular"], "--sampler eular: unknown; valid: ancestral"),
     ],
     ids=lambda words: words if isinstance(words, str) else " ".join(words),

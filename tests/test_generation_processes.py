@@ -100,7 +100,7 @@ def test_measured_numbers_are_those_of_one_process(done, world):
 
 @pytest.mark.parametrize(
     ("name", "world", "said"),
-    [("unknown class", 2, "WHAT: unknown class 'striped'"), ("unknown option", 3, "bogus")],
+    [("unknown class", 2, "latentdiff: unknown class 'striped'"), ("unknown option", 3, "bogus")],
 )
 def test_a_mistake_is_said_once_and_ends_all(done, name, world, said):
     result = done[1][name, world]

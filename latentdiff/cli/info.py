@@ -164,6 +164,7 @@ def _checkpoint_info(folder: Path) -> dict[str, Any]:
         **({"image_condition": dict(given)} if (given := getattr(pipeline.config, "image_condition", None)) else {}),
         **process,
         "scheduler": default_sampler(pipeline),
+        **({"bridge": meta["bridge"]} if "bridge" in meta else {}),
         "steps_trained": meta.get("steps"),
         "defaults": {key: pipeline.config[key] for key in DEFAULTS},
     }

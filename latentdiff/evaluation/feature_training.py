@@ -1,6 +1,5 @@
 """Train a feature network on labelled images. The classifiers of the classification accuracy score are trained so too."""
 
-import sys
 import time
 from collections.abc import Sequence
 
@@ -14,6 +13,7 @@ from latentdiff.data.shuffling import Batches
 from latentdiff.errors import UserError
 from latentdiff.evaluation.classification import label_accuracy
 from latentdiff.models.feature_net import FeatureNet
+from latentdiff.utils import progress_bars
 
 WEIGHT_DECAY = 0.05
 LABEL_SMOOTHING = 0.05
@@ -94,8 +94,7 @@ def _fit(net: FeatureNet, data: Batches, steps: int, lr: float, generator: torch
     device = net.head.weight.device
     optimizer = torch.optim.AdamW(parameter_groups(net), lr=lr)
     cycle = one_cycle(optimizer, lr, steps, WARM_UP)
-    # In a log file the bar is refreshed rarely, so that the log stays readable
-    bar = tqdm(range(steps), desc=net.name, unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    bar = tqdm(range(steps), desc=net.name, unit="step", **progress_bars.drawn(0.5))
     net.train()
     for _ in bar:
         images, labels = next(data)

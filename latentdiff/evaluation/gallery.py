@@ -53,12 +53,12 @@ def gallery(
 
     Raises:
         UserError: an unknown sampler, data of other classes, without captions for a model that reads text, or with fewer than
-            two held-out images.
+            two held-out images; or a bridge, which has no noise.
     """
     import torch
 
     from latentdiff import samplers
-    from latentdiff.checkpoints import load, resolve_model
+    from latentdiff.checkpoints import load, refuse_bridge, resolve_model
     from latentdiff.evaluation.reference_data import trained_on_means
     from latentdiff.generation import refuse_second_image
     from latentdiff.utils.outputs import check_out_folder
@@ -68,6 +68,7 @@ def gallery(
         raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
     pipeline = load(folder)
     refuse_second_image(pipeline, "gallery")
+    refuse_bridge(pipeline, "MODEL")
     with torch.no_grad():
         # Data that do not fit are refused before anything is written
         rows = others = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from latentdiff.errors import UserError
-from latentdiff.utils import processes
+from latentdiff.utils import processes, progress_bars
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -169,13 +169,11 @@ def draw(
     Returns:
         {kind: uint8 [Q, H, W, C]}. Several processes share the work; on all but the first the result is None.
     """
-    from tqdm import tqdm
-
     from latentdiff.generation import generate_share
 
     parts = [processes.share(len(texts), batch_size) for texts in prompts.values()]
     total, hidden = sum(part.stop - part.start for part in parts), processes.rank() > 0
-    with tqdm(total=total, unit="image", desc="drawing", delay=0.5, disable=hidden) as bar:
+    with progress_bars.bar(total=total, unit="image", desc="drawing", delay=0.5, disable=hidden) as bar:
         mine = [generate_share(pipeline, texts, 1, seed, batch_size, bar.update, **call) for texts in prompts.values()]
     # The processes meet when everything is drawn
     gathered = [processes.gather(images, len(texts), batch_size) for texts, images in zip(prompts.values(), mine, strict=True)]

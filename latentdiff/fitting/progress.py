@@ -96,7 +96,8 @@ class PlanBar:
             if self._bar is None and self._begins():
                 from tqdm import tqdm
 
-                self._bar = tqdm(total=self.total or 1.0, bar_format=FORMAT, dynamic_ncols=True, delay=1e-9)
+                how = {"dynamic_ncols": True, **progress_bars.drawn(0.1)}
+                self._bar = tqdm(**how, total=self.total or 1.0, bar_format=FORMAT, delay=1e-9)
             if self._bar is not None:
                 self._bar.total = self.total or 1.0
                 self._bar.n = self._shown()

@@ -66,7 +66,8 @@ def save_autoencoder(
 
     # Report how well it reconstructs held-out images; values that are not finite are part of the report
     codec = LatentCodec(load_autoencoder(str(folder)), refuse_non_finite=False)
-    report, pairs = stage1_report(codec, sweep(images.held_out, config.train.batch_size), images.preprocess.content)
+    batches, content = sweep(images.held_out, config.train.batch_size), images.preprocess.content
+    report, pairs = stage1_report(codec, batches, content, keeps_normaliser=config.freeze_encoder)
     if images.nothing_held_out:
         report["lines"].append("warn: measured on the training images, because each class has one image and none is held out")
     write_report(folder.parent, report, pairs)

@@ -34,7 +34,7 @@ from latentdiff.models.image_condition import extra_channels
 from latentdiff.models.loading import read_json
 from latentdiff.models.text_encoder import load_tokenizer, train_tokenizer
 from latentdiff.models.unet import find_pretrained, make_unet
-from latentdiff.training import conditioning, messages, precision, train_autoencoder
+from latentdiff.training import bridge, conditioning, messages, precision, train_autoencoder
 from latentdiff.training.accelerator import start_accelerator
 from latentdiff.training.conditioning import Conditions
 from latentdiff.training.dry_run import dry_run, three_figures
@@ -216,6 +216,16 @@ def _plan_diffusion(config: Stage2Config, path: Path, notes: Notes) -> dict[str,
     conditions = random_conditions(config, images, classes, latent_shape)
     fits = _unet_fits(config, latent_shape, conditions, notes)
     cached = _encoding_facts(config, codec, images, notes, trained)
+    if config.bridge is not None:
+        source = bridge.source_config(config)
+        source_images = _find_images(source.data, factor, notes)
+        of_source = _encoding_facts(source, codec, source_images, notes, trained)
+        if source_images is not None:
+            of_source |= {"source": config.bridge.source, "images": len(source_images.train)}
+        if "hours" in of_source and "hours" in cached:
+            both = of_source.pop("hours")["encoding"] + cached["hours"]["encoding"]
+            cached["hours"]["encoding"] = three_figures(both)
+        facts["bridge"] = of_source
     if not fits:
         return facts | cached | {"parameters": _parameters(autoencoder_frozen=codec.vae)}
     # Precision and micro-batch, as training chooses them

@@ -23,7 +23,7 @@ from latentdiff.models.judge_net import WIDTHS, JudgeNet
 from latentdiff.training.accelerator import announcement, start_accelerator
 from latentdiff.training.precision import OneProcess, Step, plain_steps, resolve
 from latentdiff.training.run_folder import write_config
-from latentdiff.utils import atomic
+from latentdiff.utils import atomic, progress_bars
 from latentdiff.utils.random import derive_seed
 
 STYLE_WEIGHT = 1.0  # of the second head in the loss
@@ -129,7 +129,7 @@ def _fit(net: JudgeNet, pairs: Pairs, steps: int, batch: int, lr: float, strengt
     batches = _batches(len(pairs), min(batch, len(pairs)), seed)
     net.train().to(memory_format=torch.channels_last)
     # In a log file the bar is refreshed rarely, to keep it readable
-    bar = tqdm(range(steps), desc="judge", unit="step", mininterval=0.5 if sys.stderr.isatty() else 30.0)
+    bar = tqdm(range(steps), desc="judge", unit="step", **progress_bars.drawn(0.5))
     for _ in bar:
         rows = next(batches)
         # Each picture has a strength of its own, from 0 on: the strongest augmentation hides the shading that styles differ in

@@ -14,7 +14,8 @@ _larger_job: ContextVar[Callable[..., Any] | None] = ContextVar("larger_job", de
 def bar(**settings: Any) -> Any:
     """A tqdm bar on stderr; or, within `shown_by`, what the larger job gives in its place.
 
-    In a file the bar is refreshed rarely, so that the file stays readable; `mininterval` among the settings says otherwise.
+    Where stderr is no terminal but a file or a pipe, it is a line of its own every 30 s; `mininterval` among the settings says
+    otherwise.
 
     Args:
         settings: of tqdm: total, initial, unit, desc, delay, disable, mininterval.
@@ -27,7 +28,34 @@ def bar(**settings: Any) -> Any:
         return make(**settings)
     from tqdm import tqdm
 
-    return tqdm(**{"mininterval": 1.0 if sys.stderr.isatty() else 30.0, **settings})
+    return tqdm(**{**drawn(), **settings})
+
+
+def drawn(mininterval: float = 1.0) -> dict[str, Any]:
+    """The settings of tqdm for a bar on a terminal, or for plain lines where stderr is a file or a pipe.
+
+    mininterval: seconds between two drawings on a terminal.
+    """
+    if sys.stderr.isatty():
+        return {"mininterval": mininterval}
+    return {"mininterval": 30.0, "ncols": 0, "file": _Lines()}
+
+
+class _Lines:
+    """Turns what tqdm writes to a terminal into lines on stderr, without carriage returns and without repeats."""
+
+    def __init__(self) -> None:
+        self.last = ""
+
+    def write(self, text: str) -> int:
+        line = text.strip("\r\n").rstrip()
+        if line.strip() and line != self.last:
+            sys.stderr.write(line + "\n")
+            self.last = line
+        return len(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
 
 
 def print_line(text: str) -> None:

@@ -3,9 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 from PIL import Image
+from tiny_models import tiny_unet
+from tiny_text import UNET, write_bert, write_captioned
+from transformers import BertModel, BertTokenizer
 
-from latentdiff import checkpoints
+from latentdiff import checkpoints, samplers
 from latentdiff.denoiser import Denoiser
 from latentdiff.evaluation.gallery import (
     COLUMNS,
@@ -13,12 +17,14 @@ from latentdiff.evaluation.gallery import (
     STRENGTHS,
     GallerySampler,
     _pairs,
+    _spread_pairs,
     classifier_columns,
     interpolation,
     trajectory,
 )
 from latentdiff.generation import generate_batches
 from latentdiff.guidance import LatentClassifier
+from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 from latentdiff.utils.random import derive_seed, generators
 
 
@@ -92,8 +98,55 @@ def test_what_is_encoded_are_draws_unless_the_model_was_trained_on_means(stage, 
 
 
 def _encoded(stage, images):
-    draw = generators(derive_seed(stage.seed, "posterior", 0), stage.labels.tolist())
-    return stage.codec.latents(images, draw)
+    return stage.codec.latents(images, _draws(stage, 0))
+
+
+def other_model(monkeypatch, pipe, tmp_path, reads_text, **config):
+    """Let every model that is opened be one of text, or an unconditional one, over the same latents."""
+    config = {"image_size": (16, 16), "prediction": "epsilon", **config}
+    if reads_text:
+        bert = write_bert(tmp_path / "bert", "across down stripes a picture of")
+        config["text_encoder"], config["tokenizer"] = BertModel.from_pretrained(bert), BertTokenizer.from_pretrained(bert)
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(sample_size=8, in_channels=2, out_channels=2, cross_attention_dim=16, **UNET["config"])
+    else:
+        unet = tiny_unet(sample_size=8, in_channels=2, out_channels=2, num_class_embeds=None)
+    made = LatentDiffusionPipeline(unet.eval(), pipe.vae, DDIMScheduler(clip_sample=False), **config)
+    made.set_progress_bar_config(disable=True)
+    monkeypatch.setattr(checkpoints, "load", lambda folder: made)
+    return made
+
+
+@pytest.mark.parametrize("reads_text", [True, False])
+def test_models_of_text_and_of_nothing_are_drawn(monkeypatch, run, refused, here, model, stripe_folder, tmp_path, reads_text):
+    made = other_model(monkeypatch, checkpoints.load(model), tmp_path, reads_text)
+    data = write_captioned(tmp_path / "captioned") if reads_text else stripe_folder
+    names = ["trajectory", "interpolation", *(["guidance"] if reads_text else [])]
+    paths = run("gallery", model, "--data", data, "--steps", 3, "--out", "pictures").split()
+    assert paths == [f"pictures/{name}.png" for name in names]
+    first, second, shown, others = _spread_pairs(model, str(data), made)
+    assert first.shape == second.shape == (len(shown), 1, 16, 16) and not torch.equal(first, second)
+    assert all(isinstance(row, str) if reads_text else row is None for row in (*shown, *others))
+    stage = GallerySampler(made, seed=0, steps=3, sampler="heun", rows=shown)
+    assert stage.names == (shown if reads_text else [str(k) for k in range(len(shown))])
+    columns = interpolation(stage, first, second, second_rows=others)
+    assert torch.equal(columns[0], interpolation(stage, first, second)[0]) and len(columns) == COLUMNS
+    # The outermost of the arc are the round trips of the two, each under what it shows itself
+    there = samplers.encode(stage.guided(1.0, rows=others), stage.codec.latents(second, _draws(stage, 1)), "heun", 3)
+    back = stage.decode(samplers.sample(stage.guided(1.0, rows=others), there, "heun", 3))
+    torch.testing.assert_close(columns[-2], back, rtol=0, atol=1e-4)
+    if reads_text:
+        assert "its images have no captions" in refused("gallery", model, "--data", stripe_folder, "--out", "more")
+
+
+def test_a_bridge_is_refused_in_one_line(monkeypatch, refused, model, stripe_folder, tmp_path):
+    other_model(monkeypatch, checkpoints.load(model), tmp_path, False, bridge="drawings")
+    line = refused("gallery", model, "--data", stripe_folder, "--out", "pictures")
+    assert "MODEL: is a bridge, which starts from images of drawings and not from noise" in line
+
+
+def _draws(stage, side):
+    return generators(derive_seed(stage.seed, "posterior", side), stage.labels.tolist())
 
 
 def test_a_picture_that_is_done_is_not_lost_with_the_next(monkeypatch, model, stripe_folder, tmp_path):

@@ -470,7 +470,7 @@ def test_a_label_that_can_go_with_nothing_is_refused(told_both, model, diffusion
         *ask, "sideways", "stripes", "--model", told_both
     )
     for what in (["down"], ["stripes", "down"], ["--all-classes"]):
-        assert "--label blank: WHAT names classes already" in refused(*ask, "blank", *what, "--model", told_both)
+        assert "--label blank: classes are named already" in refused(*ask, "blank", *what, "--model", told_both)
     assert "--label down: this model has no classes" in refused(*ask, "down", "stripes", "--model", model)
     of_classes = diffusion_run / "model"
     assert "--label down: goes with prompts, and this model reads none" in refused(*ask, "down", "0", "--model", of_classes)

@@ -118,6 +118,10 @@ def test_a_good_first_stage_passes_every_line():
     x = images()
     report, _ = stage1_report(PixelCodec(0.01, std=0.01, shift=x.mean().item(), scale=1 / x.std().item()), [x])
     assert warnings(report) == [] and len(report["lines"]) >= 6
+    kept = {"std": 0.01, "shift": x.mean().item(), "scale": 1.5 / x.std().item()}
+    (line,) = warnings(stage1_report(PixelCodec(0.01, **kept), [x])[0])
+    assert "root mean square of 1.5" in line
+    assert warnings(stage1_report(PixelCodec(0.01, **kept), [x], keeps_normaliser=True)[0]) == []
 
 
 @pytest.mark.parametrize(

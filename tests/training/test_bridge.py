@@ -13,6 +13,7 @@ from tiny_runs import diffusion_config, diffusion_tree, write_stripes, write_yam
 
 from latentdiff import samplers
 from latentdiff.checkpoints import load
+from latentdiff.cli.info import info
 from latentdiff.config import parse_config
 from latentdiff.denoiser import Denoiser
 from latentdiff.editing import edit, variations
@@ -289,6 +290,17 @@ def test_what_a_bridge_cannot_be_is_refused_before_anything_is_written(
         tree = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run, **FLOW, bridge={"source": str(dark)})
         train(parse_config({**tree, **change}))
     assert not (tmp_path / "run").exists()
+
+
+def test_info_counts_the_source_too(stripe_folder, autoencoder_run, finished, dark, tmp_path):
+    plans = []
+    for more in ({}, {"bridge": {"source": str(dark)}}):
+        tree = diffusion_tree(stripe_folder, tmp_path / "run", autoencoder_run, **FLOW, **more)
+        plans.append(info(write_yaml(tmp_path / "c.yaml", tree)))
+    assert "bridge" not in plans[0]
+    assert plans[1]["bridge"]["source"] == str(dark) and plans[1]["bridge"]["images"] == 30
+    assert plans[1]["bridge"]["latent_cache"]["folder"] != plans[1]["latent_cache"]["folder"]
+    assert info(finished / "model")["bridge"]["images"] == 30
 
 
 def test_a_source_of_another_size_is_refused(stripe_folder, autoencoder_run, tmp_path):
