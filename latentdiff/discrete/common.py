@@ -43,10 +43,9 @@ def draw(probs: Tensor, generator: Generators = None) -> Tensor:
     generator: one, a list of B, or None.
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [B, ..., S]
-    total = cumulative[..., -1:]
-    place = rand(probs.shape[:-1], generator, probs.device, torch.float64)[..., None] * total
-    place = torch.minimum(place, torch.nextafter(total, torch.zeros_like(total)))  # rounding may have reached the total
-    return torch.searchsorted(cumulative, place, right=True)[..., 0]
+    chance = rand(probs.shape[:-1], generator, probs.device, torch.float64)[..., None]
+    # chance is at most 1 - 2^-53, so that even its rounded product with the total is below the total
+    return torch.searchsorted(cumulative, chance * cumulative[..., -1:], right=True)[..., 0]
 
 
 def check_codes(codes: Tensor, num_codes: int, what: str, least: int = 0) -> None:

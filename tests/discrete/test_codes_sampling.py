@@ -56,9 +56,10 @@ def test_few_steps_draw_the_enumerated_chain(kind, name):
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_many_steps_draw_the_joint(kind):
-    truth = Alphabet(4, 2, seed=1, sharpness=2.0)
-    process = kind(4, "linear")
+@pytest.mark.parametrize("size", [(5, 2), (2, 4)])
+def test_many_steps_draw_the_joint(kind, size):
+    truth = Alphabet(*size, seed=1, sharpness=2.0)
+    process = kind(size[0])
     assert abs(chi_square(drawn(process, 256, 6000, truth=truth), truth.joint)) < 3.5
     assert chi_square(drawn(process, 4, 6000, truth=truth), truth.joint) > 10  # the check can see an error
 
@@ -156,9 +157,10 @@ def test_known_codes_under_uniform_come_near_the_conditional():
 # Confidence
 
 
-def test_confidence_is_that_of_diffusers():
+@pytest.mark.parametrize("n, steps", [(17, 6), (5, 9)])
+def test_confidence_is_that_of_diffusers(n, steps):
     """With codes that are all but certain and no noise, both fix the same positions in the same order."""
-    n, steps, mask = 17, 6, 8
+    mask = 8
     doubt = 1e-6 * (1 + torch.randperm(n, generator=torch.Generator().manual_seed(0)))
     logits = one_hot(torch.arange(n) % mask, mask) * (1 / doubt).log()[:, None] + torch.zeros(2, n, mask)
     peer = AmusedScheduler(mask_token_id=mask)
@@ -183,7 +185,7 @@ def test_confidence_is_that_of_diffusers():
         assert torch.equal(theirs, ours)
 
 
-def test_confidence_noise_falls_with_t_and_makes_the_order_random():
+def test_confidence_noise_makes_the_order_random():
     logits = one_hot(torch.arange(8), 8) * 12.0 + torch.linspace(0, 1, 8)[:, None] * one_hot(torch.arange(8), 8)
 
     def first(noise, steps):
@@ -199,6 +201,16 @@ def test_confidence_noise_falls_with_t_and_makes_the_order_random():
     share = first(1e4, 2)[0]
     assert bool(((share - 0.5).abs() < 0.12).all())
     assert [round(float(state.sum())) for state in first(4.5, 4)] == [2, 4, 6, 8]
+
+
+def test_confidence_noise_falls_with_t():
+    """Of two positions, one certain and one of 8 equal codes, the first of two steps fixes one: a race of Gumbel noise."""
+    n, noise, states = 6000, 4.0, []
+    logits = torch.stack([1e3 * one_hot(torch.tensor(2), 8), torch.zeros(8)]).expand(n, 2, 8)
+    options = {"order": "confidence", "confidence_noise": noise, "callback": lambda i, t, codes, x0: states.append(codes)}
+    sample(lambda codes, t: logits, (n, 2), Absorbing(8), 2, torch.Generator().manual_seed(0), **options)
+    share = float((states[0][:, 0] < 8).double().mean())
+    assert share == pytest.approx(1 / (1 + 8 ** (-1 / (noise * 0.5))), abs=0.025)  # at s = 0.5; 0.739
 
 
 # What sampling keeps to
@@ -230,11 +242,14 @@ def test_a_sample_does_not_depend_on_its_batch(options):
 
 @pytest.mark.parametrize("kind", BOTH)
 def test_the_callback_sees_every_step_and_may_change_it(kind):
-    seen = []
+    seen, before = [], [torch.full((2, 5), 4)]
 
     def callback(step, t, codes, x0):
         seen.append((step, t, int((codes == 4).sum())))
         assert int(x0.max()) < 4
+        if kind is Absorbing:  # what is clean already is its own x0
+            assert torch.equal(x0[before[-1] < 4], before[-1][before[-1] < 4])
+            before.append(codes)
         return torch.ones_like(codes) if step == 3 else None
 
     process = kind(4)

@@ -74,6 +74,23 @@ def test_the_posterior_is_that_of_bayes(kind, name):
         torch.testing.assert_close(process.reverse(x_t, probs, t, s)[:, 0], mean, rtol=1e-9, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", [Absorbing, Uniform])
+def test_draws_of_the_posterior_have_its_probabilities(kind):
+    process, n = kind(3, "cosine"), 6000
+    for t, s in ((0.7, 0.3), (1.0, 0.6), (0.5, 0.0)):
+        exact = bayes(process, t, s)
+        for x0, x_t in listed(process.num_states, 2).tolist():
+            chances = exact[x0, x_t] if x0 < 3 else torch.zeros(1)
+            if float(chances.sum()) < 0.5:
+                continue
+            codes = [torch.full((n, 1), code) for code in (x_t, x0)]
+            counts = torch.bincount(process.posterior_sample(*codes, t, s, torch.Generator().manual_seed(0))[:, 0])
+            counts = torch.nn.functional.pad(counts, (0, process.num_states - len(counts))).double()
+            assert bool((counts[chances == 0] == 0).all())
+            if int((chances > 0).sum()) > 1:
+                assert abs(chi_square(counts[chances > 0], chances[chances > 0])) < 4.5
+
+
 class Late(Schedule):
     """Ends with a tenth of the codes clean."""
 
