@@ -64,6 +64,7 @@ def save(
     dtype: torch.dtype = torch.float16,
     card: str | None = None,
     files: Mapping[str, bytes | Path] | None = None,
+    weak: torch.nn.Module | None = None,
     **index: Any,
 ) -> Path:
     """Write a checkpoint, whole or not at all, and return its folder. A checkpoint that is there already is replaced.
@@ -80,6 +81,7 @@ def save(
         dtype: of the weights on disk.
         card: text of README.md; None writes a short one.
         files: more files by name (bytes, or a path to copy), such as pictures of the card.
+        weak: a weaker U-Net for autoguidance, which is written to the folder weak.
         index: more arguments of `LatentDiffusionPipeline` for model_index.json: image_size, prediction, schedule,
             default_guidance_scale, default_guidance_interval, default_num_inference_steps, default_sampler,
             image_condition. With `process` among them the checkpoint is a `DiscreteDiffusionPipeline`.
@@ -125,6 +127,9 @@ def save(
             prefix_names(new / "text_encoder" / TEXT_WEIGHTS, "text_model.")
             write_hashes(new / "text_encoder")
         _save_vocabulary(tokenizer, new / "tokenizer")
+        if weak is not None:
+            in_dtype(weak, dtype, WEAK).save_pretrained(new / WEAK)
+            write_hashes(new / WEAK)
         for part in new.glob("*/config.json"):
             part.write_text(json.dumps(_portable(read_json(part)), indent=2) + "\n")
         (new / META).write_text(text, encoding="utf-8")
@@ -321,7 +326,10 @@ def load_weak(folder: str | Path, pipeline: "LatentDiffusionPipeline", verify: b
     """
     path = Path(folder) / WEAK
     if not path.is_dir():
-        raise UserError(f"--weak: {folder} has no weaker U-Net; copy the folder unet of an earlier checkpoint to {path}")
+        raise UserError(
+            f"--weak: {folder} has no weaker U-Net; copy the folder unet of an earlier checkpoint to {path}, or publish the "
+            "run again with --weak-step"
+        )
     weak = load_part(path, type(pipeline.unet), pipeline.unet.dtype, verify)
     for key in WEAK_LIKE:
         value, expected = weak.config.get(key), pipeline.unet.config.get(key)

@@ -165,9 +165,16 @@ def _checkpoint_info(folder: Path) -> dict[str, Any]:
         **process,
         "scheduler": default_sampler(pipeline),
         **({"bridge": meta["bridge"]} if "bridge" in meta else {}),
+        **({"weak": _weak_info(folder, meta)} if (folder / "weak").is_dir() else {}),
         "steps_trained": meta.get("steps"),
         "defaults": {key: pipeline.config[key] for key in DEFAULTS},
     }
+
+
+def _weak_info(folder: Path, meta: dict[str, Any]) -> dict[str, Any]:
+    """The weaker U-Net for autoguidance: its size, and the steps it was trained for; None where nothing says."""
+    size = sum(p.stat().st_size for p in (folder / "weak").glob("*.safetensors"))
+    return {"bytes": size, "steps_trained": (meta.get("weak") or {}).get("steps")}
 
 
 def _made_by(meta: dict[str, Any]) -> str:

@@ -94,6 +94,7 @@ def save_checkpoint(
     folder: Path,
     step: int,
     source: Images | None = None,
+    weak: tuple[nn.Module, int] | None = None,
 ) -> None:
     """Write a pipeline as a checkpoint, with a record of how it was made.
 
@@ -107,11 +108,14 @@ def save_checkpoint(
         folder: of the checkpoint; one that is there is replaced.
         step: number of steps that the weights were trained for.
         source: the images that a bridge starts from.
+        weak: a weaker U-Net for autoguidance, and its step.
     """
     files = {}
+    weaker, weak_step = weak or (None, None)
     if config.model.lora is not None:
         files[lora.FILE] = lora.lora_file(parts["unet"])
         parts = {**parts, "unet": lora.merged(parts["unet"])}
+        weaker = weaker and lora.merged(weaker)
     statistics = latents.cache.statistics()
     meta = {
         **run_facts(config, latents, ema_updates, step),
@@ -125,9 +129,12 @@ def save_checkpoint(
     if config.bridge is not None and source is not None:
         data = {"source": config.bridge.source, "images": len(source.train), "fingerprint": source.train.fingerprint()}
         meta["bridge"] = data
+    if weaker is not None:
+        meta["weak"] = {"steps": weak_step}
     checkpoints.save(
         folder,
         **parts,
+        weak=weaker,
         meta=meta,
         files=files,
         default_guidance_scale=guidance_scale(config),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -21,7 +22,13 @@ PRODUCTS = {
 }  # the folder that a stage publishes, within its output
 
 
-def publish(run_folder: str | Path, step: int | None = None, best: bool = False, out: str | Path | None = None) -> Path:
+def publish(
+    run_folder: str | Path,
+    step: int | None = None,
+    best: bool = False,
+    out: str | Path | None = None,
+    weak_step: int | None = None,
+) -> Path:
     """Publish one step of a training run of either stage, as if the run had ended there.
 
     The averaged weights come from a training state or from a snapshot (train.snapshot_every). The learning rate of the steps
@@ -32,6 +39,7 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
         step: the step of a state or of a snapshot. By default the newest undamaged state.
         best: publish the state that train.best kept, instead of a step.
         out: a new folder, or one that this run has published. By default model/ or autoencoder/ in the run's folder.
+        weak_step: an earlier step, whose U-Net is written to the folder weak of the checkpoint, for autoguidance (--weak).
 
     Returns:
         The published folder.
@@ -57,12 +65,19 @@ def publish(run_folder: str | Path, step: int | None = None, best: bool = False,
     with torch_settings_restored(), signals.watched(signals.again), held:
         source = state_to_publish(output, step, best)
         tensors, meta = state.load_folder(source)
+        weak = None
+        if weak_step is not None:
+            if config.stage != "diffusion":
+                raise UserError(f"--weak-step: is for a run of stage diffusion; this one is of stage {config.stage}")
+            if weak_step >= meta["step"]:
+                raise UserError(f"--weak-step {weak_step}: must be before step {meta['step']}, which is published")
+            weak = state.load_folder(state_to_publish(output, weak_step, False, "--weak-step"))
         print(f"publishing step {meta['step']} of {output}", file=sys.stderr)
         try:
             if isinstance(config, AutoencoderConfig):
                 _publish_autoencoder(config, folder, tensors, meta)
             else:
-                _publish_diffusion(config, folder, tensors, meta)
+                _publish_diffusion(config, folder, tensors, meta, weak)
         except KeyError as error:
             raise UserError(f"{source}: damaged ({error} is missing)") from error
     return folder
@@ -88,12 +103,22 @@ def _publish_autoencoder(config: AutoencoderConfig, folder: Path, tensors: dict[
 
 
 def _publish_diffusion(
-    config: DiffusionConfig | DiscreteConfig, folder: Path, tensors: dict[str, Any], meta: dict[str, Any]
+    config: DiffusionConfig | DiscreteConfig,
+    folder: Path,
+    tensors: dict[str, Any],
+    meta: dict[str, Any],
+    weak: tuple[dict[str, Any], dict[str, Any]] | None,
 ) -> None:
-    """The same for stage 2."""
+    """The same for stage 2. weak: tensors and meta of the state whose U-Net is the weaker one, of a run of latents."""
     trainer = open_diffusion(config)
+    if weak is None:
+        load_averages(trainer, tensors, meta)
+        trainer.publish(folder, meta["step"])
+        return
+    load_averages(trainer, *weak)
+    weaker = copy.deepcopy(trainer.pipeline_parts()["unet"])
     load_averages(trainer, tensors, meta)
-    trainer.publish(folder, meta["step"])
+    trainer.publish(folder, meta["step"], (weaker, weak[1]["step"]))
 
 
 def open_diffusion(config: DiffusionConfig | DiscreteConfig) -> DiffusionTrainer:
@@ -166,8 +191,10 @@ def publishable(output: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def state_to_publish(output: Path, step: int | None, best: bool) -> Path:
+def state_to_publish(output: Path, step: int | None, best: bool, flag: str = "--step") -> Path:
     """The folder of the state or snapshot to publish, undamaged; arguments as `publish`. UserError names the valid steps.
+
+    flag: what named the step, for messages.
 
     Where a state is damaged, a snapshot of the same step or an older state is taken, with a warning on stderr.
     """
@@ -182,7 +209,7 @@ def state_to_publish(output: Path, step: int | None, best: bool) -> Path:
         raise UserError(f"{output}: holds no training state and no snapshot, so there is nothing to publish")
     if step is not None:
         if step not in steps:
-            raise UserError(f"--step {step}: {output} holds the steps {', '.join(map(str, steps))}")
+            raise UserError(f"{flag} {step}: {output} holds the steps {', '.join(map(str, steps))}")
         candidates = [steps[step], output / "snapshots" / f"step-{step}"]
     else:
         candidates = [folder for folder in reversed(steps.values()) if folder.parent.name == "state"]

@@ -542,10 +542,13 @@ class DiffusionTrainer(Trainer):
         """The components of a LatentDiffusionPipeline with the weights that are in `ema_model`."""
         return pipeline_parts(self.config, self.ema_model, self.schedule, self.latents, self.conditions)
 
-    def publish(self, folder: Path, step: int) -> None:
-        """Write the weights in `ema_model`, those of this step, as a pipeline's folder."""
+    def publish(self, folder: Path, step: int, weak: tuple[nn.Module, int] | None = None) -> None:
+        """Write the weights in `ema_model`, those of this step, as a pipeline's folder.
+
+        weak: a U-Net of an earlier step, and that step, for the folder weak of the checkpoint.
+        """
         source = self.source and self.source.latents.images
-        save_checkpoint(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step, source)
+        save_checkpoint(self.config, self.pipeline_parts(), self.latents, self.ema.updates, folder, step, source, weak)
 
     def trained_weights(self) -> dict[str, Tensor]:
         """The model's weights by name; with model.lora those of the LoRA alone."""

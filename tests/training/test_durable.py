@@ -332,6 +332,20 @@ def test_a_step_of_stage_2_is_what_the_run_stopped_there_publishes(tmp_path, str
     assert run("generate", "--all-classes", "--model", out, "--num-images", "1") == "samples.png\n"
 
 
+def test_an_earlier_step_is_the_weaker_network(tmp_path, run_1, run_2, run, refused):
+    out = tmp_path / "out"
+    assert run("publish", run_2, "--weak-step", "2", "--out", out) == f"{out}\n"
+    early = latentdiff.publish(run_2, 2, out=tmp_path / "early")
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (out / "weak" / weights).read_bytes() == (early / "unet" / weights).read_bytes()
+    assert (out / "unet" / weights).read_bytes() == (run_2 / "model" / "unet" / weights).read_bytes()
+    assert json.loads(run("info", out))["weak"]["steps_trained"] == 2 and "weak" not in json.loads(run("info", early))
+    run("generate", "--all-classes", "--model", out, "--num-images", "1", "--weak", "--guidance", "2", "--steps", "2")
+    assert "--weak-step 4: must be before step 4" in refused("publish", run_2, "--weak-step", "4")
+    assert "--weak-step 1: " in (line := refused("publish", run_2, "--weak-step", "1")) and "holds the steps 2, 3, 4" in line
+    assert "--weak-step: is for a run of stage diffusion" in refused("publish", run_1, "--weak-step", "1")
+
+
 def model_of(config) -> Path:
     return Path(config.output) / "model"
 
