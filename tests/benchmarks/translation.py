@@ -57,10 +57,10 @@ EMOJI_GUIDANCE = 4.0  # the checkpoint's
 # (kind, strength, guidance) of emoji; see `EmojiTask`
 EMOJI_METHODS = [
     ("translate", 1.0, 1.0),
-    *(("translate", s, 4.0) for s in (1.0, 0.8, 0.6, 0.5, 0.4)),
-    *(("away from the source", s, 4.0) for s in (0.8, 0.6, 0.5, 0.4)),
-    *(("styles alone", s, 4.0) for s in (0.8, 0.6, 0.5)),
-    *(("img2img", s, 4.0) for s in (0.8, 0.6, 0.5)),
+    *(("translate", s, 4.0) for s in (1.0, 0.8, 0.7, 0.6, 0.5)),
+    *(("away from the source", s, 4.0) for s in (0.8, 0.7, 0.6, 0.5)),
+    *(("styles alone", s, 4.0) for s in (0.8, 0.7, 0.6)),
+    *(("img2img", s, 4.0) for s in (0.8, 0.7, 0.6)),
 ]
 SHOWN = 12  # images of the picture
 

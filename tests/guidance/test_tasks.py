@@ -32,7 +32,7 @@ def test_a_task_draws_samples_that_agree_with_its_observation(task):
     s, m = make_schedule("flow"), mixture((3, SIDE, SIDE)).only(0)
     image = m.draw(1, torch.Generator().manual_seed(5))[0].float()
     seen, extra = observed(task, image)
-    made = restoration(task, seen, lambda z: z, (SIDE, SIDE), **extra)
+    made = restoration(task, seen, lambda z: z, (SIDE, SIDE), strength=1.0, **extra)
     call = made.call
     generators = [torch.Generator().manual_seed(i) for i in range(4)]
     noise = torch.randn(4, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(1))
