@@ -185,6 +185,9 @@ def edit(
     if is_folder and path.suffix:
         raise UserError(f"--out {out}: a folder of images gives a folder; name one")
     generation.check_sampler(sampler)
+    generation.check_files({"--mask": mask})
+    for flag, names in (("--to", to or []), ("--source", [] if source is None else [source])):
+        generation.check_names(into if into is not None and flag == "--to" else model, names, flag)
 
     if processes.rank() > 0:  # one process does the work of all
         return path

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
 from latentdiff.utils import locks, processes, progress_bars, signals
+from latentdiff.utils.shipped import shipped_weights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +38,7 @@ Given = Callable[[list[int]], dict[str, Any]]
 # Arguments of samplers.sample that a call gives by other flags than --sampler-options
 RESERVED_OPTIONS = ("denoiser", "noise_or_shape", "sampler", "steps", "generator", "callback", "device", "replacement")
 PRECISIONS = ("float32", "bfloat16")
+FEW_CLASSES = 60  # a message names them all
 
 
 def generate(
@@ -116,6 +119,8 @@ def generate(
     options = parse_options(sampler_options or [])
     guiding = guidance_call(guidance_rule, guidance_rescale, guidance_options or [])
     check_sampler(sampler)
+    check_files({"--condition": condition, "--condition-mask": condition_mask})
+    check_names(model, list(what or []))
     processes.pick_device(device)
 
     # Load the model
@@ -183,6 +188,34 @@ def generate(
     make = partial(_batches_of_part, pipeline, rows, num_images, seed, batch_size, **call)
     _write(path, make, names, depends_on, batch_size, progress)
     return path
+
+
+def check_files(files: dict[str, Any]) -> None:
+    """UserError for a file that is not there. files: {flag: its path, or None}."""
+    for flag, file in files.items():
+        if file is not None and not Path(file).is_file():
+            raise UserError(f"{flag} {file}: cannot be read as a picture (no such file)")
+
+
+def check_names(model: str | Path, what: Sequence[str | int], flag: str = "") -> None:
+    """UserError for a class that the checkpoint's latentdiff.json does not list, before torch is imported and weights are read.
+
+    What this file cannot tell is left to `subjects`, which says the same. Arguments as there.
+    """
+    folder = Path(model) if Path(model).is_dir() else shipped_weights(model)
+    if folder is None or (folder / "text_encoder").is_dir():
+        return
+    try:
+        names = json.loads((folder / "latentdiff.json").read_text(encoding="utf-8"))["class_names"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
+    if not isinstance(names, list) or not 0 < len(names) <= FEW_CLASSES or not all(str(name).isprintable() for name in names):
+        return
+    wrong = [entry for entry in what if isinstance(entry, str) and entry not in names and not entry.isdecimal()]
+    if wrong:
+        listed = ", ".join(f"{k} {name}" for k, name in enumerate(names))
+        beginning = f"{flag}: " if flag else ""
+        raise UserError(f"{beginning}unknown class {wrong[0]!r}; the classes are: {listed}")
 
 
 def check_sampler(sampler: str | None) -> None:

@@ -7,7 +7,7 @@ from PIL import Image
 from test_checkpoints import publish
 from tiny_models import tiny_unet
 
-from latentdiff import checkpoints
+from latentdiff import checkpoints, generation
 from latentdiff.editing import edit
 from latentdiff.errors import UserError
 from latentdiff.generation import generate
@@ -104,6 +104,26 @@ def test_mistakes_are_named(tmp_path, model, flags, said):
     with pytest.raises(UserError, match=said):
         images(tmp_path, model, **flags)
     assert not list(tmp_path.iterdir())
+
+
+def test_names_and_files_are_refused_before_the_model_is_opened(tmp_path, model, monkeypatch):
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    ask = {"model": model, "progress": False, "out": tmp_path / "x.png"}
+    slow = {}
+    with monkeypatch.context() as patch:  # the line is the one that the model itself gives
+        patch.setattr(generation, "check_names", lambda *_: None)
+        with pytest.raises(UserError) as slow["line"]:
+            generate(what=["striped"], **ask)
+    monkeypatch.setattr(checkpoints, "load", lambda folder: pytest.fail("the model was opened"))
+    with pytest.raises(UserError) as found:
+        generate(what=["striped"], **ask)
+    assert str(found.value) == str(slow["line"].value)
+    with pytest.raises(UserError, match="^--to: unknown class 'striped'; the classes are: 0 "):
+        edit(images=[tmp_path / "a.png"], to=["striped"], **ask)
+    with pytest.raises(UserError, match="--mask nowhere.png: cannot be read as a picture .no such file."):
+        edit(images=[tmp_path / "a.png"], mask="nowhere.png", **ask)
+    with pytest.raises(UserError, match="--condition nowhere.png: cannot be read as a picture .no such file."):
+        generate(what=[0], condition="nowhere.png", **ask)
 
 
 def test_a_weaker_network_that_is_missing_or_of_another_model_is_named(tmp_path):
