@@ -21,7 +21,7 @@ import contextlib
 import copy
 import functools
 import hashlib
-import importlib
+import importlib.util
 import json
 import math
 import operator
@@ -65,6 +65,7 @@ STABLE_DIFFUSION_ONLY = ("safety_checker", "feature_extractor", "image_encoder",
 
 # What a folder may name without running code from it or from the Hub: see `refuse_code`
 PARTS = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
+OWN_AUTOENCODERS = "vq_models"  # autoencoders that diffusers does not have; this file of latentdiff is saved with them
 FETCHING_KEYS = ("quantization_config", "fusion_config", "transformers_weights")
 TORCH_ATTENTION = (None, "eager", "sdpa")
 
@@ -419,8 +420,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise PipelineInputError(f"num_images_per_label {num_images_per_label}: must be at least 1")
         self._check_image_inputs(image, strength, mask_image, mask_margin)
         for name, side in (("height", height), ("width", width)):
-            if side is not None and not (hasattr(side, "__index__") and 1 <= side <= MAX_SAMPLE_SIZE * self.vae_factor):
-                raise PipelineInputError(f"{name} {side}: must be a whole number of pixels, at least 1")
+            most = MAX_SAMPLE_SIZE * self.vae_factor
+            if side is not None and not (hasattr(side, "__index__") and 1 <= side <= most):
+                raise PipelineInputError(f"{name} {side}: must be a whole number of pixels, at least 1 and at most {most}")
 
     def _check_image_inputs(self, image, strength, mask_image, mask_margin) -> None:
         """PipelineInputError for the arguments that change an image, where they do not go together or are out of range."""
@@ -862,7 +864,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 "cfg"; "apg", adaptive projected guidance (arXiv 2410.02416); "cfg_zero", the scale of CFG-Zero* (arXiv
                 2503.18886).
             guidance_rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891), in [0, 1], on x0; 0 is off.
-            guidance_options: options of the rule: parallel and threshold of "apg", see `latentdiff.guidance.Rule`.
+            guidance_options: options of the rule: parallel, threshold and momentum of "apg", zero_init of "cfg_zero"; see
+                `latentdiff.guidance.Rule`.
             weak_unet: a U-Net that was trained less, or is smaller, to guide away from in place of "no text" and "no class":
                 autoguidance (Karras et al., arXiv 2406.02507). guidance_scale is then its scale.
             image: an image to change, or a list: one for all prompts or class labels, or one each. A PIL image is brought to
@@ -1312,7 +1315,18 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             NonFiniteError: the decoder gives NaN or infinity.
         """
         raw = denormalise(latents, self.vae.config).to(self.vae.dtype)
-        images = self.vae.decode(raw).sample.float()  # [B, C, H, W] in [-1, 1]
+        return self.finish_images(self.vae.decode(raw).sample, raw, output_type, size, kept)
+
+    def finish_images(
+        self,
+        images: torch.Tensor,
+        raw: torch.Tensor,
+        output_type: str,
+        size: tuple[int, int] | None = None,
+        kept: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> Any:
+        """What `decode_latents` returns of the decoder's output [B, C, H, W] in [-1, 1]. raw: what the decoder was given."""
+        images = images.float()
         if self.refuse_non_finite and not all_finite(images):  # before they are clamped, which would hide an infinity
             cause = non_finite_cause(self.vae, raw, unused=("encoder.", "quant_conv."))
             raise NonFiniteError(f"decoder: its output is not finite; {cause}")
@@ -1367,6 +1381,7 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         save_pretrained calls this last, so the hashes are those of the weights that it has saved.
         """
         super().save_config(save_directory, push_to_hub=push_to_hub, **kwargs)
+        name_own_autoencoder(Path(save_directory, "model_index.json"))
         for part in self.components:
             write_hashes(Path(save_directory, part))
         Path(save_directory, "pipeline.py").write_text(_SOURCE, encoding="utf-8")
@@ -1379,6 +1394,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             own = {key: value for key, value in config.items() if key not in STABLE_DIFFUSION_ONLY}
             config = {**STABLE_DIFFUSION_DEFAULTS, **own}
         refuse_code(Path(json_file).parent, config)
+        if config.get("vae", [None])[0] == OWN_AUTOENCODERS and importlib.util.find_spec("latentdiff") is not None:
+            config["vae"] = [f"latentdiff.pipelines.{OWN_AUTOENCODERS}", config["vae"][1]]
         if "_class_name" in config:
             config["_class_name"] = cls.__name__
         return config
@@ -1666,11 +1683,21 @@ def write_hashes(part: Path) -> None:
         (part / "hashes.json").unlink(missing_ok=True)
 
 
+def name_own_autoencoder(index: Path) -> None:
+    """Name an autoencoder of latentdiff's own in a model_index.json by the file in vae/: diffusers writes the whole module."""
+    config = json.loads(index.read_text(encoding="utf-8"))
+    pair = config.get("vae") or [None]
+    if str(pair[0]).split(".")[-1] == OWN_AUTOENCODERS:
+        config["vae"] = [OWN_AUTOENCODERS, pair[1]]
+        index.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 def refuse_code(folder: Path, index: dict) -> None:
     """PipelineInputError where opening a folder would run code that lies in it, or fetch code from the Hub.
 
     index: model_index.json. diffusers loads whatever looks like a (library, class) pair in it, and an Auto class runs what
-    an auto_map names.
+    an auto_map names. An autoencoder of latentdiff's own may be named: its code is the installed one's, or where latentdiff
+    is not installed that of vae/, beside this file, whose code runs already.
     """
     for part, pair in index.items():
         is_pair = isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)
@@ -1678,7 +1705,8 @@ def refuse_code(folder: Path, index: dict) -> None:
             continue
         library, name = pair[0], str(pair[1])
         is_auto = name.startswith("Auto") and not name.startswith("Autoencoder")
-        if part not in PARTS or library not in ("diffusers", "transformers") or is_auto:
+        is_own = (part, library) == ("vae", OWN_AUTOENCODERS)
+        if part not in PARTS or library not in ("diffusers", "transformers") and not is_own or is_auto:
             raise PipelineInputError(f"model_index.json: {part} {pair}: not a plain class of diffusers or transformers")
         file = folder / part / "config.json"
         config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
