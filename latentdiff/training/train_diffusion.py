@@ -603,3 +603,6 @@ class DiffusionTrainer(Trainer):
                     f"warning: {metric} was computed otherwise when this state was saved; train.best begins anew",
                     file=sys.stderr,
                 )
+
+
+trial_steps = DiffusionTrainer.trial_steps  # a function of this name was public

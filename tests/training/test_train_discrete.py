@@ -6,8 +6,11 @@ import pytest
 import torch
 from processes import carry_out, job
 from safetensors.torch import load_file
-from tiny_runs import discrete_config, discrete_tree, write_yaml
+from tiny_runs import SMALL_VQ, autoencoder_config, discrete_config, discrete_tree, write_yaml
+from tiny_text import text_tree, write_captioned
 
+from latentdiff.checkpoints import load
+from latentdiff.cli.info import info
 from latentdiff.config import parse_config
 from latentdiff.data.latent_cache import build_cache, open_cache
 from latentdiff.errors import UserError
@@ -101,6 +104,45 @@ def test_a_snapshot_is_published(discrete_run, tmp_path):
     folder = publish(discrete_run, out=tmp_path / "again")
     first, second = weights(discrete_run), load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_captions_guide_it(tmp_path, vq_run):
+    data = write_captioned(tmp_path / "data")
+    tree = text_tree(data, tmp_path / "run", vq_run, stage="discrete", train__steps=2, sample__prompts=["down stripes"])
+    train(parse_config(tree))
+    pipe = load(tmp_path / "run" / "model")
+    pipe.set_progress_bar_config(disable=True)
+    call = {"guidance_scale": 3.0, "num_inference_steps": 3, "output_type": "codes"}
+    draws = [[torch.Generator().manual_seed(5)] for _ in range(3)]
+    down, again, across = (
+        pipe(prompt=prompt, generator=draw, **call).images
+        for prompt, draw in zip(("down stripes", "down stripes", "a picture of across"), draws, strict=True)
+    )
+    assert torch.equal(down, again) and not torch.equal(down, across)
+
+
+def test_residual_codes_have_a_channel_for_each_level(tmp_path, stripe_folder):
+    changes = {**SMALL_VQ, "model__type": "ResidualVQModel"}
+    changes["model__config"] = {**SMALL_VQ["model__config"], "num_quantizers": 2}
+    train(autoencoder_config(stripe_folder, tmp_path / "ae", **changes, train__steps=2))
+    train(discrete_config(stripe_folder, tmp_path / "run", tmp_path / "ae", train__steps=2))
+    pipe = load(tmp_path / "run" / "model")
+    assert pipe.code_shape == (2, 8, 8) and pipe.unet.config.in_channels == 2 * 7 and pipe.unet.config.out_channels == 2 * 6
+    codec, images = LatentCodec(pipe.vae), torch.rand(2, 1, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    codes = pipe.encode_codes(images)
+    assert torch.equal(codes, codec.codes(images))
+    swapped = codes.flip(0)  # of another picture, so the decoder would find other codes by itself
+    swapped[:, 0] = codes[:, 0]
+    expected = (codec.decode_codes(swapped) / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(pipe.decode_codes(swapped, "pt"), expected)
+
+
+def test_info_says_what_a_run_will_cost(tmp_path, stripe_folder, vq_run):
+    path = write_yaml(tmp_path / "run.yaml", discrete_tree(stripe_folder, tmp_path / "run", vq_run, data__flips=True))
+    facts = info(path)
+    assert facts["latent_shape"] == [1, 8, 8] and facts["unknown"] == {}
+    assert facts["latent_cache"]["bytes"] == facts["data"]["images"] * 64 * 4 * 2
+    assert facts["parameters"]["unet"] > 1000 and facts["step"]["seconds"] > 0
 
 
 def test_times_are_spread_evenly_and_each_is_uniform():
