@@ -496,7 +496,7 @@ def _uniform_numbers(shape: tuple[int, ...], generator: Any, device: torch.devic
     """Uniform numbers in [0, 1), float64 [B, ...], drawn where the generators are: one, a list of B, or torch's default."""
     if isinstance(generator, list):
         rows = [torch.rand(tuple(shape[1:]), generator=g, device=g.device, dtype=torch.float64) for g in generator]
-        return torch.stack([row.to(device) for row in rows])
+        return torch.stack(rows).to(device)
     source = device if generator is None else generator.device
     return torch.rand(tuple(shape), generator=generator, device=source, dtype=torch.float64).to(device)
 

@@ -178,7 +178,7 @@ def evaluate(
         batch=BATCH,
     )
     if bits_images and model is not None:
-        report["likelihood"] = measure_likelihood(model, data, bits_images, seed=seed)
+        report["likelihood"] = measure_likelihood(model, data, bits_images, seed=seed, device=device)
 
     # 5. Name what was not measured, and write the report
     left_out = {

@@ -24,6 +24,7 @@ def measure_likelihood(
     split: str = "test",
     unconditional: bool = False,
     batch_size: int = 50,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Bound the bits per dimension of a data set's pixels, through both stages.
 
@@ -40,6 +41,7 @@ def measure_likelihood(
         split: test (or what training held out), or train.
         unconditional: measure each image under the null class instead of its own.
         batch_size: images measured at a time.
+        device: auto, cpu, or torch's name of another device.
 
     Returns:
         The total in bits per dimension, its terms, their standard errors and the protocol.
@@ -53,6 +55,7 @@ def measure_likelihood(
     from latentdiff.discrete import make_process
     from latentdiff.evaluation.bits_per_dim import pixel_bits
     from latentdiff.evaluation.reference_data import check_classes, data_rule, reference_sets
+    from latentdiff.generation import place
     from latentdiff.guidance import ClassifierFree
     from latentdiff.models.codec import LatentCodec
 
@@ -62,6 +65,7 @@ def measure_likelihood(
         raise UserError("likelihood: --rtol must be finite and above 0, --num-images, --probes and --batch-size at least 1")
     folder = resolve_model(model)
     pipeline = load(folder)
+    place(pipeline, device, "dopri5")  # it integrates in float64
     codec = LatentCodec(pipeline.vae)
     train, test = reference_sets(data, *data_rule(folder, codec))
     images = test if split == "test" else train

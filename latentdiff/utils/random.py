@@ -75,5 +75,9 @@ def _draw(draw, shape, generator, device, dtype) -> Tensor:
         raise ValueError(f"{len(generator)} generators for a batch of shape {list(shape)}: one per sample is needed")
     if not generator:
         return torch.empty(tuple(shape), device=device, dtype=dtype)
-    rows = [draw(tuple(shape[1:]), generator=g, device=g.device, dtype=work).to(device or g.device) for g in generator]
-    return torch.stack(rows).to(dtype)  # [B, ...]
+    rows = [draw(tuple(shape[1:]), generator=g, device=g.device, dtype=work) for g in generator]
+    if len({row.device for row in rows}) > 1:
+        rows = [row.to(device or row.device) for row in rows]
+    return torch.stack(rows).to(
+        device=device or rows[0].device, dtype=dtype
+    )  # [B, ...]; moved at once, as many copies are slow

@@ -80,9 +80,11 @@ def measured(name: str, model: str, arguments: argparse.Namespace) -> dict[str, 
             row["accuracy"] = [metrics["label_accuracy"]]
         if seeds:
             row["CAS"] = [metrics["cas"]]
+    print(f"{name}: {row}", flush=True)  # the bound may take long
     if arguments.bits_images:
+        images, device = arguments.bits_images, arguments.device
         try:
-            row["bits/dim"] = [measure_likelihood(model, arguments.data, arguments.bits_images)["bits_per_dim"]]
+            row["bits/dim"] = [measure_likelihood(model, arguments.data, images, device=device)["bits_per_dim"]]
         except UserError as error:
             print(f"{name}: {error}")
     return row
