@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from latentdiff.generation import generate
     from latentdiff.guidance import ClassifierFree
     from latentdiff.likelihood import log_prob
+    from latentdiff.pipelines.discrete_diffusion import DiscreteDiffusionPipeline
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
     from latentdiff.recipes import prepare
     from latentdiff.samplers import encode, sample
@@ -37,6 +38,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ClassifierFree",
     "Denoiser",
+    "DiscreteDiffusionPipeline",
     "LatentDiffusionPipeline",
     "UserError",
     "__version__",
@@ -69,6 +71,7 @@ __all__ = [
 _HOMES = {
     "ClassifierFree": "guidance",
     "Denoiser": "denoiser",
+    "DiscreteDiffusionPipeline": "pipelines.discrete_diffusion",
     "LatentDiffusionPipeline": "pipelines.latent_diffusion",
     "UserError": "errors",
     "agreement": "evaluation.compare_denoisers",
