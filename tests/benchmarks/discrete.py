@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 from reporting import Table
-from translation import Counted
 
 from latentdiff.checkpoints import load, resolve_model
 from latentdiff.errors import UserError
+from latentdiff.evaluation.compare_samplers import EvaluationCounter
 from latentdiff.evaluation.evaluate import evaluate
 from latentdiff.evaluation.measure_likelihood import measure_likelihood
 from latentdiff.generation import every_class, generate_share, place
@@ -48,15 +48,15 @@ def drawn(name: str, model: str, count: int, batch: int, device: str, out: Path)
     pipe = load(resolve_model(model))
     pipe.set_progress_bar_config(disable=True)
     place(pipe, device)
-    counted, rows = Counted(pipe.unet), every_class(pipe)
+    counted, rows = EvaluationCounter(pipe.unet), every_class(pipe)
     each = count // len(rows)
     generate_share(pipe, rows, 1, 1, batch, **call_of(name))  # warms up
-    counted.samples, began = 0, time.perf_counter()
+    counted.rows, began = 0, time.perf_counter()
     images = generate_share(pipe, rows, each, 0, batch, **call_of(name))
     seconds = time.perf_counter() - began
     path = out / f"{name.replace(':', '-').replace(',', '-')}.npz"
     np.savez(path, arr_0=images, arr_1=np.repeat(np.asarray(rows, np.int64), each))
-    return path, {"evaluations": [counted.samples / len(images)], "images/s": [len(images) / seconds]}
+    return path, {"evaluations": [counted.rows / len(images)], "images/s": [len(images) / seconds]}
 
 
 def measured(name: str, model: str, arguments: argparse.Namespace) -> dict[str, list[float]]:
