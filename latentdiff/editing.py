@@ -31,6 +31,8 @@ Method = Literal["known_pixels", "replacement", "posterior"]  # of inpaint
 RESTORING = ("upscale", "deblur", "colorize")  # by posterior sampling, as inpaint is with --method posterior
 BY_SAMPLER = ("translate", "variations", "interpolate")  # these run the model's ODE by Heun's method
 TRANSLATION_STEPS = 50
+# From what is named to something else by one model: tests/benchmarks/README.md, "Translation"
+TRANSLATION_STRENGTH, TRANSLATION_GUIDANCE, TRANSLATION_INTERVAL = 0.8, 3.0, (0.0, 1.0)
 OF_CODES = ("img2img", "inpaint")  # what a model over codes can do
 # What a model does that was trained to be given a second image, by the kind of that image
 TRAINED: dict[str, Task] = {"low_resolution": "upscale", "mask": "inpaint", "grey": "colorize", "pair": "translate"}
@@ -135,8 +137,8 @@ def edit(
         images: image files, or folders whose image files are all edited.
         to: what results are to show: class names or numbers, or prompts. Several give results for each.
         task: what is done, see above.
-        strength: how much may change, from 0 to 1. The default is 0.8 for img2img, 1 with a mask and for translate, 0.3 for
-            variations.
+        strength: how much may change, from 0 to 1. The default is 0.8 for img2img, and for translate from --source by one
+            model, 1 with a mask and for other translations, and 0.3 for variations.
         mask: an image, white where images are to be filled.
         mask_margin: latent cells around the mask that are drawn anew too; their known pixels still stay. The default is 2.
         expand: pixels of the model's size to add at the top, right, bottom and left.
@@ -696,6 +698,10 @@ def _translate_job(
         into.to(pipeline.device)
         generation.set_precision(into, precision)
     amount = 1.0 if strength is None else strength
+    if source is not None and into is None:
+        amount = TRANSLATION_STRENGTH if strength is None else strength
+        defaults = {"guidance": TRANSLATION_GUIDANCE, "guidance_interval": TRANSLATION_INTERVAL}
+        guided = {key: defaults[key] if value is None else value for key, value in guided.items()}
     check_models(pipeline, into, amount, [source])
     if amount == 0:
         raise UserError("--strength 0: nothing is translated; give a number above 0")

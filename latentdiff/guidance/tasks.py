@@ -50,10 +50,10 @@ SETTINGS = {
     "upscale": Settings("mmps", 0.02, 1.0, 5, "dpmpp_2m_sde", 10),
     "deblur": Settings("mmps", 0.02, 1.0, 5, "dpmpp_2m_sde", 10),
     # The error of a first stage is about 0.1. Colours came out false with guidance by the prompt, and garish at strength 1
-    "colorize": Settings("dps", 0.1, 0.3, 5, "dpmpp_2m_sde", 50, guidance=1.0),
+    "colorize": Settings("dps", 0.1, 0.1, 5, "dpmpp_2m_sde", 50, guidance=1.0),
 }
 TASKS = tuple(SETTINGS)
-KNOWN_PIXELS = Settings("known_pixels", 0.0, 1.0, 0, "ddim", 30, (("eta", 1.0),))
+KNOWN_PIXELS = Settings("known_pixels", 0.0, 1.0, 0, "ddim", 50, (("eta", 1.0),))
 
 
 @dataclass(frozen=True, eq=False)
