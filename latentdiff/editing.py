@@ -301,8 +301,8 @@ def edit(
         **task_depends,
         **of_model,
     }
-    names = _names_of(pipeline, rows, class_row)
-    _write(path, job, pictures, rows, names, num_images or 1, seed, batch_size, depends_on, progress)
+    row_names = _names_of(pipeline, rows, class_row)
+    _write(path, job, pictures, rows, row_names, num_images or 1, seed, batch_size, depends_on, progress)
     return path
 
 

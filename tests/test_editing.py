@@ -204,7 +204,7 @@ def test_inpainting_by_posterior_sampling_keeps_the_known_pixels(run, model, pho
 
 
 def test_an_image_is_translated_there_and_back(run, here, model, photo):
-    ask = ("--model", model, "--task", "translate", "--steps", 6, "--guidance", 1)
+    ask = ("--model", model, "--task", "translate", "--steps", 6, "--guidance", 1, "--strength", 1)
     run("edit", photo(), *ask, "--source", "across", "--to", "across", "down", "--out", "one.png")
     original, same, other = cells("one.png", 3)
     near, far = (np.abs(each.astype(float) - original).mean() for each in (same, other))
