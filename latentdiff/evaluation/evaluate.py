@@ -368,7 +368,7 @@ def _make(pipeline: Any, request: _Request, doing: str = "", seed: int = 0, batc
     part = processes.share(request.total, batch_size)
     doing = f"generating, {doing}" if doing else "generating"
     with progress_bars.bar(
-        total=part.stop - part.start, unit="image", desc=doing, delay=0.5, mininterval=1.0, disable=processes.rank() > 0
+        total=part.stop - part.start, unit="image", desc=doing, delay=0.5, disable=processes.rank() > 0
     ) as bar:
         call |= {"label": request.classes, "given": request.given}
         mine = generate_share(pipeline, request.subjects, request.each, seed, batch_size, bar.update, **call)

@@ -29,7 +29,7 @@ def read_batches(dataset: ImageDataset, size: int = 250, doing: str = "", part: 
     """
     chosen = range(len(dataset))[part]
     with progress_bars.bar(
-        total=len(chosen), unit="image", desc=doing, delay=0.5, mininterval=1.0, disable=not doing or processes.rank() > 0
+        total=len(chosen), unit="image", desc=doing, delay=0.5, disable=not doing or processes.rank() > 0
     ) as bar:
         for start in range(0, len(chosen), size):
             rows = chosen[start : start + size]

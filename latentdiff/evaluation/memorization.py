@@ -72,7 +72,7 @@ def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
 
     doing: the text of a progress bar on stderr, shown if reading takes a while; "" shows none.
     """
-    with progress_bars.bar(total=len(dataset), unit="image", desc=doing, delay=0.5, mininterval=1.0, disable=not doing) as bar:
+    with progress_bars.bar(total=len(dataset), unit="image", desc=doing, delay=0.5, disable=not doing) as bar:
         for start in range(0, len(dataset), BLOCK):
             rows = range(start, min(start + BLOCK, len(dataset)))
             yield _flat(dataset.batch(rows)[0])

@@ -14,11 +14,10 @@ _larger_job: ContextVar[Callable[..., Any] | None] = ContextVar("larger_job", de
 def bar(**settings: Any) -> Any:
     """A tqdm bar on stderr; or, within `shown_by`, what the larger job gives in its place.
 
-    Where stderr is no terminal but a file or a pipe, it is a line of its own every 30 s; `mininterval` among the settings says
-    otherwise.
+    Where stderr is no terminal but a file or a pipe, it is a line of its own every 30 s.
 
     Args:
-        settings: of tqdm: total, initial, unit, desc, delay, disable, mininterval.
+        settings: of tqdm: total, initial, unit, desc, delay, disable.
 
     Returns:
         An object with tqdm's update, set_postfix, refresh, write, close, n and total. It is a context manager.
