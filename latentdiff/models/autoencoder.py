@@ -19,6 +19,16 @@ from latentdiff.utils.shipped import shipped_weights
 
 TRAINABLE = ("AutoencoderKL", "VQModel", *OWN_CLASSES)  # by stage 1
 LOADABLE = ("AutoencoderKL", "VQModel", "AutoencoderTiny", "AutoencoderDC", *OWN_CLASSES)
+SIZES = (  # arguments that AutoencoderKL and VQModel share, and that set the shapes of their weights
+    "down_block_types",
+    "up_block_types",
+    "block_out_channels",
+    "layers_per_block",
+    "act_fn",
+    "latent_channels",
+    "norm_num_groups",
+    "mid_block_add_attention",
+)
 
 
 def diffusers_class(name: str, allowed: tuple[str, ...], where: str) -> type:
@@ -73,6 +83,58 @@ def build_autoencoder(type_name: str, config: dict[str, Any], channels: int, ini
         with torch.no_grad():
             vae.quant_conv.weight[vae.config.latent_channels :] = 0.0
             vae.quant_conv.bias[vae.config.latent_channels :] = initial_logvar
+    return vae
+
+
+@torch.no_grad()
+def with_codes(kl: nn.Module, type_name: str, config: dict[str, Any]) -> nn.Module:
+    """A new VQModel, ResidualVQModel or FSQModel with the encoder and decoder of a trained AutoencoderKL; the codebook is new.
+
+    Its latents before quantisation are the means of the posterior; an FSQModel bounds them, so there they are squashed.
+
+    Args:
+        kl: the AutoencoderKL; it is not changed.
+        type_name: one of TRAINABLE but AutoencoderKL.
+        config: constructor arguments of the new one; SIZES are those of `kl` unless they are given.
+
+    Raises:
+        UserError: the class refuses its arguments, or the weights have other shapes than those of `kl`.
+    """
+    sizes = {key: kl.config[key] for key in SIZES}
+    vae = build_autoencoder(type_name, {**sizes, **config}, kl.config.in_channels, None)
+    c, old = kl.config.latent_channels, kl.state_dict()
+
+    # An AutoencoderKL's quant_conv mixes the 2 c channels of means and log-variances. Merged into the convolution before it,
+    # and without its half of the log-variances, it gives means alone. What is left of quant_conv then does nothing
+    one = torch.eye(c)[:, :, None, None]
+    weight, bias = old["encoder.conv_out.weight"], old["encoder.conv_out.bias"]
+    means, moved = torch.eye(2 * c)[:c], torch.zeros(c)  # without a quant_conv
+    if kl.quant_conv is not None:
+        means, moved = old["quant_conv.weight"][:c, :, 0, 0], old["quant_conv.bias"][:c]
+    new = {key: value for key, value in old.items() if key.startswith(("encoder.", "decoder.", "post_quant_conv."))}
+    new["encoder.conv_out.weight"] = torch.einsum("oi,ichw->ochw", means, weight)
+    new["encoder.conv_out.bias"] = means @ bias + moved
+    new |= {"quant_conv.weight": one, "quant_conv.bias": torch.zeros(c)}
+    if kl.post_quant_conv is None:
+        new |= {"post_quant_conv.weight": one, "post_quant_conv.bias": torch.zeros(c)}
+
+    books = {key: value for key, value in vae.state_dict().items() if key.startswith("quantize.")}
+    if vae.config.vq_embed_dim not in (None, c):
+        key = "fsq_levels" if type_name == "FSQModel" else "vq_embed_dim"
+        raise UserError(f"model.config.{key}: has {vae.config.vq_embed_dim} channels; model.pretrained has {c}, so must it")
+    shapes = {key: list(value.shape) for key, value in new.items()}
+    for key, value in vae.state_dict().items():
+        if key not in books and shapes.pop(key, None) != list(value.shape):
+            there = list(new[key].shape) if key in new else "missing"
+            raise UserError(
+                f"model.config: {key} has the shape {list(value.shape)}, and in model.pretrained it is {there}; leave out "
+                f"{', '.join(SIZES)}, they are those of model.pretrained"
+            )
+    if shapes:
+        raise UserError(
+            f"model.config: there is no {next(iter(shapes))}, which model.pretrained has; leave out {', '.join(SIZES)}"
+        )
+    vae.load_state_dict({**new, **books})
     return vae
 
 

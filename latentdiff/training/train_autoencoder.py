@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from latentdiff.config import AutoencoderConfig, CodebookConfig
 from latentdiff.data.shuffling import stream
 from latentdiff.errors import UserError
-from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, load_autoencoder
+from latentdiff.models.autoencoder import TRAINABLE, build_autoencoder, load_autoencoder, with_codes
 from latentdiff.models.codebook import EMBEDDING, CodebookEma, CodeUsage, codebooks, is_trained, revive
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.discriminator import PatchDiscriminator
@@ -121,10 +121,10 @@ def trial_steps(config: AutoencoderConfig, vae: nn.Module, shape: tuple[int, int
 
 
 def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
-    """The autoencoder that a config trains: a new one, or model.pretrained.
+    """The autoencoder that a config trains: a new one, model.pretrained, or one with codes made of that AutoencoderKL.
 
     Raises:
-        UserError: the config names none, or a pretrained one of another kind or with other channels.
+        UserError: the config names none, or a pretrained one of another kind or with other channels or sizes.
     """
     if config.model.pretrained is not None:
         vae = load_autoencoder(config.model.pretrained)
@@ -135,7 +135,15 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
             )
         if config.latent_noise and (not config.freeze_encoder or hasattr(vae, "quantize")):
             raise UserError("latent_noise: is for the decoder of an AutoencoderKL alone; set freeze_encoder, or leave it out")
-        _check_codebook(config, vae)
+        made = config.model.type in TRAINABLE and type(vae).__name__ == "AutoencoderKL" != config.model.type
+        if made:
+            vae = with_codes(vae, config.model.type, config.model.config)
+            if is_trained(vae) and (config.freeze_encoder or config.codebook.start != "data"):
+                raise UserError(
+                    f"codebook.start: model.pretrained {config.model.pretrained} has no codebook, so set it to data, and leave "
+                    "freeze_encoder out"
+                )
+        _check_codebook(config, vae, made)
         return vae
     if config.freeze_encoder:
         raise UserError("freeze_encoder: needs model.pretrained, an autoencoder whose encoder is trained")
@@ -144,18 +152,18 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
     if config.model.type is None:
         raise UserError(f"model: set type ({', '.join(TRAINABLE[:-1])} or {TRAINABLE[-1]}) with config, or pretrained")
     vae = build_autoencoder(config.model.type, config.model.config, config.data.channels, config.initial_logvar)
-    _check_codebook(config, vae)
+    _check_codebook(config, vae, True)
     return vae
 
 
-def _check_codebook(config: AutoencoderConfig, vae: nn.Module) -> None:
+def _check_codebook(config: AutoencoderConfig, vae: nn.Module, is_new: bool) -> None:
     """UserError where the config's `codebook` has no effect: nothing is trained in it, or it is there already."""
     if config.codebook == CodebookConfig():
         return
     if config.freeze_encoder or not is_trained(vae):
         reason = "freeze_encoder keeps it as it is" if config.freeze_encoder else f"{type(vae).__name__} has none to train"
         raise UserError(f"codebook: is for a VQModel or ResidualVQModel whose codebook is trained, and {reason}; leave it out")
-    if config.model.pretrained is not None and config.codebook.start != "random":
+    if not is_new and config.codebook.start != "random":
         raise UserError("codebook.start: model.pretrained has a codebook already; leave it out")
 
 

@@ -14,7 +14,7 @@ import latentdiff
 from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.evaluation.measure_likelihood import measure_likelihood
-from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.autoencoder import load_autoencoder, with_codes
 from latentdiff.models.codebook import codebooks, codes_of
 from latentdiff.models.codec import LatentCodec
 from latentdiff.training import state, train
@@ -246,6 +246,74 @@ def load_autoencoder_of(kind):
 def test_a_codebook_that_cannot_be_trained_is_refused(changes, message):
     with pytest.raises(UserError, match=message):
         load_autoencoder_of(changes)
+
+
+# A codebook for the latents of a trained AutoencoderKL
+
+
+def check_kept(made_by, start, images):
+    """With a codebook of all the latents of the images, they are rebuilt as the AutoencoderKL rebuilds them from the means."""
+    kl = load_autoencoder(str(start))
+    with torch.no_grad():
+        latents = kl.encode(images).latent_dist.mean
+        positions = latents.movedim(1, -1).flatten(0, -2)
+        vae = made_by(kl, "VQModel", {"num_vq_embeddings": len(positions)})
+        vae.quantize.embedding.weight.copy_(positions)
+        torch.testing.assert_close(vae.encode(images).latents, latents, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(vae(images).sample, kl.decode(latents).sample, rtol=1e-3, atol=1e-3)
+
+
+def test_codes_of_a_trained_autoencoder_keep_its_means_and_its_decoder(autoencoder_run, stripe_folder):
+    data = autoencoder_config(stripe_folder, "run").data
+    images = Images(data, 2).train.batch(torch.arange(3))[0]
+    check_kept(with_codes, autoencoder_run, images)
+    for bug in (
+        ('["quant_conv.weight"][:c,', '["quant_conv.weight"][c:,'),  # the half of the log-variances
+        ("means @ bias + moved", "means @ bias"),
+    ):
+        with pytest.raises(AssertionError):
+            check_kept(planted(with_codes, bug), autoencoder_run, images)
+
+
+@pytest.mark.parametrize("kind", ["ResidualVQModel", "FSQModel"])
+def test_a_run_begins_with_a_trained_autoencoder_and_codes_of_its_latents(
+    stage_1, tmp_path, stripe_folder, autoencoder_run, kind
+):
+    config = {"fsq_levels": [9, 9]} if kind == "FSQModel" else {"num_vq_embeddings": 64, "num_quantizers": 2}
+    model = {"type": kind, "config": config, "pretrained": str(autoencoder_run)}
+    trainer = stage_1(model=model, **({} if kind == "FSQModel" else MEANS))
+    images, kl = first_images(trainer), load_autoencoder(str(autoencoder_run))
+    with torch.no_grad():
+        error = (trainer.model.vae(images).sample - images).square().mean()
+        own = (kl.decode(kl.encode(images).latent_dist.mean).sample - images).square().mean()
+    assert type(trainer.model.vae).__name__ == kind
+    if kind != "FSQModel":  # whose latents are squashed at first
+        assert error < 1.5 * own + 1e-3
+    train(autoencoder_config(stripe_folder, tmp_path / "run", model=model, **({} if kind == "FSQModel" else MEANS)))
+    assert type(load_autoencoder(str(tmp_path / "run"))).__name__ == kind
+
+
+@pytest.mark.parametrize(
+    ("type_name", "config", "changes", "message"),
+    [
+        (
+            "VQModel",
+            {"num_vq_embeddings": 8, "block_out_channels": [8, 16]},
+            MEANS,
+            r"\w+.conv\w+.weight has the shape .* leave out",
+        ),
+        ("VQModel", {"num_vq_embeddings": 8, "vq_embed_dim": 3}, MEANS, "vq_embed_dim: has 3 channels; model.pretrained has 2"),
+        ("FSQModel", {"fsq_levels": [5, 4, 3]}, {}, "model.config.fsq_levels: has 3 channels; model.pretrained has 2"),
+        ("VQModel", {"num_vq_embeddings": 8, "layers_per_block": 2}, MEANS, "layers_per_block"),
+        ("VQModel", {"num_vq_embeddings": 8}, {}, "codebook.start: model.pretrained .* has no codebook, so set it to data"),
+        ("VQModel", {"num_vq_embeddings": 8}, {**MEANS, "freeze_encoder": True}, "leave freeze_encoder out"),
+    ],
+)
+def test_codes_that_do_not_go_with_the_trained_autoencoder_are_refused(autoencoder_run, type_name, config, changes, message):
+    model = {"type": type_name, "config": config, "pretrained": str(autoencoder_run)}
+    with pytest.raises(UserError, match=message) as refused:
+        load_autoencoder_of({"model": model, **changes})
+    assert "\n" not in str(refused.value)
 
 
 # Both stages
