@@ -120,7 +120,9 @@ class ModelConfig(Section):
     type: str | None = Field(None, description="a class of diffusers, such as AutoencoderKL or UNet2DModel")
     config: dict[str, Any] = Field({}, description="arguments of the class")
     pretrained: str | None = Field(
-        None, description="where to start from. Stage 1: a folder or Hub name; stage 2: a pipeline's folder, or a U-Net's"
+        None,
+        description="where to start from. Stage 1: a folder or Hub name, for a type with codes also an AutoencoderKL; stage 2: a "
+        "pipeline's folder, or a U-Net's",
     )
 
 
