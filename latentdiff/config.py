@@ -121,8 +121,8 @@ class ModelConfig(Section):
     config: dict[str, Any] = Field({}, description="arguments of the class")
     pretrained: str | None = Field(
         None,
-        description="where to start from. Stage 1: a folder or Hub name, for a type with codes also an AutoencoderKL; stage 2: a "
-        "pipeline's folder, or a U-Net's",
+        description="where to start from. Stage 1: a folder or Hub name, for a type with codes also an AutoencoderKL; stage 2: "
+        "a pipeline's folder, or a U-Net's",
     )
 
 

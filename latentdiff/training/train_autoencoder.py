@@ -133,16 +133,16 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
                 f"model.pretrained {config.model.pretrained}: is {type(vae).__name__} for {vae.config.in_channels} channels; "
                 f"stage 1 trains {' or '.join(TRAINABLE)} with data.channels={config.data.channels}"
             )
-        if config.latent_noise and (not config.freeze_encoder or hasattr(vae, "quantize")):
-            raise UserError("latent_noise: is for the decoder of an AutoencoderKL alone; set freeze_encoder, or leave it out")
-        made = config.model.type in TRAINABLE and type(vae).__name__ == "AutoencoderKL" != config.model.type
+        made = type(vae).__name__ == "AutoencoderKL" and config.model.type in TRAINABLE[1:]
         if made:
-            vae = with_codes(vae, config.model.type, config.model.config)
+            vae = with_codes(vae, str(config.model.type), config.model.config)
             if is_trained(vae) and (config.freeze_encoder or config.codebook.start != "data"):
                 raise UserError(
                     f"codebook.start: model.pretrained {config.model.pretrained} has no codebook, so set it to data, and leave "
                     "freeze_encoder out"
                 )
+        if config.latent_noise and (not config.freeze_encoder or hasattr(vae, "quantize")):
+            raise UserError("latent_noise: is for the decoder of an AutoencoderKL alone; set freeze_encoder, or leave it out")
         _check_codebook(config, vae, made)
         return vae
     if config.freeze_encoder:
