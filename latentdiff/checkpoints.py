@@ -84,7 +84,8 @@ def save(
         weak: a weaker U-Net for autoguidance, which is written to the folder weak.
         index: more arguments of `LatentDiffusionPipeline` for model_index.json: image_size, prediction, schedule,
             default_guidance_scale, default_guidance_interval, default_num_inference_steps, default_sampler,
-            image_condition. With `process` among them the checkpoint is a `DiscreteDiffusionPipeline`.
+            default_guidance_rule, default_guidance_rescale, default_guidance_options, image_condition. With `process` among
+            them the checkpoint is a `DiscreteDiffusionPipeline`.
 
     Raises:
         UserError: a weight is not finite in `dtype`; classes, null class, guidance and U-Net contradict each other; or
@@ -176,7 +177,9 @@ def _check_classes(
     dropped: whether the model was trained without text, or without its second image, on some samples.
     """
     from latentdiff.guidance import check_interval
+    from latentdiff.guidance.rules import check_default_call
 
+    check_default_call(index, INDEX)
     scale = index.get("default_guidance_scale", 1.0)
     check_interval(index.get("default_guidance_interval"), "default_guidance_interval")
     if scale != 1.0 and null_class is None and not dropped:
@@ -370,6 +373,8 @@ def check(folder: Path) -> dict[str, type]:
     Raises:
         UserError: a file is missing, truncated, pickled, or holds something a pipeline cannot work with; it is named.
     """
+    from latentdiff.guidance.rules import check_default_call
+
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; a checkpoint is a folder with {INDEX}")
     if not (folder / INDEX).is_file() and (folder / "run.json").is_file():
@@ -384,6 +389,7 @@ def check(folder: Path) -> dict[str, type]:
     if name != STABLE_DIFFUSION:  # which needs all of them
         parts = parts[:2] + [part for part in parts[2:] if index.get(part, [None, None]) != [None, None]]
     limits.check_index(folder / INDEX, index)
+    check_default_call(index, str(folder / INDEX))
     classes = {part: part_class(index.get(part), f"{folder / INDEX}: {part}") for part in parts}
     if classes.pop("scheduler", None):
         file = folder / "scheduler" / "scheduler_config.json"

@@ -97,8 +97,8 @@ def edit(
     sampler: str | None = None,
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
-    guidance_rule: str = "cfg",
-    guidance_rescale: float = 0.0,
+    guidance_rule: str | None = None,
+    guidance_rescale: float | None = None,
     guidance_options: list[str] | None = None,
     weak: bool = False,
     negative: str | None = None,
@@ -201,6 +201,7 @@ def edit(
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
+    guiding = generation.other_than_default(pipeline, guiding)
     unread = {f"--task {task}": task not in OF_CODES, f"--method {method}": method not in (None, "replacement")}
     generation.refuse_for_codes(pipeline, unread)
     was_asked = bool(asked_task or mask or expand)

@@ -50,8 +50,8 @@ def generate(
     guidance: float | None = None,
     guidance_interval: tuple[float, float] | None = None,
     classifier_strength: float = 0.0,
-    guidance_rule: str = "cfg",
-    guidance_rescale: float = 0.0,
+    guidance_rule: str | None = None,
+    guidance_rescale: float | None = None,
     guidance_options: list[str] | None = None,
     weak: bool = False,
     sampler_options: list[str] | None = None,
@@ -84,9 +84,11 @@ def generate(
         guidance_interval: guide only at times from LOW to HIGH, where 0 is data and 1 is noise.
         classifier_strength: also guide by the classifier in the model's folder; needs a sampler; 1 is Bayes' rule, 0 is off.
         guidance_rule: cfg; apg, adaptive projected guidance, which does not overexpose at a large scale; or cfg_zero, the scale
-            of CFG-Zero*, for flows.
-        guidance_rescale: take back this share of the contrast that guidance adds, from 0, which is off, to 1.
-        guidance_options: key=value options of the rule: parallel, threshold and momentum of apg, and zero_init of cfg_zero.
+            of CFG-Zero*, for flows; the default is the checkpoint's.
+        guidance_rescale: take back this share of the contrast that guidance adds, from 0, which is off, to 1; the default is
+            the checkpoint's.
+        guidance_options: key=value options of the rule: parallel, threshold and momentum of apg, and zero_init of cfg_zero; the
+            default is the checkpoint's, or none where guidance_rule is given.
         weak: autoguidance: guide away from the weaker U-Net in the model's folder weak. --guidance is its scale.
         sampler_options: key=value options of the sampler, such as eta=0.5; needs a sampler.
         precision: float32 or bfloat16, of the U-Net alone.
@@ -133,6 +135,7 @@ def generate(
     set_precision(pipeline, precision)
 
     # Check the call against the model
+    guiding = other_than_default(pipeline, guiding)
     unread: dict[str, Any] = {"--classifier-strength": classifier_strength, "--weak": weak, "--guidance-rule": guiding}
     refuse_for_codes(pipeline, unread)
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
@@ -352,12 +355,13 @@ def check_rule(
 ) -> None:
     """UserError for a rule of guidance where guidance is off, so that it would do nothing.
 
-    guiding: from `guidance_call`. weak, guidance: of `generate`. has_target: whether there is something to guide to.
+    guiding: from `other_than_default`. weak, guidance: of `generate`. has_target: whether there is something to guide to.
     """
     scale = pipeline.config.default_guidance_scale if guidance is None else guidance
-    if not guiding or (scale != 1 and (weak or has_target)):
+    given = [name for name, value in guiding.items() if value not in ("cfg", 0, {})]
+    if not given or (scale != 1 and (weak or has_target)):
         return
-    flag = "--" + next(iter(guiding)).replace("_", "-")
+    flag = "--" + given[0].replace("_", "-")
     if scale == 1:
         raise UserError(f"{flag}: at guidance 1, which is off, it changes nothing; give --guidance, such as 2")
     raise UserError(f"{flag}: there is no class or prompt to guide to, so it changes nothing; name one, or leave it out")
@@ -474,30 +478,55 @@ def set_precision(pipeline: LatentDiffusionPipeline, precision: str) -> None:
         pipeline.unet.forward = torch.autocast(pipeline.device.type, torch.bfloat16)(pipeline.unet.forward)
 
 
-def guidance_call(rule: str, rescale: float, options: list[str]) -> dict[str, Any]:
-    """The arguments of the pipeline's call for --guidance-rule, --guidance-rescale and --guidance-options; {} for the defaults.
+def guidance_call(rule: str | None, rescale: float | None, options: list[str]) -> dict[str, Any]:
+    """The arguments of the pipeline's call for --guidance-rule, --guidance-rescale and --guidance-options, where given.
 
     UserError for an unknown rule, or an option that is out of range or of another rule.
     """
-    if rule == "cfg" and rescale == 0 and not options:
+    if rule is None and rescale is None and not options:
         return {}
-    from latentdiff.guidance.rules import OPTIONS, OPTIONS_IN_WORDS, RULES, Rule
+    from latentdiff.guidance.rules import OPTIONS, OPTIONS_IN_WORDS, RULES
 
-    if rule not in RULES:
+    if rule is not None and rule not in RULES:
         raise UserError(f"--guidance-rule {rule}: unknown; valid: {', '.join(RULES)}")
-    if not 0 <= rescale <= 1:
+    if rescale is not None and not 0 <= rescale <= 1:
         raise UserError(f"--guidance-rescale {rescale:g}: must be from 0, which is off, to 1")
     values = parse_options(options, "--guidance-options", "parallel=0.5")
     known = {option for of_rule in OPTIONS.values() for option in of_rule}
     if values.keys() - known or not all(type(value) in (int, float) for value in values.values()):
         raise UserError(f"--guidance-options {' '.join(options)}: valid: {OPTIONS_IN_WORDS}, each as key=NUMBER")
+    if rule is not None:  # else it is the checkpoint's, which `other_than_default` knows
+        _check_rule_options(rule, values)
+    given = {"guidance_rule": rule, "guidance_rescale": rescale, "guidance_options": values or None}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def other_than_default(pipeline: LatentDiffusionPipeline, guiding: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments of `guidance_call` that make a difference: what the checkpoint does by default is left out.
+
+    UserError for an option of another rule than the checkpoint's.
+    """
+    if not guiding:
+        return {}
+    from latentdiff.guidance.rules import default_call
+
+    default = default_call(pipeline.config)
+    usual = {"guidance_rule": "cfg", "guidance_rescale": 0, "guidance_options": {}, **default}
+    if "guidance_rule" not in guiding and "guidance_options" in guiding:
+        _check_rule_options(usual["guidance_rule"], guiding["guidance_options"])
+    # A call that names the rule has none of the default options, so that makes a difference even if the rule is the same
+    needed = {"guidance_rule", "guidance_options"} if "guidance_rule" in guiding and usual["guidance_options"] else set()
+    return {name: value for name, value in guiding.items() if name in needed or value != usual[name]}
+
+
+def _check_rule_options(rule: str, options: dict[str, Any]) -> None:
+    """UserError for an option of --guidance-options that is out of range or of another rule."""
+    from latentdiff.guidance.rules import Rule
+
     try:
-        Rule(rule, **values)
+        Rule(rule, **options)
     except UserError as error:
         raise UserError(f"--guidance-options: {error}") from None
-    given = {"guidance_rule": rule} if rule != "cfg" else {}
-    given |= {"guidance_rescale": rescale} if rescale else {}
-    return given | ({"guidance_options": values} if values else {})
 
 
 def parse_options(items: list[str], flag: str = "--sampler-options", example: str = "eta=0.5") -> dict[str, Any]:

@@ -125,6 +125,7 @@ _ListOrDict = Union[list, dict, None]  # noqa: UP007
 _ListOrTuple = Union[list, tuple, None]  # noqa: UP007
 _DictOrNone = Union[dict, None]  # noqa: UP007
 _IntOrNone = Union[int, None]  # noqa: UP007
+_FloatOrNone = Union[float, None]  # noqa: UP007
 _ModuleOrNone = Union[torch.nn.Module, None]  # noqa: UP007
 _StrOrNone = Union[str, None]  # noqa: UP007
 
@@ -193,6 +194,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             `latentdiff.schedules.make_schedule`. None: read from the scheduler.
         default_guidance_scale, default_guidance_interval, default_num_inference_steps: for calls that do not give them.
         default_sampler: the latentdiff sampler that runs where scheduler is None.
+        default_guidance_rule, default_guidance_rescale, default_guidance_options: guidance_rule, guidance_rescale and
+            guidance_options of calls that do not give them. None: "cfg", 0 and no options.
         text_encoder: a transformers encoder. The U-Net attends to its last hidden states [B, L, d].
         tokenizer: of the text encoder; its model_max_length is L. Padding is masked where the encoder's config sets
             use_attention_mask.
@@ -230,6 +233,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         null_prompt: _StrOrNone = "",
         bridge: _StrOrNone = None,
         image_condition: _DictOrNone = None,
+        default_guidance_rule: _StrOrNone = None,
+        default_guidance_rescale: _FloatOrNone = None,
+        default_guidance_options: _DictOrNone = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, vae=vae, scheduler=scheduler, text_encoder=text_encoder, tokenizer=tokenizer)
@@ -248,8 +254,13 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             default_num_inference_steps=default_num_inference_steps,
             default_sampler=default_sampler,
         )
-        if bridge is not None:  # else model_index.json stays as it was before there were bridges
-            self.register_to_config(bridge=bridge)
+        later = {  # each is written only where it is set, so that model_index.json of other checkpoints stays as it was
+            "bridge": bridge,
+            "default_guidance_rule": default_guidance_rule,
+            "default_guidance_rescale": default_guidance_rescale,
+            "default_guidance_options": default_guidance_options,
+        }
+        self.register_to_config(**{key: value for key, value in later.items() if value is not None})
         self._published_scheduler = scheduler  # pipe.scheduler may be swapped later
         self._interrupt = False
         self._num_timesteps = 0
@@ -530,8 +541,22 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             raise PipelineInputError(f"guidance_scale {scale:g}: must be a finite number of at least 0; 1 is off")
         return scale
 
-    def match_guidance_rule(self, name: str, rescale: float, options: dict | None) -> dict[str, Any] | None:
-        """The rule of guidance and its options, or None for the plain rule. PipelineInputError for values out of range."""
+    def match_guidance_rule(
+        self, name: str | None, rescale: float | None, options: dict | None, is_guided: bool = True
+    ) -> dict[str, Any] | None:
+        """The rule of guidance and its options, or None for the plain rule. PipelineInputError for values out of range.
+
+        name, rescale, options: of the call; None: the checkpoint's defaults. The default options go with the default rule, so a
+        call that names a rule has only the options that it gives. is_guided: whether the call is guided at all; else the
+        defaults have no part in it.
+        """
+        if not is_guided and name is None and rescale is None and options is None:
+            return None
+        if name is None:
+            name = self.config.get("default_guidance_rule") or "cfg"
+            options = self.config.get("default_guidance_options") if options is None else options
+        if rescale is None:
+            rescale = self.config.get("default_guidance_rescale") or 0.0
         if not (hasattr(rescale, "__float__") and 0 <= float(rescale) <= 1):
             raise PipelineInputError(f"guidance_rescale {rescale}: must be from 0, which is off, to 1")
         if not isinstance(name, str) or not isinstance(options or {}, dict) or {"name", "rescale"} & set(options or {}):
@@ -820,8 +845,8 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
         callback_on_step_end: Callable[..., dict | None] | None = None,
         return_dict: bool = True,
         callback_on_step_end_tensor_inputs: list[str] | tuple[str, ...] = ("latents",),
-        guidance_rule: str = "cfg",
-        guidance_rescale: float = 0.0,
+        guidance_rule: str | None = None,
+        guidance_rescale: float | None = None,
         guidance_options: dict[str, float] | None = None,
         weak_unet: torch.nn.Module | None = None,
         image: Any = None,
@@ -862,10 +887,11 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
             callback_on_step_end_tensor_inputs: the tensors that the callback is given: ["latents"] or nothing.
             guidance_rule: how the positive and the negative prediction are combined, a name of `latentdiff.guidance.RULES`:
                 "cfg"; "apg", adaptive projected guidance (arXiv 2410.02416); "cfg_zero", the scale of CFG-Zero* (arXiv
-                2503.18886).
-            guidance_rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891), in [0, 1], on x0; 0 is off.
+                2503.18886). None: the checkpoint's default.
+            guidance_rescale: phi of guidance rescale (Lin et al., arXiv 2305.08891), in [0, 1], on x0; 0 is off. None: the
+                checkpoint's default.
             guidance_options: options of the rule: parallel, threshold and momentum of "apg", zero_init of "cfg_zero"; see
-                `latentdiff.guidance.Rule`.
+                `latentdiff.guidance.Rule`. None: the checkpoint's default, or none where guidance_rule is given.
             weak_unet: a U-Net that was trained less, or is smaller, to guide away from in place of "no text" and "no class":
                 autoguidance (Karras et al., arXiv 2406.02507). guidance_scale is then its scale.
             image: an image to change, or a list: one for all prompts or class labels, or one each. A PIL image is brought to
@@ -961,7 +987,9 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 guidance_scale, any(negative_texts) or negative_class_labels is not None, image_guidance_scale
             )
         is_guided = scale != 1.0
-        rule = self.match_guidance_rule(guidance_rule, guidance_rescale, guidance_options)
+        rule = self.match_guidance_rule(
+            guidance_rule, guidance_rescale, guidance_options, is_guided or image_guidance_scale not in (None, 1.0)
+        )
         if cuts := self.cut_off(texts + (negative_texts if is_guided else [])):
             _LOGGER.warning(
                 f"The text encoder takes {self.tokenizer.model_max_length} tokens of a prompt, so these parts are cut off: "

@@ -1,5 +1,8 @@
 """`generate` with another rule of guidance, and with a weaker U-Net in the model's folder."""
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,8 +11,10 @@ from test_checkpoints import publish
 from tiny_models import tiny_unet
 
 from latentdiff import checkpoints, generation
+from latentdiff.cli.info import info
 from latentdiff.editing import edit
 from latentdiff.errors import UserError
+from latentdiff.evaluation.records import sampling_protocol
 from latentdiff.generation import generate
 from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
@@ -43,6 +48,31 @@ def test_each_flag_changes_the_images(tmp_path, model):
         assert (images(tmp_path, model, **flags) != plain).any(), flags
     off = images(tmp_path, model, guidance=1.0)
     assert (images(tmp_path, model, guidance=1.0, weak=True) == off).all()
+
+
+def test_a_default_rule_of_the_checkpoint_is_used_shown_and_overridden(tmp_path, model):
+    ruled = shutil.copytree(model, tmp_path / "ruled")
+    index = json.loads((model / "model_index.json").read_text())
+    rule = {"default_guidance_rule": "apg", "default_guidance_options": {"parallel": 0.5}, "default_guidance_rescale": 0.9}
+    (ruled / "model_index.json").write_text(json.dumps(index | rule))
+    asked = {"guidance_rule": "apg", "guidance_options": ["parallel=0.5"], "guidance_rescale": 0.9}
+    plain, by_flags = images(tmp_path, model), images(tmp_path, model, **asked)
+    assert (images(tmp_path, ruled) == by_flags).all() and (by_flags != plain).any()
+    assert (images(tmp_path, ruled, guidance_rule="cfg", guidance_rescale=0.0) == plain).all()
+    assert (images(tmp_path, ruled, guidance=1.0) == images(tmp_path, model, guidance=1.0, guidance_rule="cfg")).all()
+    assert not set(rule) & set(info(model)["defaults"]) and rule.items() <= info(ruled)["defaults"].items()
+
+    # What the flags leave of the defaults: nothing that the checkpoint does anyway, and no default option of a named rule
+    opened, plain_opened = checkpoints.load(ruled), checkpoints.load(model)
+    named = generation.guidance_call("apg", 0.9, [])
+    assert generation.other_than_default(opened, named) == {"guidance_rule": "apg"}
+    assert generation.other_than_default(plain_opened, generation.guidance_call("cfg", 0.0, [])) == {}
+    with pytest.raises(UserError, match="--guidance-options: guidance rule: apg has no zero_init"):
+        generation.other_than_default(opened, generation.guidance_call(None, None, ["zero_init=0.1"]))
+    made = sampling_protocol(opened, "m", guidance_scale=2.0)
+    assert made["guidance_rule"] == "apg" and made["guidance_options"] == {"parallel": 0.5}
+    assert "guidance_rule" not in sampling_protocol(opened, "m", guidance_scale=1.0)
+    assert "guidance_rule" not in sampling_protocol(plain_opened, "m", guidance_scale=2.0)
 
 
 def test_edit_reads_the_same_flags(tmp_path, model, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 from latentdiff.errors import UserError
 
 DEFAULTS = ("default_num_inference_steps", "default_guidance_scale", "default_guidance_interval")
+RULE_DEFAULTS = ("default_guidance_rule", "default_guidance_rescale", "default_guidance_options")  # shown where they are set
 
 
 def info(what: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -167,7 +168,8 @@ def _checkpoint_info(folder: Path) -> dict[str, Any]:
         **({"bridge": meta["bridge"]} if "bridge" in meta else {}),
         **({"weak": _weak_info(folder, meta)} if (folder / "weak").is_dir() else {}),
         "steps_trained": meta.get("steps"),
-        "defaults": {key: pipeline.config[key] for key in DEFAULTS},
+        "defaults": {key: pipeline.config[key] for key in DEFAULTS}
+        | {key: value for key in RULE_DEFAULTS if (value := pipeline.config.get(key)) is not None},
     }
 
 

@@ -72,6 +72,7 @@ def compare_samplers(
         UserError: an unknown sampler, model or data set, or `out` holds a comparison with another protocol.
     """
     from latentdiff.guidance import check_interval
+    from latentdiff.guidance.rules import default_call
     from latentdiff.utils.outputs import check_out_folder
 
     check_samplers(samplers)
@@ -82,10 +83,12 @@ def compare_samplers(
     benchmark = SamplerBenchmark(model, data, num_images, features, precision, batch_size)
     config = benchmark.pipeline.config
     interval = config.default_guidance_interval if guidance_interval is None else guidance_interval
+    scale = config.default_guidance_scale if guidance is None else guidance
     protocol = benchmark.protocol | {
         "seed": seed,
-        "guidance": config.default_guidance_scale if guidance is None else guidance,
+        "guidance": scale,
         "guidance_interval": None if interval is None else list(interval),
+        **(default_call(config) if scale != 1 else {}),
     }
     table = open_table(Path(out), TABLE, protocol)
     table["floor"] = benchmark.reference.floor

@@ -10,7 +10,18 @@ from latentdiff.errors import UserError
 
 CARD, BEGIN, END = "README.md", "<!-- evaluation -->", "<!-- /evaluation -->"
 # Facts on the samples that a reader needs; hashes and the like stay in the record
-MADE_FIELDS = ("sampler", "steps", "guidance", "guidance_interval", "seed", "precision", "weights")
+MADE_FIELDS = (
+    "sampler",
+    "steps",
+    "guidance",
+    "guidance_interval",
+    "guidance_rule",
+    "guidance_rescale",
+    "guidance_options",
+    "seed",
+    "precision",
+    "weights",
+)
 HIDDEN_FIELDS = ("likelihood", "class_counts")
 
 

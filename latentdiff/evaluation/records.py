@@ -302,8 +302,10 @@ def sampling_protocol(pipeline: Any, model: str, seed: int = 0, batch_size: int 
         call: arguments of the pipeline's call: sampler, num_inference_steps, guidance_scale, guidance_interval.
 
     Returns:
-        {"model", "sampler", "steps", "guidance", "guidance_interval", "seed"}.
+        {"model", "sampler", "steps", "guidance", "guidance_interval", "seed"}; and guidance_rule, guidance_rescale and
+        guidance_options where the checkpoint's default has them and guidance is on.
     """
+    from latentdiff.guidance.rules import default_call
     from latentdiff.samplers import default_steps
 
     config, sampler = pipeline.config, call.get("sampler")
@@ -312,12 +314,14 @@ def sampling_protocol(pipeline: Any, model: str, seed: int = 0, batch_size: int 
         steps = config.default_num_inference_steps
         if sampler not in (None, config.default_sampler) and not is_over_codes(config):
             steps = default_steps(sampler, steps)
+    scale = guidance if guidance is not None else config.default_guidance_scale
     return {
         "model": model,
         "sampler": sampler or default_sampler(pipeline),
         "steps": steps,
-        "guidance": guidance if guidance is not None else config.default_guidance_scale,
+        "guidance": scale,
         "guidance_interval": interval if interval is not None else config.default_guidance_interval,
+        **(default_call(config) if scale != 1 else {}),
         "seed": seed,
     }
 

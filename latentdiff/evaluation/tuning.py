@@ -32,7 +32,9 @@ STEPS = (3, 32)
 GUIDANCE = (1.0, 3.0)
 FINALISTS = 3
 SETTING_KEYS = ("sampler", "steps", "guidance", "guidance_interval")
-KIND = "guidance_kind"  # a fifth key, where more than plain guidance is searched
+KIND = "guidance_kind"  # a fifth key, where more than plain guidance is searched or the default
+OWN_KIND = "checkpoint"  # of a default whose rule of guidance is none of `KINDS`
+PIPELINE = "pipeline.py"
 # The arguments of the pipeline's call of each kind; "autoguidance" has the weaker U-Net besides
 KINDS: dict[str, dict[str, Any]] = {
     "cfg": {},
@@ -78,7 +80,7 @@ def tune(
         samplers: the samplers to search; "scheduler" is the checkpoint's own. By default scheduler (where there is one),
             dpmpp_2m, dpmpp_3m, heun, euler and euler_maruyama.
         guidance_kinds: the kinds of guidance to search: cfg; rescale, by 0.7; apg; cfg_zero; autoguidance, for a model with a
-            folder weak. Only cfg can become a default.
+            folder weak. Autoguidance cannot become a default.
         confirm_seeds: how many other seeds measure the finalists and the default again; two or more.
         max_evaluations: most U-Net evaluations for an image of the choice. By default what the present default takes.
         out: a folder.
@@ -101,10 +103,12 @@ def tune(
     for kind in guidance_kinds:
         if kind not in KINDS:
             raise UserError(f"--guidance-kinds {kind}: unknown; valid: {', '.join(KINDS)}")
-    if write and set(guidance_kinds) != {"cfg"}:
-        raise UserError("--write: only plain guidance can become the default; leave --guidance-kinds or --write out")
+    if write and "autoguidance" in guidance_kinds:
+        raise UserError("--write: autoguidance cannot become the default; leave it out of --guidance-kinds, or --write out")
     if num_images < 2 or batch_size < 1 or confirm_seeds < 2 or not 0 < budget < math.inf:
         raise UserError("tune: --num-images and --confirm-seeds must be at least 2, --batch-size at least 1, --budget above 0")
+    from latentdiff.guidance.rules import default_call
+
     _require("optuna", "matplotlib")
     check_out_folder(out)
     benchmark, folder = SamplerBenchmark(model, data, num_images, features, precision, batch_size), Path(out)
@@ -120,25 +124,25 @@ def tune(
     kinds = tuple(dict.fromkeys(guidance_kinds))
     if not (guided or set(kinds) <= {"autoguidance"} or kinds == ("cfg",)):
         raise UserError(f"--guidance-kinds: {model} has no unconditional prediction; valid: autoguidance")
-    calls = {kind: dict(KINDS[kind]) for kind in kinds}
-    weak_counter = None
+    own, weak, weak_counter = default_call(pipeline.config), None, None
     if "autoguidance" in kinds:
         from latentdiff.checkpoints import load_weak
 
-        calls["autoguidance"]["weak_unet"] = load_weak(benchmark.folder, pipeline)
-        weak_counter = EvaluationCounter(calls["autoguidance"]["weak_unet"])
+        weak = load_weak(benchmark.folder, pipeline)
+        weak_counter = EvaluationCounter(weak)
     space = SearchSpace(tuple(dict.fromkeys(samplers)), guided or "autoguidance" in kinds, kinds)
     protocol = benchmark.protocol | {"seed": seed, "default": default, "samplers": list(space.samplers)}
     if kinds != ("cfg",):
         protocol[KIND] = list(kinds)
+    if default.get(KIND) == OWN_KIND:
+        protocol["default_guidance"] = own
     table = open_table(folder, TABLE, protocol)
     table["floor"] = benchmark.reference.floor
 
     def measure(setting: Setting, measure_seed: int) -> tuple[float, float, float | None]:
-        call = {"num_inference_steps": setting["steps"], "guidance_scale": setting["guidance"]}
-        # To the pipeline None is the checkpoint's own interval, so "everywhere" is given as (0, 1)
-        call["guidance_interval"] = tuple(setting["guidance_interval"] or (0.0, 1.0))
-        call |= calls.get(setting.get(KIND, "cfg"), {})
+        call = call_of(setting, own)
+        if setting.get(KIND) == "autoguidance":
+            call["weak_unet"] = weak
         before = weak_counter.rows if weak_counter else 0
         cell = benchmark.measure(setting["sampler"], measure_seed, call)
         if weak_counter:
@@ -160,6 +164,23 @@ def tune(
     return table
 
 
+def call_of(setting: Setting, own: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the pipeline's call of a setting, but for its sampler and a weaker U-Net.
+
+    own: the checkpoint's own rule of guidance, as of `latentdiff.guidance.rules.default_call`.
+    """
+    kind = setting.get(KIND, "cfg")
+    return {
+        "num_inference_steps": setting["steps"],
+        "guidance_scale": setting["guidance"],
+        # To the pipeline None is the checkpoint's own, so "everywhere" is given as (0, 1), and plain guidance by its name
+        "guidance_interval": tuple(setting["guidance_interval"] or (0.0, 1.0)),
+        "guidance_rule": "cfg",
+        "guidance_rescale": 0.0,
+        **(own if kind == OWN_KIND else KINDS[kind]),
+    }
+
+
 def setting_of(cell: dict[str, Any]) -> Setting:
     """The setting of a trial or a confirmed setting: what it was measured with."""
     return {key: cell[key] for key in (*SETTING_KEYS, KIND) if key in cell}
@@ -178,13 +199,17 @@ def _require(*packages: str) -> None:
 
 def current_default(pipeline: Any) -> Setting:
     """The setting that a loaded checkpoint samples with by default."""
+    from latentdiff.guidance.rules import default_call
+
     config = pipeline.config
-    interval = config.default_guidance_interval
+    interval, own = config.default_guidance_interval, default_call(config)
+    kinds = [kind for kind, arguments in KINDS.items() if arguments == own and kind != "autoguidance"]
     return {
         "sampler": SCHEDULER if pipeline.scheduler is not None else config.default_sampler,
         "steps": config.default_num_inference_steps,
         "guidance": config.default_guidance_scale,
         "guidance_interval": None if interval is None else list(interval),
+        **({KIND: kinds[0] if kinds else OWN_KIND} if own else {}),
     }
 
 
@@ -361,17 +386,35 @@ def choose(confirmed: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def write_default(folder: Path, setting: Setting) -> None:
     """Make a setting the default of the checkpoint in `folder`. Its index file is the old or the new one, never half of it."""
+    from latentdiff.guidance.rules import CALL_ARGUMENTS
     from latentdiff.models.loading import read_json
     from latentdiff.utils.atomic import write_text
 
-    path = folder / INDEX
-    index = read_json(path) | {
+    path, kind = folder / INDEX, setting.get(KIND, "cfg")
+    index = read_json(path)
+    if kind != OWN_KIND:
+        rule = {f"default_{name}": KINDS[kind].get(name) for name in CALL_ARGUMENTS}
+        index = {key: value for key, value in index.items() if key not in rule}
+        index |= {key: value for key, value in rule.items() if value is not None}
+        if KINDS[kind]:
+            _renew_pipeline(folder / PIPELINE)
+    index |= {
         "default_sampler": None if setting["sampler"] == SCHEDULER else setting["sampler"],
         "default_num_inference_steps": setting["steps"],
         "default_guidance_scale": setting["guidance"],
         "default_guidance_interval": setting["guidance_interval"],
     }
     write_text(path, json.dumps(dict(sorted(index.items())), indent=2) + "\n")
+
+
+def _renew_pipeline(path: Path) -> None:
+    """Replace a checkpoint's pipeline.py by the installed one, where it cannot read a default rule of guidance."""
+    from latentdiff.pipelines import latent_diffusion
+    from latentdiff.utils.atomic import write_text
+
+    if path.is_file() and "default_guidance_rule" not in path.read_text(encoding="utf-8"):
+        write_text(path, Path(latent_diffusion.__file__).read_text(encoding="utf-8"))
+        print(f"tune: {printable(str(path))} could not read the default rule of guidance, and is replaced", file=sys.stderr)
 
 
 def tuning_markdown(table: dict[str, Any]) -> str:

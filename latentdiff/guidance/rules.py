@@ -4,8 +4,9 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -99,6 +100,32 @@ class Rule:
 
 
 CFG = Rule()
+CALL_ARGUMENTS = ("guidance_rule", "guidance_rescale", "guidance_options")  # of a pipeline's call
+
+
+def default_call(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The rule of guidance that a checkpoint has by default, as those of `CALL_ARGUMENTS` that are not plain guidance's.
+
+    config: of the pipeline, or model_index.json. {} for plain guidance.
+    """
+    return {name: value for name in CALL_ARGUMENTS if (value := config.get(f"default_{name}")) not in (None, "cfg", 0, {})}
+
+
+def check_default_call(config: Mapping[str, Any], name: str) -> None:
+    """UserError where a checkpoint's defaults are no rule of guidance. config: as in `default_call`. name: of its file."""
+    rule, rescale, options = (config.get(f"default_{argument}") for argument in CALL_ARGUMENTS)
+    if rescale is not None and not (type(rescale) in (int, float) and 0 <= rescale <= 1):
+        raise UserError(f"{name}: default_guidance_rescale is {str(rescale)[:40]}; it must be a number from 0 to 1")
+    if rule is not None and rule not in RULES:
+        raise UserError(f"{name}: default_guidance_rule is {str(rule)[:40]}; valid: {', '.join(RULES)}")
+    try:
+        Rule(rule or "cfg", **({} if options is None else options))
+    except UserError as error:
+        raise UserError(f"{name}: default_guidance_options: {error}") from None
+    except TypeError:
+        raise UserError(
+            f"{name}: default_guidance_options is {str(options)[:40]}; it must be numbers by name; valid: {OPTIONS_IN_WORDS}"
+        ) from None
 
 
 class RunningSum:

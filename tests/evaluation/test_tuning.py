@@ -1,6 +1,8 @@
 """The search for a default: Pareto front, a choice that luck alone does not win, a table that goes on, a config rewritten."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +10,10 @@ import torch
 from PIL import Image
 
 from latentdiff.evaluation import tuning
+from latentdiff.pipelines import latent_diffusion
 
 DEFAULT = {"sampler": "scheduler", "steps": 20, "guidance": 1.5, "guidance_interval": None}
+RULE = ("default_guidance_rule", "default_guidance_rescale", "default_guidance_options")
 SPACE = tuning.SearchSpace(("scheduler", "heun"), guided=True)
 
 
@@ -154,11 +158,48 @@ def test_the_command_writes_table_picture_and_default(run, refused, here, model,
     calls = ((after, {}), (before, arguments))
     images = [pipe(class_labels=[0], output_type="np", generator=fresh(), **call).images for pipe, call in calls]
     assert np.array_equal(*images)
+    stronger = chosen | {"guidance": 4.0, "guidance_interval": None}
+    tuning.write_default(Path(model), {**stronger, "guidance_kind": "apg"})
+    ruled = load(model)
+    calls = (
+        (ruled, {}),
+        (before, tuning.call_of({**stronger, "guidance_kind": "apg"}, {})),
+        (ruled, tuning.call_of(stronger, {"guidance_rule": "apg"})),
+        (before, tuning.call_of(stronger, {})),
+    )
+    images = [pipe(class_labels=[0], output_type="np", generator=fresh(), **call).images for pipe, call in calls]
+    assert np.array_equal(*images[:2]) and np.array_equal(*images[2:]) and not np.array_equal(*images[1:3])
+    tuning.write_default(Path(model), chosen)
     assert "made with another images" in refused(*ask, "--num-images", 30)
     assert "--samplers eular: unknown" in refused(*ask[:8], "--samplers", "eular")
     assert "--guidance-kinds pag: unknown" in refused(*ask, "--guidance-kinds", "pag")
-    assert "--write: only plain guidance" in refused(*ask, "--guidance-kinds", "cfg", "apg", "--write")
+    assert "--write: autoguidance cannot become the default" in refused(*ask, "--guidance-kinds", "autoguidance", "--write")
     assert "has no weaker U-Net" in refused(*ask, "--guidance-kinds", "cfg", "autoguidance")
+
+
+def test_the_rule_of_the_choice_becomes_the_default(tmp_path):
+    index, pipeline = tmp_path / "model_index.json", tmp_path / "pipeline.py"
+    installed = Path(latent_diffusion.__file__).read_text()
+    first = {"_class_name": "LatentDiffusionPipeline", "null_class": 3}
+
+    def written(kind, before):
+        index.write_text(json.dumps(before))
+        pipeline.write_text("old")
+        setting = {**DEFAULT, "guidance_kind": kind} if kind else DEFAULT
+        tuning.write_default(tmp_path, setting)
+        after = json.loads(index.read_text())
+        config = SimpleNamespace(**{"default_sampler": None, **after}, get=after.get)
+        found = tuning.current_default(SimpleNamespace(config=config, scheduler=object()))
+        assert found == (DEFAULT if kind in (None, "cfg") else setting)
+        return {key: value for key, value in after.items() if key.startswith(RULE)}
+
+    own = {"default_guidance_rule": "apg", "default_guidance_options": {"parallel": 0.3}}
+    for before in (first, first | own, first | {"default_guidance_rescale": 0.7}):
+        assert written(None, before) == written("cfg", before) == {} and pipeline.read_text() == "old"
+        assert written("apg", before) == {"default_guidance_rule": "apg"} and pipeline.read_text() == installed
+        assert written("cfg_zero", before) == {"default_guidance_rule": "cfg_zero"}
+        assert written("rescale", before) == {"default_guidance_rescale": 0.7}
+    assert written(tuning.OWN_KIND, first | own) == own
 
 
 def fresh() -> torch.Generator:

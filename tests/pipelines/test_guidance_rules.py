@@ -80,6 +80,26 @@ def test_autoguidance_goes_from_the_weak_network_through_the_strong_one(sampler)
     assert (results[0] - results[1]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize("sampler", [None, "euler"])
+def test_a_default_rule_is_taken_where_the_call_names_none(sampler, tmp_path):
+    call, options = {**CALL, "sampler": sampler}, {"parallel": 0.4}
+    plain = random_pipe()
+    assert not {key for key in plain.config if key.startswith("default_guidance_r") or key == "default_guidance_options"}
+    pipe = random_pipe(default_guidance_rule="apg", default_guidance_rescale=0.5, default_guidance_options=options)
+    default = {"guidance_rule": "apg", "guidance_rescale": 0.5, "guidance_options": options}
+    for given, same in (
+        ({}, default),
+        ({"guidance_rescale": 0.0}, {**default, "guidance_rescale": 0.0}),
+        ({"guidance_options": {"parallel": 0.9}}, {**default, "guidance_options": {"parallel": 0.9}}),
+        ({"guidance_rule": "apg"}, {"guidance_rule": "apg", "guidance_rescale": 0.5}),  # without the default options
+        ({"guidance_rule": "cfg", "guidance_rescale": 0.0}, {}),
+    ):
+        assert torch.equal(latents_of(pipe, **call, **given), latents_of(plain, **call, **same)), given
+    off = {**call, "guidance_scale": 1.0}
+    assert pipe.match_guidance_rule(None, None, None, is_guided=False) is None
+    assert torch.equal(latents_of(pipe, **off), latents_of(plain, **off))
+
+
 def test_autoguidance_needs_no_class_and_no_dropout():
     pipe, weak = random_pipe(null_class=None), weaker()
     assert bool(latents_of(pipe, class_labels=[0, 3], guidance_scale=2.0, weak_unet=weak).isfinite().all())

@@ -22,6 +22,12 @@ NUMBERS = [
     *(("model_index.json", "default_num_inference_steps", value) for value in (10**9, 0, -1, "x", 2.5, None, True, NAN, [])),
     *(("model_index.json", "default_guidance_scale", value) for value in (NAN, INF, -1, "x", None, [1])),
     *(("model_index.json", "default_guidance_interval", value) for value in ([0, 2], [1, 0], [NAN, 1], [0], "x", 5, [None, 1])),
+    *(("model_index.json", "default_guidance_rule", value) for value in ("pag", 5, ["apg"])),
+    *(("model_index.json", "default_guidance_rescale", value) for value in (NAN, -0.1, 1.5, "x", [1])),
+    *(
+        ("model_index.json", "default_guidance_options", value)
+        for value in ({"parallel": 1}, {"eta": 1}, {"parallel": "x"}, [1], 5)
+    ),
     *(("model_index.json", "image_size", value) for value in ([10**9] * 2, [0, 0], [-3, 5], [8], 8, "x", [8.0, 8.0], [NAN, 8])),
     *(("model_index.json", "null_class", value) for value in (10**12, -1, "x", 2.5)),
     *(("model_index.json", "class_names", value) for value in ({"x": "a"}, {"0": 5}, "abc", 5, [1], {"9" * 5000: "a"})),
