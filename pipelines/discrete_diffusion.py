@@ -309,7 +309,8 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
                 raise PipelineInputError(f"sampler_options: {name!r} is unknown; valid: {', '.join(SAMPLER_OPTIONS)}")
             least_is_valid = name == "confidence_noise"
             if not isinstance(value, (int, float)) or not (0 <= value if least_is_valid else 0 < value) or math.isinf(value):
-                raise PipelineInputError(f"sampler_options: {name} {value}: must be a number above 0")
+                valid = "of at least 0" if least_is_valid else "above 0"
+                raise PipelineInputError(f"sampler_options: {name} {value}: must be a finite number {valid}")
         return options
 
     def draw_codes(
@@ -363,7 +364,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
                 if sampler == "confidence":
                     masked = torch.zeros_like(free)
                     if s > 0:  # at least one mask fewer than before, and one at least
-                        masked = torch.floor(free * ((1 - float(self.alpha(s))) / at_start) + 1e-9)
+                        masked = torch.floor(free.double() * ((1 - float(self.alpha(s))) / at_start) + 1e-9)
                         masked = masked.minimum(codes.eq(self.num_codes).flatten(1).sum(1) - 1).clamp_min(1)
                     codes = _surest(codes, probs, masked, options["confidence_noise"] * s, generator)
                 else:

@@ -99,7 +99,7 @@ def _masks_left(process: Process, codes: Tensor, free: Tensor, s: float) -> Tens
     if s == 0:
         return torch.zeros_like(free)
     share = 1 - float(process.schedule.alpha(s))
-    left = torch.floor(free * share + 1e-9)  # 1e-9: of rounding
+    left = torch.floor(free.double() * share + 1e-9)  # 1e-9: of rounding
     return left.minimum(codes.eq(process.num_codes).reshape(len(codes), -1).sum(1) - 1).clamp_min(1)
 
 

@@ -185,6 +185,14 @@ def test_confidence_is_that_of_diffusers(n, steps):
         assert torch.equal(theirs, ours)
 
 
+def test_masks_that_are_left_are_counted_exactly():
+    """In float32, 22 of 49 steps would leave 26 of 49 masks."""
+    left = []
+    options = {"order": "confidence", "callback": lambda i, t, codes, x0: left.append(int(codes.eq(3).sum()))}
+    sample(lambda codes, t: torch.zeros(1, 49, 3), (1, 49), Absorbing(3), 49, torch.Generator().manual_seed(0), **options)
+    assert left == [*range(48, -1, -1)]
+
+
 def test_confidence_noise_makes_the_order_random():
     logits = one_hot(torch.arange(8), 8) * 12.0 + torch.linspace(0, 1, 8)[:, None] * one_hot(torch.arange(8), 8)
 

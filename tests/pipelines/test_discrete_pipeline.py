@@ -92,6 +92,23 @@ def test_it_draws_what_the_library_draws(process, schedule, order):
     assert torch.equal(drawn, expected) and bool((drawn[:, :, 2:5] == 1).all())
 
 
+def test_masks_that_are_left_are_counted_exactly():
+    """In float32, 22 of 49 steps would leave 26 of 49 masks."""
+    left, known = [], torch.full((1, 1, SIDE, SIDE), -1)
+    known.view(-1)[49:] = 0
+    logits = torch.zeros(1, 1, SIDE, SIDE, CODES)
+    tiny_pipeline().draw_codes(
+        lambda codes, t: logits,
+        1,
+        49,
+        generators(1),
+        "confidence",
+        known=known,
+        callback=lambda pipe, i, t, tensors: left.append(int(tensors["codes"].eq(CODES).sum())),
+    )
+    assert left == [*range(48, -1, -1)]
+
+
 def test_the_network_is_given_each_code_as_a_channel():
     unet = tiny_pipeline().unet
     given = {}
@@ -189,7 +206,8 @@ def test_a_callback_sees_and_changes_the_codes_and_may_stop():
     [
         ({"sampler": "heun"}, "sampler 'heun': this checkpoint draws codes; valid: random, confidence"),
         ({"sampler_options": {"eta": 1}}, "sampler_options: 'eta' is unknown; valid: temperature, confidence_noise"),
-        ({"sampler_options": {"temperature": 0}}, "temperature 0: must be a number above 0"),
+        ({"sampler_options": {"temperature": 0}}, "temperature 0: must be a finite number above 0"),
+        ({"sampler_options": {"confidence_noise": -1}}, "confidence_noise -1: must be a finite number of at least 0"),
         ({"output_type": "latent"}, "output_type 'latent': must be one of pil, np, pt, codes"),
         ({"class_labels": "boot"}, "unknown class 'boot'"),
         ({"generator": generators(1, 2)}, "2 generators for 1 images"),
