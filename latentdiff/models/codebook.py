@@ -72,12 +72,7 @@ class CodeUsage:
 
     def levels(self) -> list[CodeUsage]:
         """The usage of each level alone, coarsest first."""
-        alone = []
-        for counts in self._by_level():
-            usage = CodeUsage(len(counts))
-            usage.counts = counts
-            alone.append(usage)
-        return alone
+        return [CodeUsage.of(counts) for counts in self._by_level()]
 
     def _by_level(self) -> Tensor:
         return self.counts.view(-1, self.counts.shape[-1])  # [L, K], the same memory

@@ -157,7 +157,7 @@ def make_autoencoder(config: AutoencoderConfig) -> nn.Module:
 
 
 def _check_codebook(config: AutoencoderConfig, vae: nn.Module, is_new: bool) -> None:
-    """UserError where the config's `codebook` has no effect: nothing is trained in it, or it is there already."""
+    """UserError where a key of the config's `codebook` has no effect, such as where nothing is trained in it."""
     if config.codebook == CodebookConfig():
         return
     if config.freeze_encoder or not is_trained(vae):
@@ -165,6 +165,8 @@ def _check_codebook(config: AutoencoderConfig, vae: nn.Module, is_new: bool) -> 
         raise UserError(f"codebook: is for a VQModel or ResidualVQModel whose codebook is trained, and {reason}; leave it out")
     if not is_new and config.codebook.start != "random":
         raise UserError("codebook.start: model.pretrained has a codebook already; leave it out")
+    if config.codebook.update != "ema" and config.codebook.decay != CodebookConfig().decay:
+        raise UserError("codebook.decay: is of the running means; set codebook.update=ema, or leave it out")
 
 
 class EncoderDecoder(nn.Module):

@@ -240,6 +240,7 @@ def load_autoencoder_of(kind):
     [
         ({**GRID, **MEANS}, "codebook: is for a VQModel or ResidualVQModel .* FSQModel has none to train; leave it out"),
         (MEANS, "AutoencoderKL has none to train"),
+        ({**VQ, "codebook": {"decay": 0.9}}, "codebook.decay: is of the running means; set codebook.update=ema"),
         ({"model": {"type": "VQ"}}, "model.type: 'VQ' is not one of AutoencoderKL, VQModel, ResidualVQModel, FSQModel"),
     ],
 )
