@@ -274,6 +274,8 @@ def interpolate_images(
     """
     refuse_bridge(pipeline, "MODEL")
     count, shown = len(a), [what, what if what_of_b is None else what_of_b]
+    for entries in shown:
+        _check_count(entries, count)
     draws = [generator, generator if generator_of_b is None else generator_of_b]
 
     def denoisers(rows: Tensor) -> list[DenoiserLike]:
@@ -330,14 +332,19 @@ def _split(
     pipeline: LatentDiffusionPipeline, what: Sequence[str | int | None], count: int, label: int | None
 ) -> tuple[list[str | None], list[str | int | None]]:
     """(prompts, classes) of `count` samples; see `conditional_denoiser`."""
-    if len(what) not in (1, count):
-        raise UserError(f"{len(what)} classes or prompts for {count} images: give one, or one for each")
+    _check_count(what, count)
     entries = [*what] * (count // len(what))
     reads_text = pipeline.text_encoder is not None
     is_prompt = [reads_text and isinstance(entry, str) and entry not in pipeline.class_names for entry in entries]
     prompts = [str(entry) if text else None for entry, text in zip(entries, is_prompt, strict=True)]
     classes = [label if text else entry for entry, text in zip(entries, is_prompt, strict=True)]
     return prompts, classes
+
+
+def _check_count(what: Sequence[str | int | None], count: int) -> None:
+    """UserError unless there is one class or prompt for all of `count` images, or one for each."""
+    if len(what) not in (1, count):
+        raise UserError(f"{len(what)} classes or prompts for {count} images: give one, or one for each")
 
 
 def encode_images(

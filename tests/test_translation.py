@@ -204,6 +204,8 @@ def test_images_are_interpolated_from_the_first_to_the_second(pipe, images):
     ends = [encode_images(pipe, each, draws) for each in (images[:2], images[2:])]
     expected = interpolate(translation.conditional_denoiser(pipe, [0], 2, 1.0), *ends, [0.25, 0.5], steps=3)
     torch.testing.assert_close(strip[1], translation.decode_latents(pipe, expected[1]))
+    with pytest.raises(UserError, match="3 classes or prompts for 2 images"):
+        interpolate_images(pipe, images[:2], images[2:], [0.5], [0, 1, 0])
 
 
 def test_the_border_of_training_is_put_around_images(shipped):
