@@ -196,14 +196,15 @@ def edit(
 
     # Load the model and the images
     from latentdiff.checkpoints import is_over_codes, load, resolve_model
+    from latentdiff.guidance.tasks import SETTINGS
     from latentdiff.pipelines.latent_diffusion import MAX_SAMPLE_SIZE
 
     folder = resolve_model(model)
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
     guiding = generation.other_than_default(pipeline, guiding)
-    unread = {f"--task {task}": task not in OF_CODES, f"--method {method}": method not in (None, "replacement")}
-    generation.refuse_for_codes(pipeline, unread)
+    unread = {f"--task {task}": task not in OF_CODES, f"--method {method}": method not in (None, "replacement"), "--weak": weak}
+    generation.refuse_for_codes(pipeline, {**unread, **generation.rule_flags(guiding)})
     was_asked = bool(asked_task or mask or expand)
     task, is_trained = _task_of_model(pipeline, task, was_asked, mask)
     if not is_trained:
@@ -215,17 +216,18 @@ def edit(
     flags_of_guidance = {
         "--guidance": guidance,
         "--guidance-interval": guidance_interval,
-        **{"--" + name.replace("_", "-"): value for name, value in guiding.items()},
+        **generation.rule_flags(guiding),
         "--weak": weak or None,
         "--negative": negative,
         "--label": label,
     }
     _check_guidance(task, is_trained, bool(files), flags_of_guidance)
-    generation.check_negative(pipeline, negative, guidance)
     if task == "inpaint" and method is None:
         is_plain = is_trained or is_over_codes(pipeline.config)
         method = "replacement" if is_plain or strength is not None or mask_margin is not None else "known_pixels"
     restores = not is_trained and (task in RESTORING or (task == "inpaint" and method != "replacement"))
+    scale = SETTINGS[task].guidance if restores and guidance is None else guidance
+    generation.check_negative(pipeline, negative, scale)
     generation.place(pipeline, device, sampler or ("heun" if not is_trained and task in BY_SAMPLER or restores else None))
     generation.set_precision(pipeline, precision)
     rule = _image_rule(folder, pipeline)
@@ -243,7 +245,7 @@ def edit(
     if task == "translate" and not is_trained and not to and into is None and pipeline.config.get("bridge") is None:
         raise UserError("--to: missing; name what the images become, or give --into")
     targets = generation.guided_to(pipeline, rows, [class_row if isinstance(row, str) else None for row in rows])
-    generation.check_rule(pipeline, guiding, weak, guidance, bool(targets or negative) or is_trained)
+    generation.check_rule(pipeline, guiding, weak, scale, bool(targets or negative) or is_trained)
     call: dict[str, Any] = {
         "num_inference_steps": steps,
         "sampler": sampler,

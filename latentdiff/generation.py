@@ -136,8 +136,8 @@ def generate(
 
     # Check the call against the model
     guiding = other_than_default(pipeline, guiding)
-    unread: dict[str, Any] = {"--classifier-strength": classifier_strength, "--weak": weak, "--guidance-rule": guiding}
-    refuse_for_codes(pipeline, unread)
+    unread = {"--classifier-strength": classifier_strength, "--weak": weak, "--image-guidance": image_guidance is not None}
+    refuse_for_codes(pipeline, {**unread, **rule_flags(guiding)})
     if (options or classifier_strength) and sampler is None and pipeline.scheduler is not None:
         raise UserError("--sampler-options and --classifier-strength: the checkpoint's scheduler has neither; add --sampler")
     given = given_picture(pipeline, condition, condition_mask)
@@ -527,6 +527,11 @@ def _check_rule_options(rule: str, options: dict[str, Any]) -> None:
         Rule(rule, **options)
     except UserError as error:
         raise UserError(f"--guidance-options: {error}") from None
+
+
+def rule_flags(guiding: dict[str, Any]) -> dict[str, Any]:
+    """The values of the flags that gave `guiding`, from `guidance_call`, by the flags' names."""
+    return {"--" + name.replace("_", "-"): value for name, value in guiding.items()}
 
 
 def parse_options(items: list[str], flag: str = "--sampler-options", example: str = "eta=0.5") -> dict[str, Any]:

@@ -98,6 +98,13 @@ def test_info_says_what_it_is(run, codes_model, discrete_run):
         (("generate", "down", "--sampler", "heun"), "sampler 'heun': this checkpoint draws codes; valid: random, confidence"),
         (("generate", "down", "--weak"), "--weak: this model draws codes"),
         (("generate", "down", "--guidance-rule", "apg"), "--guidance-rule: this model draws codes"),
+        (("generate", "down", "--guidance-rescale", "0.5"), "--guidance-rescale: this model draws codes"),
+        (("generate", "down", "--image-guidance", "2"), "--image-guidance: this model draws codes"),
+        (
+            ("edit", "IMAGE", "--to", "down", "--guidance", "2", "--guidance-rule", "apg"),
+            "--guidance-rule: this model draws codes",
+        ),
+        (("edit", "IMAGE", "--to", "down", "--weak"), "--weak: this model draws codes"),
         (("edit", "IMAGE", "--task", "upscale"), "--task upscale: this model draws codes"),
         (("edit", "IMAGE", "--to", "down", "--task", "variations"), "--task variations: this model draws codes"),
         (("gallery", "--data", "DATA", "--out", "gallery"), "draws codes, not latents"),

@@ -152,7 +152,7 @@ def test_a_small_image_is_upscaled_to_one_that_has_its_means(run, here, model, p
         assert np.abs(means - small)[inside].mean() < 8
 
 
-def test_a_task_has_a_guidance_of_its_own_where_none_is_asked_for(monkeypatch, run, model, photo):
+def test_a_task_has_a_guidance_of_its_own_where_none_is_asked_for(monkeypatch, run, refused, model, photo):
     monkeypatch.setitem(tasks.SETTINGS, "deblur", replace(tasks.SETTINGS["deblur"], guidance=1.0))
     ask = ("edit", photo(), "--model", model, "--task", "deblur", "--to", "down", "--steps", 3)
     results = []
@@ -160,6 +160,7 @@ def test_a_task_has_a_guidance_of_its_own_where_none_is_asked_for(monkeypatch, r
         run(*ask, *guidance, "--out", f"{k}.png")
         results += cells(f"{k}.png", 1)
     assert np.array_equal(results[0], results[1]) and not np.array_equal(results[0], results[2])
+    assert "--guidance-rule: at guidance 1, which is off" in refused(*ask, "--guidance-rule", "apg")
 
 
 def with_second_image(monkeypatch, pipe, kind, channels):
