@@ -201,7 +201,7 @@ def check_files(files: dict[str, Any]) -> None:
 
 
 def check_names(model: str | Path, what: Sequence[str | int], flag: str = "") -> None:
-    """UserError for a class that the checkpoint's latentdiff.json does not list, before torch is imported and weights are read.
+    """UserError for a class that the checkpoint's model_index.json does not list, before torch and weights are loaded.
 
     What this file cannot tell is left to `subjects`, which says the same. Arguments as there.
     """
@@ -209,10 +209,11 @@ def check_names(model: str | Path, what: Sequence[str | int], flag: str = "") ->
     if folder is None or (folder / "text_encoder").is_dir():
         return
     try:
-        names = json.loads((folder / "latentdiff.json").read_text(encoding="utf-8"))["class_names"]
+        names = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))["class_names"]
+        names = [names[str(k)] for k in range(len(names))]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return
-    if not isinstance(names, list) or not 0 < len(names) <= FEW_CLASSES or not all(str(name).isprintable() for name in names):
+    if not 0 < len(names) <= FEW_CLASSES or not all(isinstance(name, str) and name.isprintable() for name in names):
         return
     wrong = [entry for entry in what if isinstance(entry, str) and entry not in names and not entry.isdecimal()]
     if wrong:

@@ -159,15 +159,15 @@ def test_reading_shows_its_progress_where_it_takes_a_while(capsys, monkeypatch):
             clock[0] += wait
             return list(rows), None
 
-    clock, wait = [0.0], 1.0
+    clock, wait = [0.0], 40.0  # seconds; in a file a line comes every 30
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     assert [rows for rows, _ in read_batches(Images(), 2)] == [[0, 1], [2, 3], [4]]
     assert capsys.readouterr().err == ""
     assert [rows for rows, _ in read_batches(Images(), 2, "looking", slice(1, 4))] == [[1, 2], [3]]
     progress = capsys.readouterr().err
-    assert "looking: 100%" in progress and "3/3" in progress and "image/s" in progress
+    assert "looking: 100%" in progress and "3/3" in progress and "s/image" in progress
     wait = 0.01
     assert len(list(read_batches(Images(), 2, "looking"))) == 3 and capsys.readouterr().err == ""
-    wait = 1.0
+    wait = 40.0
     monkeypatch.setattr(processes, "rank", lambda: 1)
     assert len(list(read_batches(Images(), 2, "looking"))) == 3 and capsys.readouterr().err == ""
