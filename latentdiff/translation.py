@@ -23,6 +23,7 @@ from latentdiff.checkpoints import refuse_bridge
 from latentdiff.denoiser import Denoised, Denoiser, DenoiserLike
 from latentdiff.errors import UserError
 from latentdiff.guidance import ClassifierFree
+from latentdiff.guidance.operators import BLACK, with_border
 from latentdiff.models.codec import LatentCodec
 from latentdiff.samplers.grids import make_grid
 from latentdiff.schedules import NoiseSchedule
@@ -31,8 +32,6 @@ from latentdiff.utils.tensors import flat_mean, widen
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
-
-BLACK = -1.0  # the border that training puts around an image, with data.framing=pad
 
 
 # Any data, any denoisers
@@ -362,9 +361,7 @@ def encode_images(
     if tuple(images.shape[2:]) != (height, width):
         given = "x".join(map(str, images.shape[2:]))
         raise UserError(f"images of {given}: this model's are {height}x{width} (height x width)")
-    top, left = (tall - height) // 2, (wide - width) // 2
-    border = (left, wide - width - left, top, tall - height - top)
-    padded = torch.nn.functional.pad(images, border, value=BLACK)
+    padded = with_border(images, (tall, wide), BLACK)
     # Through one dimension, because torch may take one channel for channels-last, which is slow on a CPU
     return codec.latents(padded.reshape(-1).view(padded.shape), generator, use_mean)
 

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from latentdiff.guidance.operators import LUMA as LUMA  # it was a name of this module
+from latentdiff.guidance.operators import Grey
+
 ROTATION = math.radians(15)
 SCALE, SHIFT = 0.2, 0.12  # SCALE: around 1; SHIFT: share of the side
 BRIGHTNESS, CONTRAST, SATURATION = 0.2, 0.25, 0.3
 NOISE, BLOTCHES = 0.15, 0.25  # largest standard deviations, in units of [-1, 1]
 ERASED, ERASED_SIDE = 0.5, 0.4  # share of the pictures; largest side of the rectangle
 Strength = float | Tensor
-LUMA = (0.299, 0.587, 0.114)
 
 
 def augment(images: Tensor, generator: torch.Generator, strength: Strength = 1.0) -> Tensor:
@@ -54,7 +56,7 @@ def _place(images: Tensor, generator: torch.Generator, strength: Strength) -> Te
 
 def _colours(images: Tensor, generator: torch.Generator, strength: Strength) -> Tensor:
     light, contrast, colour = (_spread(len(images), generator, strength * w) for w in (BRIGHTNESS, CONTRAST, SATURATION))
-    grey = (images * torch.tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)  # [B, 1, H, W]
+    grey = Grey()(images)  # [B, 1, H, W]
     images = grey + (images - grey) * (1 + colour)
     return images * (1 + contrast) + light
 

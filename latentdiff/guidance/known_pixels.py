@@ -1,6 +1,6 @@
 """Completion by known pixels: what is known of x0 is encoded anew at each step, beside what is drawn for the rest."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,11 +9,9 @@ from torch.nn import functional as F
 
 from latentdiff.denoiser import Denoised, DenoiserLike
 from latentdiff.errors import UserError
-from latentdiff.guidance.operators import centre
+from latentdiff.guidance.operators import BLACK, centre, with_border
 from latentdiff.schedules import NoiseSchedule
 from latentdiff.utils.tensors import per_sample, widen
-
-BORDER = -1.0  # the border that training puts around an image
 
 
 class KnownPixels:
@@ -63,15 +61,9 @@ class KnownPixels:
         size = self.images.shape[-2:]
         is_hidden = self.is_hidden.to(decoded.device)
         pasted = torch.where(is_hidden, centre(decoded, size).clamp(-1, 1), self.images.to(decoded))
-        known = self.encode(with_border(pasted, decoded.shape[-2:], BORDER)).to(out.x0)
+        known = self.encode(with_border(pasted, decoded.shape[-2:], BLACK)).to(out.x0)
         hidden = with_border(is_hidden.float(), decoded.shape[-2:], 0.0)
         is_free = F.adaptive_max_pool2d(hidden, x.shape[-2:]) > 0.5
         alpha, sigma = widen(self.schedule.alpha(times), out.x0), widen(self.schedule.sigma(times), out.x0)
         eps = (x.to(out.x0) - alpha * known) / sigma.clamp_min(torch.finfo(out.x0.dtype).tiny)
         return Denoised(torch.where(is_free, out.x0, known), torch.where(is_free, out.eps, eps), self.schedule, times)
-
-
-def with_border(images: Tensor, size: Sequence[int], value: float) -> Tensor:
-    """Images [B, C, H, W] with a border of one value around them, so that their size becomes (H', W'); see `centre`."""
-    tall, wide = (whole - side for whole, side in zip(size, images.shape[-2:], strict=True))
-    return F.pad(images, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=value)

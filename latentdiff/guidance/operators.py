@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from latentdiff.errors import UserError
 
+BLACK = -1.0  # the border that training puts around an image, with data.framing=pad
 LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in ITU-R BT.601, as in Pillow's convert("L")
 
 
@@ -122,6 +123,12 @@ def centre(images: Tensor, size: Sequence[int] | None) -> Tensor:
         return images
     top, left = (images.shape[-2] - size[0]) // 2, (images.shape[-1] - size[1]) // 2
     return images[..., top : top + size[0], left : left + size[1]]
+
+
+def with_border(images: Tensor, size: Sequence[int], value: float) -> Tensor:
+    """Images [B, C, H, W] with a border of one value around them, so that their size becomes (H', W'); see `centre`."""
+    tall, wide = (whole - side for whole, side in zip(size, images.shape[-2:], strict=True))
+    return F.pad(images, (wide // 2, wide - wide // 2, tall // 2, tall - tall // 2), value=value)
 
 
 def of_latents(
