@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from latentdiff.training import train
     from latentdiff.training.encode import encode_dataset
     from latentdiff.training.publish import publish
+    from latentdiff.web.serve import serve
 
 __version__ = "0.1.0"
 __all__ = [
@@ -63,6 +64,7 @@ __all__ = [
     "publish",
     "reconstruct",
     "sample",
+    "serve",
     "train",
     "tune",
 ]
@@ -95,6 +97,7 @@ _HOMES = {
     "publish": "training.publish",
     "reconstruct": "evaluation.reconstruct",
     "sample": "samplers",
+    "serve": "web.serve",
     "train": "training",
     "tune": "evaluation.tuning",
 }

@@ -67,6 +67,8 @@ def generate(
     condition: str | Path | None = None,
     condition_mask: str | Path | None = None,
     image_guidance: float | None = None,
+    pipeline: LatentDiffusionPipeline | None = None,
+    callback: Callable[..., dict[str, Any] | None] | None = None,
 ) -> Path:
     """Make images of each class or prompt named and write them to a labelled grid, an npz file or a folder.
 
@@ -103,6 +105,9 @@ def generate(
         condition: a picture, for a model that is given one: what to enlarge, complete or colour, or the paired picture.
         condition_mask: a picture that is white where that one is to be completed.
         image_guidance: scale of guidance by that picture; 1 is off.
+        pipeline: the checkpoint of `model`, if it is loaded already.
+        callback: called as f(pipeline, step, t, tensors) after each step of each batch, as the pipeline's
+            callback_on_step_end. What it raises ends the call, and nothing of the batch is written.
 
     Returns:
         The path written.
@@ -129,7 +134,7 @@ def generate(
     from latentdiff.checkpoints import load, resolve_model
 
     folder = resolve_model(model)
-    pipeline = load(folder)
+    pipeline = load(folder) if pipeline is None else pipeline
     pipeline.set_progress_bar_config(disable=True)
     place(pipeline, device, sampler)
     set_precision(pipeline, precision)
@@ -188,6 +193,7 @@ def generate(
     classes = [*(pipeline.class_names or map(str, range(pipeline.num_classes))), "no class"]
     names = Names(classes, rows, [class_row if isinstance(row, str) else row for row in rows], num_images)
     call |= {"guide": guide, "label": class_row, "given": given}
+    call |= {} if callback is None else {"callback_on_step_end": callback}
     make = partial(_batches_of_part, pipeline, rows, num_images, seed, batch_size, **call)
     _write(path, make, names, depends_on, batch_size, progress)
     return path

@@ -39,6 +39,7 @@ COMMANDS = (
     "prepare",
     "publish",
     "reconstruct",
+    "serve",
     "train",
     "tune",
 )

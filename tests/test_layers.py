@@ -33,6 +33,7 @@ ORDER = [
     "training",
     "fitting",
     "recipes",
+    "web",
     "cli",
     "__main__",
 ]

@@ -36,6 +36,7 @@ COMMANDS = {
         "paths",
         flags_of="generate",
     ),
+    "serve": Command("web.serve:serve", "show models and runs on a page in the browser", ("models",), "text"),
     "train": Command("training:train", "train a stage as a config says", ("config", "overrides"), "paths"),
     "publish": Command(
         "training.publish:publish", "make a checkpoint of a training state", ("run_folder",), "paths", opens_weights=False

@@ -17,8 +17,8 @@ from rich.console import Console
 from latentdiff.cli.commands import COMMANDS, Command, load
 from latentdiff.errors import UserError
 
-PYTHON_ONLY = ("progress",)  # parameters that have no flag
-PYTHON_TYPES = {"Config": str}  # a type that stands in annotations beside str; importing it would take time
+PYTHON_ONLY = ("progress", "pipeline", "callback")  # parameters that have no flag
+PYTHON_TYPES = {"Config": str, "LatentDiffusionPipeline": object}  # types in annotations; importing them would take time
 NO_VERIFY = "Do not check weights against the hashes published beside them. Checking takes seconds a gigabyte."
 IN_WORDS = {int: "a whole number", float: "a number", bool: "true or false, or no value"}
 

@@ -54,6 +54,11 @@ def checked(verify: bool) -> Iterator[None]:
         _CHECKED.reset(token)
 
 
+def is_checked() -> bool:
+    """Whether `check_hashes` is on here. A thread that is started within `checked(False)` does not know of it by itself."""
+    return _CHECKED.get()
+
+
 def check_hashes(files: Iterable[Path]) -> None:
     """Check weight files against the hashes.json beside each; takes about two seconds a gigabyte on a slow core.
 

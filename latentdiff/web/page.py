@@ -1,0 +1,37 @@
+"""The page: a heading and five tabs, each made by a module of its own."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import gradio as gr
+
+if TYPE_CHECKING:
+    from latentdiff.web.context import Context
+
+# The title of each tab, and the module whose build(context) fills it
+TABS = {"Generate": "generate", "Edit": "edit", "Explore": "explore", "Runs": "runs", "Measure": "measure"}
+CACHE_SECONDS = (300, 3600)  # how often results and uploads are looked through, and the age at which they are removed
+# Only fonts of the visitor's own machine: the page asks for nothing from elsewhere
+FONTS = ("system-ui", "sans-serif")
+MONOSPACED = ("ui-monospace", "monospace")
+
+
+def theme() -> Any:
+    """The look of the page."""
+    return gr.themes.Default(font=FONTS, font_mono=MONOSPACED)
+
+
+def build_page(context: Context) -> gr.Blocks:
+    """The page of a server."""
+    with gr.Blocks(title="latentdiff", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
+        gr.Markdown("# latentdiff")
+        for title, name in TABS.items():
+            with gr.Tab(title, id=name):
+                if find_spec(f"latentdiff.web.{name}") is None:
+                    gr.Markdown("This tab is still to be made.")
+                else:
+                    import_module(f"latentdiff.web.{name}").build(context)
+    return page

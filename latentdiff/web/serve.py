@@ -1,0 +1,197 @@
+"""`latentdiff serve`: the page in the browser for models of one's own."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentdiff.errors import UserError
+from latentdiff.utils import processes, progress_bars
+
+if TYPE_CHECKING:
+    from latentdiff.web.context import Context
+
+DEFAULT_MODEL = "weights/fashion-mnist"
+MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
+NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def serve(
+    models: list[str] | None = None,
+    runs: str | Path | None = None,
+    port: int = 7860,
+    host: str = "127.0.0.1",
+    max_images: int = 64,
+    max_steps: int = 250,
+    max_pixels: int = 16_000_000,
+    max_upload: int = 20,
+    queue: int = 16,
+    keep: int = 2,
+    device: str = "auto",
+) -> None:
+    """Show models and runs on a page in the browser, until Ctrl-C.
+
+    The page draws images, edits them, explores a model, and shows how training goes and what was measured. Requests wait in a
+    queue and run one at a time, so that each image depends on its own settings alone. Nothing is sent anywhere else.
+
+    Args:
+        models: checkpoints: folders, or names of shipped ones. A folder of a fit or a run stands for the model in it, and its
+            runs are shown; weights/fashion-mnist by default.
+        runs: a folder of runs or fits to watch; by default the folder of a fit or run that is given as a model.
+        port: of the address; 0 takes a free one.
+        host: the address to listen at. The default is seen on this machine alone; 0.0.0.0 lets everyone in the network in.
+        max_images: images of one request.
+        max_steps: steps of one request.
+        max_pixels: pixels of all images of one request, and of one uploaded picture.
+        max_upload: megabytes of one uploaded file.
+        queue: requests that may wait; further ones are refused.
+        keep: models in memory at a time.
+        device: auto, cpu, or torch's name of another device.
+
+    Raises:
+        UserError: a model or a folder that is not there, a limit below 1, a port that is in use, or gradio is not installed.
+        Stopped, Interrupted: a signal ended the server, as it is meant to end.
+    """
+    from latentdiff.web.context import Limits
+
+    # Refuse what can be refused before anything is loaded
+    flags = {"--max-images": max_images, "--max-steps": max_steps, "--max-pixels": max_pixels, "--max-upload": max_upload}
+    for flag, value in {**flags, "--queue": queue, "--keep": keep}.items():
+        if value < 1:
+            raise UserError(f"{flag} {value}: must be at least 1")
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port {port}: must be from 0 to 65535; 0 takes a free one")
+    folders, own_runs = find_models(list(models or [DEFAULT_MODEL]))
+    runs_folder = own_runs if runs is None else Path(runs)
+    if runs_folder is not None and not runs_folder.is_dir():
+        raise UserError(f"--runs {runs}: no such folder")
+    processes.pick_device(device)
+
+    limits = Limits(max_images, max_steps, max_pixels, max_upload * 1_000_000, queue)
+    with tempfile.TemporaryDirectory(prefix="latentdiff-serve-", ignore_cleanup_errors=True) as scratch:
+        site = start(make_context(folders, runs_folder, limits, keep, device), host, port, Path(scratch))
+        try:
+            progress_bars.print_line(f"latentdiff: {site.url} (Ctrl-C ends it)")
+            threading.Event().wait()
+        finally:
+            site.close()
+
+
+def find_models(names: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
+    """({name on the page: folder of a checkpoint}, the folder whose runs are shown by default).
+
+    A folder of a fit or a run stands for its model. While it has none yet, its runs are shown alone.
+
+    UserError for a folder that is neither.
+    """
+    from latentdiff.checkpoints import INDEX, check, resolve_model
+
+    folders: dict[str, Path] = {}
+    runs = None
+    for given in names:
+        folder = resolve_model(given, "MODEL")
+        title = folder.resolve().name
+        if not (folder / INDEX).is_file() and any((folder / file).is_file() for file in ("fit.json", "run.json")):
+            runs = runs or folder
+            if not (folder / MODEL / INDEX).is_file():
+                continue
+            folder = folder / MODEL
+        elif title == MODEL:
+            title = folder.resolve().parent.name
+        check(folder)
+        name, number = title, 2
+        while name in folders:
+            name, number = f"{title} ({number})", number + 1
+        folders[name] = folder
+    return folders, runs
+
+
+def make_context(folders: dict[str, Path], runs: Path | None, limits: Any, keep: int = 2, device: str = "auto") -> Context:
+    """The settings of a server. folders: {name on the page: folder of a checkpoint}. limits: a `Limits`."""
+    from latentdiff.web.context import Context
+    from latentdiff.web.models import Models
+    from latentdiff.web.work import Work, names_of
+
+    return Context(Models(folders, keep, device), runs, limits, Work(names_of(folders, [(runs, "the folder of runs")])))
+
+
+@dataclass(frozen=True)
+class Site:
+    """A running server.
+
+    Attributes:
+        url: its address.
+        page: the `gradio.Blocks`.
+        context: its settings.
+    """
+
+    url: str
+    page: Any
+    context: Context
+
+    def close(self) -> None:
+        """End the server."""
+        self.page.close(verbose=False)
+
+
+def start(context: Context, host: str, port: int, scratch: Path) -> Site:
+    """Start the server, in threads of this process.
+
+    Args:
+        context: its settings.
+        host, port: the address; port 0 is a free one.
+        scratch: a folder for results and uploads, which are removed from it after an hour.
+
+    Raises:
+        UserError: gradio is not installed, or the address cannot be listened at.
+    """
+    # gradio reads these where it is imported, and where the page is made
+    os.environ.update(NO_TELEMETRY, GRADIO_TEMP_DIR=str(scratch))
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
+    from latentdiff.web.page import build_page, theme
+
+    port = free_port(host, port)
+    page = build_page(context)
+    page.queue(max_size=context.limits.queue, default_concurrency_limit=None)
+    _, url, _ = page.launch(
+        server_name=host,
+        server_port=port,
+        share=False,
+        inbrowser=False,
+        prevent_thread_lock=True,
+        quiet=True,
+        show_error=True,
+        footer_links=["api", "settings"],
+        run_history=False,
+        max_file_size=context.limits.upload,
+        ssr_mode=False,
+        pwa=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        theme=theme(),
+    )
+    return Site(url, page, context)
+
+
+def free_port(host: str, port: int) -> int:
+    """The port, or a free one for 0. UserError where it cannot be listened at."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            if sys.platform != "win32":  # a port that a server has just left is free; on Windows this would share it
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            return probe.getsockname()[1]
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--host {host} --port {port}: cannot be listened at ({reason}); give another --port") from None
