@@ -17,6 +17,9 @@ CACHE_SECONDS = (300, 3600)  # how often results and uploads are looked through,
 # Only fonts of the visitor's own machine: the page asks for nothing from elsewhere
 FONTS = ("system-ui", "sans-serif")
 MONOSPACED = ("ui-monospace", "monospace")
+CSS = """
+.pixels img {image-rendering: pixelated}
+"""
 
 
 def theme() -> Any:

@@ -158,7 +158,7 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
-    from latentdiff.web.page import build_page, theme
+    from latentdiff.web.page import CSS, build_page, theme
 
     port = free_port(host, port)
     page = build_page(context)
@@ -179,6 +179,7 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         mcp_server=False,
         enable_monitoring=False,
         theme=theme(),
+        css=CSS,
     )
     return Site(url, page, context)
 

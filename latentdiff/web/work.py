@@ -15,6 +15,8 @@ from typing import Any
 
 from latentdiff.errors import UserError, printable
 
+# How events that compute are given to gradio: they wait in one queue, and run one at a time
+QUEUE: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1}
 FAILED = "the server failed; its terminal says why"
 # A path, where it begins: not within a word, a URL or a command such as a/b
 PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s:;,'\"()]+[/\\])*([^\s:;,'\"()]*)")
