@@ -159,7 +159,7 @@ def check_codebook(config: LatentConfig, codec: LatentCodec) -> None:
     if isinstance(config, DiscreteConfig) and codec.num_codes is None:
         raise UserError(
             f"autoencoder {config.autoencoder}: {type(codec.vae).__name__} has no codebook, and stage discrete needs one; name "
-            "a VQModel, such as configs/fashion-mnist/autoencoder-vq.yaml trains, or set stage: diffusion"
+            "one with codes, such as configs/fashion-mnist/autoencoder-codes.yaml trains, or set stage: diffusion"
         )
 
 

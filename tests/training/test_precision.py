@@ -245,6 +245,7 @@ def test_info_says_what_was_measured(chooses, stripe_folder, autoencoder_run, tm
 def test_auto_is_the_default_everywhere():
     assert LoopConfig(steps=1).precision == "auto"
     configs = {path: load_config(path) for path in sorted((ROOT / "configs").rglob("*.yaml"))}
-    levels = configs.pop(ROOT / "configs" / "fashion-mnist" / "autoencoder-rvq.yaml")
-    assert levels.train.precision == "float32"  # the last level is finer than bfloat16
+    for name in ("autoencoder-rvq.yaml", "autoencoder-codes.yaml"):
+        levels = configs.pop(ROOT / "configs" / "fashion-mnist" / name)
+        assert levels.train.precision == "float32"  # the last level is finer than bfloat16
     assert len(configs) > 15 and {config.train.precision for config in configs.values()} == {"auto"}
