@@ -203,7 +203,8 @@ def edit(
     pipeline = load(folder)
     pipeline.set_progress_bar_config(disable=True)
     guiding = generation.other_than_default(pipeline, guiding)
-    unread = {f"--task {task}": task not in OF_CODES, f"--method {method}": method not in (None, "replacement"), "--weak": weak}
+    task_flag = "--expand" if expand and not asked_task else f"--task {task}"
+    unread = {task_flag: task not in OF_CODES, f"--method {method}": method not in (None, "replacement"), "--weak": weak}
     generation.refuse_for_codes(pipeline, {**unread, **generation.rule_flags(guiding)})
     was_asked = bool(asked_task or mask or expand)
     task, is_trained = _task_of_model(pipeline, task, was_asked, mask)

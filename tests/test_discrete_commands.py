@@ -107,11 +107,13 @@ def test_info_says_what_it_is(run, codes_model, discrete_run):
         (("edit", "IMAGE", "--to", "down", "--weak"), "--weak: this model draws codes"),
         (("edit", "IMAGE", "--task", "upscale"), "--task upscale: this model draws codes"),
         (("edit", "IMAGE", "--to", "down", "--task", "variations"), "--task variations: this model draws codes"),
+        (("edit", "IMAGE", "--expand", "8", "0", "0", "0"), "--expand: this model draws codes"),
         (("gallery", "--data", "DATA", "--out", "gallery"), "draws codes, not latents"),
+        (("likelihood", "--data", "DATA", "--rtol", "0.001"), "--rtol 0.001: is of the ODE of a model over latents"),
     ],
 )
 def test_what_needs_noise_is_refused_in_one_line(refused, codes_model, stripe_folder, arguments, said):
     names = {"IMAGE": next((stripe_folder / "across").glob("*.png")), "DATA": stripe_folder}
     words = [names.get(word, word) for word in arguments]
-    words = [*words[:1], codes_model, *words[1:]] if words[0] == "gallery" else [*words, "--model", codes_model]
+    words = [*words[:1], codes_model, *words[1:]] if words[0] in ("gallery", "likelihood") else [*words, "--model", codes_model]
     assert said in refused(*words)
