@@ -37,6 +37,9 @@ MOST_PICTURES = 20_000  # entries of a folder of pictures that are looked at
 Open = Callable[[Path], BinaryIO]  # opens a file to read; OSError where there is none that may be read
 
 STAGES = ("autoencoder", "diffusion")
+ERRORS = ("train/l1", "train/l2", "train/total")  # of an autoencoder; the first that was logged is shown
+LOSS, HELD_OUT_LOSS = "train/loss", "validation/loss_ema"  # of a diffusion model
+CHARTED = (*ERRORS, LOSS, HELD_OUT_LOSS)
 PHASES = {
     "look": "Look at the pictures and the machine, and plan",
     "autoencoder": "Stage 1: train the autoencoder",
@@ -413,7 +416,7 @@ def short_number(value: float) -> str:
 class FitFiles:
     """What the files of a fit, or of one training run, say: everything that a page shows of them.
 
-    A page that reads what strangers wrote overrides `open` and `picture`.
+    A page that shows what strangers wrote overrides `open`, `read_json` and `picture`.
 
     Attributes:
         out: the folder.
@@ -446,9 +449,9 @@ class FitFiles:
         """A file of the run, open to read; OSError where there is none."""
         return open_file(path)
 
-    def read_json(self, *names: str) -> dict[str, Any]:
-        """The object in a JSON file of the folder; {} where there is none that can be read."""
-        return read_json(self.out.joinpath(*names), self.open)
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """The object in a JSON file; {} where there is none that can be read."""
+        return read_json(path, self.open)
 
     def read_metrics(self, most: int | None = None) -> None:
         """Read what was added to the curves. most: see `Metrics.read`."""
@@ -469,8 +472,17 @@ class FitFiles:
                 seen.append(None)
         return seen
 
-    def facts(self, record: Mapping[str, Any], status: str, error: BaseException | None = None) -> dict[str, Any]:
-        """Everything that the page shows. A part that cannot be made is left out, and named under "problems"."""
+    def facts(
+        self, record: Mapping[str, Any], status: str, error: BaseException | None = None, most: int | None = None
+    ) -> dict[str, Any]:
+        """Everything that the page shows. A part that cannot be made is left out, and named under "problems".
+
+        Args:
+            record: the content of fit.json.
+            status: "running", "finished" or "stopped".
+            error: what stopped the fit.
+            most: bytes of a metrics.jsonl that are read now, see `Metrics.read`.
+        """
         problems: list[str] = []
 
         def part(make: Callable[[], Any], default: Any) -> Any:
@@ -481,9 +493,9 @@ class FitFiles:
                 problems.append(printable(reason)[:160])
                 return default
 
-        part(self.read_metrics, None)
-        clock = self.read_json("clock.json")
-        values = part(lambda: self.read_json("report", "metrics.json").get("values") or {}, {})
+        part(lambda: self.read_metrics(most), None)
+        clock = self.read_json(self.out / "clock.json")
+        values = part(lambda: self.read_json(self.out / "report" / "metrics.json").get("values") or {}, {})
         samples = part(lambda: self.samples(clock), [])
         return {
             "title": f"A model of {Path(str(record.get('folder', self.out))).name}",
@@ -513,7 +525,7 @@ class FitFiles:
 
     def _choice(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """Which state is kept: as fit.json says it, else as the choice itself recorded it."""
-        return record.get("choice") or read_json(self._stage("diffusion") / "choice.json", self.open)
+        return record.get("choice") or self.read_json(self._stage("diffusion") / "choice.json")
 
     def _kept(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """The values of the candidate that is kept; {} where there are none."""
@@ -553,7 +565,7 @@ class FitFiles:
     def _times(self, paths: Sequence[Path], clock: Mapping[str, Any]) -> dict[str, float]:
         """{name: seconds of the plan} at which each picture was drawn; kept in page/times.json for a resumed fit."""
         file = self.out / TIMES
-        times = {name: value for name, value in read_json(file, self.open).items() if isinstance(value, int | float)}
+        times = {name: value for name, value in self.read_json(file).items() if isinstance(value, int | float)}
         names = {path.name for path in paths}
         known = {name: float(value) for name, value in times.items() if name in names}
         for path in paths:
@@ -583,16 +595,20 @@ class FitFiles:
             return None
         pair = (newest[0], newest[1])
         if pair not in self._changes:
-            with self.open(pair[0]) as first, self.open(pair[1]) as second:
-                self._changes = {pair: difference(first, second)}
+            self._changes = {pair: self.difference(*pair)}
         return self._changes[pair]
+
+    def difference(self, first: Path, second: Path) -> float | None:
+        """See the function `difference`, of two files."""
+        with self.open(first) as a, self.open(second) as b:
+            return difference(a, b)
 
     # Curves and verdicts
 
     def charts(self) -> list[dict[str, Any] | None]:
         first, second = self.stages["autoencoder"], self.stages["diffusion"]
-        error = {"training pictures": first.first("train/l1", "train/l2", "train/total")}
-        losses = {"training pictures": second.first("train/loss"), "held-out pictures": second.first("validation/loss_ema")}
+        error = {"training pictures": first.first(*ERRORS)}
+        losses = {"training pictures": second.first(LOSS), "held-out pictures": second.first(HELD_OUT_LOSS)}
         return [
             chart(losses, "Stage 2, the diffusion model: loss by step"),
             chart(error, "Stage 1, the autoencoder: error of the reconstructions by step"),
@@ -620,19 +636,19 @@ class FitFiles:
         # Stage 2
         second = self.stages["diffusion"]
         if second.curves:
-            found.append(self._loss("diffusion", "loss of stage 2", "train/loss"))
-            held_out = second.first("validation/loss_ema")
+            found.append(self._loss("diffusion", "loss of stage 2", LOSS))
+            held_out = second.first(HELD_OUT_LOSS)
             if held_out is not None:
                 found.append(held_out_verdict(*held_out.points()))
             if record["phases"].get("diffusion") != "done":
                 found.append(change_verdict(self._change()))
 
         # Stage 1
-        report = read_json(self._stage("autoencoder") / "report.json", self.open)
+        report = self.read_json(self._stage("autoencoder") / "report.json")
         if "psnr_db" in report:
             found.append(autoencoder_verdict(report["psnr_db"]))
         elif self.stages["autoencoder"].curves:
-            found.append(self._loss("autoencoder", "error of stage 1", "train/l1", "train/l2", "train/total"))
+            found.append(self._loss("autoencoder", "error of stage 1", *ERRORS))
         elif "psnr_db" in (tried := first_stage(record)) and tried.get("decision") != "train":
             found.append(autoencoder_verdict(tried["psnr_db"], "these pictures, which it never saw"))
             if worst := tried.get("worst_classes"):
@@ -700,7 +716,7 @@ class LivePage:
                 seen = self.files.changed()
                 if status == "running" and seen == self._seen:
                     return False
-                record = self.files.read_json("fit.json")
+                record = self.files.read_json(self.out / "fit.json")
                 if not record.get("plan"):
                     return False
                 html = render(self.files.facts(record, status, error))
