@@ -109,6 +109,7 @@ def edit(
     precision: str = "float32",
     progress: bool = True,
     device: str = "auto",
+    pipeline: LatentDiffusionPipeline | None = None,
 ) -> Path:
     """Change, complete, restore, translate, vary or interpolate images.
 
@@ -156,7 +157,7 @@ def edit(
         out: .png (originals, conditions and results side by side), a folder (a PNG for each result, and the grid beside it), or
             for an interpolation .webp (animated). The default is edited.png, or the folder edited where a folder was given.
         batch_size: results made at a time.
-        precision, progress, device: as in `generate`.
+        precision, progress, device, pipeline: as in `generate`.
 
     Returns:
         The path written.
@@ -200,7 +201,7 @@ def edit(
     from latentdiff.pipelines.latent_diffusion import MAX_SAMPLE_SIZE
 
     folder = resolve_model(model)
-    pipeline = load(folder)
+    pipeline = load(folder) if pipeline is None else pipeline
     pipeline.set_progress_bar_config(disable=True)
     guiding = generation.other_than_default(pipeline, guiding)
     task_flag = "--expand" if expand and not asked_task else f"--task {task}"
@@ -231,8 +232,8 @@ def edit(
     generation.check_negative(pipeline, negative, scale)
     generation.place(pipeline, device, sampler or ("heun" if not is_trained and task in BY_SAMPLER or restores else None))
     generation.set_precision(pipeline, precision)
-    rule = _image_rule(folder, pipeline)
-    pictures = [_read(file, name, rule, own_size=task == "upscale") for file, name in files]
+    rule = image_rule(folder, pipeline)
+    pictures = [read_image(file, name, rule, own_size=task == "upscale") for file, name in files]
 
     if len({picture.pixels.shape for picture in pictures}) > 1:  # only where images keep their own size
         raise UserError("IMAGE: to be upscaled together, images must be of one size; give them one call each")
@@ -403,7 +404,7 @@ def _files(images: Sequence[str | Path]) -> tuple[list[tuple[Path, str]], bool]:
     return files, bool(folders)
 
 
-def _image_rule(folder: Path, pipeline: LatentDiffusionPipeline) -> Any:
+def image_rule(folder: Path, pipeline: LatentDiffusionPipeline) -> Any:
     """How an image comes to the model's size: as in its training where that scaled images, else by cutting to the shape."""
     from latentdiff.checkpoints import META, read_meta
     from latentdiff.data.image_files import WHITE
@@ -417,7 +418,7 @@ def _image_rule(folder: Path, pipeline: LatentDiffusionPipeline) -> Any:
     return Preprocess(tuple(size), channels, framing if framing in SCALED else "crop", background=background)
 
 
-def _read(file: Path, name: str, rule: Any, own_size: bool = False, flag: str = "IMAGE") -> Picture:
+def read_image(file: Path, name: str, rule: Any, own_size: bool = False, flag: str = "IMAGE") -> Picture:
     """An image file, brought to the model's channels, and to its size unless own_size.
 
     flag: what named the file. UserError, which names it too, where the file cannot be read.
@@ -437,7 +438,7 @@ def _read_mask(file: str, rule: Any) -> np.ndarray:
     from dataclasses import replace
 
     black = (0, 0, 0)
-    pixels = _read(Path(file), file, replace(rule, channels=1, background=black), flag="--mask").pixels
+    pixels = read_image(Path(file), file, replace(rule, channels=1, background=black), flag="--mask").pixels
     if int(pixels.max()) < 128:
         raise UserError(f"--mask {file}: has no white, so nothing is filled; white is what is drawn anew, black stays")
     return pixels

@@ -99,7 +99,7 @@ class GallerySampler:
         seed: of the noise.
         steps: of the sampler.
         sampler: its name.
-        rows: what the rows show: prompts, or None for nothing in particular. None: every class of the model.
+        rows: what the rows show: classes by number, prompts, or None for nothing in particular. None: all classes.
 
     Attributes:
         rows: what each row shows: classes, prompts or None.
@@ -117,7 +117,7 @@ class GallerySampler:
         seed: int,
         steps: int,
         sampler: str,
-        rows: Sequence[str | None] | None = None,
+        rows: Sequence[Any] | None = None,
     ):
         import torch
 
@@ -190,13 +190,17 @@ class GallerySampler:
         return names
 
 
-def trajectory(images: GallerySampler) -> list[Tensor]:
-    """Decoded x0 estimates at COLUMNS of the sampler's steps, evenly spread, the last one included: [K, C, H, W] each."""
+def trajectory(images: GallerySampler, columns: int = COLUMNS, scale: float | None = None) -> list[Tensor]:
+    """Decoded x0 estimates at some of the sampler's steps, evenly spread, the last one included: [K, C, H, W] each.
+
+    columns: how many; no more than there are steps. scale: of classifier-free guidance; None: the model's default.
+    """
     estimates: list[Tensor] = []
     config = images.pipeline.config
-    denoiser = images.guided(config.default_guidance_scale, interval=config.default_guidance_interval)
+    scale = config.default_guidance_scale if scale is None else scale
+    denoiser = images.guided(scale, interval=config.default_guidance_interval)
     images.draw(denoiser, callback=lambda _, __, ___, x0: estimates.append(x0))
-    steps = np.linspace(0, len(estimates) - 1, min(COLUMNS, len(estimates))).round().astype(int)
+    steps = np.linspace(0, len(estimates) - 1, min(columns, len(estimates))).round().astype(int)
     return [images.decode(estimates[k]) for k in steps]
 
 

@@ -59,7 +59,7 @@ def nearest_by_pixels(images: ImageDataset, others: ImageDataset, train: ImageDa
     nearest = nearest_rows(queries, pixel_rows(train, "nearest in pixels"))
     distances = torch.cat(
         [
-            (part - _flat(train.batch(rows)[0])).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
+            (part - compared(train.batch(rows)[0])).square().mean(dim=1).sqrt() / 2  # from [-1, 1] to a range of 1
             for part, rows in zip(queries.split(BLOCK), nearest.split(BLOCK), strict=True)
         ]
     )
@@ -75,7 +75,7 @@ def pixel_rows(dataset: ImageDataset, doing: str = "") -> Iterator[Tensor]:
     with progress_bars.bar(total=len(dataset), unit="image", desc=doing, delay=0.5, disable=not doing) as bar:
         for start in range(0, len(dataset), BLOCK):
             rows = range(start, min(start + BLOCK, len(dataset)))
-            yield _flat(dataset.batch(rows)[0])
+            yield compared(dataset.batch(rows)[0])
             bar.update(len(rows))
 
 
@@ -87,8 +87,8 @@ def compared_size(channels: int, height: int, width: int) -> tuple[int, int, int
     return side, -(-height // side), -(-width // side)
 
 
-def _flat(images: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, P], averaged over squares."""
+def compared(images: Tensor) -> Tensor:
+    """What is compared of images [B, C, H, W]: their pixels [B, P], averaged over squares."""
     side, _, _ = compared_size(*images.shape[1:])
     return (images if side == 1 else avg_pool2d(images, side, ceil_mode=True)).flatten(1)
 

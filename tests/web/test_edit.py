@@ -1,0 +1,142 @@
+"""The tab Edit: the bytes of the command it shows, what each model and task is asked, masks, and the tab in the browser."""
+
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from latentdiff import checkpoints
+from latentdiff.cli import main
+from latentdiff.errors import UserError
+from latentdiff.web.commands import command_line, python_call
+from latentdiff.web.edit import call_of, edit_picture, fields_of, mask_of, tasks_of
+from latentdiff.web.models import facts_of
+
+MODEL = Path(__file__).parent.parent.parent / "weights" / "fashion-mnist"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return checkpoints.load(MODEL)
+
+
+@pytest.fixture(scope="module")
+def facts(pipe):
+    return facts_of("fashion-mnist", "weights/fashion-mnist", pipe)
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    """A colour picture of a wide shape, so that the model's rule cuts it and makes it grey."""
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "my shoe.png")
+    return tmp_path / "my shoe.png"
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """{name: bytes} of the files that edit wrote."""
+    paths = [folder / "edited.png", *(folder / "edited").glob("*.png")]
+    return {path.name: path.read_bytes() for path in paths}
+
+
+def test_command_and_python_shown_give_the_same_bytes(pipe, facts, photo, tmp_path, here, monkeypatch):
+    painted = np.zeros((280, 280, 1), np.uint8)
+    painted[100:] = 90  # what the brush leaves over black
+    mask = mask_of([painted], 28, 28)
+    form = {
+        "task": "inpaint",
+        "method": "replacement",
+        "strength": 0.6,
+        "to": "Sneaker",
+        "num_images": 2,
+        "seed": 7,
+        "steps": 3,
+    }
+    call = call_of(facts, form, photo.name)
+    (tmp_path / "made").mkdir()
+    made = edit_picture(pipe, MODEL, call, photo, mask, tmp_path / "made")
+    ours = files_of(tmp_path / "made")
+    assert {path.name for path in made.files} == {*ours, "mask.png"}
+    assert len(made.after) == 2 and made.after[0].shape == made.before.shape == (28, 28, 1)
+    known = mask == 0  # these pixels stay
+    assert all((image[known] == made.before[known]).all() and (image != made.before).any() for image in made.after)
+
+    # The command, run where the picture and the mask lie
+    (here / photo.name).write_bytes(photo.read_bytes())
+    (here / "mask.png").write_bytes((tmp_path / "made" / "mask.png").read_bytes())
+    line = command_line("edit", call["images"], {name: value for name, value in call.items() if name != "images"})
+    words = shlex.split(line)
+    assert words[:3] == ["latentdiff", "edit", "my shoe.png"]
+    main(words[1:])
+    assert files_of(here) == ours
+
+    # The Python code says the same
+    arguments = {}
+    code = python_call("edit", call)
+    assert code.startswith("from latentdiff import edit\n")
+    exec(code.split("\n", 1)[1], {"edit": lambda **given: arguments.update(given)})
+    assert arguments == call
+
+
+def test_no_path_of_the_server_in_a_message(pipe, facts, photo, tmp_path):
+    call = call_of(facts, {"task": "img2img", "strength": 0.5}, photo.name)
+    photo.write_bytes(b"no picture")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(UserError, match="^IMAGE my shoe.png: cannot be read as an image") as caught:
+        edit_picture(pipe, MODEL, call, photo, None, tmp_path / "made")
+    assert str(tmp_path) not in str(caught.value)
+
+
+def test_each_task_is_asked_what_it_reads(facts):
+    assert "colorize" not in tasks_of(facts) and "img2img" == tasks_of(facts)[0]  # it draws in grey
+    assert "strength" not in fields_of("inpaint", facts, "known_pixels")
+    assert {"mask", "strength", "sampler"} <= fields_of("inpaint", facts, "replacement")
+    assert fields_of("variations", facts) == {"num_images", "steps", "seed", "source", "strength"}
+    assert "negative" in fields_of("img2img", replace(facts, reads_text=True))
+    trained = replace(facts, condition="mask")
+    assert tasks_of(trained) == ["inpaint"] and "method" not in fields_of("inpaint", trained)
+    assert "strength" not in fields_of("translate", replace(facts, bridge=True))
+    assert tasks_of(replace(facts, over_codes=True)) == ["img2img", "inpaint"]
+    # A setting that is left over from another task is not given
+    form = {"task": "variations", "strength": 0.2, "to": "Bag", "sampler": "heun", "method": "posterior", "steps": None}
+    call = call_of(facts, form, "a.png")
+    assert set(call) == {"model", "images", "task", "strength", "out"}
+
+
+@pytest.mark.parametrize(
+    "form, line",
+    [
+        ({"task": "colorize"}, "task 'colorize': this model does not do it"),
+        ({"task": "img2img", "steps": 2.5}, "steps: give a whole number"),
+        ({"task": "img2img", "seed": "nan"}, "seed: give a whole number"),
+        ({"task": "img2img", "strength": [1]}, "strength: give a number"),
+        ({"task": "img2img", "to": 3}, "to: must be text"),
+        ({"task": "outpaint", "expand": "1 2 3"}, "expand: give one number"),
+        ({"task": "outpaint", "expand": "1 2 x 3 4"}, "expand: give one number"),
+    ],
+)
+def test_a_wrong_value_is_named(facts, form, line):
+    with pytest.raises(UserError, match=f"^{line}"):
+        call_of(facts, form, "a.png")
+
+
+def test_mask_is_white_where_half_of_a_pixel_is_painted():
+    layer = np.zeros((8, 16, 1), np.uint8)
+    layer[:2, :3] = 120  # the first pixel whole; half of the second
+    layer[4:6, 8:9] = 255  # a quarter of a pixel's width of 2: half of one
+    layer[7, 15] = 255  # a quarter of the last one
+    layer[0, 15] = 20  # a trace of the brush's edge
+    mask = mask_of([layer], 4, 8)
+    assert {(0, 0), (0, 1), (2, 4)} == {tuple(place) for place in np.argwhere(mask)}
+    assert set(np.unique(mask)) == {0, 255}
+    for nothing in ([], [np.zeros((8, 8, 1), np.uint8)]):
+        with pytest.raises(UserError, match="^mask: nothing is painted"):
+            mask_of(nothing, 4, 4)
+
+
+def test_values_that_begin_with_a_dash_stay_values(here):
+    line = command_line("edit", ["-x.png"], {"to": ["-1"], "seed": -3, "weak": True, "mask": None, "expand": (1, 2, 3, 4)})
+    assert line == "latentdiff edit ./-x.png --to=-1 --seed=-3 --weak --expand 1 2 3 4"
