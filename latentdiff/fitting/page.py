@@ -1,15 +1,17 @@
 """The live page of a fit, <folder>/index.html: the plan, curves, pictures, and verdicts in words.
 
 The page is made from the files of the fit alone, so it is complete again after a kill and a resume. It has no script and
-needs no network. Its layout is in page.jinja. A page that cannot be made never stops the fit.
+needs no network. Its layout is in page.jinja, with parts.jinja. A page that cannot be made never stops the fit.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import math
+import os
 import shlex
 import sys
 import threading
@@ -17,7 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from latentdiff.errors import UserError, printable
 from latentdiff.evaluation.tables import NONE, value_cells
@@ -30,7 +32,14 @@ PERIOD = 15.0  # seconds between two writings
 MOST_POINTS = 400  # of a curve that are kept; of more, neighbours are averaged
 STRIP = 8  # grids of samples that are shown
 CHUNK = 2**23  # bytes of metrics.jsonl that are read at a time
+MOST_CURVES = 256  # of a metrics.jsonl
+MOST_PICTURES = 20_000  # entries of a folder of pictures that are looked at
+Open = Callable[[Path], BinaryIO]  # opens a file to read; OSError where there is none that may be read
 
+STAGES = ("autoencoder", "diffusion")
+ERRORS = ("train/l1", "train/l2", "train/total")  # of an autoencoder; the first that was logged is shown
+LOSS, HELD_OUT_LOSS = "train/loss", "validation/loss_ema"  # of a diffusion model
+CHARTED = (*ERRORS, LOSS, HELD_OUT_LOSS)
 PHASES = {
     "look": "Look at the pictures and the machine, and plan",
     "autoencoder": "Stage 1: train the autoencoder",
@@ -223,33 +232,46 @@ class Curve:
         return [*self.steps, self._step], [*self.values, self._sum / self._count]
 
 
-class Metrics:
-    """The curves of a metrics.jsonl. Each call of `read` reads only what is new, unless the file was written anew."""
+def open_file(path: Path) -> BinaryIO:
+    """A file, open to read."""
+    return path.open("rb")
 
-    def __init__(self, path: Path):
-        self.path = path
+
+class Metrics:
+    """The curves of a metrics.jsonl. Each call of `read` reads only what is new, unless the file was written anew.
+
+    Args:
+        path: the file.
+        opens: opens it.
+    """
+
+    def __init__(self, path: Path, opens: Open = open_file):
+        self.path, self._open = path, opens
         self._forget()
 
     def _forget(self) -> None:
         self.curves: dict[str, Curve] = {}
         self.step, self._offset, self._file = 0, 0, -1
 
-    def read(self) -> Metrics:
-        """Read the lines that were added. A file that is missing has none."""
+    def read(self, most: int | None = None) -> Metrics:
+        """Read the lines that were added. A file that is missing has none.
+
+        most: about how many bytes are read; the next call goes on there. None: no limit.
+        """
         try:
-            status = self.path.stat()
+            lines = self._open(self.path)
         except OSError:
             self._forget()
             return self
-        # A resumed run writes a new file without the steps that it repeats
-        if status.st_ino != self._file or status.st_size < self._offset:
-            self._forget()
-            self._file = status.st_ino
-        if status.st_size == self._offset:
-            return self
-        with self.path.open("rb") as lines:
+        with lines:
+            status = os.fstat(lines.fileno())
+            # A resumed run writes a new file without the steps that it repeats
+            if status.st_ino != self._file or status.st_size < self._offset:
+                self._forget()
+                self._file = status.st_ino
+            end = math.inf if most is None else self._offset + most
             lines.seek(self._offset)
-            while chunk := lines.read(CHUNK):
+            while self._offset < end and (chunk := lines.read(CHUNK)):
                 chunk = chunk[: chunk.rfind(b"\n") + 1]  # a line may be half written
                 if not chunk:
                     break
@@ -264,21 +286,23 @@ class Metrics:
             values = json.loads(line)
             step = int(values.pop("step"))
             numbers = {str(name): float(value) for name, value in values.items()}
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError, OverflowError):
             return
         self.step = max(self.step, step)
         for name, value in numbers.items():
-            self.curves.setdefault(name, Curve()).add(step, value)
+            if name in self.curves or len(self.curves) < MOST_CURVES:
+                self.curves.setdefault(name, Curve()).add(step, value)
 
     def first(self, *names: str) -> Curve | None:
         """The curve of the first of these names that was logged."""
         return next((self.curves[name] for name in names if name in self.curves), None)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; {} where there is none that can be read."""
+def read_json(path: Path, opens: Open = open_file) -> dict[str, Any]:
+    """The object in a JSON file; {} where there is none that can be read. opens: opens the file."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        with opens(path) as file:
+            value = json.loads(file.read().decode("utf-8"))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -288,7 +312,7 @@ def pictures(folder: Path) -> list[tuple[int, Path]]:
     """(step, file) of the pictures step-NUMBER.png in a folder, in order."""
     found = []
     with contextlib.suppress(OSError):
-        for path in folder.glob("step-*.png"):
+        for path in itertools.islice(folder.glob("step-*.png"), MOST_PICTURES):
             with contextlib.suppress(ValueError):
                 found.append((int(path.stem.removeprefix("step-")), path))
     return sorted(found)
@@ -301,7 +325,7 @@ def spread(items: Sequence[Any], count: int = STRIP) -> list[Any]:
     return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
 
 
-def difference(first: Path, second: Path) -> float | None:
+def difference(first: BinaryIO, second: BinaryIO) -> float | None:
     """Mean absolute difference of two pictures, pixels from 0 to 1; None where they are of different sizes."""
     from PIL import Image, ImageChops, ImageStat
 
@@ -389,6 +413,259 @@ def short_number(value: float) -> str:
 # The page
 
 
+class FitFiles:
+    """What the files of a fit, or of one training run, say: everything that a page shows of them.
+
+    A page that shows what strangers wrote overrides `open`, `read_json` and `picture`.
+
+    Attributes:
+        out: the folder.
+        folders: {"autoencoder" or "diffusion": the folder of the run of that stage}.
+        stages: the curves of these runs.
+
+    Args:
+        out: the folder of the fit.
+        folders: by default those of a fit. A training run by itself has one: {its stage: out}.
+        keeps_times: write page/times.json, so that a resumed fit knows when its old pictures were drawn.
+        period: seconds between two looks at the files.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        folders: Mapping[str, Path] | None = None,
+        keeps_times: bool = False,
+        period: float = PERIOD,
+    ):
+        self.out, self.period, self._keeps_times = Path(out), period, keeps_times
+        self.folders = dict(folders or {name: self.out / name for name in STAGES})
+        self.stages = {name: Metrics(self._stage(name) / "metrics.jsonl", self.open) for name in STAGES}
+        self._changes: dict[tuple[Path, Path], float | None] = {}
+
+    def _stage(self, name: str) -> Path:
+        return self.folders.get(name, self.out / name)
+
+    def open(self, path: Path) -> BinaryIO:
+        """A file of the run, open to read; OSError where there is none."""
+        return open_file(path)
+
+    def read_json(self, path: Path) -> dict[str, Any]:
+        """The object in a JSON file; {} where there is none that can be read."""
+        return read_json(path, self.open)
+
+    def read_metrics(self, most: int | None = None) -> None:
+        """Read what was added to the curves. most: see `Metrics.read`."""
+        for metrics in self.stages.values():
+            metrics.read(most)
+
+    def changed(self) -> list[Any]:
+        """What is different when a file of the fit has changed."""
+        places = [self.out / name for name in ("fit.json", "clock.json", "samples.png", "report/metrics.json", "model")]
+        for folder in self.folders.values():
+            places += [folder / name for name in ("metrics.jsonl", "pictures", "report.json")]
+        seen: list[Any] = []
+        for place in places:
+            try:
+                status = place.stat()
+                seen.append((status.st_mtime_ns, status.st_size, status.st_ino))
+            except OSError:
+                seen.append(None)
+        return seen
+
+    def facts(
+        self, record: Mapping[str, Any], status: str, error: BaseException | None = None, most: int | None = None
+    ) -> dict[str, Any]:
+        """Everything that the page shows. A part that cannot be made is left out, and named under "problems".
+
+        Args:
+            record: the content of fit.json.
+            status: "running", "finished" or "stopped".
+            error: what stopped the fit.
+            most: bytes of a metrics.jsonl that are read now, see `Metrics.read`.
+        """
+        problems: list[str] = []
+
+        def part(make: Callable[[], Any], default: Any) -> Any:
+            try:
+                return make()
+            except Exception as problem:  # one damaged file must not take the others from the page
+                reason = " ".join(str(problem).split()) or type(problem).__name__
+                problems.append(printable(reason)[:160])
+                return default
+
+        part(lambda: self.read_metrics(most), None)
+        clock = self.read_json(self.out / "clock.json")
+        values = part(lambda: self.read_json(self.out / "report" / "metrics.json").get("values") or {}, {})
+        samples = part(lambda: self.samples(clock), [])
+        return {
+            "title": f"A model of {Path(str(record.get('folder', self.out))).name}",
+            "status": status,
+            "refresh": math.ceil(self.period) + 5 if status == "running" else None,
+            "stopped": part(lambda: self._stopped(record, error), []) if status == "stopped" else [],
+            "written": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "time": part(lambda: plan_time(record, clock, status), None),
+            "phases": part(lambda: plan_phases(record), []),
+            "verdicts": part(lambda: self.verdicts(record, values), []),
+            "samples": samples,
+            "final": part(lambda: self.picture(self.out / "samples.png", fresh=True), None),
+            "charts": [c for c in part(self.charts, []) if c],
+            "reconstructions": part(self.reconstructions, None),
+            "choice": part(lambda: choice_table(self._choice(record)), None),
+            "rows": part(lambda: evaluation_rows(values), []),
+            "report": (self.out / "report" / "index.html").is_file(),
+            "lines": last_lines(record) if status == "finished" else [],
+            "next": part(lambda: next_commands(self.out, record, status), []),
+            "plan": [str(line) for line in part(lambda: record["plan"].get("lines") or [], [])],
+            "problems": problems,
+        }
+
+    def _stopped(self, record: Mapping[str, Any], error: BaseException | None) -> list[str]:
+        reason = printable(" ".join(str(error).split()))[:300] if isinstance(error, UserError) else ""
+        return [reason] if reason else []
+
+    def _choice(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Which state is kept: as fit.json says it, else as the choice itself recorded it."""
+        return record.get("choice") or self.read_json(self._stage("diffusion") / "choice.json")
+
+    def _kept(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The values of the candidate that is kept; {} where there are none."""
+        choice = self._choice(record)
+        return next((each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")), {})
+
+    # Pictures
+
+    def pictures(self, stage: str) -> list[tuple[int, Path]]:
+        """(step, file) of the pictures that a stage drew while it trained, in order."""
+        return pictures(self.folders[stage] / "pictures") if stage in self.folders else []
+
+    def picture(self, path: Path, fresh: bool = False) -> dict[str, Any] | None:
+        """A picture as the page shows it, or None where there is none. fresh: a file of this name may be written again."""
+        from PIL import Image
+
+        try:
+            with self.open(path) as file, Image.open(file) as image:
+                width, height = image.size
+        except OSError:
+            return None
+        link = path.relative_to(self.out).as_posix() + (f"?{path.stat().st_mtime_ns // 10**9}" if fresh else "")
+        return {"link": link, "width": width, "height": height, "small": width < 600}
+
+    def samples(self, clock: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The grids of samples that are shown, with step and time."""
+        found = self.pictures("diffusion")
+        times = self._times([path for _, path in found], clock)
+        shown = []
+        for step, path in spread(found):
+            picture = self.picture(path)
+            if picture is not None:
+                when = times.get(path.name)
+                shown.append({**picture, "step": step, "time": None if when is None else duration(when)})
+        return shown
+
+    def _times(self, paths: Sequence[Path], clock: Mapping[str, Any]) -> dict[str, float]:
+        """{name: seconds of the plan} at which each picture was drawn; kept in page/times.json for a resumed fit."""
+        file = self.out / TIMES
+        times = {name: value for name, value in self.read_json(file).items() if isinstance(value, int | float)}
+        names = {path.name for path in paths}
+        known = {name: float(value) for name, value in times.items() if name in names}
+        for path in paths:
+            if path.name not in known and {"seconds", "time"} <= clock.keys():
+                at = clock["seconds"] - (clock["time"] - path.stat().st_mtime)
+                known[path.name] = round(min(max(0.0, at), clock["seconds"] + self.period), 1)
+        if known != times and self._keeps_times:
+            atomic.write_json(file, known)
+        return known
+
+    def reconstructions(self) -> dict[str, Any] | None:
+        """The newest picture of stage 1: its report's, else the newest drawn while it trained, else the plan's."""
+        report = self.picture(self._stage("autoencoder") / "report.png", fresh=True)
+        if report is not None:
+            return {**report, "words": "Held-out pictures, and below each its reconstruction by the trained autoencoder."}
+        found = self.pictures("autoencoder")
+        newest = self.picture(found[-1][1]) if found else None
+        if newest is None:
+            first = self.picture(self.out / RECONSTRUCTIONS, fresh=True)
+            return first and {**first, "words": "Held-out pictures, and below each its reconstruction by the autoencoder."}
+        return {**newest, "words": f"Held-out pictures, and below each its reconstruction after {found[-1][0]} steps."}
+
+    def _change(self) -> float | None:
+        """How much the two newest grids of samples differ; None where there are not two."""
+        newest = [path for _, path in self.pictures("diffusion")[-2:]]
+        if len(newest) < 2:
+            return None
+        pair = (newest[0], newest[1])
+        if pair not in self._changes:
+            self._changes = {pair: self.difference(*pair)}
+        return self._changes[pair]
+
+    def difference(self, first: Path, second: Path) -> float | None:
+        """See the function `difference`, of two files."""
+        with self.open(first) as a, self.open(second) as b:
+            return difference(a, b)
+
+    # Curves and verdicts
+
+    def charts(self) -> list[dict[str, Any] | None]:
+        first, second = self.stages["autoencoder"], self.stages["diffusion"]
+        error = {"training pictures": first.first(*ERRORS)}
+        losses = {"training pictures": second.first(LOSS), "held-out pictures": second.first(HELD_OUT_LOSS)}
+        return [
+            chart(losses, "Stage 2, the diffusion model: loss by step"),
+            chart(error, "Stage 1, the autoencoder: error of the reconstructions by step"),
+        ]
+
+    def verdicts(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Verdict]:
+        """The verdicts, the newest phase first."""
+        found: list[Verdict | None] = []
+
+        # What the evaluation says
+        entries = {name: first_entry(values, name) for name in ("frechet[", "label_accuracy", "probe_accuracy", NEAR_COPIES)}
+        accuracy = entries["label_accuracy"] or entries["probe_accuracy"]
+        if accuracy:
+            found.append(accuracy_verdict(accuracy["value"], accuracy.get("floor")))
+        choice = self._choice(record)
+        if (floor := comparable_floor(entries["frechet["] or {})) is not None:
+            found.append(frechet_verdict(entries["frechet["]["value"], floor))
+        elif pair := choice_distances(choice, self._kept(record), choice.get("images") or 0):
+            found.append(frechet_verdict(*pair))
+        if near := entries[NEAR_COPIES]:
+            found.append(copies_verdict(near["value"], near.get("floor") or 0.01, near.get("images")))
+        elif (share := self._kept(record).get("closer_to_training")) is not None:
+            found.append(copies_verdict(share, images=self._choice(record).get("images")))
+
+        # Stage 2
+        second = self.stages["diffusion"]
+        if second.curves:
+            found.append(self._loss("diffusion", "loss of stage 2", LOSS))
+            held_out = second.first(HELD_OUT_LOSS)
+            if held_out is not None:
+                found.append(held_out_verdict(*held_out.points()))
+            if record["phases"].get("diffusion") != "done":
+                found.append(change_verdict(self._change()))
+
+        # Stage 1
+        report = self.read_json(self._stage("autoencoder") / "report.json")
+        if "psnr_db" in report:
+            found.append(autoencoder_verdict(report["psnr_db"]))
+        elif self.stages["autoencoder"].curves:
+            found.append(self._loss("autoencoder", "error of stage 1", *ERRORS))
+        elif "psnr_db" in (tried := first_stage(record)) and tried.get("decision") != "train":
+            found.append(autoencoder_verdict(tried["psnr_db"], "these pictures, which it never saw"))
+            if worst := tried.get("worst_classes"):
+                found.append(Verdict("look", f"It reconstructs these classes worst: {', '.join(map(str, worst))}."))
+        return [verdict for verdict in found if verdict is not None]
+
+    def _loss(self, stage: str, name: str, *metrics: str) -> Verdict | None:
+        curve = self.stages[stage].first(*metrics)
+        if curve is None:
+            return None
+        skipped = self.stages[stage].first("train/skipped")
+        values = curve.points()[1]
+        return loss_verdict(
+            values if curve.finite else [*values, math.nan], name, int(skipped.newest) if skipped and skipped.finite else 0
+        )
+
+
 class LivePage:
     """Writes <out>/index.html now and then while the block runs, and once at its end. A context manager.
 
@@ -403,8 +680,7 @@ class LivePage:
 
     def __init__(self, out: str | Path, enabled: bool = True, period: float = PERIOD):
         self.out, self.enabled, self.period = Path(out), enabled, period
-        self.stages = {name: Metrics(self.out / name / "metrics.jsonl") for name in ("autoencoder", "diffusion")}
-        self._changes: dict[tuple[Path, Path], float | None] = {}
+        self.files = FitFiles(self.out, keeps_times=True, period=period)
         self._seen: Any = None  # the files at the last writing
         self._warned = False
         self._guard = threading.Lock()
@@ -437,13 +713,13 @@ class LivePage:
         """
         try:
             with self._guard:
-                seen = self._files()
+                seen = self.files.changed()
                 if status == "running" and seen == self._seen:
                     return False
-                record = read_json(self.out / "fit.json")
+                record = self.files.read_json(self.out / "fit.json")
                 if not record.get("plan"):
                     return False
-                html = render(self.facts(record, status, error))
+                html = render(self.files.facts(record, status, error))
                 atomic.write_text(self.out / PAGE, html)
                 self._seen = seen
                 return True
@@ -454,196 +730,6 @@ class LivePage:
                 with contextlib.suppress(OSError, ValueError):
                     print(f"warning: {self.out / PAGE} cannot be written ({reason}); the fit goes on", file=sys.stderr)
             return False
-
-    def _files(self) -> list[Any]:
-        """What changes when a file of the fit does."""
-        names = ["fit.json", "clock.json", "samples.png", "report/metrics.json", "model"]
-        for stage in self.stages:
-            names += [f"{stage}/metrics.jsonl", f"{stage}/pictures", f"{stage}/report.json"]
-        seen: list[Any] = []
-        for name in names:
-            try:
-                status = (self.out / name).stat()
-                seen.append((status.st_mtime_ns, status.st_size, status.st_ino))
-            except OSError:
-                seen.append(None)
-        return seen
-
-    def facts(self, record: Mapping[str, Any], status: str, error: BaseException | None = None) -> dict[str, Any]:
-        """Everything that the page shows. A part that cannot be made is left out, and named under "problems"."""
-        problems: list[str] = []
-
-        def part(make: Callable[[], Any], default: Any) -> Any:
-            try:
-                return make()
-            except Exception as problem:  # one damaged file must not take the others from the page
-                reason = " ".join(str(problem).split()) or type(problem).__name__
-                problems.append(printable(reason)[:160])
-                return default
-
-        for metrics in self.stages.values():
-            part(metrics.read, None)
-        clock = read_json(self.out / "clock.json")
-        values = part(lambda: read_json(self.out / "report" / "metrics.json").get("values") or {}, {})
-        samples = part(lambda: self._samples(clock), [])
-        return {
-            "title": f"A model of {Path(str(record.get('folder', self.out))).name}",
-            "status": status,
-            "refresh": math.ceil(self.period) + 5 if status == "running" else None,
-            "stopped": part(lambda: self._stopped(record, error), []) if status == "stopped" else [],
-            "written": time.strftime("%Y-%m-%d %H:%M:%S"),
-            "time": part(lambda: plan_time(record, clock, status), None),
-            "phases": part(lambda: plan_phases(record), []),
-            "verdicts": part(lambda: self._verdicts(record, values), []),
-            "samples": samples,
-            "final": part(lambda: self._picture(self.out / "samples.png", fresh=True), None),
-            "charts": [c for c in part(self._charts, []) if c],
-            "reconstructions": part(self._reconstructions, None),
-            "choice": part(lambda: choice_table(self._choice(record)), None),
-            "rows": part(lambda: evaluation_rows(values), []),
-            "report": (self.out / "report" / "index.html").is_file(),
-            "lines": last_lines(record) if status == "finished" else [],
-            "next": part(lambda: next_commands(self.out, record, status), []),
-            "plan": [str(line) for line in part(lambda: record["plan"].get("lines") or [], [])],
-            "problems": problems,
-        }
-
-    def _stopped(self, record: Mapping[str, Any], error: BaseException | None) -> list[str]:
-        reason = printable(" ".join(str(error).split()))[:300] if isinstance(error, UserError) else ""
-        return [reason] if reason else []
-
-    def _choice(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Which state is kept: as fit.json says it, else as the choice itself recorded it."""
-        return record.get("choice") or read_json(self.out / "diffusion" / "choice.json")
-
-    def _kept(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The values of the candidate that is kept; {} where there are none."""
-        choice = self._choice(record)
-        return next((each for each in choice.get("candidates") or [] if each.get("step") == choice.get("step")), {})
-
-    # Pictures
-
-    def _picture(self, path: Path, fresh: bool = False) -> dict[str, Any] | None:
-        """A picture as the page shows it, or None where there is none. fresh: a file of this name may be written again."""
-        from PIL import Image
-
-        try:
-            with Image.open(path) as image:
-                width, height = image.size
-        except OSError:
-            return None
-        link = path.relative_to(self.out).as_posix() + (f"?{path.stat().st_mtime_ns // 10**9}" if fresh else "")
-        return {"link": link, "width": width, "height": height, "small": width < 600}
-
-    def _samples(self, clock: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The grids of samples that are shown, with step and time."""
-        found = pictures(self.out / "diffusion" / "pictures")
-        times = self._times([path for _, path in found], clock)
-        shown = []
-        for step, path in spread(found):
-            picture = self._picture(path)
-            if picture is not None:
-                when = times.get(path.name)
-                shown.append({**picture, "step": step, "time": None if when is None else duration(when)})
-        return shown
-
-    def _times(self, paths: Sequence[Path], clock: Mapping[str, Any]) -> dict[str, float]:
-        """{name: seconds of the plan} at which each picture was drawn; kept in page/times.json for a resumed fit."""
-        file = self.out / TIMES
-        times = {name: value for name, value in read_json(file).items() if isinstance(value, int | float)}
-        names = {path.name for path in paths}
-        known = {name: float(value) for name, value in times.items() if name in names}
-        for path in paths:
-            if path.name not in known and {"seconds", "time"} <= clock.keys():
-                at = clock["seconds"] - (clock["time"] - path.stat().st_mtime)
-                known[path.name] = round(min(max(0.0, at), clock["seconds"] + self.period), 1)
-        if known != times:
-            atomic.write_json(file, known)
-        return known
-
-    def _reconstructions(self) -> dict[str, Any] | None:
-        """The newest picture of stage 1: its report's, else the newest drawn while it trained, else the plan's."""
-        report = self._picture(self.out / "autoencoder" / "report.png", fresh=True)
-        if report is not None:
-            return {**report, "words": "Held-out pictures, and below each its reconstruction by the trained autoencoder."}
-        found = pictures(self.out / "autoencoder" / "pictures")
-        newest = self._picture(found[-1][1]) if found else None
-        if newest is None:
-            first = self._picture(self.out / RECONSTRUCTIONS, fresh=True)
-            return first and {**first, "words": "Held-out pictures, and below each its reconstruction by the autoencoder."}
-        return {**newest, "words": f"Held-out pictures, and below each its reconstruction after {found[-1][0]} steps."}
-
-    def _change(self) -> float | None:
-        """How much the two newest grids of samples differ; None where there are not two."""
-        newest = [path for _, path in pictures(self.out / "diffusion" / "pictures")[-2:]]
-        if len(newest) < 2:
-            return None
-        pair = (newest[0], newest[1])
-        if pair not in self._changes:
-            self._changes = {pair: difference(*pair)}
-        return self._changes[pair]
-
-    # Curves and verdicts
-
-    def _charts(self) -> list[dict[str, Any] | None]:
-        first, second = self.stages["autoencoder"], self.stages["diffusion"]
-        error = {"training pictures": first.first("train/l1", "train/l2", "train/total")}
-        losses = {"training pictures": second.first("train/loss"), "held-out pictures": second.first("validation/loss_ema")}
-        return [
-            chart(losses, "Stage 2, the diffusion model: loss by step"),
-            chart(error, "Stage 1, the autoencoder: error of the reconstructions by step"),
-        ]
-
-    def _verdicts(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[Verdict]:
-        """The verdicts, the newest phase first."""
-        found: list[Verdict | None] = []
-
-        # What the evaluation says
-        entries = {name: first_entry(values, name) for name in ("frechet[", "label_accuracy", "probe_accuracy", NEAR_COPIES)}
-        accuracy = entries["label_accuracy"] or entries["probe_accuracy"]
-        if accuracy:
-            found.append(accuracy_verdict(accuracy["value"], accuracy.get("floor")))
-        choice = self._choice(record)
-        if (floor := comparable_floor(entries["frechet["] or {})) is not None:
-            found.append(frechet_verdict(entries["frechet["]["value"], floor))
-        elif pair := choice_distances(choice, self._kept(record), choice.get("images") or 0):
-            found.append(frechet_verdict(*pair))
-        if near := entries[NEAR_COPIES]:
-            found.append(copies_verdict(near["value"], near.get("floor") or 0.01, near.get("images")))
-        elif (share := self._kept(record).get("closer_to_training")) is not None:
-            found.append(copies_verdict(share, images=self._choice(record).get("images")))
-
-        # Stage 2
-        second = self.stages["diffusion"]
-        if second.curves:
-            found.append(self._loss("diffusion", "loss of stage 2", "train/loss"))
-            held_out = second.first("validation/loss_ema")
-            if held_out is not None:
-                found.append(held_out_verdict(*held_out.points()))
-            if record["phases"].get("diffusion") != "done":
-                found.append(change_verdict(self._change()))
-
-        # Stage 1
-        report = read_json(self.out / "autoencoder" / "report.json")
-        if "psnr_db" in report:
-            found.append(autoencoder_verdict(report["psnr_db"]))
-        elif self.stages["autoencoder"].curves:
-            found.append(self._loss("autoencoder", "error of stage 1", "train/l1", "train/l2", "train/total"))
-        elif "psnr_db" in (tried := first_stage(record)) and tried.get("decision") != "train":
-            found.append(autoencoder_verdict(tried["psnr_db"], "these pictures, which it never saw"))
-            if worst := tried.get("worst_classes"):
-                found.append(Verdict("look", f"It reconstructs these classes worst: {', '.join(map(str, worst))}."))
-        return [verdict for verdict in found if verdict is not None]
-
-    def _loss(self, stage: str, name: str, *metrics: str) -> Verdict | None:
-        curve = self.stages[stage].first(*metrics)
-        if curve is None:
-            return None
-        skipped = self.stages[stage].first("train/skipped")
-        values = curve.points()[1]
-        return loss_verdict(
-            values if curve.finite else [*values, math.nan], name, int(skipped.newest) if skipped and skipped.finite else 0
-        )
 
 
 def comparable_floor(entry: Mapping[str, Any]) -> float | None:
@@ -772,16 +858,19 @@ def next_commands(out: Path, record: Mapping[str, Any], status: str) -> list[tup
     return [("Ctrl-C stops it, and nothing is lost. Go on later with:", resume)]
 
 
-@functools.cache
-def _template() -> Any:
-    """page.jinja. It escapes every value, so that a hostile folder or class name stays text."""
+def environment(*folders: Path) -> Any:
+    """The templates here and in `folders`. Every value is escaped, so that a hostile folder or class name stays text."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    return environment.get_template("page.jinja")
+    loader = FileSystemLoader([*folders, Path(__file__).parent])
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+@functools.cache
+def _template() -> Any:
+    return environment().get_template("page.jinja")
 
 
 def render(facts: Mapping[str, Any]) -> str:
-    """The page as HTML, of the facts of `LivePage.facts`."""
-    return _template().render(facts)
+    """The page as HTML, of the facts of `FitFiles.facts`."""
+    return str(_template().render(facts))

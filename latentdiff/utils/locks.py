@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import socket
 import sys
 import threading
@@ -88,6 +89,17 @@ def locked(
 def is_lock(path: Path) -> bool:
     """Whether a file is a lock of this module."""
     return path.name.endswith(NAME)
+
+
+def holder_runs(text: str) -> bool:
+    """Whether the process that a lock's file names still runs, as far as this machine can tell.
+
+    text: what the file holds. A process on another host counts as running; a file that names none does not.
+    """
+    import psutil
+
+    match = re.fullmatch(r"process (\d{1,9}) on (\S+)\s*", text)
+    return match is not None and (match[2] != socket.gethostname() or psutil.pid_exists(int(match[1])))
 
 
 def contents(folder: Path) -> list[Path]:

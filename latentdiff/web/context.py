@@ -33,9 +33,7 @@ class Limits:
     def check_images(self, images: int, pixels_each: int = 0) -> None:
         """UserError for more images, or more pixels in all of them, than one request may have."""
         if not 1 <= images <= self.images:
-            raise UserError(
-                f"number of images {images}: must be from 1 to {self.images}; `latentdiff serve --max-images` sets it"
-            )
+            raise UserError(f"number of images {images}: must be from 1 to {self.images}, the server's --max-images")
         if images * pixels_each > self.pixels:
             raise UserError(
                 f"number of images {images}: they have {images * pixels_each:,} pixels together; at most {self.pixels:,} are "

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from latentdiff.web.models import Facts
 
 IMAGES = 16  # that the page asks for at first
-OWN_SAMPLER = "the model's own"
+OWN_SAMPLER = "default"
 OUT = "images"  # the folder in the command that is shown
 SMALL = 128  # pixels; smaller images are enlarged without blurring
 BATCH = 128  # of `latentdiff generate`; the metadata of an image name it
@@ -66,7 +66,7 @@ class Drawn:
 
     Attributes:
         files: a PNG of each image, with its settings as metadata.
-        captions: what each shows.
+        captions: what each shows; "" where all show the same.
         archive: all of them in a zip file.
         arguments: of `latentdiff.generate`, see `call`.
         seconds: that it took.
@@ -204,7 +204,9 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     with zipfile.ZipFile(archive, "w") as pack:  # a PNG is compressed already
         for file in files:
             pack.write(file, f"{OUT}/{file.name}")
-    names = [name for name in arguments["what"] or [""] for _ in range(arguments["num_images"])]
+    # One class or prompt needs no caption under each image
+    what = arguments["what"] if len(arguments["what"]) > 1 else [""]
+    names = [name for name in what for _ in range(arguments["num_images"])]
     return Drawn(files, names, archive, arguments, time.monotonic() - began)
 
 
@@ -240,8 +242,10 @@ def build(context: Context) -> None:
             model = gr.Dropdown(models.names, value=first.name, label="Model", filterable=False)
             about = gr.Markdown(describe(first))
             classes = gr.Dropdown(label="Classes", multiselect=True, allow_custom_value=True, **_classes(first))
-            prompt = gr.Textbox(label="Prompt", info="One a line", lines=2, max_lines=6, **_prompt(first))
-            negative = gr.Textbox(label="Negative prompt", info="What to guide away from", lines=1, **_negative(first))
+            prompt = gr.Textbox(
+                label="Prompt", placeholder="a red apple (one prompt a line)", lines=2, max_lines=6, **_prompt(first)
+            )
+            negative = gr.Textbox(label="Negative prompt", placeholder="what to guide away from", lines=1, **_negative(first))
             with gr.Row():
                 count = gr.Number(min(IMAGES, limits.images), label="Images of each", precision=0, minimum=1)
                 seed = gr.Number(0, label="Seed", precision=0)
@@ -260,22 +264,29 @@ def build(context: Context) -> None:
             status = gr.Markdown("Nothing drawn yet.", elem_id="generate-status")
             gallery = gr.Gallery(
                 label="Images",
+                show_label=False,
                 columns=4,
                 height="auto",
                 object_fit="contain",
                 buttons=["download", "fullscreen"],
                 interactive=False,
-                elem_classes=_pixels(first),
+                elem_id="generate-images",
+                elem_classes=["whole", *_pixels(first)],
             )
             archive = gr.DownloadButton("Download all", interactive=False)
+            gr.Markdown("From noise to images: what the model expects the first images to become, after some of the steps")
             path = gr.Image(
-                label="From noise to images: what the model believes after some of the steps",
+                label="From noise to images",
+                show_label=False,
                 interactive=False,
                 buttons=["fullscreen"],
+                height="auto",
+                elem_id="generate-trajectory",
                 elem_classes=_pixels(first),
             )
-            command = gr.Code(label="The command that makes the same files", language="shell", interactive=False, lines=1)
-            python = gr.Code(label="The Python that makes the same files", language="python", interactive=False, lines=1)
+            shown = {"interactive": False, "lines": 1, "wrap_lines": True}
+            command = gr.Code(label="The command that makes the same files", language="shell", **shown)
+            python = gr.Code(label="The Python that makes the same files", language="python", **shown)
 
     def choose(name: str) -> list[Any]:
         """The fields for another model."""
@@ -293,7 +304,7 @@ def build(context: Context) -> None:
             gr.update(**_guided(facts)),
             facts.guidance,
             *facts.interval,
-            gr.update(elem_classes=_pixels(facts)),
+            gr.update(elem_classes=["whole", *_pixels(facts)]),
             gr.update(elem_classes=_pixels(facts)),
         ]
 
@@ -330,7 +341,7 @@ def build(context: Context) -> None:
                 facts, drawn = models.facts(model), update.result
                 yield shown(
                     status=summary(facts, drawn),
-                    gallery=list(zip(map(str, drawn.files), drawn.captions, strict=True)),
+                    gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
                     archive=gr.update(value=str(drawn.archive), interactive=True),
                     command=as_flags(facts, drawn.arguments),
                     python=as_python(facts, drawn.arguments),

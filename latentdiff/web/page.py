@@ -17,8 +17,10 @@ CACHE_SECONDS = (300, 3600)  # how often results and uploads are looked through,
 # Only fonts of the visitor's own machine: the page asks for nothing from elsewhere
 FONTS = ("system-ui", "sans-serif")
 MONOSPACED = ("ui-monospace", "monospace")
+# Small images are enlarged without blurring, and a gallery shows all its images instead of a window with a scroll bar
 CSS = """
 .pixels img {image-rendering: pixelated}
+.whole .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
 """
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 DEFAULT_MODEL = "weights/fashion-mnist"
 MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
+BODY = 1_000_000  # bytes of a request beside an uploaded file
 NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -158,6 +159,9 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         import gradio  # noqa: F401
     except ImportError:
         raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
+    from starlette.middleware import Middleware
+
+    from latentdiff.web.body import BodyLimit
     from latentdiff.web.page import CSS, build_page, theme
 
     port = free_port(host, port)
@@ -174,6 +178,7 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         footer_links=["api", "settings"],
         run_history=False,
         max_file_size=context.limits.upload,
+        app_kwargs={"middleware": [Middleware(BodyLimit, most=context.limits.upload + BODY)]},
         ssr_mode=False,
         pwa=False,
         mcp_server=False,

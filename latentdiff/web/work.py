@@ -19,7 +19,7 @@ from latentdiff.errors import UserError, printable
 QUEUE: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1}
 FAILED = "the server failed; its terminal says why"
 # A path, where it begins: not within a word, a URL or a command such as a/b
-PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?:[^\s:;,'\"()]+[/\\])*([^\s:;,'\"()]*)")
+PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s:;,'\"()]+[/\\])*([^\s:;,'\"()]*)")
 
 
 class Cancelled(Exception):

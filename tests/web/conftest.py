@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from latentdiff.web.context import Limits
 from latentdiff.web.serve import Site, make_context, start
@@ -22,6 +22,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
 )
+PATIENCE = 90_000  # milliseconds; other programs may want the processors too
 LIMITS = Limits(images=20, steps=120, pixels=20_000, upload=200_000, queue=30)
 
 
@@ -45,6 +46,7 @@ def browser() -> Iterator[Browser]:
     """Debian's chromium. Without one the tests fail: a page that nobody has opened is not tested."""
     path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     assert path, "no chromium: install it (apt-get install chromium)"
+    expect.set_options(timeout=PATIENCE)
     with sync_playwright() as playwright:
         running = playwright.chromium.launch(executable_path=path, args=list(FLAGS))
         yield running
@@ -65,7 +67,7 @@ def visit(site, browser) -> Iterator[Visit]:
     """The page, open and ready. After the test: no error on the console, and nothing was asked of another server."""
     context = browser.new_context(viewport={"width": 1280, "height": 900})
     visitor = Visit(context.new_page())
-    visitor.page.set_default_timeout(30_000)
+    visitor.page.set_default_timeout(PATIENCE)
     visitor.page.on("console", lambda message: visitor.console.append(message.text) if message.type == "error" else None)
     visitor.page.on("pageerror", lambda error: visitor.console.append(str(error)))
     visitor.page.on("request", lambda request: visitor.asked.append(request.url))

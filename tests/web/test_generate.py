@@ -46,3 +46,117 @@ def test_the_files_are_those_of_the_command_and_of_the_python(context, tmp_path,
         (tmp_path / folder / "weights" / "emoji").symlink_to(root / "weights" / "emoji")
         run()
         assert contents(tmp_path / folder / "images") == expected
+
+
+# Limits and mistakes: one line each
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"num_images": 11}, "number of images 22: must be from 1 to 20, the server's --max-images"),
+        ({"num_images": 0}, "number of images 0: must be from 1 to 20, the server's --max-images"),
+        ({"num_images": 1.5}, "number of images: give a whole number"),
+        ({"steps": 121}, "steps 121: must be from 1 to 120, the server's --max-steps"),
+        ({"steps": float("nan")}, "steps: give a whole number"),
+        ({"seed": "x"}, "seed: give a whole number"),
+        ({"classes": ["Hat"]}, "unknown class 'Hat'; the classes are: 0 T-shirt"),
+        ({"classes": []}, "nothing is named to draw"),
+        ({"prompt": "a hat"}, "prompt: this model reads none; choose classes"),
+        ({"model": "../weights/emoji"}, "model '../weights/emoji': unknown; valid: fashion-mnist, emoji"),
+        ({"sampler": "best"}, "sampler best: valid: "),
+        ({"guidance": float("inf")}, "guidance: give a number"),
+        ({"low": 2}, "guidance"),
+        ({"negative": "blue"}, "negative"),
+    ],
+)
+def test_a_mistake_is_one_line(context, tmp_path, changes, line):
+    settings = Settings(**{**FASHION.__dict__, **changes})
+    with pytest.raises(UserError) as error:
+        draw(context, settings, tmp_path, Job())
+    said = context.work.line(error.value)
+    assert said.startswith(line) and "\n" not in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_images_of_emoji_reach_the_limit_of_pixels(context, tmp_path):
+    with pytest.raises(UserError, match="number of images 5: they have 20,480 pixels together; at most 20,000 are allowed"):
+        draw(context, Settings("emoji", prompt="a cat", num_images=5, steps=1), tmp_path, Job())
+
+
+def test_words_with_dashes_are_no_flags(context):
+    facts = context.models.facts("emoji")
+    arguments = call(context, Settings("emoji", prompt="a cat\n--model x", num_images=1))
+    assert as_flags(facts, arguments).endswith("-- '--model x'")
+
+
+# Cancel
+
+
+def test_a_stopped_request_ends_at_its_next_step(context, tmp_path):
+    steps = []
+
+    class Stopping(Job):
+        def step(self, step, steps_, shown=None):
+            steps.append(step)
+            if step == 3:
+                self.cancel()
+            super().step(step, steps_, shown)
+
+    with pytest.raises(Cancelled):
+        draw(context, Settings("fashion-mnist", ["Bag"], num_images=1, steps=50), tmp_path, Stopping())
+    assert steps == [1, 2, 3] and list(tmp_path.rglob("*.png")) == []
+
+
+def test_a_stopped_request_evaluates_no_network(context, tmp_path):
+    job = Job()
+    with context.models.use("fashion-mnist", job) as pipeline:
+        job.cancel()
+        with pytest.raises(Cancelled):
+            pipeline(class_labels=["Bag"], num_inference_steps=2)
+    with context.models.use("fashion-mnist") as pipeline:  # the next request is not stopped by it
+        pipeline(class_labels=["Bag"], num_inference_steps=1)
+
+
+def test_a_visitor_stops_only_what_is_theirs(context):
+    work, started, results = context.work, threading.Barrier(3), {}
+
+    def wait(job):
+        started.wait()
+        while True:
+            job.check()
+            time.sleep(0.01)
+
+    def visit(name):
+        results[name] = list(work.run(name, wait))
+
+    threads = [threading.Thread(target=visit, args=(name,)) for name in ("one", "two")]
+    for thread in threads:
+        thread.start()
+    started.wait()
+    assert work.running == 2 and work.cancel("three") == 0 and work.cancel("one") == 1
+    threads[0].join(10)
+    assert results["one"][-1].stopped and "two" not in results
+    assert work.cancel("two") == 1
+    threads[1].join(10)
+    assert work.running == 0
+
+
+def test_errors_name_no_path_of_the_server(context, capsys):
+    folder = context.models.folder("emoji")
+    for text, line in (
+        (f"{folder / 'unet'}: missing", "emoji/unet: missing"),
+        ("/etc/passwd: cannot be read (no such file)", "passwd: cannot be read (no such file)"),
+        ("a prompt such as a/b and 1 / 2", "a prompt such as a/b and 1 / 2"),
+        ("--sampler-options eta=0.5\nx\x1b[0m", "--sampler-options eta=0.5 x\\u001b[0m"),
+    ):
+        assert context.work.line(UserError(text)) == line
+    assert capsys.readouterr().err == ""
+
+    def fail(job):
+        raise RuntimeError("secret /root/x")
+
+    with pytest.raises(gr.Error) as error:
+        list(context.work.run("one", fail))
+    assert error.value.message == "the server failed; its terminal says why"
+    assert "secret" in capsys.readouterr().err
