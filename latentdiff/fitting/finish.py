@@ -243,7 +243,7 @@ def word_for(found: Numbers) -> str:
 
 
 def see_pictures(output: Path, config: Any) -> str:
-    """The second line: the command that draws pictures."""
+    """The second line: the commands that draw pictures, and show them in the browser."""
     if config.condition.includes("text"):
         what, _ = shown(output, config)
         words = shlex.quote(str(what[0] if what else "a prompt"))
@@ -251,7 +251,8 @@ def see_pictures(output: Path, config: Any) -> str:
         words = "--all-classes" if config.condition.type == "class" else ""
     model = shlex.quote(str(output / "model"))
     command = " ".join(filter(None, ["latentdiff generate", words, f"--model {model}", "--out samples.png"]))
-    return f"See pictures: {command} (some are in {output / 'samples.png'})"
+    page = f"latentdiff serve {shlex.quote(str(output))}"
+    return f"See pictures: {command} (some are in {output / 'samples.png'}), or in the browser: {page}"
 
 
 def what_helps(output: Path, config: Any, record: dict[str, Any], result: dict[str, Any]) -> str:

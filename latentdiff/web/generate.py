@@ -375,7 +375,7 @@ def _classes(facts: Facts) -> dict[str, Any]:
 
 
 def _prompt(facts: Facts) -> dict[str, Any]:
-    return {"visible": facts.reads_text}
+    return {"visible": facts.reads_text, "value": ""}
 
 
 def _negative(facts: Facts) -> dict[str, Any]:

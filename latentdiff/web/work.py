@@ -8,6 +8,7 @@ import re
 import sys
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,12 +120,12 @@ class Work:
 
         Closing the iterator cancels the job.
 
-        visitor: who may cancel it, see `cancel`.
+        visitor: who may cancel it, see `cancel`; None for nobody.
 
         Raises:
             gradio.Error: one line, for a mistake of the visitor and for a failure of the server.
         """
-        job, key = Job(), str(visitor)
+        job, key = Job(), str(visitor or uuid.uuid4())
         with self._guard:
             self._jobs.setdefault(key, []).append(job)
         thread = threading.Thread(target=contextvars.copy_context().run, args=(job._run, function), daemon=True)
@@ -147,7 +148,7 @@ class Work:
     def cancel(self, visitor: str | None) -> int:
         """Ask the running requests of a visitor to stop; returns how many there are."""
         with self._guard:
-            jobs = list(self._jobs.get(str(visitor), ()))
+            jobs = list(self._jobs.get(visitor, ())) if visitor else []
         for job in jobs:
             job.cancel()
         return len(jobs)

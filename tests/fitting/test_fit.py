@@ -88,6 +88,7 @@ def test_the_configs_are_ordinary_ones(finished):
 def test_three_lines_say_how_it_went(finished):
     how, what, better = finish.last_lines(finished / "model").splitlines()
     assert "real pictures" in how and "latentdiff generate --all-classes --model" in what
+    assert what.endswith(f"latentdiff serve {finished}")
     assert "more pictures (48" in better and f"--out {finished} --resume --hours 0.1" in better
 
 

@@ -1,0 +1,139 @@
+"""The command, the models of a server, and its API."""
+
+import socket
+import subprocess
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+from gradio_client import Client
+
+from latentdiff.errors import UserError
+from latentdiff.web.context import Limits
+from latentdiff.web.generate import Settings, as_flags, draw
+from latentdiff.web.models import Models
+from latentdiff.web.serve import find_models, make_context
+from latentdiff.web.work import Job
+
+WEIGHTS = Path(__file__).parent.parent.parent / "weights"
+FASHION = {"fashion-mnist": WEIGHTS / "fashion-mnist"}
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--max-images", 0], "--max-images 0: must be at least 1"),
+        (["--queue", -1], "--queue -1: must be at least 1"),
+        (["--port", 70000], "--port 70000: must be from 0 to 65535; 0 takes a free one"),
+        (["--runs", "nowhere"], "--runs nowhere: no such folder"),
+        (["nowhere"], "MODEL 'nowhere': no such folder"),
+        (["--device", "gpu"], "--device gpu: is no device of this machine"),
+        (["--host", "not an address"], "--host not an address --port 7860: cannot be listened at"),
+    ],
+)
+def test_a_wrong_call_is_refused(refused, arguments, line):
+    assert refused("serve", *arguments).startswith(f"latentdiff: {line}")
+
+
+def test_a_port_in_use_is_refused(refused):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port {port}: cannot be listened at" in refused("serve", "--port", port)
+
+
+def test_importing_the_command_is_light():
+    heavy = {"gradio", "torch", "diffusers"}
+    code = f"import sys, latentdiff.web.serve; print(*({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == ""
+
+
+def test_a_fit_stands_for_its_model_and_its_runs(tmp_path):
+    fit = tmp_path / "my-images"
+    fit.mkdir()
+    (fit / "fit.json").write_text("{}")
+    assert find_models([str(fit)]) == ({}, fit)  # training goes on
+    (fit / "model").symlink_to(WEIGHTS / "fashion-mnist")
+    assert find_models([str(fit)]) == ({"my-images": fit / "model"}, fit)
+    folders, runs = find_models(["weights/fashion-mnist", str(WEIGHTS / "fashion-mnist")])
+    assert list(folders) == ["fashion-mnist", "fashion-mnist (2)"] and runs is None
+
+
+# Models
+
+
+def test_models_are_loaded_when_used_and_the_last_used_stay():
+    names = {name: WEIGHTS / "fashion-mnist" for name in "abc"}
+    models = Models(names, keep=2)
+    assert models.loaded == []
+    for name in "aba":
+        with models.use(name):
+            pass
+    assert models.loaded == ["b", "a"]
+    with models.use("c"):
+        assert models.loaded == ["a", "c"]
+    facts = models.facts("b")  # which was freed: what is known of it stays
+    assert models.loaded == ["a", "c"] and facts.class_names[7] == "Sneaker" and facts.steps == 11
+    assert (facts.shown, facts.pixels, facts.can_guide) == ("weights/fashion-mnist", 784, True)
+    with pytest.raises(UserError, match="model 'd': unknown; valid: a, b, c"):
+        models.facts("d")
+
+
+def test_one_request_at_a_time_uses_a_model(site):
+    models, inside, most = site.context.models, [], []
+
+    def use():
+        with models.use("fashion-mnist"):
+            inside.append(1)
+            most.append(len(inside))
+            threading.Event().wait(0.05)
+            inside.pop()
+
+    threads = [threading.Thread(target=use) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 4
+
+
+def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_path, run):
+    context = make_context({"codes": discrete_run / "model"}, None, Limits())
+    facts = context.models.facts("codes")
+    assert facts.over_codes and facts.samplers == ("random", "confidence")
+    pictures = []
+
+    class Watching(Job):
+        def step(self, step, steps=0, shown=None):
+            pictures.append(shown)
+
+    drawn = draw(context, Settings("codes", ["down"], num_images=2, steps=3, sampler="confidence"), tmp_path, Watching())
+    assert [picture.width for picture in pictures] == sorted({picture.width for picture in pictures}) and len(pictures) == 3
+    words = as_flags(facts, drawn.arguments).split()
+    run(*[str(discrete_run / "model") if word == "codes" else word for word in words[1:]])
+    made = Path("images")
+    assert {file.name: file.read_bytes() for file in made.iterdir()} == {f.name: f.read_bytes() for f in drawn.files}
+
+
+# The API
+
+
+def test_the_api_gives_the_same_files(site, tmp_path):
+    client = Client(site.url, download_files=str(tmp_path / "client"), verbose=False)
+    result = client.predict(model="fashion-mnist", classes=["Sneaker"], num_images=2, seed=7, steps=3, api_name="/generate")
+    status, _, images, archive, command, _ = result
+    assert status.startswith("2 images in") and command.startswith("latentdiff generate Sneaker --model weights/fashion-mnist")
+    settings = Settings("fashion-mnist", ["Sneaker"], num_images=2, seed=7, steps=3)
+    drawn = draw(site.context, settings, tmp_path, Job())
+    expected = [file.read_bytes() for file in drawn.files]
+    assert [Path(entry["image"]).read_bytes() for entry in images] == expected
+    with zipfile.ZipFile(archive["value"] if isinstance(archive, dict) else archive) as pack:
+        assert [pack.read(name) for name in sorted(pack.namelist())] == expected
+    with pytest.raises(Exception, match="steps 121: must be from 1 to 120, the server's --max-steps"):
+        client.predict(model="fashion-mnist", classes=["Sneaker"], steps=121, api_name="/generate")
