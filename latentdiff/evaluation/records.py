@@ -201,9 +201,15 @@ def read_record(what: str | Path) -> dict[str, Any]:
     """Read the record in a .json file or in a folder. UserError naming the file and what is wrong with it."""
     path = Path(what) if Path(what).suffix == ".json" else Path(what) / FILE
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        return parse_record(path.read_bytes(), str(path))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the {FILE} that evaluate --out wrote, or its folder") from None
+
+
+def parse_record(raw: bytes, path: str) -> dict[str, Any]:
+    """The record in the bytes of a metrics.json. UserError naming what is wrong. path: what an error calls the file."""
+    try:
+        record = json.loads(raw.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not JSON ({' '.join(str(error).split())[:200]})") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -242,9 +248,16 @@ def compare_records(paths: Sequence[str | Path]) -> str:
         raise UserError(f"compare: {other[0]} holds no {FILE}; give records alone, or one MODEL with --data and --samplers")
     if len(paths) < 2:
         raise UserError(f"compare: {paths[0]} is one record; give two or more to stand side by side")
-    records = [read_record(path) for path in paths]
-    for path, record in zip(paths[1:], records[1:], strict=True):
-        check_comparable(str(paths[0]), records[0], str(path), record)
+    return comparison_table([str(path) for path in paths], [read_record(path) for path in paths])
+
+
+def comparison_table(names: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
+    """Two or more records side by side, as `compare_records` shows them. names: what to call them.
+
+    UserError, naming the field, for unequal protocols.
+    """
+    for name, record in zip(names[1:], records[1:], strict=True):
+        check_comparable(names[0], records[0], name, record)
 
     rows: list[list[str]] = []
     for key in dict.fromkeys(key for record in records for key in record["made"]):
@@ -258,7 +271,7 @@ def compare_records(paths: Sequence[str | Path]) -> str:
         rows.append([name, *(NONE if entry is None else format_value(entry) for entry in entries), ", ".join(floors)])
     fields = {field: records[0]["protocol"][field] for field in PROTOCOLS[records[0]["kind"]]}
     protocol = "; ".join(f"{field.replace('_', ' ')} {_short(value)}" for field, value in fields.items())
-    lines = markdown_table(("", *map(str, paths), "real images"), rows)
+    lines = markdown_table(("", *names, "real images"), rows)
     return "\n".join([*lines, "", f"One protocol: {protocol}."]) + "\n"
 
 

@@ -33,8 +33,8 @@ MOST_JSON = 2**22  # bytes of a JSON file
 MOST_CHARTS = 24  # of the other curves
 KEPT_RUNS, KEPT_PICTURES = 8, 64  # in memory; pictures of each run
 WIDEST = 640  # pixels of a picture as it is shown
+STYLE = f"<style>{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>"
 QUIET = 60.0  # seconds without a new line after which a run without a lock is not running
-STAGE_NAMES = {"autoencoder": "autoencoder"}  # every other stage is shown as stage 2
 
 
 class Section(NamedTuple):
@@ -317,7 +317,7 @@ def build(context: Context) -> None:
         gr.Markdown("No folder of runs is shown. Start the server with `latentdiff serve --runs DIR`.")
         return
     runs = Runs(context.runs, context.work.without_paths)
-    gr.HTML(f"<style>{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>", visible=True)
+    gr.HTML(STYLE)
     choice = gr.Dropdown(runs.names(), label="Run", info="The newest first. The page follows a run while it trains.")
     head, pictures, curves = gr.HTML(label="How it goes"), gr.HTML(label="Pictures"), gr.HTML(label="Curves")
     with gr.Accordion("More curves", open=False):
@@ -331,15 +331,18 @@ def build(context: Context) -> None:
         """The list of runs, and the parts of the chosen run that have changed."""
         try:
             names = runs.names()
+            # The list alone: the visitor may have chosen another run meanwhile
+            listed = gr.Dropdown(choices=names)
             if name not in names:
                 name = names[0] if names else None
+                listed = gr.Dropdown(choices=names, value=name)
             parts: list[Any] = ["<p>There is no run in the folder yet.</p>", "", "", "", ""]
             now: dict[str, str] = {}
             if name is not None:
                 parts, now = changed_parts(runs.sections(name), before)
         except Exception as error:
             raise context.work.error(error) from None
-        return [gr.Dropdown(choices=names, value=name), *(gr.skip() if part is None else part for part in parts), now]
+        return [listed, *(gr.skip() if part is None else part for part in parts), now]
 
     places = [choice, head, pictures, curves, more_curves, details, seen]
     settings: dict[str, Any] = dict(fn=look, inputs=[choice, seen], outputs=places, show_progress="hidden", api_name=False)

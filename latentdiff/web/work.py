@@ -19,8 +19,11 @@ from latentdiff.errors import UserError, printable
 # How events that compute are given to gradio: they wait in one queue, and run one at a time
 QUEUE: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1}
 FAILED = "the server failed; its terminal says why"
+LONGEST = 1000  # letters of an error that are shown: it may quote what a visitor sent, or a file
 # A path, where it begins: not within a word, a URL or a command such as a/b
-PATH = re.compile(r"(?<![\w.:/~-])(?:~|[A-Za-z]:)?[/\\](?=[^\s/\\])(?:[^\s:;,'\"()]+[/\\])*([^\s:;,'\"()]*)")
+PATH = re.compile(
+    r"(?<![\w.:/~<-])(?:(?:~|[A-Za-z]:)?/|[A-Za-z]:\\)(?=[^\s/\\])(?:[^\s:;,'\"()<>|/\\]+[/\\])*([^\s:;,'\"()<>|/\\]*)"
+)
 
 
 class Cancelled(Exception):
@@ -163,7 +166,7 @@ class Work:
                 return "there is not enough memory for this; ask for fewer images"
             traceback.print_exception(error, file=sys.stderr)
             return FAILED
-        return self.without_paths(str(error))
+        return self.without_paths(str(error)[:LONGEST])
 
     def without_paths(self, text: str) -> str:
         """A text in one line, in which folders of the server have their names, and other paths only their last part."""
