@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from latentdiff.errors import UserError
+from latentdiff.web.commands import command_line, python_call
 from latentdiff.web.preview import Trajectory
 from latentdiff.web.work import QUEUE, Job
 
@@ -69,6 +70,7 @@ class Drawn:
         captions: what each shows; "" where all show the same.
         archive: all of them in a zip file.
         arguments: of `latentdiff.generate`, see `call`.
+        cut: the ends of prompts that are longer than the text encoder reads.
         seconds: that it took.
     """
 
@@ -76,6 +78,7 @@ class Drawn:
     captions: list[str]
     archive: Path
     arguments: dict[str, Any]
+    cut: list[str]
     seconds: float
 
 
@@ -138,30 +141,23 @@ def call(context: Context, settings: Settings) -> dict[str, Any]:
     return arguments
 
 
-def as_flags(facts: Facts, arguments: dict[str, Any]) -> str:
+def as_command(facts: Facts, arguments: dict[str, Any]) -> str:
     """The command that makes the same files."""
-    words = ["latentdiff", "generate", *(word for word in arguments["what"] if not word.startswith("-"))]
-    words += ["--model", facts.shown]
-    for name, value in arguments.items():
-        if name != "what":
-            shown = f"{name}.png" if isinstance(value, Path) else value
-            values = shown if isinstance(shown, tuple) else (shown,)
-            words += ["--" + name.replace("_", "-"), *(_number(value) for value in values)]
-    words += ["--out", OUT]
-    dashed = [word for word in arguments["what"] if word.startswith("-")]
-    return shlex.join(words + (["--", *dashed] if dashed else []))
+    flags = {"model": facts.shown, **_named(arguments), "out": OUT}
+    words = flags.pop("what")
+    line = command_line("generate", [word for word in words if not word.startswith("-")], flags)
+    dashed = [word for word in words if word.startswith("-")]  # a prompt that would be taken for a flag
+    return f"{line} -- {shlex.join(dashed)}" if dashed else line
 
 
 def as_python(facts: Facts, arguments: dict[str, Any]) -> str:
     """The Python that makes the same files."""
-    shown = {name: f"{name}.png" if isinstance(value, Path) else value for name, value in arguments.items()}
-    lines = [f"    {name}={value!r}," for name, value in {"model": facts.shown, **shown, "out": OUT}.items()]
-    return "\n".join(["from latentdiff import generate", "", "generate(", *lines, ")"])
+    return python_call("generate", {"model": facts.shown, **_named(arguments), "out": OUT})
 
 
-def _number(value: Any) -> str:
-    """A flag's value as it is typed. The text of a float is exact."""
-    return str(int(value)) if isinstance(value, float) and value == int(value) else str(value)
+def _named(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with the name of a picture in the place of its file, which is the server's."""
+    return {name: f"{name}.png" if isinstance(value, Path) else value for name, value in arguments.items()}
 
 
 def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
@@ -173,7 +169,7 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     """
     from latentdiff.generation import generate
 
-    arguments = call(context, settings)
+    arguments, facts = call(context, settings), context.models.facts(settings.model)
     total = arguments["num_images"] * max(1, len(arguments["what"]))
     batches = -(-total // BATCH)
     began = time.monotonic()
@@ -199,6 +195,7 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
                 pipeline=pipeline,
                 callback=after_step,
             )
+        cut = pipeline.cut_off([*arguments["what"], arguments.get("negative")]) if facts.reads_text else []
     files = sorted((folder / OUT).glob("*.png"))
     archive = folder / f"{OUT}.zip"
     with zipfile.ZipFile(archive, "w") as pack:  # a PNG is compressed already
@@ -207,7 +204,7 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     # One class or prompt needs no caption under each image
     what = arguments["what"] if len(arguments["what"]) > 1 else [""]
     names = [name for name in what for _ in range(arguments["num_images"])]
-    return Drawn(files, names, archive, arguments, time.monotonic() - began)
+    return Drawn(files, names, archive, arguments, cut, time.monotonic() - began)
 
 
 def summary(facts: Facts, drawn: Drawn) -> str:
@@ -215,6 +212,8 @@ def summary(facts: Facts, drawn: Drawn) -> str:
     count = len(drawn.files)
     images = "1 image" if count == 1 else f"{count} images"
     line = f"{images} in {drawn.seconds:.1f} seconds."
+    if drawn.cut:
+        line += " The prompts are longer than the model reads; this was cut off: " + "; ".join(drawn.cut)
     if not facts.shown.startswith("weights/"):
         line += f" In the command, {facts.shown} stands for the folder of the model."
     return line
@@ -262,29 +261,31 @@ def build(context: Context) -> None:
                 stop = gr.Button("Stop")
         with gr.Column(scale=3, min_width=320):
             status = gr.Markdown("Nothing drawn yet.", elem_id="generate-status")
-            gallery = gr.Gallery(
-                label="Images",
-                show_label=False,
-                columns=4,
-                height="auto",
-                object_fit="contain",
-                buttons=["download", "fullscreen"],
-                interactive=False,
-                elem_id="generate-images",
-                elem_classes=["whole", *_pixels(first)],
-            )
-            archive = gr.DownloadButton("Download all", interactive=False)
-            gr.Markdown("From noise to images: what the model expects the first images to become, after some of the steps")
-            path = gr.Image(
-                label="From noise to images",
-                show_label=False,
-                interactive=False,
-                buttons=["fullscreen"],
-                height="auto",
-                elem_id="generate-trajectory",
-                elem_classes=_pixels(first),
-            )
-            shown = {"interactive": False, "lines": 1, "wrap_lines": True}
+            with gr.Column(elem_classes="when-full"):
+                gallery = gr.Gallery(
+                    label="Images",
+                    show_label=False,
+                    columns=4,
+                    height="auto",
+                    object_fit="contain",
+                    buttons=["download", "fullscreen"],
+                    interactive=False,
+                    elem_id="generate-images",
+                    elem_classes=["whole", *_pixels(first)],
+                )
+                archive = gr.DownloadButton("Download all")
+            with gr.Column(elem_classes="when-full"):
+                gr.Markdown("From noise to images: what the model expects the first images to become, after some of the steps")
+                path = gr.Image(
+                    label="From noise to images",
+                    show_label=False,
+                    interactive=False,
+                    buttons=["fullscreen"],
+                    height="auto",
+                    elem_id="generate-trajectory",
+                    elem_classes=_pixels(first),
+                )
+            shown = {"interactive": False, "lines": 1, "wrap_lines": True, "elem_classes": "when-full"}
             command = gr.Code(label="The command that makes the same files", language="shell", **shown)
             python = gr.Code(label="The Python that makes the same files", language="python", **shown)
 
@@ -333,7 +334,7 @@ def build(context: Context) -> None:
             return [changes.get(name, gr.skip()) for name in outputs]
 
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield shown(status="Working …", archive=gr.update(interactive=False))
+            yield shown(status="Working …")
             for update in context.run(request.session_hash, lambda job: draw(context, settings, Path(folder), job)):
                 if not update.done or update.stopped:
                     yield shown(status=update.text, **({} if update.shown is None else {"path": update.shown}))
@@ -342,8 +343,8 @@ def build(context: Context) -> None:
                 yield shown(
                     status=summary(facts, drawn),
                     gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
-                    archive=gr.update(value=str(drawn.archive), interactive=True),
-                    command=as_flags(facts, drawn.arguments),
+                    archive=str(drawn.archive),
+                    command=as_command(facts, drawn.arguments),
                     python=as_python(facts, drawn.arguments),
                 )
 

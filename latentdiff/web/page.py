@@ -17,10 +17,14 @@ CACHE_SECONDS = (300, 3600)  # how often results and uploads are looked through,
 # Only fonts of the visitor's own machine: the page asks for nothing from elsewhere
 FONTS = ("system-ui", "sans-serif")
 MONOSPACED = ("ui-monospace", "monospace")
-# Small images are enlarged without blurring, and a gallery shows all its images instead of a window with a scroll bar
+# Small images are enlarged without blurring. A gallery shows all its images instead of a window with a scroll bar, all of its
+# columns on a phone too. What has no content yet is not shown
 CSS = """
 .pixels img {image-rendering: pixelated}
 .whole .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
+.whole .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
+  grid-template-rows: none !important; grid-auto-rows: auto !important}
+.when-full:has(.empty) {display: none !important}
 """
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
-ROWS = 4  # images that are followed
+ROWS = 3  # images that are followed
 COLUMNS = 8  # steps that are shown
 SIDE = 64  # pixels that a small image is enlarged to, at least
 

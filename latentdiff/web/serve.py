@@ -69,10 +69,10 @@ def serve(
             raise UserError(f"{flag} {value}: must be at least 1")
     if not 0 <= port <= 65535:
         raise UserError(f"--port {port}: must be from 0 to 65535; 0 takes a free one")
+    if runs is not None and not Path(runs).is_dir():
+        raise UserError(f"--runs {runs}: no such folder")
     folders, own_runs = find_models(list(models or [DEFAULT_MODEL]))
     runs_folder = own_runs if runs is None else Path(runs)
-    if runs_folder is not None and not runs_folder.is_dir():
-        raise UserError(f"--runs {runs}: no such folder")
     processes.pick_device(device)
 
     limits = Limits(max_images, max_steps, max_pixels, max_upload * 1_000_000, queue)
@@ -175,7 +175,7 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         prevent_thread_lock=True,
         quiet=True,
         show_error=True,
-        footer_links=["api", "settings"],
+        footer_links=["settings", "api"],
         run_history=False,
         max_file_size=context.limits.upload,
         app_kwargs={"middleware": [Middleware(BodyLimit, most=context.limits.upload + BODY)]},

@@ -11,7 +11,7 @@ import pytest
 import latentdiff
 from latentdiff.cli import main
 from latentdiff.errors import UserError
-from latentdiff.web.generate import Settings, as_flags, as_python, call, draw
+from latentdiff.web.generate import Settings, as_command, as_python, call, draw
 from latentdiff.web.work import Cancelled, Job
 
 FASHION = Settings("fashion-mnist", ["Sneaker", "Bag"], num_images=2, steps=3, seed=5)
@@ -38,7 +38,7 @@ def test_the_files_are_those_of_the_command_and_of_the_python(context, tmp_path,
     monkeypatch.chdir(tmp_path.parent)
     root = Path(latentdiff.__file__).parent.parent
     for folder, run in (
-        ("by-command", lambda: main(shlex.split(as_flags(facts, drawn.arguments))[1:])),
+        ("by-command", lambda: main(shlex.split(as_command(facts, drawn.arguments))[1:])),
         ("by-python", lambda: exec(as_python(facts, drawn.arguments), {})),
     ):
         (tmp_path / folder / "weights").mkdir(parents=True)
@@ -87,7 +87,7 @@ def test_images_of_emoji_reach_the_limit_of_pixels(context, tmp_path):
 def test_words_with_dashes_are_no_flags(context):
     facts = context.models.facts("emoji")
     arguments = call(context, Settings("emoji", prompt="a cat\n--model x", num_images=1))
-    assert as_flags(facts, arguments).endswith("-- '--model x'")
+    assert as_command(facts, arguments).endswith("-- '--model x'")
 
 
 # Cancel

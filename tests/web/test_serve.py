@@ -12,7 +12,7 @@ from gradio_client import Client
 
 from latentdiff.errors import UserError
 from latentdiff.web.context import Limits
-from latentdiff.web.generate import Settings, as_flags, draw
+from latentdiff.web.generate import Settings, as_command, draw
 from latentdiff.web.models import Models
 from latentdiff.web.serve import find_models, make_context
 from latentdiff.web.work import Job
@@ -115,7 +115,7 @@ def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_pat
 
     drawn = draw(context, Settings("codes", ["down"], num_images=2, steps=3, sampler="confidence"), tmp_path, Watching())
     assert [picture.width for picture in pictures] == sorted({picture.width for picture in pictures}) and len(pictures) == 3
-    words = as_flags(facts, drawn.arguments).split()
+    words = as_command(facts, drawn.arguments).split()
     run(*[str(discrete_run / "model") if word == "codes" else word for word in words[1:]])
     made = Path("images")
     assert {file.name: file.read_bytes() for file in made.iterdir()} == {f.name: f.read_bytes() for f in drawn.files}
@@ -133,7 +133,7 @@ def test_the_api_gives_the_same_files(site, tmp_path):
     drawn = draw(site.context, settings, tmp_path, Job())
     expected = [file.read_bytes() for file in drawn.files]
     assert [Path(entry["image"]).read_bytes() for entry in images] == expected
-    with zipfile.ZipFile(archive["value"] if isinstance(archive, dict) else archive) as pack:
+    with zipfile.ZipFile(archive) as pack:
         assert [pack.read(name) for name in sorted(pack.namelist())] == expected
     with pytest.raises(Exception, match="steps 121: must be from 1 to 120, the server's --max-steps"):
         client.predict(model="fashion-mnist", classes=["Sneaker"], steps=121, api_name="/generate")
