@@ -55,12 +55,14 @@ class Context:
         runs: the folder whose runs are shown; None for none.
         limits: of a request.
         work: runs the requests of visitors.
+        data: the data set of the models, whose images visitors may see; None for none.
     """
 
     models: Models
     runs: Path | None
     limits: Limits
     work: Work
+    data: str | None = None
 
     def run(self, visitor: str | None, function: Callable[[Job], Any]) -> Iterator[Update]:
         """Run function(job) for a visitor. See `Work.run`."""

@@ -283,10 +283,12 @@ def build(context: Context) -> None:
                 start = gr.Button("Edit", variant="primary")
                 stop = gr.Button("Stop")
         with gr.Column(min_width=300):
-            slider = gr.ImageSlider(label="Before and after", format="png", interactive=False, height=SHOWN)
-            gallery = gr.Gallery(label="Results", format="png", columns=4, height="fit-content", visible=False)
-            status = gr.Markdown("", elem_classes="status")
-            files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False)
+            slider = gr.ImageSlider(
+                label="Before and after", format="png", interactive=False, height=SHOWN, elem_id="edit-slider"
+            )
+            gallery = gr.Gallery(label="Results", format="png", columns=4, height="auto", visible=False, elem_classes="whole")
+            status = gr.Markdown(elem_id="edit-status")
+            files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="edit-files")
             code_shown: dict[str, Any] = {"interactive": False, "wrap_lines": True, "visible": False, "lines": 1}
             command = gr.Code(label="The command that makes the same files", language="shell", **code_shown)
             code = gr.Code(label="The Python that makes the same files", language="python", **code_shown)

@@ -1,6 +1,7 @@
-"""The tab Explore: what lies between two things, what guidance does, how noise becomes an image.
+"""The tab Explore: what lies between two things, what guidance does, how noise becomes an image,
+and which training images are nearest.
 
-`between`, `sweep` and `path_of` are plain functions. `build` lays the tab out.
+`between`, `sweep`, `path_of` and `nearest_images` are plain functions. `build` lays the tab out.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import gradio as gr
 import numpy as np
 from PIL import Image
 
-from latentdiff.editing import FRAMES, edit
+from latentdiff.editing import FRAMES, edit, image_rule, read_image
 from latentdiff.errors import UserError
 from latentdiff.evaluation.gallery import SCALES
 from latentdiff.web.commands import command_line, python_call
-from latentdiff.web.edit import class_choices, enlarged
+from latentdiff.web.edit import SHOWN, class_choices, enlarged
 from latentdiff.web.generate import number, whole
 from latentdiff.web.uploads import Upload, read_upload, undecoded
 from latentdiff.web.work import QUEUE
@@ -28,6 +29,7 @@ from latentdiff.web.work import QUEUE
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from latentdiff.data.datasets import ImageDataset
     from latentdiff.evaluation.gallery import GallerySampler
     from latentdiff.generation import Subject
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
     from latentdiff.web.models import Facts
     from latentdiff.web.work import Job
 
+NEAREST = 8  # training images that are shown
 WAY, SWEEP, PATH = "way.webp", "guidance.png", "trajectory.png"  # names of files
 STEPS = 30  # of a trajectory and of guidance at several scales, as the page asks for them at first
 SAMPLER = "dpmpp_2m"
@@ -249,6 +252,84 @@ def scales_of(text: str) -> list[float]:
     return scales
 
 
+# The nearest training images
+
+
+def nearest_images(
+    pipeline: LatentDiffusionPipeline,
+    model: Path,
+    data: str,
+    picture: Path | None,
+    what: str,
+    seed: int,
+    steps: int,
+    sampler: str,
+    step: Callable[[int, int], None],
+) -> Explored:
+    """An image and the training images that are nearest to it, with their classes and distances.
+
+    Args:
+        pipeline: the model, loaded.
+        model: its folder.
+        data: its data set.
+        picture: a file; None draws one image of `what`, as `path_of` does.
+        what, seed, steps, sampler: as of `path_of`.
+        step: step(done, total) is called while the training images are gone through.
+
+    Raises:
+        UserError: a model that was not trained here, other data, or a picture that cannot be read.
+    """
+    import torch
+
+    from latentdiff.evaluation.reference_data import data_rule, reference_sets
+    from latentdiff.models.codec import LatentCodec
+
+    train, _ = reference_sets(data, *data_rule(model, LatentCodec(pipeline.vae)))
+    if picture is None:
+        images, _ = _sampler(pipeline, "", what, 1, seed, steps, sampler)
+        config = pipeline.config
+        with torch.no_grad():
+            guided = images.guided(config.default_guidance_scale, interval=config.default_guidance_interval)
+            query = _as_arrays(images.draw(guided))[0]
+    else:
+        query = read_image(picture, picture.name, image_rule(model, pipeline)).pixels
+    found = nearest(train.preprocess(query), train, NEAREST, step)
+    images, labels = train.batch([k for _, k in found])
+    height, width = query.shape[:2]
+    top, left = (images.shape[2] - height) // 2, (images.shape[3] - width) // 2  # without the border of training
+    shown = _as_arrays(images[..., top : top + height, left : left + width])
+    classes = [""] * len(found) if labels is None else [f"{train.class_names[label]}, " for label in labels.tolist()]
+    captions = [f"{name}{distance:.3f}" for name, (distance, _) in zip(classes, found, strict=True)]
+    return Explored([query, *shown], ["the image", *captions])
+
+
+def nearest(image: Tensor, train: ImageDataset, count: int, step: Callable[[int, int], None]) -> list[tuple[float, int]]:
+    """The training images that are nearest to an image: [(distance, index in `train`)], the nearest first.
+
+    The distance is the root mean square difference of pixels whose range is 1, as in
+    `latentdiff.evaluation.memorization.nearest_by_pixels`, which finds one alone. Large images are averaged over squares first.
+
+    Args:
+        image: [C, H, W] in [-1, 1], as `train` gives its own.
+        train: the training images.
+        count: how many; all of them where there are fewer.
+        step: step(done, total) is called while the images are gone through.
+    """
+    import torch
+
+    from latentdiff.evaluation.memorization import compared, pixel_rows
+
+    query = compared(image[None])  # [1, P]
+    distances: list[Tensor] = []
+    done = 0
+    for rows in pixel_rows(train):
+        distances.append((rows - query).square().mean(dim=1).sqrt() / 2)  # from [-1, 1] to a range of 1
+        done += len(rows)
+        step(done, len(train))
+    values, places = torch.cat(distances).topk(min(count, done), largest=False)
+    return list(zip(values.tolist(), places.tolist(), strict=True))
+
+
 # The tab
 
 
@@ -277,15 +358,22 @@ def build(context: Context) -> None:
             with gr.Row():
                 first = undecoded(gr.Image(label="First picture", **upload))
                 last = undecoded(gr.Image(label="Last picture", **upload))
-        way = Results("Go from one to another", "Place on the way")
+        way = Results("interpolate", "Go from one to another", "Place on the way")
     with gr.Accordion("What guidance does", open=False):
         with gr.Row():
             scales = gr.Textbox(" ".join(f"{scale:g}" for scale in SCALES), label="Scales of guidance", info="1 is off")
             count = gr.Number(min(3, limits.images), label="Images of each scale", precision=0, minimum=1)
-        swept = Results("Draw at each scale")
+        swept = Results("guidance", "Draw at each scale")
     with gr.Accordion("From noise to an image", open=False):
         guidance = gr.Number(None, label="Guidance", placeholder="the model's default")
-        path = Results("Draw step by step", "Step")
+        path = Results("trajectory", "Draw step by step", "Step")
+    with gr.Accordion("Nearest training images", open=False, visible=context.data is not None):
+        gr.Markdown(
+            "Of an uploaded picture, or else of an image of the class or prompt above. Distances are root mean square "
+            "differences of pixels from 0 to 1."
+        )
+        picture = undecoded(gr.Image(label="Picture", **upload))
+        near = Results("nearest", "Find the nearest")
 
     def choose(name: str) -> list[Any]:
         """The fields for another model."""
@@ -390,40 +478,69 @@ def build(context: Context) -> None:
 
         yield from run(path, request.session_hash, work)
 
+    def find(
+        model: str,
+        of_class: str,
+        prompt: str,
+        picture: Upload | None,
+        seed: float,
+        steps: float,
+        sampler: str,
+        request: gr.Request,
+    ) -> Iterator[Any]:
+        """Find the training images that are nearest to a picture, or to an image of a class or prompt."""
+
+        def work(folder: Path, job: Job) -> Explored:
+            if context.data is None:
+                raise UserError("the server was given no data set; `latentdiff serve --data` names one")
+            facts = models.facts(model)
+            if picture is not None:
+                read_upload(picture, limits)
+            file = picture if isinstance(picture, Path) else None
+            settings = (whole(seed, "seed"), _checked_steps(context, steps), str(sampler or SAMPLER), job.step)
+            with models.use(model, job) as pipeline:
+                what = named(facts, of_class, prompt)
+                return nearest_images(pipeline, models.folder(model), context.data, file, what, *settings)
+
+        yield from run(near, request.session_hash, work)
+
     named_by = [one_class, one_prompt]
     drawn_by = [seed, steps, sampler]
-    way.wire(
-        context, interpolate, [model, *named_by, other_class, other_prompt, first, last, frames, seed, steps], "interpolate"
-    )
-    swept.wire(context, guide, [model, *named_by, scales, count, *drawn_by], "guidance")
-    path.wire(context, follow, [model, *named_by, guidance, *drawn_by], "trajectory")
+    ends = [*named_by, other_class, other_prompt, first, last]
+    way.wire(context, interpolate, [model, *ends, frames, seed, steps])
+    swept.wire(context, guide, [model, *named_by, scales, count, *drawn_by])
+    path.wire(context, follow, [model, *named_by, guidance, *drawn_by])
+    near.wire(context, find, [model, *named_by, picture, *drawn_by])
 
 
 class Results:
     """The buttons of a part of the tab, and what it shows.
 
     Args:
+        name: of the request, in the API and in the page's elements.
         button: what the button says.
         scrubber: the label of a slider that chooses one of the images; "" for none.
     """
 
-    def __init__(self, button: str, scrubber: str = ""):
+    def __init__(self, name: str, button: str, scrubber: str = ""):
+        self.name = name
         with gr.Row():
             self.start = gr.Button(button, variant="primary")
             self.stop = gr.Button("Stop")
-        self.status = gr.Markdown()
+        self.status = gr.Markdown(elem_id=f"explore-{name}")
         self.scrubber = gr.Slider(1, 2, 1, step=1, label=scrubber, visible=False) if scrubber else None
         self.gallery = gr.Gallery(
             label="Images",
             format="png",
             columns=4,
-            height="fit-content",
+            height=SHOWN if scrubber else "auto",
             object_fit="contain",
             interactive=False,
             visible=False,
             preview=bool(scrubber),
+            elem_classes="whole",
         )
-        self.file = gr.File(label="File", interactive=False, visible=False)
+        self.file = gr.File(label="File", interactive=False, visible=False, elem_id=f"explore-{name}-file")
         code: dict[str, Any] = {"interactive": False, "wrap_lines": True, "visible": False, "lines": 1}
         self.command = gr.Code(label="The command that makes the same file", language="shell", **code)
         self.code = gr.Code(label="The Python that makes the same file", language="python", **code)
@@ -434,10 +551,10 @@ class Results:
         scrubber = [] if self.scrubber is None else [self.scrubber]
         return [self.status, *scrubber, self.gallery, self.file, self.command, self.code]
 
-    def wire(self, context: Context, function: Callable[..., Iterator[Any]], inputs: list[Any], api_name: str) -> None:
+    def wire(self, context: Context, function: Callable[..., Iterator[Any]], inputs: list[Any]) -> None:
         """Run function(*inputs, request) where the button is pressed, and stop it at the other one."""
         shown = {"show_progress": "minimal", "show_progress_on": self.status}
-        event = self.start.click(function, inputs, self.components, api_name=api_name, **shown, **QUEUE)
+        event = self.start.click(function, inputs, self.components, api_name=self.name, **shown, **QUEUE)
 
         def cancel(request: gr.Request) -> str:
             """Stop what the visitor draws."""
@@ -462,7 +579,7 @@ class Results:
         last = len(images)
         updates = {
             self.status: "Done.",
-            self.gallery: gr.update(value=images, visible=True, columns=min(8, len(dict.fromkeys(result.captions)))),
+            self.gallery: gr.update(value=images, visible=True, columns=min(8, len(dict.fromkeys(result.captions)) or 1)),
             self.file: gr.update(value=None if result.file is None else str(result.file), visible=result.file is not None),
             self.command: gr.update(value=result.command, visible=bool(result.command)),
             self.code: gr.update(value=result.code, visible=bool(result.code)),

@@ -27,6 +27,7 @@ NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY":
 def serve(
     models: list[str] | None = None,
     runs: str | Path | None = None,
+    data: str | None = None,
     port: int = 7860,
     host: str = "127.0.0.1",
     max_images: int = 64,
@@ -46,6 +47,8 @@ def serve(
         models: checkpoints: folders, or names of shipped ones. A folder of a fit or a run stands for the model in it, and its
             runs are shown; weights/fashion-mnist by default.
         runs: a folder of runs or fits to watch; by default the folder of a fit or run that is given as a model.
+        data: the data set of the models: a folder, fashion-mnist, a Hub name, or a pattern of tables or shards. The tab Explore
+            then finds the training images that are nearest to an image. Visitors see these images.
         port: of the address; 0 takes a free one.
         host: the address to listen at. The default is seen on this machine alone; 0.0.0.0 lets everyone in the network in.
         max_images: images of one request.
@@ -77,7 +80,7 @@ def serve(
 
     limits = Limits(max_images, max_steps, max_pixels, max_upload * 1_000_000, queue)
     with tempfile.TemporaryDirectory(prefix="latentdiff-serve-", ignore_cleanup_errors=True) as scratch:
-        site = start(make_context(folders, runs_folder, limits, keep, device), host, port, Path(scratch))
+        site = start(make_context(folders, runs_folder, limits, keep, device, data), host, port, Path(scratch))
         try:
             progress_bars.print_line(f"latentdiff: {site.url} (Ctrl-C ends it)")
             threading.Event().wait()
@@ -114,13 +117,21 @@ def find_models(names: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
     return folders, runs
 
 
-def make_context(folders: dict[str, Path], runs: Path | None, limits: Any, keep: int = 2, device: str = "auto") -> Context:
+def make_context(
+    folders: dict[str, Path],
+    runs: Path | None,
+    limits: Any,
+    keep: int = 2,
+    device: str = "auto",
+    data: str | None = None,
+) -> Context:
     """The settings of a server. folders: {name on the page: folder of a checkpoint}. limits: a `Limits`."""
     from latentdiff.web.context import Context
     from latentdiff.web.models import Models
     from latentdiff.web.work import Work, names_of
 
-    return Context(Models(folders, keep, device), runs, limits, Work(names_of(folders, [(runs, "the folder of runs")])))
+    shown = [(runs, "the folder of runs"), (Path(data) if data else None, "the data set")]
+    return Context(Models(folders, keep, device), runs, limits, Work(names_of(folders, shown)), data)
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import expect
 
 from latentdiff import checkpoints
 from latentdiff.cli import main
 from latentdiff.errors import UserError
-from latentdiff.web.explore import between, path_of, scales_of, sweep
+from latentdiff.evaluation.memorization import nearest_by_pixels
+from latentdiff.evaluation.reference_data import reference_sets
+from latentdiff.web.explore import between, nearest, path_of, scales_of, sweep
 
 SHOWN = "weights/fashion-mnist"
 MODEL = Path(__file__).parent.parent.parent / SHOWN
@@ -90,8 +93,56 @@ def test_trajectory_has_each_step_and_ends_on_the_image(pipe, folder, here):
     assert (default.images[-1] != path.images[-1]).any()  # the scale is heard
 
 
+def test_nearest_training_images_are_those_of_a_search_through_all(stripe_folder):
+    train, held_out = reference_sets(str(stripe_folder))
+    steps = []
+    found = nearest(held_out.batch([0])[0][0], train, 5, lambda done, total: steps.append((done, total)))
+    assert steps[-1] == (len(train), len(train))
+    differences = (train.batch(range(len(train)))[0] - held_out.batch([0])[0]) / 2
+    expected = differences.square().mean(dim=(1, 2, 3)).sqrt()
+    assert [k for _, k in found] == expected.argsort()[:5].tolist()
+    assert [distance for distance, _ in found] == pytest.approx(expected.sort().values[:5].tolist(), rel=1e-5)
+    closest, _ = nearest_by_pixels(held_out, held_out, train)
+    assert found[0] == (pytest.approx(closest.distances[0].item()), closest.rows[0].item())
+    assert nearest(train.batch([7])[0][0], train, 1, lambda *_: None) == [(0.0, 7)]
+    assert len(nearest(train.batch([7])[0][0], train, 1000, lambda *_: None)) == len(train)  # there are no more
+
+
 def test_scales_are_numbers():
     assert scales_of(" 1, 2.5 8 ") == [1.0, 2.5, 8.0]
     for text in ("", "1 two", "nan", " ".join(["1"] * 13), None):
         with pytest.raises(UserError, match="^scales: give "):
             scales_of(text)
+
+
+def test_the_tab_in_the_browser(visit, here):
+    page = visit.page
+    page.get_by_role("tab", name="Explore").click()
+    panel = page.get_by_role("tabpanel")  # the one that is shown
+    panel.get_by_label("Steps", exact=True).fill("2")
+    panel.get_by_label("Images of the way").fill("3")
+    panel.get_by_role("button", name="Go from one to another").click()
+    expect(panel.locator("#explore-interpolate")).to_have_text("Done.")
+    link = panel.locator("#explore-interpolate-file a").first.get_attribute("href")
+    made = page.request.get(link).body()
+    run_shown(panel.locator(".cm-content").first.inner_text().replace("\n", ""))
+    assert (here / "way.webp").read_bytes() == made
+    # The slider chooses an image of the way
+    place = panel.get_by_label("number input for Place on the way")
+    expect(place).to_have_value("3")
+    place.fill("2")
+    expect(panel.get_by_text("0.50").first).to_be_visible()
+
+    panel.get_by_role("button", name="What guidance does").click()
+    panel.get_by_label("Scales of guidance").fill("1 3")
+    panel.get_by_label("Images of each scale").fill("21")
+    panel.get_by_role("button", name="Draw at each scale").click()
+    expect(page.get_by_text("number of images 42: must be from 1 to 20, the server's --max-images")).to_be_visible()
+    panel.get_by_label("Images of each scale").fill("1")
+    panel.get_by_role("button", name="Draw at each scale").click()
+    expect(panel.locator("#explore-guidance")).to_have_text("Done.")
+
+    panel.get_by_role("button", name="From noise to an image").click()
+    panel.get_by_role("button", name="Draw step by step").click()
+    expect(panel.locator("#explore-trajectory")).to_have_text("Done.")
+    expect(panel.get_by_label("number input for Step", exact=True)).to_have_value("2")
