@@ -17,6 +17,7 @@ import gradio as gr
 from latentdiff.errors import UserError
 from latentdiff.web.commands import command_line, python_call
 from latentdiff.web.preview import Trajectory
+from latentdiff.web.uploads import read_upload, undecoded
 from latentdiff.web.work import QUEUE, Job
 
 if TYPE_CHECKING:
@@ -134,8 +135,6 @@ def call(context: Context, settings: Settings) -> dict[str, Any]:
     arguments["seed"] = whole(0 if settings.seed is None else settings.seed, "seed")
     for name in ("condition", "condition_mask"):
         if getattr(settings, name) is not None:
-            from latentdiff.web.uploads import read_upload
-
             read_upload(getattr(settings, name), limits, name.replace("_", " "))
             arguments[name] = getattr(settings, name)
     return arguments
@@ -224,6 +223,8 @@ def describe(facts: Facts) -> str:
     _, height, width = facts.image_shape
     kind = "codes" if facts.over_codes else "latents"
     line = f"Images of {width}×{height} pixels, drawn through {kind}."
+    if facts.condition:
+        line += f" Each is drawn for a picture that you upload ({facts.condition.replace('_', ' ')})."
     if facts.bridge:
         line += " It is a bridge, which starts from images of another data set: use the tab Edit."
     return line
@@ -245,6 +246,9 @@ def build(context: Context) -> None:
                 label="Prompt", placeholder="a red apple (one prompt a line)", lines=2, max_lines=6, **_prompt(first)
             )
             negative = gr.Textbox(label="Negative prompt", placeholder="what to guide away from", lines=1, **_negative(first))
+            picture = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 200}
+            condition = undecoded(gr.Image(label="Picture", **picture, **_condition(first)))
+            mask = undecoded(gr.Image(label="Mask, white to fill", **picture, **_mask(first)))
             with gr.Row():
                 count = gr.Number(min(IMAGES, limits.images), label="Images of each", precision=0, minimum=1)
                 seed = gr.Number(0, label="Seed", precision=0)
@@ -303,13 +307,15 @@ def build(context: Context) -> None:
             gr.update(**_steps(facts)),
             gr.update(**_sampler(facts)),
             gr.update(**_guided(facts)),
+            gr.update(**_condition(facts)),
+            gr.update(**_mask(facts)),
             facts.guidance,
             *facts.interval,
             gr.update(elem_classes=["whole", *_pixels(facts)]),
             gr.update(elem_classes=_pixels(facts)),
         ]
 
-    fields = [about, classes, prompt, negative, steps, sampler, guided, guidance, low, high, gallery, path]
+    fields = [about, classes, prompt, negative, steps, sampler, guided, condition, mask, guidance, low, high, gallery, path]
     model.change(choose, model, fields, api_visibility="private", **QUEUE)
 
     def generate(
@@ -324,10 +330,14 @@ def build(context: Context) -> None:
         guidance: float,
         low: float,
         high: float,
-        request: gr.Request,
+        condition: Path | None = None,  # the default makes the field optional in the API
+        condition_mask: Path | None = None,
+        request: gr.Request = None,
     ) -> Iterator[Any]:
         """Draw images of classes or prompts."""
-        settings = Settings(model, classes, prompt, negative, num_images, seed, steps, sampler, guidance, low, high)
+        settings = Settings(
+            model, classes, prompt, negative, num_images, seed, steps, sampler, guidance, low, high, condition, condition_mask
+        )
         outputs = ("status", "path", "gallery", "archive", "command", "python")
 
         def shown(**changes: Any) -> list[Any]:
@@ -348,7 +358,7 @@ def build(context: Context) -> None:
                     python=as_python(facts, drawn.arguments),
                 )
 
-    inputs = [model, classes, prompt, negative, count, seed, steps, sampler, guidance, low, high]
+    inputs = [model, classes, prompt, negative, count, seed, steps, sampler, guidance, low, high, condition, mask]
     event = gr.on(
         [start.click, prompt.submit],
         generate,
@@ -393,6 +403,14 @@ def _sampler(facts: Facts) -> dict[str, Any]:
 
 def _guided(facts: Facts) -> dict[str, Any]:
     return {"visible": facts.can_guide}
+
+
+def _condition(facts: Facts) -> dict[str, Any]:
+    return {"visible": bool(facts.condition), "value": None}
+
+
+def _mask(facts: Facts) -> dict[str, Any]:
+    return {"visible": facts.condition == "mask", "value": None}
 
 
 def _pixels(facts: Facts) -> list[str]:

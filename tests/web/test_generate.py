@@ -3,15 +3,23 @@
 import shlex
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
+import numpy as np
 import pytest
+from diffusers import DDIMScheduler
+from PIL import Image
+from tiny_models import tiny_unet, tiny_vae
 
 import latentdiff
+from latentdiff.checkpoints import save
 from latentdiff.cli import main
 from latentdiff.errors import UserError
+from latentdiff.web.context import Limits
 from latentdiff.web.generate import Settings, as_command, as_python, call, draw
+from latentdiff.web.serve import make_context
 from latentdiff.web.work import Cancelled, Job
 
 FASHION = Settings("fashion-mnist", ["Sneaker", "Bag"], num_images=2, steps=3, seed=5)
@@ -46,6 +54,28 @@ def test_the_files_are_those_of_the_command_and_of_the_python(context, tmp_path,
         (tmp_path / folder / "weights" / "emoji").symlink_to(root / "weights" / "emoji")
         run()
         assert contents(tmp_path / folder / "images") == expected
+
+
+def test_a_model_that_is_given_a_picture_takes_an_upload(tmp_path, run):
+    unet = tiny_unet(in_channels=8, num_class_embeds=None)
+    rule = {"kind": "low_resolution", "factor": 2, "dropped": False}
+    about = {"image_condition": rule, "image_size": [8, 8], "prediction": "epsilon"}
+    save(tmp_path / "m", unet, tiny_vae(), DDIMScheduler(clip_sample=False), {}, **about)
+    context = make_context({"enlarge": tmp_path / "m"}, None, Limits(upload=500))
+    upload = tmp_path / "upload.png"
+    Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16).save(upload)
+    settings = Settings("enlarge", num_images=2, steps=2, condition=upload)
+    drawn = draw(context, settings, tmp_path / "drawn", Job())
+    line = as_command(context.models.facts("enlarge"), drawn.arguments)
+    assert "--condition condition.png" in line and str(tmp_path) not in line
+    words = [{"enlarge": str(tmp_path / "m"), "condition.png": str(upload)}.get(word, word) for word in shlex.split(line)]
+    run(*words[1:])
+    assert contents(Path("images")) == {file.name: file.read_bytes() for file in drawn.files}
+    upload.write_bytes(b"no picture")
+    with pytest.raises(UserError, match="^condition: cannot be read as a picture"):
+        draw(context, settings, tmp_path / "none", Job())
+    with pytest.raises(UserError, match="this model is given a picture"):
+        draw(context, replace(settings, condition=None), tmp_path / "none", Job())
 
 
 # Limits and mistakes: one line each
