@@ -9,6 +9,7 @@ from pathlib import Path
 import gradio as gr
 import numpy as np
 import pytest
+import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from tiny_models import tiny_unet, tiny_vae
@@ -19,6 +20,7 @@ from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.web.context import Limits
 from latentdiff.web.generate import Settings, as_command, as_python, call, draw
+from latentdiff.web.preview import Trajectory
 from latentdiff.web.serve import make_context
 from latentdiff.web.work import Cancelled, Job
 
@@ -190,3 +192,34 @@ def test_errors_name_no_path_of_the_server(context, capsys):
         list(context.work.run("one", fail))
     assert error.value.message == "the server failed; its terminal says why"
     assert "secret" in capsys.readouterr().err
+
+
+# The way from noise to images
+
+
+@pytest.mark.parametrize("sampler", [None, "euler"])
+def test_the_last_estimate_is_the_image(context, sampler):
+    """The last step of these two goes to the x0 estimate itself. Guidance is on there, so the estimate is guided."""
+    with context.models.use("fashion-mnist") as pipeline, Trajectory(pipeline, 3.0).watching() as path:
+        pictures = []
+        call = {"class_labels": ["Bag", 7], "guidance_scale": 3.0, "guidance_interval": (0, 1), "num_inference_steps": 10}
+        generator = torch.Generator().manual_seed(0)
+        images = pipeline(
+            **call,
+            sampler=sampler,
+            generator=generator,
+            output_type="np",
+            callback_on_step_end=lambda pipe, step, t, tensors: pictures.append(path.add(step, pipe.num_timesteps, 2)),
+        ).images
+    assert sum(picture is not None for picture in pictures) == len(path.columns) == 8
+    difference = [np.abs(column / 255 - images).max() for column in path.columns]
+    assert difference[-1] < 0.02 and difference[0] > 0.2
+    assert path.picture().size == (8 * (28 * 3 + 2), 2 * (28 * 3 + 2))
+
+
+def test_watching_changes_nothing(context):
+    with context.models.use("fashion-mnist") as pipeline:
+        hooks = len(pipeline.unet._forward_hooks)
+        with Trajectory(pipeline, 1.0).watching():
+            pass
+        assert len(pipeline.unet._forward_hooks) == hooks

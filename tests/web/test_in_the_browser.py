@@ -82,6 +82,27 @@ def test_stop_ends_the_work(visit, site):
     expect(page.locator(STATUS)).to_contain_text("16 images in")
 
 
+def test_stop_takes_a_request_out_of_the_queue(visit, site, browser):
+    """A second visitor, whose request waits behind the first one's."""
+    page = visit.page
+    fill(page, "Steps", 120)
+    press(page, "Generate")
+    expect(page.locator(STATUS)).to_contain_text("of 120")
+    context = browser.new_context()
+    second = context.new_page()
+    second.goto(site.url)
+    press(second, "Generate")
+    expect(second.get_by_text("queue: 1/1")).to_be_visible()
+    press(second, "Stop")
+    expect(second.locator(STATUS)).to_contain_text("Stopped.")
+    press(page, "Stop")
+    wait_until(lambda: site.context.work.running == 0, 60)
+    second.wait_for_timeout(500)  # nothing of the second visitor's begins
+    assert site.context.work.running == 0
+    expect(second.locator(STATUS)).to_contain_text("Stopped.")
+    context.close()
+
+
 def test_work_ends_when_its_visitor_leaves(visit, site):
     page = visit.page
     fill(page, "Steps", 120)

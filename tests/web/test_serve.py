@@ -7,6 +7,7 @@ import threading
 import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 from gradio_client import Client
 
@@ -14,7 +15,7 @@ from latentdiff.errors import UserError
 from latentdiff.web.context import Limits
 from latentdiff.web.generate import Settings, as_command, draw
 from latentdiff.web.models import Models
-from latentdiff.web.serve import find_models, make_context
+from latentdiff.web.serve import BODY, find_models, make_context
 from latentdiff.web.work import Job
 
 WEIGHTS = Path(__file__).parent.parent.parent / "weights"
@@ -137,3 +138,19 @@ def test_the_api_gives_the_same_files(site, tmp_path):
         assert [pack.read(name) for name in sorted(pack.namelist())] == expected
     with pytest.raises(Exception, match="steps 121: must be from 1 to 120, the server's --max-steps"):
         client.predict(model="fashion-mnist", classes=["Sneaker"], steps=121, api_name="/generate")
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_bytes_of_every_request_are_limited(site, chunked):
+    limit = site.context.limits.upload + BODY
+    body = b'{"data": ["' + b"x" * limit + b'"]}'
+    content = (body[start : start + 65536] for start in range(0, len(body), 65536)) if chunked else body
+    headers = {"Content-Type": "application/json"}
+    answer = httpx.post(f"{site.url}gradio_api/call/generate", content=content, headers=headers)
+    assert (answer.status_code, answer.json()) == (413, {"detail": f"request: at most {limit:,} bytes are allowed"})
+
+
+def test_an_uploaded_file_is_limited(site):
+    files = {"files": ("a.png", b"x" * (site.context.limits.upload + 1))}
+    answer = httpx.post(f"{site.url}gradio_api/upload", files=files)
+    assert (answer.status_code, answer.text) == (413, "File size exceeded maximum allowed size of 200000 bytes.")
