@@ -31,7 +31,7 @@ from latentdiff.errors import UserError
 from latentdiff.utils.images import save_png
 from latentdiff.web.commands import command_line, python_call
 from latentdiff.web.generate import number, whole
-from latentdiff.web.uploads import Upload, read_upload, undecoded, undecoded_editor
+from latentdiff.web.uploads import LAYERS, Upload, read_upload, undecoded, undecoded_editor
 from latentdiff.web.work import QUEUE
 
 if TYPE_CHECKING:
@@ -120,7 +120,7 @@ def call_of(facts: Facts, form: Mapping[str, Any], picture: str) -> dict[str, An
     if task not in tasks_of(facts):
         raise UserError(f"task {str(task)[:40]!r}: this model does not do it; valid: {', '.join(tasks_of(facts))}")
     fields = fields_of(task, facts, form.get("method"))
-    numbers = {"strength": number, "blur": number, "guidance": number, "num_images": whole, "steps": whole, "seed": whole}
+    numbers = {"strength": number, "blur": number, "guidance": typed, "num_images": whole, "steps": typed_whole, "seed": whole}
     call: dict[str, Any] = {"model": facts.shown, "images": [picture], "task": task}
     for name in ("to", "source", "strength", "mask", "method", "expand", "blur", *list(numbers)[2:], "sampler", "negative"):
         value = MASK if name == "mask" else form.get(name)
@@ -135,6 +135,19 @@ def call_of(facts: Facts, form: Mapping[str, Any], picture: str) -> dict[str, An
         call[name] = [value] if name == "to" else value
     call["out"] = OUT
     return call
+
+
+def typed(text: Any, name: str) -> float:
+    """The number in a text. UserError, naming the field, for anything else."""
+    try:
+        return number(float(str(text)), name)
+    except ValueError:
+        raise UserError(f"{name}: give a number, or leave it empty") from None
+
+
+def typed_whole(text: Any, name: str) -> int:
+    """The whole number in a text. UserError, naming the field, for anything else."""
+    return whole(typed(text, name), name)
 
 
 def sides(text: str) -> tuple[int, int, int, int]:
@@ -275,9 +288,12 @@ def build(context: Context) -> None:
             num_images = gr.Slider(1, context.limits.images, 1, step=1, label="Number of results")
             seed = gr.Number(0, precision=0, label="Seed")
             with gr.Accordion("Steps and guidance", open=False):
-                steps = gr.Number(None, precision=0, label="Steps", placeholder="the default of the task")
+                # Texts, because an empty field of numbers becomes 0 in the browser
+                steps = gr.Textbox(label="Steps", placeholder="the default of the task", max_lines=1)
                 sampler = gr.Dropdown(**_samplers(facts), label="Sampler")
-                guidance = gr.Number(None, label="Guidance", placeholder="the model's default", visible="guidance" in shown)
+                guidance = gr.Textbox(
+                    label="Guidance", placeholder="the model's default", max_lines=1, visible="guidance" in shown
+                )
                 negative = gr.Textbox(label="Negative prompt", visible="negative" in shown)
             with gr.Row():
                 start = gr.Button("Edit", variant="primary")
@@ -364,9 +380,9 @@ def build(context: Context) -> None:
         blur: float | None,
         num_images: int | None,
         seed: int | None,
-        steps: int | None,
+        steps: str | None,
         sampler: str | None,
-        guidance: float | None,
+        guidance: str | None,
         negative: str | None,
         request: gr.Request,
     ) -> Iterator[Any]:
@@ -387,6 +403,7 @@ def build(context: Context) -> None:
         # gradio copies the files that are given to it before it asks for what comes next
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             work = partial(_edit, context, model, picture, painted, form, subjects, Path(folder))
+            yield {status: "Working …"}
             for update in context.run(request.session_hash, work):
                 yield {status: update.text} if update.result is None else shown_result(*update.result)
 
@@ -447,7 +464,7 @@ def _edit(
     mask = None
     if "mask" in call:
         limits = replace(context.limits, pixels=LAYER_PIXELS)
-        layers = [read_upload(layer, limits, "mask", 1, BLACK) for layer in (painted or {}).get("layers", [])[:1]]
+        layers = [read_upload(layer, limits, "mask", 1, BLACK) for layer in (painted or {}).get("layers", [])[:LAYERS]]
         mask = mask_of([np.asarray(layer)[..., None] for layer in layers], height, width)
     with context.models.use(model, job) as pipeline:
         return call, edit_picture(pipeline, context.models.folder(model), call, picture, mask, folder, context.models.device)

@@ -21,7 +21,7 @@ from latentdiff.editing import FRAMES, edit, image_rule, read_image
 from latentdiff.errors import UserError
 from latentdiff.evaluation.gallery import SCALES
 from latentdiff.web.commands import command_line, python_call
-from latentdiff.web.edit import SHOWN, class_choices, enlarged
+from latentdiff.web.edit import SHOWN, class_choices, enlarged, typed
 from latentdiff.web.generate import number, whole
 from latentdiff.web.uploads import Upload, read_upload, undecoded
 from latentdiff.web.work import QUEUE
@@ -365,7 +365,7 @@ def build(context: Context) -> None:
             count = gr.Number(min(3, limits.images), label="Images of each scale", precision=0, minimum=1)
         swept = Results("guidance", "Draw at each scale")
     with gr.Accordion("From noise to an image", open=False):
-        guidance = gr.Number(None, label="Guidance", placeholder="the model's default")
+        guidance = gr.Textbox(label="Guidance", placeholder="the model's default", max_lines=1)
         path = Results("trajectory", "Draw step by step", "Step")
     with gr.Accordion("Nearest training images", open=False, visible=context.data is not None):
         gr.Markdown(
@@ -459,7 +459,7 @@ def build(context: Context) -> None:
         model: str,
         of_class: str,
         prompt: str,
-        guidance: float | None,
+        guidance: str,
         seed: float,
         steps: float,
         sampler: str,
@@ -471,7 +471,7 @@ def build(context: Context) -> None:
             facts = models.facts(model)
             number_of = _checked_steps(context, steps)
             limits.check_images(1, facts.pixels * number_of)
-            scale = None if guidance is None else number(guidance, "guidance")
+            scale = typed(guidance, "guidance") if guidance else None
             settings = (whole(seed, "seed"), number_of, str(sampler or SAMPLER), scale, folder)
             with models.use(model, job) as pipeline:
                 return path_of(pipeline, facts.shown, named(facts, of_class, prompt), *settings)

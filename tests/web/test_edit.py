@@ -1,12 +1,14 @@
 """The tab Edit: the bytes of the command it shows, what each model and task is asked, masks, and the tab in the browser."""
 
 import shlex
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from playwright.sync_api import Locator, expect
 
 from latentdiff import checkpoints
 from latentdiff.cli import main
@@ -102,7 +104,7 @@ def test_each_task_is_asked_what_it_reads(facts):
     assert tasks_of(replace(facts, over_codes=True)) == ["img2img", "inpaint"]
     # A setting that is left over from another task is not given
     form = {"task": "variations", "strength": 0.2, "to": "Bag", "sampler": "heun", "method": "posterior", "steps": None}
-    call = call_of(facts, form, "a.png")
+    call = call_of(facts, form | {"guidance": ""}, "a.png")
     assert set(call) == {"model", "images", "task", "strength", "out"}
 
 
@@ -111,6 +113,8 @@ def test_each_task_is_asked_what_it_reads(facts):
     [
         ({"task": "colorize"}, "task 'colorize': this model does not do it"),
         ({"task": "img2img", "steps": 2.5}, "steps: give a whole number"),
+        ({"task": "img2img", "guidance": "much"}, "guidance: give a number"),
+        ({"task": "img2img", "guidance": "nan"}, "guidance: give a number"),
         ({"task": "img2img", "seed": "nan"}, "seed: give a whole number"),
         ({"task": "img2img", "strength": [1]}, "strength: give a number"),
         ({"task": "img2img", "to": 3}, "to: must be text"),
@@ -140,3 +144,63 @@ def test_mask_is_white_where_half_of_a_pixel_is_painted():
 def test_values_that_begin_with_a_dash_stay_values(here):
     line = command_line("edit", ["-x.png"], {"to": ["-1"], "seed": -3, "weak": True, "mask": None, "expand": (1, 2, 3, 4)})
     assert line == "latentdiff edit ./-x.png --to=-1 --seed=-3 --weak --expand 1 2 3 4"
+
+
+def test_the_tab_in_the_browser(visit, site, photo, here):
+    page = visit.page
+    page.get_by_role("tab", name="Edit").click()
+    panel = page.get_by_role("tabpanel")  # the one that is shown
+    panel.locator("input[type=file]").first.set_input_files(photo)
+    expect(page.get_by_role("img", name="Picture").or_(panel.locator("img[src*='shoe']")).first).to_be_visible()
+    panel.get_by_text("Fill the painted part").click()
+    panel.get_by_text("replacement: has a strength").click()
+    expect(panel.get_by_label("number input for Strength")).to_be_visible()
+    panel.get_by_text("Steps and guidance").click()
+    steps = panel.get_by_label("Steps", exact=True)
+    panel.locator("canvas").first.wait_for()
+
+    # Paint a stroke. The canvas is ready a moment after it is there
+    page.wait_for_timeout(2000)
+    panel.locator("canvas").first.scroll_into_view_if_needed()
+    box = panel.locator("canvas").first.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    page.mouse.move(x - 50, y)
+    page.mouse.down()
+    page.mouse.move(x + 50, y, steps=5)
+    page.mouse.up()
+
+    # A limit is one line
+    steps.fill("121")
+    press(panel, "Edit")
+    expect(page.get_by_text("steps 121: must be from 1 to 120, the server's --max-steps")).to_be_visible()
+
+    # What is painted is filled, with the bytes of the command
+    steps.fill("2")
+    press(panel, "Edit")
+    expect(panel.locator("#edit-status")).to_have_text("Done.")
+    expect(panel.locator("#edit-slider img")).to_have_count(2)
+    links = [link.get_attribute("href") for link in panel.locator("#edit-files a").all()]
+    made = {link.rsplit("/", 1)[1].split("?")[0]: page.request.get(link).body() for link in links}
+    (here / photo.name).write_bytes(photo.read_bytes())
+    (here / "mask.png").write_bytes(made.pop("mask.png"))
+    main(shlex.split(panel.locator(".cm-content").first.inner_text().replace("\n", ""))[1:])
+    assert made == files_of(here) and len(made) == 2
+    share = np.asarray(Image.open(here / "mask.png")).mean() / 255
+    assert 0.01 < share < 0.5  # the stroke, and not the whole picture
+
+    # Stop ends the work
+    panel.get_by_text("Change it").click()
+    steps.fill("120")
+    panel.get_by_label("number input for Number of results").fill("20")
+    press(panel, "Edit")
+    expect(panel.locator("#edit-status")).to_contain_text("Working …")
+    press(panel, "Stop")
+    expect(panel.locator("#edit-status")).to_contain_text("Stop")
+    end = time.monotonic() + 60
+    while site.context.work.running:
+        assert time.monotonic() < end, "it was not stopped"
+        time.sleep(0.05)
+
+
+def press(panel: Locator, name: str) -> None:
+    panel.get_by_role("button", name=name, exact=True).click()
