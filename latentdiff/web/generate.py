@@ -345,18 +345,22 @@ def build(context: Context) -> None:
 
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             yield shown(status="Working …")
-            for update in context.run(request.session_hash, lambda job: draw(context, settings, Path(folder), job)):
-                if not update.done or update.stopped:
-                    yield shown(status=update.text, **({} if update.shown is None else {"path": update.shown}))
-                    continue
-                facts, drawn = models.facts(model), update.result
-                yield shown(
-                    status=summary(facts, drawn),
-                    gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
-                    archive=str(drawn.archive),
-                    command=as_command(facts, drawn.arguments),
-                    python=as_python(facts, drawn.arguments),
-                )
+            try:
+                for update in context.run(request.session_hash, lambda job: draw(context, settings, Path(folder), job)):
+                    if not update.done or update.stopped:
+                        yield shown(status=update.text, **({} if update.shown is None else {"path": update.shown}))
+                        continue
+                    facts, drawn = models.facts(model), update.result
+                    yield shown(
+                        status=summary(facts, drawn),
+                        gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
+                        archive=str(drawn.archive),
+                        command=as_command(facts, drawn.arguments),
+                        python=as_python(facts, drawn.arguments),
+                    )
+            except gr.Error as error:  # the line stays where the visitor looks, also when the message is closed
+                yield shown(status=error.message)
+                raise
 
     inputs = [model, classes, prompt, negative, count, seed, steps, sampler, guidance, low, high, condition, mask]
     event = gr.on(

@@ -122,7 +122,8 @@ def test_work_ends_when_its_visitor_leaves(visit, site):
 def test_a_limit_is_one_line(visit, label, value, line):
     fill(visit.page, label, value)
     press(visit.page, "Generate")
-    expect(visit.page.get_by_text(line)).to_be_visible()
+    expect(visit.page.locator(STATUS)).to_contain_text(line)
+    expect(visit.page.get_by_test_id("toast-body")).to_contain_text(line)
 
 
 def wait_until(condition, seconds: float) -> None:
