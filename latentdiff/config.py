@@ -524,10 +524,14 @@ class DiffusionConfig(Section):
 class DiscreteModelConfig(Section):
     """The U-Net of discrete diffusion. It is given the codes as channels of zeros and ones, and gives a logit of each code."""
 
-    type: str = Field("UNet2DModel", description="UNet2DModel, or UNet2DConditionModel for a model that reads text")
+    type: str | None = Field(None, description="UNet2DModel, the default, or UNet2DConditionModel for a model that reads text")
     config: dict[str, Any] = Field({}, description="arguments of the class")
+    pretrained: str | None = Field(
+        None,
+        description="a pipeline's folder, or a U-Net's, to start from: a model over the latents that the codes stand for. Its "
+        "first and last layer are made anew, of its own and the codebook",
+    )
     # What only the U-Net of stage diffusion can do
-    pretrained: ClassVar[None] = None
     match_classes: ClassVar[bool] = False
     lora: ClassVar[None] = None
 

@@ -9,7 +9,6 @@ are counted over many batches.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -238,42 +237,3 @@ def _left_over(books: Tensor, latents: Tensor, codes: Tensor) -> Iterator[Tensor
     for book, chosen in zip(books, codes.view(-1, len(books)).unbind(1), strict=True):
         yield rest
         rest = rest - book[chosen]
-
-
-@torch.no_grad()
-def start_from_codebook(unet: nn.Module, vectors: Tensor, counts: Tensor) -> None:
-    """Give a new U-Net over codes a first and a last layer in which codes of near vectors are alike.
-
-    The layers see a code as an index (one channel each), so they would have to learn each code by itself. Here the weights of
-    a code start as one random linear function of its vector, for all codes of a level. All of them are trained as usual. The
-    bias of the last layer starts at the codes' frequencies. It takes no draws from what the caller seeded but torch's default.
-
-    Args:
-        unet: new, of diffusers, with L (K + 1) channels in and L K out; the last of a level's K + 1 is the mask.
-        vectors: the codebooks, [L, K, d].
-        counts: how often each code occurs in the data, [L, K].
-    """
-    first: Any = unet.conv_in
-    last: Any = unet.conv_out
-    levels, codes, dim = vectors.shape
-    centred = vectors - vectors.mean(1, keepdim=True)
-    centred = centred / centred.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    # What the first layer knows of a channel: the code's vector, that it is a code, or that it is the mask
-    known = torch.zeros(levels, codes + 1, dim + 2).to(first.weight)
-    known[:, :codes, :dim] = centred.to(known)
-    known[:, :codes, dim] = 1
-    known[:, codes, dim + 1] = 1
-    area = math.prod(first.kernel_size)
-    # Each level has one channel that is not 0: either d + 1 numbers of unit size, or one
-    bound = math.sqrt(2 / (levels * (dim + 2) * area))
-    mixing = _uniform(bound, (levels, first.out_channels, dim + 2, *first.kernel_size)).to(known)
-    first.weight.copy_(torch.einsum("lofxy,lkf->olkxy", mixing, known).flatten(1, 2))
-    bound = 1 / math.sqrt(last.in_channels * math.prod(last.kernel_size))
-    mixing = _uniform(bound, (levels, dim, last.in_channels, *last.kernel_size)).to(known)
-    last.weight.copy_(torch.einsum("ldixy,lkd->lkixy", mixing, known[:, :codes, :dim]).flatten(0, 1))
-    frequency = (counts + 1.0) / (counts + 1.0).mean(1, keepdim=True)
-    last.bias.copy_(frequency.log().flatten())
-
-
-def _uniform(bound: float, shape: tuple[int, ...]) -> Tensor:
-    return (2 * torch.rand(shape) - 1) * bound

@@ -122,6 +122,18 @@ class LatentCodec:
         self._check_codebook()
         return codebook.codes_of(self.vae, self.moments(images)[0].to(next(self.vae.parameters()).dtype))
 
+    def code_vectors(self) -> Tensor:
+        """The normalised latents that codes stand for, [L, K, d]: of a position's L codes they add up to its latent.
+
+        UserError where there is no codebook.
+        """
+        self._check_codebook()
+        books = codebook.codebooks(self.vae)
+        assert books is not None
+        vectors = books.detach().cpu().float() * self.scale
+        vectors[0] -= self.shift * self.scale
+        return vectors
+
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Images [B, C, H, W] of codes [B, L, h, w], int64, each from 0 to num_codes - 1. About [-1, 1], not clipped, float32.
 

@@ -55,9 +55,11 @@ def check_unet(config: DiffusionConfig | DiscreteConfig) -> None:
             raise UserError("model.match_classes: has no effect without model.pretrained; leave it out")
         _unet_arguments(config)
         return
-    assert isinstance(config, DiffusionConfig)
     start = find_pretrained(config)
     _check_conditions(config, start)
+    if isinstance(config, DiscreteConfig):  # its first and last layer are made anew, and its noise is another
+        weight_files(start.folder)
+        return
     if config.model.match_classes:
         _recorded_classes(start)
     _check_process(config, start)
@@ -79,9 +81,8 @@ def check_unet_size(config: DiffusionConfig | DiscreteConfig, latent_shape: tupl
     if config.model.pretrained is None:
         key, levels = "model.config.block_out_channels", config.model.config.get("block_out_channels", (0,) * DEFAULT_LEVELS)
     else:
-        assert isinstance(config, DiffusionConfig)
         key, levels = "model.pretrained", find_pretrained(config).config["block_out_channels"]
-    _check_sides(latent_shape, len(levels), key, factor)
+    check_sides(latent_shape, len(levels), key, factor)
 
 
 def make_unet(
@@ -112,7 +113,7 @@ def make_unet(
             f"model.pretrained {start.name}: its num_class_embeds is {rows}, and data.source {config.data.source} with "
             f"condition.dropout {config.condition.dropout:g} needs {num_class_embeds} (one a class, and the null class)"
         )
-    _check_sides(latent_shape, len(start.config["block_out_channels"]), "model.pretrained")
+    check_sides(latent_shape, len(start.config["block_out_channels"]), "model.pretrained")
     unet = load_part(start.folder, start.kind)
     _widen(unet, latent_shape[0] + extra_channels(config.condition, latent_shape[0]))
     if config.model.match_classes and num_class_embeds is not None:
@@ -135,7 +136,7 @@ def build_unet(
     """
     cls, arguments = _unet_arguments(config)
     levels = len(arguments.get("block_out_channels", (0,) * DEFAULT_LEVELS))
-    _check_sides(latent_shape, levels, "model.config.block_out_channels")
+    check_sides(latent_shape, levels, "model.config.block_out_channels")
     channels = latent_shape[0]
     if in_channels is None:
         in_channels = channels + extra_channels(config.condition, channels)
@@ -155,7 +156,7 @@ def sample_size(latent_shape: tuple[int, int, int]) -> int | list[int]:
     return h if h == w else [h, w]
 
 
-def find_pretrained(config: DiffusionConfig) -> PretrainedUNet:
+def find_pretrained(config: DiffusionConfig | DiscreteConfig) -> PretrainedUNet:
     """The U-Net that model.pretrained names: a pipeline's folder (its unet/), or a U-Net's own folder.
 
     Raises:
@@ -182,7 +183,8 @@ def find_pretrained(config: DiffusionConfig) -> PretrainedUNet:
 
 def _unet_arguments(config: DiffusionConfig | DiscreteConfig) -> tuple[type, dict[str, Any]]:
     """The class of a new U-Net and its constructor arguments from the config, checked."""
-    cls = diffusers_class(config.model.type or "", UNETS, "model.type")
+    usual = UNETS[0] if isinstance(config, DiscreteConfig) else ""
+    cls = diffusers_class(config.model.type or usual, UNETS, "model.type")
     text = config.condition.includes("text")
     for key in (*DERIVED, *(["cross_attention_dim"] if text else [])):
         if key in config.model.config:
@@ -199,7 +201,7 @@ def _unet_arguments(config: DiffusionConfig | DiscreteConfig) -> tuple[type, dic
     return cls, arguments
 
 
-def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, factor: int | None = None) -> None:
+def check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, factor: int | None = None) -> None:
     """UserError unless h and w of (c, h, w) can be halved between all levels. factor: image side / latent side, if known."""
     _, h, w = latent_shape
     divisor = 2 ** (levels - 1)
@@ -217,7 +219,7 @@ def _check_sides(latent_shape: tuple[int, int, int], levels: int, key: str, fact
     raise UserError(f"{key}: {levels} levels need latents divisible by {divisor}, they are {h}x{w}; {advice}")
 
 
-def _check_conditions(config: DiffusionConfig, start: PretrainedUNet) -> None:
+def _check_conditions(config: DiffusionConfig | DiscreteConfig, start: PretrainedUNet) -> None:
     """UserError where the U-Net takes other conditions than the config gives, or text states of another width."""
     blocks = [*start.config.get("down_block_types", ()), *start.config.get("up_block_types", ())]
     blocks.append(start.config.get("mid_block_type") or "")
@@ -243,7 +245,7 @@ def _check_conditions(config: DiffusionConfig, start: PretrainedUNet) -> None:
         )
 
 
-def _check_image(config: DiffusionConfig, start: PretrainedUNet) -> None:
+def _check_image(config: DiffusionConfig | DiscreteConfig, start: PretrainedUNet) -> None:
     """UserError where the U-Net's pipeline records another second image than the config, or a LoRA would have to learn one."""
     condition = image_condition(config.condition)
     index = {} if start.pipeline is None else read_json(start.pipeline / "model_index.json")
@@ -321,7 +323,7 @@ def _widen(unet: Any, channels: int) -> None:
 def _check_process(config: DiffusionConfig, start: PretrainedUNet) -> None:
     """UserError where the U-Net's pipeline says that it was trained on other noise, or to predict something else."""
     schedule = make_schedule(config.schedule.name, **config.schedule.params)
-    recorded = _recorded_process(start)
+    recorded = recorded_process(start)
     if recorded is None:
         return
     other, prediction, name = recorded
@@ -343,7 +345,7 @@ def _same_noise(schedule: NoiseSchedule, other: NoiseSchedule) -> bool:
         return False
 
 
-def _recorded_process(start: PretrainedUNet) -> tuple[NoiseSchedule, str, str] | None:
+def recorded_process(start: PretrainedUNet) -> tuple[NoiseSchedule, str, str] | None:
     """(schedule, prediction, the schedule's name) that the U-Net's pipeline records; None for a U-Net alone."""
     if start.pipeline is None:
         return None

@@ -13,6 +13,7 @@ import statistics
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from latentdiff.config import AutoencoderConfig, Config, DataConfig, DiffusionConfig, Stage2Config, load_config, parse_config
+from latentdiff.config import (
+    AutoencoderConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    DiscreteConfig,
+    Stage2Config,
+    load_config,
+    parse_config,
+)
 from latentdiff.data.captions import Captions
 from latentdiff.data.sources import open_source
 from latentdiff.data.tables import HUB_NAME
@@ -29,6 +39,7 @@ from latentdiff.data.tensor_shards import read_manifest
 from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.models.autoencoder import load_autoencoder
+from latentdiff.models.code_unet import make_code_unet
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.image_condition import extra_channels
 from latentdiff.models.loading import read_json
@@ -214,7 +225,7 @@ def _plan_diffusion(config: Stage2Config, path: Path, notes: Notes) -> dict[str,
     classes = _class_count(config, images, notes) if config.condition.includes("class") else 1
     notes.progress("building the U-Net")
     conditions = random_conditions(config, images, classes, latent_shape)
-    fits = _unet_fits(config, latent_shape, conditions, notes)
+    fits = _unet_fits(config, latent_shape, conditions, notes, codec.num_codes)
     cached = _encoding_facts(config, codec, images, notes, trained)
     if config.bridge is not None:
         source = bridge.source_config(config)
@@ -375,13 +386,21 @@ def _caption_warnings(config: Stage2Config, images: Images) -> list[str]:
     return conditioning.caption_warnings(tokenizer, captions)
 
 
-def _unet_fits(config: Stage2Config, latent_shape: tuple[int, int, int], conditions: Conditions, notes: Notes) -> bool:
-    """Whether the U-Net takes latents (c, h, w); notes where not. UserError where something else than the shape is wrong."""
+def _unet_fits(
+    config: Stage2Config, latent_shape: tuple[int, int, int], conditions: Conditions, notes: Notes, num_codes: int | None
+) -> bool:
+    """Whether the U-Net takes latents (c, h, w); notes where not. UserError where something else than the shape is wrong.
+
+    num_codes: K; latent_shape is then (L, h, w), of codes.
+    """
     channels = latent_shape[0]
-    channels_fit = config.model.pretrained is None or find_pretrained(config).config.get("in_channels") in (
-        channels,
-        channels + extra_channels(config.condition, channels),
-    )
+    channels_fit = True
+    make: Callable[..., Any] = make_unet
+    if isinstance(config, DiscreteConfig):
+        make = partial(make_code_unet, num_codes=num_codes)  # which makes the layers that are of other channels anew
+    elif config.model.pretrained is not None:
+        taken = channels, channels + extra_channels(config.condition, channels)
+        channels_fit = find_pretrained(config).config.get("in_channels") in taken
     if channels_fit:
         of_stage(config)[0](config)
     rows = conditions.classes.num_embeddings if conditions.classes else None
@@ -389,11 +408,11 @@ def _unet_fits(config: Stage2Config, latent_shape: tuple[int, int, int], conditi
     # A new U-Net is built without memory for its weights; a trained one is read
     with torch.device("meta") if config.model.pretrained is None else contextlib.nullcontext():
         try:
-            make_unet(config, latent_shape, rows, width)
+            make(config, latent_shape, num_class_embeds=rows, text_width=width)
             return True
         except UserError as error:
             if channels_fit:  # the sides may be wrong; with sides that fit, this raises whatever else is wrong
-                make_unet(config, (latent_shape[0], 256, 256), rows, width)
+                make(config, (latent_shape[0], 256, 256), num_class_embeds=rows, text_width=width)
             notes.warnings.append(str(error))
     notes.unknown["step"] = "the shapes of autoencoder and U-Net disagree"
     return False

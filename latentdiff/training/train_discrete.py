@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from latentdiff.config import DiffusionConfig, DiscreteConfig
 from latentdiff.discrete import Process, add_evidence, loss, make_process
 from latentdiff.errors import UserError
-from latentdiff.models.codebook import CodeUsage, codebooks, start_from_codebook
-from latentdiff.models.unet import build_unet, check_unet
+from latentdiff.models.code_unet import make_code_unet
+from latentdiff.models.codebook import CodeUsage
+from latentdiff.models.unet import check_unet
 from latentdiff.pipelines.discrete_diffusion import code_logits
 from latentdiff.training import conditioning, monitor
 from latentdiff.training.discrete_checkpoint import discrete_parts, save_discrete
@@ -80,17 +81,14 @@ class DiscreteTrainer(DiffusionTrainer):
 
     def make_network(self, class_rows: int | None, text_width: int | None) -> nn.Module:
         """A new U-Net. Its input has a channel for each code and the mask of each level, its output one for each code."""
-        levels, height, width = self.latents.cache.latent_shape
-        latent_shape = levels * self.num_codes, height, width
-        unet = build_unet(self.config, latent_shape, class_rows, text_width, levels * (self.num_codes + 1))
-        vectors = codebooks(self.latents.codec.vae)
-        assert vectors is not None, "the autoencoder has no codebook"
-        cache = self.latents.cache
+        cache, codec = self.latents.cache, self.latents.codec
+        levels = cache.latent_shape[0]
         counted = torch.linspace(0, len(cache) - 1, min(len(cache), COUNTED)).long()  # of every class, where they are in order
         usage = CodeUsage(self.num_codes, levels)
         usage.update(cache.codes(counted).movedim(1, -1))
-        start_from_codebook(unet, vectors.cpu(), usage.counts.view(levels, -1))
-        return unet
+        counts = usage.counts.view(levels, -1)
+        shape, vectors = cache.latent_shape, codec.code_vectors()
+        return make_code_unet(self.config, shape, self.num_codes, class_rows, text_width, vectors, counts)
 
     def denoiser_of(self, network: nn.Module) -> Any:
         """predict(codes, t, **conditioning) -> logits [B, L, h, w, K] of the codes before corruption."""

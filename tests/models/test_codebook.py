@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from diffusers import UNet2DModel, VQModel
+from diffusers import VQModel
 from planted import planted
 
 from latentdiff.models import codebook
@@ -16,9 +16,7 @@ from latentdiff.models.codebook import (
     codes_of,
     revive,
     revive_dead_codes,
-    start_from_codebook,
 )
-from latentdiff.pipelines.discrete_diffusion import code_logits
 from latentdiff.pipelines.vq_models import ResidualVQModel
 
 
@@ -231,40 +229,3 @@ def test_running_means_are_those_of_vector_quantize_pytorch(model):
         assert torch.equal(theirs(latents)[1], codes[:, 0])
         ema.update(model, latents, codes.flatten())
         torch.testing.assert_close(codebooks(model).detach(), theirs._codebook.embed, rtol=1e-4, atol=1e-6)
-
-
-def test_a_network_starts_with_codes_of_equal_vectors_alike_and_with_their_frequencies():
-    torch.manual_seed(0)
-    levels, num_codes = 2, 5
-    unet = UNet2DModel(
-        sample_size=4,
-        in_channels=levels * (num_codes + 1),
-        out_channels=levels * num_codes,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        add_attention=False,
-    )
-    vectors = torch.randn(levels, num_codes, 3)
-    vectors[0, 2] = vectors[0, 1]
-    counts = torch.tensor([[9, 3, 7, 0, 1], [4, 4, 4, 4, 4]])
-    start_from_codebook(unet, vectors, counts)
-
-    def logits(level, code):
-        codes = torch.full((1, levels, 4, 4), num_codes)
-        codes[0, level, 1, 2] = code
-        with torch.no_grad():
-            return code_logits(unet, codes, torch.ones(1), num_codes)
-
-    # The input: codes 1 and 2 of level 0 are one vector, those of level 1 are not, and the mask is neither
-    torch.testing.assert_close(logits(0, 1), logits(0, 2))
-    assert (logits(1, 1) - logits(1, 2)).abs().max() > 1e-3
-    assert (logits(0, 1) - logits(0, num_codes)).abs().max() > 1e-3
-    # The output: equal vectors differ by the logarithm of their frequencies alone
-    out = logits(0, 4)
-    ratio = torch.full((1, 4, 4), math.log((3 + 1) / (7 + 1)))
-    torch.testing.assert_close(out[:, 0, ..., 1] - out[:, 0, ..., 2], ratio)
-    assert (out[:, 1, ..., 1] - out[:, 1, ..., 2]).abs().max() > 1e-3
-    torch.testing.assert_close(unet.conv_out.bias[num_codes:], torch.zeros(num_codes))

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import torch
+from diffusers import UNet2DModel
 from processes import carry_out, job
 from safetensors.torch import load_file
-from tiny_runs import SMALL_VQ, autoencoder_config, discrete_config, discrete_tree, write_yaml
+from tiny_runs import SMALL_VQ, autoencoder_config, diffusion_config, discrete_config, discrete_tree, write_yaml
 from tiny_text import text_tree, write_captioned
 
 from latentdiff.checkpoints import load
@@ -178,3 +179,49 @@ def test_an_autoencoder_without_a_codebook_is_refused(tmp_path, stripe_folder, a
 def test_keys_of_latent_diffusion_are_unknown(tmp_path, stripe_folder, vq_run):
     tree = discrete_tree(stripe_folder, tmp_path, vq_run, prediction="flow")
     assert "prediction: unknown key" in refusal(lambda: parse_config(tree))
+
+
+@pytest.fixture(scope="module")
+def latent_run(tmp_path_factory, stripe_folder, vq_run):
+    """A diffusion model over the latents that the codes stand for."""
+    output = tmp_path_factory.mktemp("latents")
+    train(diffusion_config(stripe_folder, output, vq_run, train__steps=2))
+    return output
+
+
+def test_a_model_over_latents_is_the_start_of_one_over_codes(tmp_path, stripe_folder, vq_run, latent_run):
+    config = discrete_config(
+        stripe_folder, tmp_path / "run", vq_run, model={"pretrained": str(latent_run / "model")}, optimizer__lr=1e-9
+    )
+    train(config)
+    before, after = weights(latent_run), weights(tmp_path / "run")
+    anew = {"conv_in.weight", "conv_out.weight", "conv_out.bias"}
+    assert before.keys() == after.keys()
+    assert {name for name in before if before[name].shape != after[name].shape} == anew
+    for name in before.keys() - anew:
+        torch.testing.assert_close(after[name].float(), before[name].float(), rtol=2e-3, atol=2e-3)
+    pipe = load(tmp_path / "run" / "model")
+    assert pipe(class_labels=["down"], num_inference_steps=2).images[0].size == (16, 16)
+    facts = info(str(write_yaml(tmp_path / "d.yaml", config.model_dump(mode="json"))))
+    assert not [line for line in facts["warnings"] if "U-Net" in line]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__type": "UNet2DModel"}, "model.type and model.config: leave them out"),
+        ({"condition__dropout": 0.0}, "its num_class_embeds is 4"),
+        ({"condition__type": "none"}, "takes class"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(tmp_path, stripe_folder, vq_run, latent_run, changes, said):
+    changes = {"model": {"pretrained": str(latent_run / "model")}, **changes}
+    assert said in refusal(lambda: train(discrete_config(stripe_folder, tmp_path / "run", vq_run, **changes)))
+
+
+def test_a_start_over_other_latents_is_refused(tmp_path, stripe_folder, vq_run, latent_run):
+    config = json.loads((latent_run / "model" / "unet" / "config.json").read_text())
+    UNet2DModel.from_config({**config, "in_channels": 5, "out_channels": 5}).save_pretrained(tmp_path / "other")
+    changes = {"model": {"pretrained": str(tmp_path / "other")}}
+    said = refusal(lambda: train(discrete_config(stripe_folder, tmp_path / "run", vq_run, **changes)))
+    assert "its codes stand for vectors of" in said and "has in_channels 5 and out_channels 5" in said
