@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from latentdiff.errors import UserError
 from latentdiff.web import reading
-from latentdiff.web.runs import LIST_PERIOD, STYLE
+from latentdiff.web.runs import LIST_PERIOD, LOOKS, STYLE
 
 if TYPE_CHECKING:
     from latentdiff.web.context import Context
@@ -252,8 +252,8 @@ def build(context: Context) -> None:
         """The lists as they are now. What is chosen stays."""
         return gr.Dropdown(choices=list(listed.records())), gr.Dropdown(choices=list(listed.cards()))
 
-    compares.click(show_table, chosen, table, api_name="compare_records", show_progress="minimal")
-    model.input(show_card, model, shown, api_name="model_card", show_progress="minimal")
+    compares.click(show_table, chosen, table, api_name="compare_records", show_progress="minimal", **LOOKS)
+    model.input(show_card, model, shown, api_name="model_card", show_progress="minimal", **LOOKS)
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    tab.select(look, None, [chosen, model], show_progress="hidden", api_name=False)
+    tab.select(look, None, [chosen, model], show_progress="hidden", api_visibility="private", **LOOKS)

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 FIT, RUN = "fit.json", "run.json"  # the record of a fit, and of one training run
 PERIOD = 3.0  # seconds between two looks at a run
 LIST_PERIOD = 5.0  # seconds between two looks at the list of runs
+# How events that only read are given to gradio: they do not wait for those that compute
+LOOKS: dict[str, Any] = {"concurrency_id": "looks", "concurrency_limit": 4}
 MOST_RUNS = 200  # in the list
 MOST_READ = 2**25  # bytes of a metrics.jsonl that are read at one look
 MOST_JSON = 2**22  # bytes of a JSON file
@@ -345,10 +347,12 @@ def build(context: Context) -> None:
         return [listed, *(gr.skip() if part is None else part for part in parts), now]
 
     places = [choice, head, pictures, curves, more_curves, details, seen]
-    settings: dict[str, Any] = dict(fn=look, inputs=[choice, seen], outputs=places, show_progress="hidden", api_name=False)
+    settings: dict[str, Any] = dict(
+        fn=look, inputs=[choice, seen], outputs=places, show_progress="hidden", api_visibility="private", **LOOKS
+    )
     timer.tick(**settings)
     choice.input(**settings)
     tab = get_render_context()
     assert isinstance(tab, gr.Tab)
-    tab.select(lambda: gr.Timer(active=True), outputs=timer, show_progress="hidden", api_name=False)
+    tab.select(lambda: gr.Timer(active=True), outputs=timer, show_progress="hidden", api_visibility="private", **LOOKS)
     tab.select(**settings)

@@ -173,11 +173,18 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     from starlette.middleware import Middleware
 
     from latentdiff.web.body import BodyLimit
+    from latentdiff.web.gate import STORED, Gate, fetch_nothing
     from latentdiff.web.page import CSS, build_page, theme
 
     port = free_port(host, port)
     page = build_page(context)
-    page.queue(max_size=context.limits.queue, default_concurrency_limit=None)
+    # Without api_open what computes cannot be called past the queue
+    page.queue(max_size=context.limits.queue, default_concurrency_limit=None, api_open=False)
+    fetch_nothing()
+    gates = [
+        Middleware(Gate, scratch=scratch, most=STORED * context.limits.upload),
+        Middleware(BodyLimit, most=context.limits.upload + BODY),
+    ]
     _, url, _ = page.launch(
         server_name=host,
         server_port=port,
@@ -185,11 +192,11 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         inbrowser=False,
         prevent_thread_lock=True,
         quiet=True,
-        show_error=True,
+        show_error=False,  # of errors that are not our own lines: they may name a path of this machine
         footer_links=["settings", "api"],
         run_history=False,
         max_file_size=context.limits.upload,
-        app_kwargs={"middleware": [Middleware(BodyLimit, most=context.limits.upload + BODY)]},
+        app_kwargs={"middleware": gates},
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
