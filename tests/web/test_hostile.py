@@ -1,12 +1,13 @@
 """A thousand malformed requests and uploads, and twenty visitors at once: one line each, nothing from outside, no mix-ups."""
 
+import asyncio
 import io
 import json
 import os
 import random
 import re
-import shutil
 import threading
+import time
 import zlib
 from pathlib import Path
 
@@ -16,10 +17,13 @@ import pytest
 from PIL import Image
 
 from latentdiff.web.gate import Gate
+from latentdiff.web.generate import Settings, draw
+from latentdiff.web.work import Job
 
 ROOT = Path(__file__).parents[2]
 SECRET = "a word that stands outside"
 API = "gradio_api"
+VISITORS = 20
 # What no answer may hold, unless the request held it: paths of the server, and the traces of its errors
 LEAKS = (SECRET, str(ROOT), str(Path.home()) + "/", "site-packages", "Traceback", "/usr/lib", 'File "')
 VALUES = [
@@ -316,3 +320,79 @@ def test_a_thousand_malformed_requests(site, client, runs_folder, tmp_path):
     assert psutil.Process().memory_info().rss - before < 400_000_000
     assert set(scratch.parent.iterdir()) == beside  # nothing was written beside the folder of uploads
     (runs_folder / "leads-out").unlink()
+
+
+def test_the_gate_refuses_uploads_while_too_much_is_kept(tmp_path):
+    asked, answers = [], []
+
+    async def app(scope, receive, send) -> None:
+        asked.append(scope["path"])
+
+    async def receive() -> dict:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message) -> None:
+        answers.append(message)
+
+    def ask(gate: Gate, method: str, path: str) -> None:
+        asyncio.run(gate({"type": "http", "method": method, "path": path, "headers": []}, receive, send))
+
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "inside" / "kept").write_bytes(bytes(1001))
+    ask(Gate(app, tmp_path, 1001), "POST", f"/{API}/upload")
+    assert asked == [f"/{API}/upload"] and answers == []
+    ask(Gate(app, tmp_path, 1000), "POST", f"/{API}/upload")
+    assert len(asked) == 1 and answers[0]["status"] == 507
+    ask(Gate(app, tmp_path, 1000), "GET", "/")
+    assert asked[1:] == ["/"]
+
+
+def test_nothing_is_fetched_for_a_visitor(site, client):
+    picture = {"path": "https://example.org/x.png", "meta": {"_type": "gradio.FileData"}}
+    event = events(client)["edit"]
+    values = [[picture if k == at else None for k in range(len(event["inputs"]))] for at in range(len(event["inputs"]))]
+    errors = call(client, event, values, "fetches")
+    assert any("this server fetches nothing" in error for error in errors) and "" not in errors
+
+
+def test_twenty_visitors_at_once(site, client, tmp_path):
+    """Each asks for a picture of its own seed; everybody gets their own, and the page answers meanwhile."""
+    event = events(client)["generate"]
+    expected = {}
+    for seed in range(VISITORS):
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        drawn = draw(site.context, Settings("fashion-mnist", ["Bag"], "", "", 1, seed, 2, "", 2.0, 0, 1), folder, Job())
+        expected[seed] = drawn.files[0].read_bytes()
+    assert len(set(expected.values())) == VISITORS
+    before = psutil.Process().memory_info().rss
+    got: dict[int, bytes | str] = {}
+
+    def visit(seed: int) -> None:
+        with httpx.Client(base_url=site.url, timeout=120) as asks:
+            data = ["fashion-mnist", ["Bag"], "", "", 1, seed, 2, "default", 2.0, 0, 1]
+            data += [None] * (len(event["inputs"]) - len(data))
+            body = {"data": data, "fn_index": event["id"], "session_hash": f"visitor-{seed}"}
+            answer = asks.post(f"{API}/queue/join", json=body)
+            assert answer.status_code == 200, answer.text
+            with asks.stream("GET", f"{API}/queue/data", params={"session_hash": f"visitor-{seed}"}) as stream:
+                for line in stream.iter_lines():
+                    message = json.loads(line[5:]) if line.startswith("data:") else {}
+                    if message.get("msg") == "process_completed":
+                        got[seed] = str(message["output"].get("error"))
+                        for entry in (message["output"].get("data") or [[]])[2] or []:
+                            got[seed] = asks.get(entry["image"]["url"]).content
+                        break
+
+    threads = [threading.Thread(target=visit, args=(seed,)) for seed in range(VISITORS)]
+    for thread in threads:
+        thread.start()
+    slowest = 0.0
+    while any(thread.is_alive() for thread in threads):
+        began = time.monotonic()
+        assert client.get("config").status_code == 200
+        slowest = max(slowest, time.monotonic() - began)
+        time.sleep(0.2)
+    assert got == expected
+    assert slowest < 10 and psutil.Process().memory_info().rss - before < 300_000_000
+    assert site.context.work.running == 0
