@@ -302,7 +302,16 @@ def build(context: Context) -> None:
             slider = gr.ImageSlider(
                 label="Before and after", format="png", interactive=False, height=SHOWN, elem_id="edit-slider"
             )
-            gallery = gr.Gallery(label="Results", format="png", columns=4, height="auto", visible=False, elem_classes="whole")
+            gallery = gr.Gallery(
+                label="Results",
+                show_label=False,
+                format="png",
+                columns=4,
+                height="auto",
+                buttons=["download", "fullscreen"],
+                visible=False,
+                elem_classes="whole",
+            )
             status = gr.Markdown(elem_id="edit-status")
             files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="edit-files")
             code_shown: dict[str, Any] = {"interactive": False, "wrap_lines": True, "visible": False, "lines": 1}

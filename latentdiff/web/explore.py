@@ -538,7 +538,9 @@ class Results:
             interactive=False,
             visible=False,
             preview=bool(scrubber),
-            elem_classes="whole",
+            elem_classes=["whole", "rows"],
+            show_label=False,
+            buttons=["download", "fullscreen"],
         )
         self.file = gr.File(label="File", interactive=False, visible=False, elem_id=f"explore-{name}-file")
         code: dict[str, Any] = {"interactive": False, "wrap_lines": True, "visible": False, "lines": 1}

@@ -21,7 +21,9 @@ MONOSPACED = ("ui-monospace", "monospace")
 # columns on a phone too. What has no content yet is not shown
 CSS = """
 .pixels img {image-rendering: pixelated}
+.rows .grid-container {min-width: 34rem}
 .whole .grid-wrap {min-height: 0 !important; max-height: none !important; overflow: visible !important}
+.rows .grid-wrap {overflow-x: auto !important}
 .whole .grid-container {grid-template-columns: repeat(var(--grid-cols), minmax(0, 1fr)) !important;
   grid-template-rows: none !important; grid-auto-rows: auto !important}
 .when-full:has(.empty) {display: none !important}
