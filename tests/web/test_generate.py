@@ -197,12 +197,12 @@ def test_errors_name_no_path_of_the_server(context, capsys):
 # The way from noise to images
 
 
-@pytest.mark.parametrize("sampler", [None, "euler"])
-def test_the_last_estimate_is_the_image(context, sampler):
+@pytest.mark.parametrize(("sampler", "steps"), [(None, 10), ("euler", 2)])
+def test_the_last_estimate_is_the_image(context, sampler, steps):
     """The last step of these two goes to the x0 estimate itself. Guidance is on there, so the estimate is guided."""
     with context.models.use("fashion-mnist") as pipeline, Trajectory(pipeline, 3.0).watching() as path:
         pictures = []
-        call = {"class_labels": ["Bag", 7], "guidance_scale": 3.0, "guidance_interval": (0, 1), "num_inference_steps": 10}
+        call = {"class_labels": ["Bag", 7], "guidance_scale": 3.0, "guidance_interval": (0, 1), "num_inference_steps": steps}
         generator = torch.Generator().manual_seed(0)
         images = pipeline(
             **call,
@@ -211,10 +211,10 @@ def test_the_last_estimate_is_the_image(context, sampler):
             output_type="np",
             callback_on_step_end=lambda pipe, step, t, tensors: pictures.append(path.add(step, pipe.num_timesteps, 2)),
         ).images
-    assert sum(picture is not None for picture in pictures) == len(path.columns) == 8
+    assert sum(picture is not None for picture in pictures) == len(path.columns) == min(8, steps)
     difference = [np.abs(column / 255 - images).max() for column in path.columns]
-    assert difference[-1] < 0.02 and difference[0] > 0.2
-    assert path.picture().size == (8 * (28 * 3 + 2), 2 * (28 * 3 + 2))
+    assert difference[-1] < 0.02 and difference[0] > 0.1
+    assert path.picture().size == (min(8, steps) * (28 * 3 + 2), 2 * (28 * 3 + 2))
 
 
 def test_watching_changes_nothing(context):
