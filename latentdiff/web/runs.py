@@ -36,7 +36,7 @@ MOST_CHARTS = 24  # of the other curves
 KEPT_RUNS, KEPT_PICTURES = 8, 64  # in memory; pictures of each run
 WIDEST = 640  # pixels of a picture as it is shown
 STYLE = f"<style>{Path(__file__).with_suffix('.css').read_text(encoding='utf-8')}</style>"
-QUIET = 60.0  # seconds without a new line after which a run without a lock is not running
+QUIET = 30.0  # seconds without a new line after which a run without a lock is not running
 
 
 class Section(NamedTuple):

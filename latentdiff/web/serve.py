@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 DEFAULT_MODEL = "weights/fashion-mnist"
 MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
 BODY = 1_000_000  # bytes of a request beside an uploaded file
+SCRATCH = "GRADIO_TEMP_DIR"
 NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
@@ -142,15 +143,18 @@ class Site:
         url: its address.
         page: the `gradio.Blocks`.
         context: its settings.
+        scratch_before: what GRADIO_TEMP_DIR was before it started.
     """
 
     url: str
     page: Any
     context: Context
+    scratch_before: str | None
 
     def close(self) -> None:
-        """End the server."""
+        """End the server. A server of this process that started before it goes on with its own folder."""
         self.page.close(verbose=False)
+        set_scratch(self.scratch_before)
 
 
 def start(context: Context, host: str, port: int, scratch: Path) -> Site:
@@ -164,11 +168,15 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     Raises:
         UserError: gradio is not installed, or the address cannot be listened at.
     """
-    # gradio reads these where it is imported, and where the page is made
-    os.environ.update(NO_TELEMETRY, GRADIO_TEMP_DIR=str(scratch))
+    port = free_port(host, port)
+    # gradio reads these where it is imported, where the page is made, and with each file
+    os.environ.update(NO_TELEMETRY)
+    scratch_before = os.environ.get(SCRATCH)
+    set_scratch(str(scratch))
     try:
         import gradio  # noqa: F401
     except ImportError:
+        set_scratch(scratch_before)
         raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
     from starlette.middleware import Middleware
 
@@ -176,7 +184,6 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     from latentdiff.web.gate import STORED, Gate, fetch_nothing
     from latentdiff.web.page import CSS, build_page, theme
 
-    port = free_port(host, port)
     page = build_page(context)
     # Without api_open what computes cannot be called past the queue
     page.queue(max_size=context.limits.queue, default_concurrency_limit=None, api_open=False)
@@ -204,7 +211,15 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         theme=theme(),
         css=CSS,
     )
-    return Site(url, page, context)
+    return Site(url, page, context, scratch_before)
+
+
+def set_scratch(folder: str | None) -> None:
+    """Say where gradio keeps results and uploads; None for its own place."""
+    if folder is None:
+        os.environ.pop(SCRATCH, None)
+    else:
+        os.environ[SCRATCH] = folder
 
 
 def free_port(host: str, port: int) -> int:

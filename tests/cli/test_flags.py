@@ -18,6 +18,7 @@ from latentdiff.utils.deprecation import renamed
 BEFORE = json.loads(Path(__file__).with_name("flags_before.json").read_text())
 # Defaults of today that are others: the feature network follows the images' channels
 CHANGED = {(command, "--features"): {"default": None} for command in ("evaluate", "compare", "tune")}
+CHANGED[("likelihood", "--rtol")] = {"default": None}  # 0.01, where the model has an ODE
 FLAGS = [(command, flag) for command, flags in BEFORE.items() for flag in flags]
 # Words to type as a value, and what they mean
 VALUES = {"str": ("é 1", "é 1"), "int": ("-7", -7), "float": ("-1e-3", -0.001)}

@@ -264,7 +264,8 @@ def test_a_picture_is_written_anew(root):
 # In the browser
 
 
-def test_a_training_is_watched_without_a_reload(visit, runs_folder, stripe_folder, tmp_path):
+def test_a_training_is_watched_without_a_reload(visit, runs_folder, stripe_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs, "QUIET", 2.0)
     page, output = visit.page, runs_folder / "watched"
     page.set_default_timeout(60_000)
     changes = {"train__steps": 100_000, "train__picture_every": 25, "train__save_minutes": 10}
