@@ -28,6 +28,7 @@ IMAGES = 16  # that the page asks for at first
 OWN_SAMPLER = "default"
 OUT = "images"  # the folder in the command that is shown
 SMALL = 128  # pixels; smaller images are enlarged without blurring
+BETWEEN = 0.5  # seconds between two updates of what is drawn
 BATCH = 128  # of `latentdiff generate`; the metadata of an image name it
 
 
@@ -174,14 +175,19 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     began = time.monotonic()
     with context.models.use(settings.model, job) as pipeline:
         path = Trajectory(pipeline, arguments.get("guidance", 1.0))
-        batch = 0
+        batch, shown = 0, time.monotonic()
 
         def after_step(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> None:
-            nonlocal batch
+            nonlocal batch, shown
             batch += step == 0
             steps, count = pipe.num_timesteps, len(next(iter(tensors.values())))
+            done = (batch - 1) * steps + step + 1
             picture = path.add(step, steps, count) if batch == 1 else None
-            job.step((batch - 1) * steps + step + 1, batches * steps, picture)
+            # Drawing an update takes the browser some time, which short requests would wait for
+            if step < steps - 1 and time.monotonic() - shown < BETWEEN:
+                return job.check()
+            shown = time.monotonic()
+            job.step(done, batches * steps, picture)
 
         with path.watching():
             generate(

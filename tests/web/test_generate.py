@@ -125,7 +125,8 @@ def test_words_with_dashes_are_no_flags(context):
 # Cancel
 
 
-def test_a_stopped_request_ends_at_its_next_step(context, tmp_path):
+def test_a_stopped_request_ends_at_its_next_step(context, tmp_path, monkeypatch):
+    monkeypatch.setattr("latentdiff.web.generate.BETWEEN", 0)  # every step is shown
     steps = []
 
     class Stopping(Job):
