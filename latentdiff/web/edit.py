@@ -58,6 +58,7 @@ METHODS = {
 }
 STRENGTHS = {"img2img": 0.8, "inpaint": 1.0, "translate": TRANSLATION_STRENGTH, "variations": VARIATION}
 MASK, OUT = "mask.png", "edited"  # names of files in the command
+SLIDER = 500  # pixels: with another height than that of its pictures, gradio shows the two at different places
 SHOWN = 448  # pixels of the side of a picture on the page, about: smaller ones are enlarged
 PAINTED = 32  # of 255: a pixel of the layer that is painted on is at least so bright
 BRUSH = "#ff2d9b"
@@ -300,7 +301,7 @@ def build(context: Context) -> None:
                 stop = gr.Button("Stop")
         with gr.Column(min_width=300):
             slider = gr.ImageSlider(
-                label="Before and after", format="png", interactive=False, height=SHOWN, elem_id="edit-slider"
+                label="Before and after", format="png", interactive=False, height=SLIDER, elem_id="edit-slider"
             )
             gallery = gr.Gallery(
                 label="Results",

@@ -179,6 +179,8 @@ def test_the_tab_in_the_browser(visit, site, photo, here):
     press(panel, "Edit")
     expect(panel.locator("#edit-status")).to_have_text("Done.")
     expect(panel.locator("#edit-slider img")).to_have_count(2)
+    tops = panel.locator("#edit-slider img").evaluate_all("all => all.map(image => image.getBoundingClientRect().y)")
+    assert abs(tops[0] - tops[1]) <= 1.5  # before and after lie on each other
     links = [link.get_attribute("href") for link in panel.locator("#edit-files a").all()]
     made = {link.rsplit("/", 1)[1].split("?")[0]: page.request.get(link).body() for link in links}
     (here / photo.name).write_bytes(photo.read_bytes())
