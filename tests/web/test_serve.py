@@ -1,5 +1,7 @@
 """The command, the models of a server, and its API."""
 
+import json
+import re
 import socket
 import subprocess
 import sys
@@ -138,6 +140,15 @@ def test_the_api_gives_the_same_files(site, tmp_path):
         assert [pack.read(name) for name in sorted(pack.namelist())] == expected
     with pytest.raises(Exception, match="steps 121: must be from 1 to 120, the server's --max-steps"):
         client.predict(model="fashion-mnist", classes=["Sneaker"], steps=121, api_name="/generate")
+
+
+def test_the_fields_of_the_documentation_draw_images(site):
+    text = (WEIGHTS.parent / "docs" / "serve.md").read_text()
+    (fields,) = re.findall(r"-d '(\{.*\})'", text)
+    address = f"{site.url}gradio_api/call/generate"
+    event = httpx.post(address, json=json.loads(fields)).json()["event_id"]
+    answer = httpx.get(f"{address}/{event}", timeout=120).text
+    assert "event: complete" in answer and "4 images in" in answer and "event: error" not in answer
 
 
 @pytest.mark.parametrize("chunked", [False, True])
