@@ -175,19 +175,20 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     began = time.monotonic()
     with context.models.use(settings.model, job) as pipeline:
         path = Trajectory(pipeline, arguments.get("guidance", 1.0))
-        batch, shown = 0, time.monotonic()
+        batch, shown, picture = 0, time.monotonic(), None
 
         def after_step(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> None:
-            nonlocal batch, shown
+            nonlocal batch, shown, picture
             batch += step == 0
             steps, count = pipe.num_timesteps, len(next(iter(tensors.values())))
             done = (batch - 1) * steps + step + 1
-            picture = path.add(step, steps, count) if batch == 1 else None
+            picture = (path.add(step, steps, count) if batch == 1 else None) or picture
             # Drawing an update takes the browser some time, which short requests would wait for
             if step < steps - 1 and time.monotonic() - shown < BETWEEN:
                 return job.check()
             shown = time.monotonic()
             job.step(done, batches * steps, picture)
+            picture = None
 
         with path.watching():
             generate(

@@ -106,7 +106,8 @@ def test_one_request_at_a_time_uses_a_model(site):
     assert most == [1] * 4
 
 
-def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_path, run):
+def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_path, run, monkeypatch):
+    monkeypatch.setattr("latentdiff.web.generate.BETWEEN", 0)  # every step is shown
     context = make_context({"codes": discrete_run / "model"}, None, Limits())
     facts = context.models.facts("codes")
     assert facts.over_codes and facts.samplers == ("random", "confidence")
