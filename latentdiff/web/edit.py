@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +30,7 @@ from latentdiff.errors import UserError
 from latentdiff.utils.images import save_png
 from latentdiff.web.commands import command_line, python_call
 from latentdiff.web.generate import number, whole
+from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
 from latentdiff.web.uploads import LAYERS, Upload, read_upload, undecoded, undecoded_editor
 from latentdiff.web.work import QUEUE
 
@@ -262,6 +262,7 @@ def build(context: Context) -> None:
     if not names:
         gr.Markdown("There is no model to edit with. Give one: `latentdiff serve MODEL`.")
         return
+    # What is asked for, and what is shown
     facts = context.models.facts(names[0])
     first = tasks_of(facts)[0]
     shown = fields_of(first, facts)
@@ -315,9 +316,7 @@ def build(context: Context) -> None:
             )
             status = gr.Markdown(elem_id="edit-status")
             files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="edit-files")
-            code_shown: dict[str, Any] = {"interactive": False, "wrap_lines": True, "visible": False, "lines": 1}
-            command = gr.Code(label="The command that makes the same files", language="shell", **code_shown)
-            code = gr.Code(label="The Python that makes the same files", language="python", **code_shown)
+            command, code = code_fields(visible=False)
             kept = gr.State(None, time_to_live=900)  # (before, results), for the slider
 
     # Settings that the model and the task have
@@ -346,7 +345,7 @@ def build(context: Context) -> None:
         return updates
 
     def choose_model(name: str, method: str) -> dict[Any, Any]:
-        facts = _facts(context, name)
+        facts = facts_of_model(context, name)
         tasks = tasks_of(facts)
         updates = visibility(facts, tasks[0], method)
         for component in (to_class, from_class):
@@ -356,7 +355,7 @@ def build(context: Context) -> None:
         return updates | {task: gr.update(choices=_task_choices(facts), value=tasks[0])}
 
     def choose_task(name: str, task: str, method: str) -> dict[Any, Any]:
-        updates = visibility(_facts(context, name), task, method)
+        updates = visibility(facts_of_model(context, name), task, method)
         updates[strength] |= gr.update(value=STRENGTHS.get(task, 1.0))
         return updates
 
@@ -374,7 +373,7 @@ def build(context: Context) -> None:
     method.input(choose_task, [model, task, method], components, **own)
     gr.on([picture.change, model.change], show_painted, [model, picture], painted, **own)
 
-    # Running
+    # Running, and stopping it
     def run(
         model: str,
         picture: Upload | None,
@@ -410,12 +409,10 @@ def build(context: Context) -> None:
             "negative": negative,
         }
         subjects = {"to": (to_class, to_prompt), "source": (from_class, from_prompt)}
-        # gradio copies the files that are given to it before it asks for what comes next
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            work = partial(_edit, context, model, picture, painted, form, subjects, Path(folder))
-            yield {status: "Working …"}
-            for update in context.run(request.session_hash, work):
-                yield {status: update.text} if update.result is None else shown_result(*update.result)
+        work = partial(_edit, context, model, picture, painted, form, subjects)
+        yield {status: "Working …"}
+        for update in updates_of(context, request.session_hash, work):
+            yield {status: update.text} if update.result is None else shown_result(*update.result)
 
     def shown_result(call: dict[str, Any], result: Edited) -> dict[Any, Any]:
         pictures = [enlarged(image) for image in result.after]
@@ -435,17 +432,11 @@ def build(context: Context) -> None:
             return gr.skip()
         return enlarged(kept[0]), enlarged(kept[1][event.index])
 
-    def cancel(request: gr.Request) -> str:
-        """Stop what the visitor edits."""
-        return "Stopping …" if context.work.cancel(request.session_hash) else "Stopped."
-
     settings = [model, picture, task, painted, to_class, to_prompt, from_class, from_prompt, method, strength, expand, blur]
     settings += [num_images, seed, steps, sampler, guidance, negative]
     results = [slider, gallery, files, status, command, code, kept]
     event = start.click(run, settings, results, api_name="edit", show_progress="minimal", show_progress_on=status, **QUEUE)
-    # Those that run are stopped here, at their next step; those that wait are taken out of gradio's queue
-    stop.click(cancel, None, status, queue=False, **own)
-    stop.click(None, None, None, cancels=[event], queue=False, **own)
+    let_stop(context, stop, status, event)
     gallery.select(choose_result, kept, slider, **own)
 
 
@@ -488,14 +479,6 @@ def _to_paint_on(context: Context, model: str, picture: Upload) -> dict[str, Any
     rule = image_rule(context.models.folder(model), context.models.facts(model))
     image = enlarged(read_image(picture, picture.name, rule).pixels).convert("RGB")
     return {"background": image, "layers": [], "composite": image}
-
-
-def _facts(context: Context, model: str) -> Facts:
-    """The facts of a model; errors as gradio shows them."""
-    try:
-        return context.models.facts(model)
-    except Exception as error:
-        raise context.work.error(error) from None
 
 
 def _task_choices(facts: Facts) -> list[tuple[str, str]]:

@@ -7,7 +7,6 @@ and which training images are nearest.
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from latentdiff.evaluation.gallery import SCALES
 from latentdiff.web.commands import command_line, python_call
 from latentdiff.web.edit import SHOWN, class_choices, enlarged, typed
 from latentdiff.web.generate import number, whole
+from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
 from latentdiff.web.uploads import Upload, read_upload, undecoded
 from latentdiff.web.work import QUEUE
 
@@ -339,6 +339,7 @@ def build(context: Context) -> None:
     if not models.names:
         gr.Markdown("There is no model to explore. Give one: `latentdiff serve MODEL`.")
         return
+    # What is asked for, and what is shown
     facts = models.facts(models.names[0])
     upload: dict[str, Any] = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 200}
     with gr.Row():
@@ -375,12 +376,10 @@ def build(context: Context) -> None:
         picture = undecoded(gr.Image(label="Picture", **upload))
         near = Results("nearest", "Find the nearest")
 
+    # Another model has other fields
     def choose(name: str) -> list[Any]:
         """The fields for another model."""
-        try:
-            facts = models.facts(name)
-        except Exception as error:
-            raise context.work.error(error) from None
+        facts = facts_of_model(context, name)
         classes = [gr.update(**_class_field(facts, number)) for number in (0, 1)]
         prompt = gr.update(**_prompt_field(facts))
         return [classes[0], prompt, gr.update(**_sampler_field(facts)), classes[1], prompt]
@@ -388,20 +387,16 @@ def build(context: Context) -> None:
     fields = [one_class, one_prompt, sampler, other_class, other_prompt]
     model.change(choose, model, fields, api_visibility="private", **QUEUE)
 
+    # The requests of the four parts
     def named(facts: Facts, of_class: Any, prompt: Any) -> str:
         """What a visitor names: a prompt or a class."""
         return str((prompt if facts.reads_text else of_class) or "")
 
     def run(results: Results, visitor: str | None, work: Callable[[Path, Job], Explored]) -> Iterator[Any]:
         """Run a request, and show its results."""
-        # gradio copies the files that are given to it before it asks for what comes next
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield {results.status: "Working …"}
-            for update in context.run(visitor, lambda job: work(Path(folder), job)):
-                if not update.done or update.stopped:
-                    yield {results.status: update.text}
-                else:
-                    yield results.shown(update.result)
+        yield {results.status: "Working …"}
+        for update in updates_of(context, visitor, work):
+            yield {results.status: update.text} if update.result is None else results.shown(update.result)
 
     def interpolate(
         model: str,
@@ -504,6 +499,7 @@ def build(context: Context) -> None:
 
         yield from run(near, request.session_hash, work)
 
+    # The buttons
     named_by = [one_class, one_prompt]
     drawn_by = [seed, steps, sampler]
     ends = [*named_by, other_class, other_prompt, first, last]
@@ -543,9 +539,7 @@ class Results:
             buttons=["download", "fullscreen"],
         )
         self.file = gr.File(label="File", interactive=False, visible=False, elem_id=f"explore-{name}-file")
-        code: dict[str, Any] = {"interactive": False, "wrap_lines": True, "visible": False, "lines": 1}
-        self.command = gr.Code(label="The command that makes the same file", language="shell", **code)
-        self.code = gr.Code(label="The Python that makes the same file", language="python", **code)
+        self.command, self.code = code_fields("file", visible=False)
 
     @property
     def components(self) -> list[Any]:
@@ -557,14 +551,7 @@ class Results:
         """Run function(*inputs, request) where the button is pressed, and stop it at the other one."""
         shown = {"show_progress": "minimal", "show_progress_on": self.status}
         event = self.start.click(function, inputs, self.components, api_name=self.name, **shown, **QUEUE)
-
-        def cancel(request: gr.Request) -> str:
-            """Stop what the visitor draws."""
-            return "Stopping …" if context.work.cancel(request.session_hash) else "Stopped."
-
-        # Those that run are stopped here, at their next step; those that wait are taken out of gradio's queue
-        self.stop.click(cancel, None, self.status, queue=False, api_visibility="private")
-        self.stop.click(None, None, None, cancels=[event], queue=False, api_visibility="private")
+        let_stop(context, self.stop, self.status, event)
         if self.scrubber is not None:
             self.scrubber.input(
                 lambda place: gr.update(selected_index=int(place) - 1),

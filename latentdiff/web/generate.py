@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import shlex
-import tempfile
 import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import gradio as gr
 
 from latentdiff.errors import UserError
 from latentdiff.web.commands import command_line, python_call
+from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
 from latentdiff.web.preview import Trajectory
 from latentdiff.web.uploads import read_upload, undecoded
 from latentdiff.web.work import QUEUE, Job
@@ -243,6 +244,7 @@ def build(context: Context) -> None:
     if not models.names:
         gr.Markdown("There is no model yet. Start the server again when training has made one.")
         return
+    # What is asked for, and what is shown
     first = models.facts(models.names[0])
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
@@ -296,16 +298,12 @@ def build(context: Context) -> None:
                     elem_id="generate-trajectory",
                     elem_classes=_pixels(first),
                 )
-            shown = {"interactive": False, "lines": 1, "wrap_lines": True, "elem_classes": "when-full"}
-            command = gr.Code(label="The command that makes the same files", language="shell", **shown)
-            python = gr.Code(label="The Python that makes the same files", language="python", **shown)
+            command, python = code_fields(elem_classes="when-full")
 
+    # Another model has other fields
     def choose(name: str) -> list[Any]:
         """The fields for another model."""
-        try:
-            facts = models.facts(name)
-        except Exception as error:
-            raise context.work.error(error) from None
+        facts = facts_of_model(context, name)
         return [
             describe(facts),
             gr.update(**_classes(facts)),
@@ -325,6 +323,7 @@ def build(context: Context) -> None:
     fields = [about, classes, prompt, negative, steps, sampler, guided, condition, mask, guidance, low, high, gallery, path]
     model.change(choose, model, fields, api_visibility="private", **QUEUE)
 
+    # Drawing, and stopping it
     def generate(
         model: str,
         classes: list[str],
@@ -350,24 +349,23 @@ def build(context: Context) -> None:
         def shown(**changes: Any) -> list[Any]:
             return [changes.get(name, gr.skip()) for name in outputs]
 
-        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-            yield shown(status="Working …")
-            try:
-                for update in context.run(request.session_hash, lambda job: draw(context, settings, Path(folder), job)):
-                    if not update.done or update.stopped:
-                        yield shown(status=update.text, **({} if update.shown is None else {"path": update.shown}))
-                        continue
-                    facts, drawn = models.facts(model), update.result
-                    yield shown(
-                        status=summary(facts, drawn),
-                        gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
-                        archive=str(drawn.archive),
-                        command=as_command(facts, drawn.arguments),
-                        python=as_python(facts, drawn.arguments),
-                    )
-            except gr.Error as error:  # the line stays where the visitor looks, also when the message is closed
-                yield shown(status=error.message)
-                raise
+        yield shown(status="Working …")
+        try:
+            for update in updates_of(context, request.session_hash, partial(draw, context, settings)):
+                if not update.done or update.stopped:
+                    yield shown(status=update.text, **({} if update.shown is None else {"path": update.shown}))
+                    continue
+                facts, drawn = models.facts(model), update.result
+                yield shown(
+                    status=summary(facts, drawn),
+                    gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
+                    archive=str(drawn.archive),
+                    command=as_command(facts, drawn.arguments),
+                    python=as_python(facts, drawn.arguments),
+                )
+        except gr.Error as error:  # the line stays where the visitor looks, also when the message is closed
+            yield shown(status=error.message)
+            raise
 
     inputs = [model, classes, prompt, negative, count, seed, steps, sampler, guidance, low, high, condition, mask]
     event = gr.on(
@@ -381,13 +379,7 @@ def build(context: Context) -> None:
         **QUEUE,
     )
 
-    def cancel(request: gr.Request) -> str:
-        """Stop what the visitor draws."""
-        return "Stopping …" if context.work.cancel(request.session_hash) else "Stopped."
-
-    # Those that run are stopped here, at their next step; those that wait are taken out of gradio's queue
-    stop.click(cancel, None, status, queue=False, api_visibility="private")
-    stop.click(None, None, None, cancels=[event], queue=False, api_visibility="private")
+    let_stop(context, stop, status, event)
 
 
 def _classes(facts: Facts) -> dict[str, Any]:

@@ -187,7 +187,7 @@ def test_errors_name_no_path_of_the_server(context, capsys):
     assert capsys.readouterr().err == ""
 
     def fail(job):
-        raise RuntimeError("secret /root/x")
+        raise RuntimeError("secret of the server")
 
     with pytest.raises(gr.Error) as error:
         list(context.work.run("one", fail))

@@ -80,6 +80,7 @@ def test_stop_ends_the_work(visit, site):
     fill(page, "Steps", 1)
     press(page, "Generate")  # the queue is free again
     expect(page.locator(STATUS)).to_contain_text("16 images in")
+    assert len(files(page)) == 16
 
 
 def test_stop_takes_a_request_out_of_the_queue(visit, site, browser):
@@ -124,6 +125,7 @@ def test_a_limit_is_one_line(visit, label, value, line):
     press(visit.page, "Generate")
     expect(visit.page.locator(STATUS)).to_contain_text(line)
     expect(visit.page.get_by_test_id("toast-body")).to_contain_text(line)
+    assert visit.page.locator("#generate-images img").count() == 0  # nothing was drawn
 
 
 def wait_until(condition, seconds: float) -> None:
