@@ -90,18 +90,18 @@ def start_from_codebook(unet: nn.Module, vectors: Tensor, counts: Tensor) -> Non
     levels, codes, dim = vectors.shape
     centred = _centred(vectors)
     centred = centred / centred.std(dim=(1, 2), keepdim=True).clamp_min(1e-12)
-    # What the first layer knows of a channel: the code's vector, that it is a code, or that it is the mask
-    known = torch.zeros(levels, codes + 1, dim + 2).to(first.weight)
-    known[:, :codes, :dim] = centred.to(known)
-    known[:, :codes, dim] = 1
-    known[:, codes, dim + 1] = 1
+    # What the first layer is given of a channel: the code's vector, that it is a code, or that it is the mask
+    features = torch.zeros(levels, codes + 1, dim + 2).to(first.weight)
+    features[:, :codes, :dim] = centred.to(features)
+    features[:, :codes, dim] = 1
+    features[:, codes, dim + 1] = 1
     # Each level has one channel that is not 0: either d + 1 numbers of unit size, or one
     bound = math.sqrt(2 / (levels * (dim + 2) * math.prod(first.kernel_size)))
-    mixing = _uniform(bound, (levels, first.out_channels, dim + 2, *first.kernel_size)).to(known)
-    first.weight.copy_(torch.einsum("lofxy,lkf->olkxy", mixing, known).flatten(1, 2))
+    mixing = _uniform(bound, (levels, first.out_channels, dim + 2, *first.kernel_size)).to(features)
+    first.weight.copy_(torch.einsum("lofxy,lkf->olkxy", mixing, features).flatten(1, 2))
     bound = 1 / math.sqrt(last.in_channels * math.prod(last.kernel_size))
-    mixing = _uniform(bound, (levels, dim, last.in_channels, *last.kernel_size)).to(known)
-    last.weight.copy_(torch.einsum("ldixy,lkd->lkixy", mixing, known[:, :codes, :dim]).flatten(0, 1))
+    mixing = _uniform(bound, (levels, dim, last.in_channels, *last.kernel_size)).to(features)
+    last.weight.copy_(torch.einsum("ldixy,lkd->lkixy", mixing, features[:, :codes, :dim]).flatten(0, 1))
     last.bias.copy_(_log_frequencies(counts))
 
 

@@ -460,7 +460,7 @@ def build(context: Context) -> None:
         sampler: str,
         request: gr.Request,
     ) -> Iterator[Any]:
-        """Show what the model believes after each step, from noise to an image."""
+        """Show the estimate of the final image after each step, from noise to an image."""
 
         def work(folder: Path, job: Job) -> Explored:
             facts = models.facts(model)

@@ -55,8 +55,8 @@ class Gate:
         if scope["type"] != "http":
             return  # the page uses no web sockets
         path, method = scope["path"], scope["method"]
-        wanted = {"GET": READ, "HEAD": READ, "POST": SENT}.get(method)
-        if wanted is None or wanted.fullmatch(path) is None:
+        allowed = {"GET": READ, "HEAD": READ, "POST": SENT}.get(method)
+        if allowed is None or allowed.fullmatch(path) is None:
             return await _answer(404, "Not Found", scope, receive, send)
         if path == UPLOAD and self.kept() > self.most:
             return await _answer(507, "upload: this server keeps as much as it may; try again in an hour", scope, receive, send)

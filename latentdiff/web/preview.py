@@ -1,4 +1,4 @@
-"""What a model believes of the final images while it samples: x0 estimates of the network's own evaluations.
+"""Pictures of how images arise while a model samples: x0 estimates of the network's own evaluations.
 
 They are read off evaluations that the sampler makes anyway, and nothing is drawn at random. So the images stay the same.
 """
