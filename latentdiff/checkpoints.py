@@ -29,7 +29,7 @@ from latentdiff.models.loading import (
     read_json,
     weight_files,
 )
-from latentdiff.utils import atomic, limits
+from latentdiff.utils import atomic, collection, limits
 from latentdiff.utils.hashes import sha256_of, write_hashes
 from latentdiff.utils.shipped import shipped_folder, shipped_weights
 
@@ -285,6 +285,7 @@ def short_card(pipeline: "LatentDiffusionPipeline") -> str:
     )
 
 
+@collection.paused()
 def load(folder: str | Path, dtype: torch.dtype = torch.float32, verify: bool = True) -> "LatentDiffusionPipeline":
     """The pipeline of a checkpoint, or of a folder in Stable Diffusion's layout, on the CPU, in eval mode.
 
@@ -365,6 +366,7 @@ def _check_prompts(pipeline: Any, file: Path) -> None:
         raise UserError(f"{file}: model_max_length is {shown}; it must be a whole number from {least} to {most}")
 
 
+@collection.paused()
 def check(folder: Path) -> dict[str, type]:
     """Check every file of a checkpoint without loading weights; returns the class of each of its models by folder name.
 

@@ -13,7 +13,7 @@ from typing import Any
 import latentdiff
 from latentdiff.cli.commands import COMMANDS
 from latentdiff.errors import ReportedElsewhere, UserError, printable
-from latentdiff.utils import hashes, processes, signals
+from latentdiff.utils import collection, hashes, processes, signals
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -114,7 +114,8 @@ def _command(tokens: list[str]) -> None:
     _quiet_libraries()
     _yielding_threads()
     command = COMMANDS[name]
-    function, arguments = parse(name, command, rest)
+    with collection.paused():
+        function, arguments = parse(name, command, rest)
     with hashes.checked(not arguments.pop("no_verify", False)):
         result = function(**arguments)
     # Of several processes under `accelerate launch` the first one prints

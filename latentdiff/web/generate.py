@@ -29,7 +29,7 @@ IMAGES = 16  # that the page asks for at first
 OWN_SAMPLER = "default"
 OUT = "images"  # the folder in the command that is shown
 SMALL = 128  # pixels; smaller images are enlarged without blurring
-BETWEEN = 0.5  # seconds between two updates of what is drawn
+BETWEEN = 1.5  # seconds between two updates of what is drawn
 BATCH = 128  # of `latentdiff generate`; the metadata of an image name it
 
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
-ROWS = 3  # images that are followed
-COLUMNS = 8  # steps that are shown
+ROWS = 2  # images that are followed
+COLUMNS = 6  # steps that are shown
 SIDE = 64  # pixels that a small image is enlarged to, at least
 
 

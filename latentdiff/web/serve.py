@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
-from latentdiff.utils import processes, progress_bars
+from latentdiff.utils import collection, processes, progress_bars
 
 if TYPE_CHECKING:
     from latentdiff.web.context import Context
@@ -23,6 +23,8 @@ MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
 BODY = 1_000_000  # bytes of a request beside an uploaded file
 SCRATCH = "GRADIO_TEMP_DIR"
 NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+# Each request asks matplotlib for its backend. Where none is set, the first one waits until all of pyplot is imported
+NO_PYPLOT = {"MPLBACKEND": "agg"}
 
 
 def serve(
@@ -75,13 +77,13 @@ def serve(
         raise UserError(f"--port {port}: must be from 0 to 65535; 0 takes a free one")
     if runs is not None and not Path(runs).is_dir():
         raise UserError(f"--runs {runs}: no such folder")
-    folders, own_runs = find_models(list(models or [DEFAULT_MODEL]))
-    runs_folder = own_runs if runs is None else Path(runs)
-    processes.pick_device(device)
-
     limits = Limits(max_images, max_steps, max_pixels, max_upload * 1_000_000, queue)
     with tempfile.TemporaryDirectory(prefix="latentdiff-serve-", ignore_cleanup_errors=True) as scratch:
-        site = start(make_context(folders, runs_folder, limits, keep, device, data), host, port, Path(scratch))
+        with collection.paused():
+            folders, own_runs = find_models(list(models or [DEFAULT_MODEL]))
+            processes.pick_device(device)
+            context = make_context(folders, own_runs if runs is None else Path(runs), limits, keep, device, data)
+            site = start(context, host, port, Path(scratch))
         try:
             progress_bars.print_line(f"latentdiff: {site.url} (Ctrl-C ends it)")
             threading.Event().wait()
@@ -170,7 +172,7 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     """
     port = free_port(host, port)
     # gradio reads these where it is imported, where the page is made, and with each file
-    os.environ.update(NO_TELEMETRY)
+    os.environ.update(NO_TELEMETRY | NO_PYPLOT)
     scratch_before = os.environ.get(SCRATCH)
     set_scratch(str(scratch))
     try:

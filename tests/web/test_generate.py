@@ -20,7 +20,7 @@ from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.web.context import Limits
 from latentdiff.web.generate import Settings, as_command, as_python, call, draw
-from latentdiff.web.preview import Trajectory
+from latentdiff.web.preview import COLUMNS, Trajectory
 from latentdiff.web.serve import make_context
 from latentdiff.web.work import Cancelled, Job
 
@@ -212,10 +212,10 @@ def test_the_last_estimate_is_the_image(context, sampler, steps):
             output_type="np",
             callback_on_step_end=lambda pipe, step, t, tensors: pictures.append(path.add(step, pipe.num_timesteps, 2)),
         ).images
-    assert sum(picture is not None for picture in pictures) == len(path.columns) == min(8, steps)
+    assert sum(picture is not None for picture in pictures) == len(path.columns) == min(COLUMNS, steps)
     difference = [np.abs(column / 255 - images).max() for column in path.columns]
     assert difference[-1] < 0.02 and difference[0] > 0.1
-    assert path.picture().size == (min(8, steps) * (28 * 3 + 2), 2 * (28 * 3 + 2))
+    assert path.picture().size == (min(COLUMNS, steps) * (28 * 3 + 2), 2 * (28 * 3 + 2))
 
 
 def test_watching_changes_nothing(context):

@@ -57,6 +57,20 @@ def test_importing_the_command_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == ""
 
 
+def test_a_request_does_not_wait_until_pyplot_is_imported():
+    code = """
+import os, sys
+from latentdiff.web.serve import NO_PYPLOT
+os.environ.update(NO_PYPLOT)
+import gradio.utils
+with gradio.utils.MatplotlibBackendMananger():
+    pass
+print("matplotlib" in sys.modules, "matplotlib.pyplot" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split()[1:] == ["False"], done.stderr
+
+
 def test_a_fit_stands_for_its_model_and_its_runs(tmp_path):
     fit = tmp_path / "my-images"
     fit.mkdir()
