@@ -17,7 +17,7 @@ from latentdiff.errors import UserError
 from latentdiff.web.context import Limits
 from latentdiff.web.generate import Settings, as_command, draw
 from latentdiff.web.models import Models
-from latentdiff.web.serve import BODY, find_models, make_context
+from latentdiff.web.serve import BODY, find_models, make_context, start
 from latentdiff.web.work import Job
 
 WEIGHTS = Path(__file__).parent.parent.parent / "weights"
@@ -164,6 +164,33 @@ def test_the_fields_of_the_documentation_draw_images(site):
     event = httpx.post(address, json=json.loads(fields)).json()["event_id"]
     answer = httpx.get(f"{address}/{event}", timeout=120).text
     assert "event: complete" in answer and "4 images in" in answer and "event: error" not in answer
+
+
+def test_no_more_requests_wait_than_the_queue_may_hold(tmp_path, monkeypatch):
+    """One runs, one waits, and the third is refused in one line; what was asked for before it is drawn all the same."""
+    runs, may_go = threading.Event(), threading.Event()
+
+    def held_up(*arguments):
+        runs.set()
+        assert may_go.wait(60)
+        return draw(*arguments)
+
+    monkeypatch.setattr("latentdiff.web.generate.draw", held_up)
+    busy = start(make_context(FASHION, None, Limits(queue=1)), "127.0.0.1", 0, tmp_path)
+    address = f"{busy.url}gradio_api/call/generate"
+    fields = {"data": ["fashion-mnist", ["Bag"], "", "", 1, 0, 1, "default", 1, 0, 1, None, None]}
+    try:
+        first = httpx.post(address, json=fields)
+        assert runs.wait(60)
+        second, third = (httpx.post(address, json=fields) for _ in range(2))
+        assert third.status_code == 503 and "Max size is 1" in third.json()["detail"]
+        may_go.set()
+        for accepted in (first, second):
+            answer = httpx.get(f"{address}/{accepted.json()['event_id']}", timeout=120).text
+            assert "event: complete" in answer and "1 image in" in answer
+    finally:
+        may_go.set()
+        busy.close()
 
 
 @pytest.mark.parametrize("chunked", [False, True])
