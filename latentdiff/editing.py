@@ -143,7 +143,8 @@ def edit(
         mask: an image, white where images are to be filled.
         mask_margin: latent cells around the mask that are drawn anew too; their known pixels still stay. The default is 2.
         expand: pixels of the model's size to add at the top, right, bottom and left.
-        source: what the images show, for translate, variations and interpolate: a class or a prompt.
+        source: what the images show, for img2img, translate, variations and interpolate: a class or a prompt. img2img guides
+            away from it, so that less strength is needed, and more of the image stays.
         into: a second model over the same autoencoder, which makes the results of translate.
         method: of inpaint: known_pixels, replacement, which costs no more than generating and leaves a seam, or posterior,
             which costs most. The default is known_pixels; with --strength or --mask-margin it is replacement.
@@ -246,6 +247,14 @@ def edit(
         raise UserError(f"--label {label}: is the class of a prompt; give the prompt by --to or --source")
     if task == "translate" and not is_trained and not to and into is None and pipeline.config.get("bridge") is None:
         raise UserError("--to: missing; name what the images become, or give --into")
+    away = shows if task == "img2img" else None
+    if away is not None:
+        if negative:
+            raise UserError("--source: with img2img it is what to guide away from, as --negative is; give one of them")
+        if (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
+            raise UserError("--source: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
+        if weak:
+            raise UserError("--weak: stands in for what to guide away from; leave --source out")
     targets = generation.guided_to(pipeline, rows, [class_row if isinstance(row, str) else None for row in rows])
     generation.check_rule(pipeline, guiding, weak, scale, bool(targets or negative) or is_trained)
     call: dict[str, Any] = {
@@ -253,9 +262,11 @@ def edit(
         "sampler": sampler,
         "guidance_scale": guidance,
         "guidance_interval": guidance_interval,
-        "negative_prompt": negative,
+        "negative_prompt": away if isinstance(away, str) else negative,
         **guiding,
     }
+    if away is not None and not isinstance(away, str):
+        call["negative_class_labels"] = away
     of_model = {"--label": class_row, "--precision": precision, "device": pipeline.device.type, **call}
     call |= generation.weak_call(pipeline, folder, weak, negative)
     of_model |= {"--weak": True} if weak else {}
@@ -467,7 +478,7 @@ def _check_flags(
         "--mask": (mask, ("inpaint",)),
         "--mask-margin": (mask_margin, ("inpaint", "outpaint")),
         "--expand": (expand, ("outpaint",)),
-        "--source": (source, BY_SAMPLER),
+        "--source": (source, ("img2img", *BY_SAMPLER)),
         "--into": (into, ("translate",)),
         f"--method {method}": (method, ("inpaint",)),
         "--blur": (blur, ("deblur",)),

@@ -214,6 +214,23 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
     assert (here / "one.png").read_bytes() == (here / "two.png").read_bytes()
 
 
+def test_img2img_guides_away_from_what_the_image_shows(run, here, model, photo, monkeypatch):
+    """--source is the class to guide away from: the pipeline's negative_class_labels."""
+    asked, call = [], LatentDiffusionPipeline.__call__
+    monkeypatch.setattr(
+        LatentDiffusionPipeline, "__call__", lambda self, **given: (asked.append(given), call(self, **given))[1]
+    )
+    how = ("--strength", 0.6, "--steps", 6, "--guidance", 8, "--guidance-interval", 0, 1)
+    results = []
+    for source in (("--source", "down"), ("--source", "across"), ()):
+        run("edit", photo(), "--model", model, "--to", "across", *how, *source, "--out", f"{len(results)}.png")
+        results.append(cells(f"{len(results)}.png", 2)[1].tobytes())
+    assert len(set(results)) == 3
+    names = [pipe_call.get("negative_class_labels") for pipe_call in asked]
+    labels = checkpoints.load(model).class_names
+    assert [None if number is None else labels[number] for number in names] == ["down", "across", None]
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
@@ -222,7 +239,18 @@ def test_an_image_is_translated_there_and_back(run, here, model, photo):
         (["half.png", "--task", "inpaint"], "--mask: missing; --task inpaint needs it"),
         (["half.png", "--task", "outpaint"], "--expand: missing"),
         (["half.png", "--task", "variations", "--mask", "half.png"], "--mask: goes with --task inpaint, not variations"),
-        (["half.png", "--source", "across"], "--source: goes with --task translate or variations or interpolate, not img2img"),
+        (
+            ["half.png", "--mask", "half.png", "--source", "down"],
+            "--source: goes with --task img2img or translate or variations or",
+        ),
+        (
+            ["half.png", "--source", "down", "--guidance", "1"],
+            "--source: at guidance 1, which is off, nothing is guided away from",
+        ),
+        (
+            ["half.png", "--source", "down", "--negative", "x"],
+            "--source: with img2img it is what to guide away from, as --negative is",
+        ),
         (["half.png", "--method", "posterior"], "--method posterior: goes with --task inpaint, not img2img"),
         (["half.png", "--mask", "half.png", "--method", "posterior", "--strength", "0.5"], "--method posterior: takes neither"),
         (["half.png", "--into", "x"], "--into: goes with --task translate, not img2img"),

@@ -89,6 +89,8 @@ def fields_of(task: str, facts: Facts, method: str | None = None) -> set[str]:
         fields.add("to")
     if task in ("translate", "variations") and not (trained or facts.bridge) and (facts.class_names or facts.reads_text):
         fields.add("source")
+    if task == "img2img" and plain and facts.can_guide and not facts.reads_text:  # which has a negative prompt
+        fields.add("source")
     if task == "inpaint":
         fields |= {"mask", "method"} if plain else {"mask"}
     # The other methods of inpaint keep the known pixels by themselves

@@ -52,6 +52,7 @@ from latentdiff.utils.tensors import flat_mean
 
 TRANSLATE = [(s, g) for s in (1.0, 0.9, 0.8, 0.75, 0.7) for g in (1.0, 4.0, 8.0)]
 IMG2IMG = [(s, g) for s in (0.9, 0.8, 0.7) for g in (4.0, 8.0)]
+AWAY = [(0.7, 6.0), (0.6, 10.0), (0.6, 16.0), (0.5, 20.0), (0.5, 24.0), (0.5, 28.0), (0.4, 32.0)]
 EVERYWHERE = (0.0, 1.0)  # the interval of guidance: what a picture shows is decided at high noise
 EMOJI_GUIDANCE = 4.0  # the checkpoint's
 # (kind, strength, guidance) of emoji; see `EmojiTask`
@@ -66,7 +67,10 @@ SHOWN = 12  # images of the picture
 
 
 def img2img(pipe: Any, images: Tensor, to: dict[str, Any], strength: float, guidance: float, steps: int) -> Tensor:
-    """Images with noise of a strength, denoised as what `to` says: class_labels or prompt. [B, C, H, W] in [-1, 1]."""
+    """Images with noise of a strength, denoised as what `to` says, [B, C, H, W] in [-1, 1].
+
+    to: class_labels or prompt, and the same of what to guide away from.
+    """
     draws = generators(0, range(len(images)))
     call = {
         "strength": strength,
@@ -127,8 +131,12 @@ def measure(arguments: argparse.Namespace) -> None:
     def noised(strength: float, guidance: float) -> Tensor:
         return img2img(pipe, originals, {"class_labels": to}, strength, guidance, steps)
 
+    def noised_away(strength: float, guidance: float) -> Tensor:
+        return img2img(pipe, originals, {"class_labels": to, "negative_class_labels": source}, strength, guidance, steps)
+
     calls = {f"translate s={s} g={g}": (translated, s, g) for s, g in TRANSLATE}
     calls |= {f"img2img s={s} g={g}": (noised, s, g) for s, g in IMG2IMG}
+    calls |= {f"img2img away from the source s={s} g={g}": (noised_away, s, g) for s, g in AWAY}
     print(f"{source} to {to}: {len(rows)} images, {steps} steps of Heun, judged by {', '.join(map(described, nets))}\n")
     print("| method | recognised | own | own, pooled | evaluations | seconds |\n|---|---|---|---|---|---|")
     shown = [originals[:SHOWN]]
