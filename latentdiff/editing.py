@@ -251,12 +251,11 @@ def edit(
     if away is not None:
         if negative:
             raise UserError("--source: with img2img it is what to guide away from, as --negative is; give one of them")
-        if (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
-            raise UserError("--source: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
+        generation.check_negative(pipeline, str(source), scale, "--source")
         if weak:
             raise UserError("--weak: stands in for what to guide away from; leave --source out")
     targets = generation.guided_to(pipeline, rows, [class_row if isinstance(row, str) else None for row in rows])
-    generation.check_rule(pipeline, guiding, weak, scale, bool(targets or negative) or is_trained)
+    generation.check_rule(pipeline, guiding, weak, scale, bool(targets or negative) or away is not None or is_trained)
     call: dict[str, Any] = {
         "num_inference_steps": steps,
         "sampler": sampler,

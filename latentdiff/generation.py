@@ -351,10 +351,15 @@ def class_of_prompts(pipeline: LatentDiffusionPipeline, label: str | int | None,
         raise UserError(f"--label: {error}") from None
 
 
-def check_negative(pipeline: LatentDiffusionPipeline, negative: str | None, guidance: float | None) -> None:
-    """UserError for a negative prompt at guidance 1, where it does nothing. guidance: None is the checkpoint's default."""
+def check_negative(
+    pipeline: LatentDiffusionPipeline, negative: str | None, guidance: float | None, flag: str = "--negative"
+) -> None:
+    """UserError for something to guide away from at guidance 1, where it does nothing.
+
+    guidance: None is the checkpoint's default. flag: that names what to guide away from.
+    """
     if negative and (pipeline.config.default_guidance_scale if guidance is None else guidance) == 1:
-        raise UserError("--negative: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
+        raise UserError(f"{flag}: at guidance 1, which is off, nothing is guided away from; give --guidance above 1")
 
 
 def check_rule(

@@ -229,6 +229,8 @@ def test_img2img_guides_away_from_what_the_image_shows(run, here, model, photo, 
     names = [pipe_call.get("negative_class_labels") for pipe_call in asked]
     labels = checkpoints.load(model).class_names
     assert [None if number is None else labels[number] for number in names] == ["down", "across", None]
+    # It is something to guide away from for a rule too, without a class to guide to
+    run("edit", photo(), "--model", model, "--source", "down", "--guidance-rule", "apg", *how, "--out", "rule.png")
 
 
 @pytest.mark.parametrize(

@@ -172,7 +172,7 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     """
     port = free_port(host, port)
     # gradio reads these where it is imported, where the page is made, and with each file
-    os.environ.update(NO_TELEMETRY | NO_PYPLOT)
+    os.environ.update(NO_TELEMETRY | {key: os.environ.get(key, value) for key, value in NO_PYPLOT.items()})
     scratch_before = os.environ.get(SCRATCH)
     set_scratch(str(scratch))
     try:
