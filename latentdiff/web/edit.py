@@ -279,7 +279,9 @@ def build(context: Context) -> None:
                 **class_choices(facts), label="What it becomes", visible="to" in shown and not facts.reads_text
             )
             to_prompt = gr.Textbox(label="What it becomes", info="A prompt", visible="to" in shown and facts.reads_text)
-            from_class = gr.Dropdown(**class_choices(facts), label="What it shows now", visible=False)
+            from_class = gr.Dropdown(
+                **class_choices(facts), label="What it shows now", visible="source" in shown and not facts.reads_text
+            )
             from_prompt = gr.Textbox(label="What it shows now", info="A prompt", visible=False)
             method = gr.Radio(
                 [(text, name) for name, text in METHODS.items()], value="known_pixels", label="Method", visible=False

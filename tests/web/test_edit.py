@@ -97,7 +97,8 @@ def test_each_task_is_asked_what_it_reads(facts):
     assert "strength" not in fields_of("inpaint", facts, "known_pixels")
     assert {"mask", "strength", "sampler"} <= fields_of("inpaint", facts, "replacement")
     assert fields_of("variations", facts) == {"num_images", "steps", "seed", "source", "strength"}
-    assert "negative" in fields_of("img2img", replace(facts, reads_text=True))
+    of_text = fields_of("img2img", replace(facts, reads_text=True))
+    assert "negative" in of_text and "source" not in of_text and "source" in fields_of("img2img", facts)
     trained = replace(facts, condition="mask")
     assert tasks_of(trained) == ["inpaint"] and "method" not in fields_of("inpaint", trained)
     assert "strength" not in fields_of("translate", replace(facts, bridge=True))
