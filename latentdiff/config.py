@@ -563,6 +563,10 @@ class DiscreteConfig(Section):
         "absorbing", description="absorbing: codes are masked (MDLM, arXiv 2406.07524); uniform: replaced by random ones (D3PM)"
     )
     schedule: str = Field("linear", description="how many codes are left at time t; a name of `latentdiff.discrete.SCHEDULES`")
+    levels: Literal["together", "coarse_first"] = Field(
+        "together",
+        description="of a residual quantiser's codes. coarse_first: the first level is drawn before the second, and so on",
+    )
     weighting: Literal["none", "bound"] = Field(
         "none",
         description="weight of the loss at each time. none: the mean cross-entropy; bound: the likelihood's",

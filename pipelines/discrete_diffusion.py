@@ -48,6 +48,7 @@ _IMPORT = re.compile(r"^from latentdiff\.pipelines\.latent_diffusion import \([^
 
 ORDERS = ("random", "confidence")
 PROCESSES = ("absorbing", "uniform")
+LEVELS = ("together", "coarse_first")
 SAMPLER_OPTIONS = {"temperature": 1.0, "confidence_noise": 4.5}  # of MaskGIT's code
 CODE_OUTPUTS = ("pil", "np", "pt", "codes")
 TIMESTEPS = 1000  # the U-Net is given TIMESTEPS t
@@ -77,7 +78,8 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         unet: `UNet2DModel` or `UNet2DConditionModel`. Its input has L (K + 1) channels of zeros and ones, which say the code of
             each of L levels, the last one of K + 1 being the mask; its output L K channels, the logits of the clean codes.
         vae: a diffusers `VQModel`, or an autoencoder that is used as one.
-        process: {"name": "absorbing" or "uniform", "schedule": a name of SCHEDULES}: what training did to the codes.
+        process: {"name": "absorbing" or "uniform", "schedule": a name of SCHEDULES, "levels": one of LEVELS}: what training did
+            to the codes. Levels that are not given are "together"; "coarse_first" draws the first level before the second.
         scheduler, prediction, schedule, image_condition: always None; latent diffusion has these.
         default_sampler: the order of calls that do not give one: "random" or "confidence".
 
@@ -121,10 +123,12 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
             tokenizer=tokenizer,
             null_prompt=null_prompt,
         )
-        for key, valid in (("name", PROCESSES), ("schedule", tuple(SCHEDULES))):
-            if (process or {}).get(key) not in valid:
-                raise PipelineInputError(f"process: its {key} is {(process or {}).get(key)!r}; valid: {', '.join(valid)}")
-        self.register_to_config(process=dict(process))
+        process = {"levels": "together", **(process or {})}  # checkpoints of before have no levels
+        levels = LEVELS if process.get("name") == "absorbing" else LEVELS[:1]
+        for key, valid in (("name", PROCESSES), ("schedule", tuple(SCHEDULES)), ("levels", levels)):
+            if process.get(key) not in valid:
+                raise PipelineInputError(f"process: its {key} is {process.get(key)!r}; valid: {', '.join(valid)}")
+        self.register_to_config(process=process)
 
     @property
     def num_codes(self) -> int:
@@ -140,6 +144,15 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
     def alpha(self, t: float | torch.Tensor) -> torch.Tensor:
         """The probability that a code is clean at t in [0, 1], a number or any shape; float64."""
         return SCHEDULES[self.config.process["schedule"]](torch.as_tensor(t, dtype=torch.float64))
+
+    def level_times(self, t: float) -> torch.Tensor:
+        """How far the levels are corrupted at t, as times of the schedule: float64 [1], or [L] where they come in turn."""
+        if self.config.process["levels"] == "together":
+            return torch.tensor([t], dtype=torch.float64)
+        # Each level's turn is twice as long as that of the level after; see `latentdiff.discrete.processes`
+        parts = 2.0 ** torch.arange(self.code_shape[0] - 1, -1, -1, dtype=torch.float64)
+        inner = (t * (2.0 ** len(parts) - 1) - (parts - 1)) / parts
+        return torch.where(inner < 1e-12, 0.0, torch.where(inner > 1 - 1e-12, 1.0, inner))
 
     def predict(self, codes: torch.Tensor, t: torch.Tensor, **conditioning: torch.Tensor) -> torch.Tensor:
         """The logits of the clean codes, float32 [B, L, h, w, K]: the U-Net's, and for the process "uniform" log q(x_t | x0).
@@ -345,12 +358,12 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         device = device or self._execution_device
         times = [1 - i / steps for i in range(steps)] + [0.0]
         codes = self._prior((count, *self.code_shape), generator, device)
+        at_start = 1 - self.alpha(self.level_times(times[first])).to(device)  # [G], the share that is masked now
         if start is not None:
             chance = _uniform_numbers(tuple(start.shape), generator, device)
-            codes = torch.where(chance < (1 - self.alpha(times[first])).to(device), codes, start)
+            codes = torch.where(chance < at_start.view(-1, 1, 1), codes, start)
         codes = codes if known is None else torch.where(known >= 0, known, codes)
-        free = codes.eq(self.num_codes).flatten(1).sum(1)  # [B], masks
-        at_start = 1 - float(self.alpha(times[first]))  # the share that is masked now
+        free = self._count_masks(codes)  # [B, G]
         self._num_timesteps = steps - first
         with self.progress_bar(total=steps - first) as progress_bar:
             for i in range(first, steps):
@@ -362,11 +375,12 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
                     cause = non_finite_cause(self.unet, codes.float())
                     raise NonFiniteError(f"U-Net: its output is not finite (timestep {TIMESTEPS * t:g}); {cause}")
                 if sampler == "confidence":
-                    masked = torch.zeros_like(free)
-                    if s > 0:  # at least one mask fewer than before, and one at least
-                        masked = torch.floor(free.double() * ((1 - float(self.alpha(s))) / at_start) + 1e-9)
-                        masked = masked.minimum(codes.eq(self.num_codes).flatten(1).sum(1) - 1).clamp_min(1)
-                    codes = _surest(codes, probs, masked, options["confidence_noise"] * s, generator)
+                    level_times = self.level_times(s).to(device)  # [G]
+                    masked = self._count_masks(codes)
+                    left = torch.floor(free.double() * ((1 - self.alpha(level_times)) / at_start.clamp_min(_TINY)) + 1e-9)
+                    left = left.minimum((masked - 1).double()).clamp_min(1).long()  # at least one fewer, and one at least
+                    left = torch.where(level_times == 1, masked, torch.where(level_times == 0, 0, left))
+                    codes = _surest(codes, probs, left, options["confidence_noise"] * level_times, generator)
                 else:
                     codes = self._step(codes, _drawn(probs, generator), t, s, generator)
                 codes = codes if known is None else torch.where(known >= 0, known, codes)
@@ -434,6 +448,10 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         chance = _uniform_numbers(shape, generator, device)
         return (chance * self.num_codes).long().clamp(max=self.num_codes - 1)
 
+    def _count_masks(self, codes: torch.Tensor) -> torch.Tensor:
+        """How many positions are masked, [B, G]: in each of the levels where they come in turn, else in all together."""
+        return codes.eq(self.num_codes).reshape(len(codes), self.level_times(0.0).numel(), -1).sum(2)
+
     def _step(self, codes: torch.Tensor, x0: torch.Tensor, t: float, s: float, generator: Any) -> torch.Tensor:
         """A draw of q(x_s | x_t, x0) for s < t: codes at s, int64 [B, L, h, w].
 
@@ -441,7 +459,7 @@ class DiscreteDiffusionPipeline(LatentDiffusionPipeline):
         `latentdiff.discrete.processes`: MDLM (arXiv 2406.07524), eq. 7, for masks, and D3PM (arXiv 2107.03006), eq. 3.
         """
         chance = _uniform_numbers(tuple(codes.shape), generator, codes.device)
-        alpha_t, alpha_s = self.alpha(t).to(codes.device), self.alpha(s).to(codes.device)
+        alpha_t, alpha_s = (self.alpha(self.level_times(time)).view(-1, 1, 1).to(codes.device) for time in (t, s))
         if self.config.process["name"] == "absorbing":
             is_shown = codes.eq(self.num_codes) & (chance * (1 - alpha_t) >= 1 - alpha_s)
             return torch.where(is_shown, x0, codes)
@@ -514,18 +532,22 @@ def _drawn(probs: torch.Tensor, generator: Any) -> torch.Tensor:
     return torch.searchsorted(cumulative, place, right=True)[..., 0]
 
 
-def _surest(codes: torch.Tensor, probs: torch.Tensor, masked: torch.Tensor, noise: float, generator: Any) -> torch.Tensor:
-    """codes [B, ...] with all masks drawn from probs [B, ..., K], and the `masked` [B] least sure ones masked again."""
+def _surest(codes: torch.Tensor, probs: torch.Tensor, left: torch.Tensor, noise: torch.Tensor, generator: Any) -> torch.Tensor:
+    """codes [B, ...] with all masks drawn from probs [B, ..., K], and of each group the least sure ones masked again.
+
+    left: how many, [B, G]. noise: of the confidences, [G].
+    """
     drawn, mask = _drawn(probs, generator), probs.shape[-1]
-    is_masked = codes == mask
-    confidence = probs.gather(-1, drawn[..., None])[..., 0].double().log()
-    if noise > 0:
-        chance = _uniform_numbers(tuple(codes.shape), generator, codes.device)
-        confidence = confidence - noise * torch.log(-torch.log(chance))  # Gumbel noise
-    confidence = torch.where(is_masked, confidence, torch.inf).flatten(1)
-    rank = confidence.argsort(dim=1, stable=True).argsort(dim=1).reshape(codes.shape)  # 0: the least sure
-    again = is_masked & (rank < masked.reshape(-1, *(1,) * (codes.ndim - 1)))
-    return torch.where(again, mask, torch.where(is_masked, drawn, codes))
+    groups = len(codes), left.shape[1], -1
+    is_masked = codes.eq(mask).reshape(groups)
+    confidence = probs.gather(-1, drawn[..., None])[..., 0].double().log().reshape(groups)
+    if bool((noise > 0).any()):
+        chance = _uniform_numbers(tuple(codes.shape), generator, codes.device).reshape(groups)
+        confidence = confidence - noise[:, None] * torch.log(-torch.log(chance))  # Gumbel noise
+    confidence = torch.where(is_masked, confidence, torch.inf)
+    rank = confidence.argsort(dim=2, stable=True).argsort(dim=2)  # 0: the least sure
+    again = (is_masked & (rank < left[..., None])).reshape(codes.shape)
+    return torch.where(again, mask, torch.where(is_masked.reshape(codes.shape), drawn, codes))
 
 
 def _complete_source() -> str:

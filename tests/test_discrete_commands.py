@@ -86,7 +86,7 @@ def test_the_bound_is_the_decoders_term_and_that_of_the_codes(codes_model):
 
 def test_info_says_what_it_is(run, codes_model, discrete_run):
     facts = json.loads(run("info", codes_model))
-    assert facts["codes"] == 6 and facts["process"] == {"name": "absorbing", "schedule": "linear"}
+    assert facts["codes"] == 6 and facts["process"] == {"name": "absorbing", "schedule": "linear", "levels": "together"}
     assert facts["latent_shape"] == [1, 8, 8] and facts["scheduler"] == "random" and "prediction" not in facts
     cache = json.loads(run("info", discrete_run / "codes"))
     assert cache["shape"] == [1, 8, 8] and cache["mirrored"] and "mean" not in cache

@@ -11,11 +11,12 @@ belongs. The same function serves training (`loss`), sampling (`sample`) and mea
 
 from latentdiff.discrete.bound import bound, bound_terms, loss
 from latentdiff.discrete.guidance import ClassifierFree
-from latentdiff.discrete.processes import PROCESSES, Absorbing, Process, Uniform, add_evidence, make_process
+from latentdiff.discrete.processes import LEVELS, PROCESSES, Absorbing, Process, Uniform, add_evidence, make_process
 from latentdiff.discrete.sampling import ORDERS, sample
 from latentdiff.discrete.schedules import SCHEDULES, Schedule
 
 __all__ = [
+    "LEVELS",
     "ORDERS",
     "PROCESSES",
     "SCHEDULES",

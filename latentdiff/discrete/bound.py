@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.discrete.common import Predict, check_codes, predict_logits, require_probs
-from latentdiff.discrete.processes import Process, cross_entropy
+from latentdiff.discrete.processes import Process, cross_entropy, turns
 from latentdiff.errors import UserError
 from latentdiff.likelihood import Bound, require_finite
 from latentdiff.utils.random import Generators, rand
@@ -38,7 +38,8 @@ def loss(
                 `Absorbing` it is the cross-entropy of the masked positions times -alpha'/(1 - alpha) (MDLM, arXiv 2406.07524;
                 MD4, arXiv 2406.04329).
             "none": the mean cross-entropy of the masked positions (MaskGIT, arXiv 2202.04200), or for `Uniform` of all
-                positions (the auxiliary loss of D3PM, arXiv 2107.03006, eq. 5). A sample without masks has the loss 0.
+                positions (the auxiliary loss of D3PM, arXiv 2107.03006, eq. 5). Of levels in turn, the one whose turn it is
+                counts. A sample without masks has the loss 0.
         conditioning: keyword arguments of predict.
 
     Raises:
@@ -50,12 +51,12 @@ def loss(
     codes_t = process.corrupt(codes, times, generator)
     beliefs = torch.log_softmax(predict_logits(predict, codes_t, times, process.num_codes, conditioning), dim=-1)
     if weighting == "bound":
-        speed = -process.schedule.d_alpha(times)
-        return (speed * process.divergence_rate(codes, codes_t, beliefs, times) / codes[0].numel()).float()
+        rate = process.divergence_rate(codes, codes_t, beliefs, times)
+        return (process.speed(times, codes) * rate / codes[0].numel()).float()
     losses = cross_entropy(codes, beliefs)  # [B, ...]
     if process.mask is None:
         return flat_mean(losses).float()
-    is_masked = codes_t.eq(process.mask).to(losses)
+    is_masked = (codes_t.eq(process.mask) & process.has_turn(times, codes)).to(losses)
     return (flat_mean(losses * is_masked) / flat_mean(is_masked).clamp_min(1 / codes[0].numel())).float()
 
 
@@ -151,15 +152,25 @@ def _continuous_cost(
     from 0 to N. They are those with the k smallest of N uniform numbers, and the share of corruption, m = 1 - alpha, is the
     k-th smallest. Its density is k C(N, k) m^(k-1) (1 - m)^(N-k), and C(N, k) m^k (1 - m)^(N-k) is to be integrated: the weight
     is m / k times the number of choices of k. For k = 0, m is the smallest, and the weight (1 - m) / N times that number.
+
+    Levels in turn are as many integrals. The number of a position's turn is added to its uniform number, so that k of all N
+    positions are whole levels and, of the level whose turn it is, as many as remain; these take the place of k.
     """
     size = codes[0].numel()
     least = 0 if process.mask is None else 1
     choices = size + 1 - least
     count = least + (place * choices).long().clamp(max=choices - 1)  # k, [B]
     chance = rand(codes.shape, generator, codes.device, torch.float64)
-    share = chance.reshape(len(codes), -1).sort(dim=1).values.gather(1, (count[:, None] - 1).clamp_min(0))[:, 0]  # m, [B]
-    is_corrupted = (chance <= widen(share, chance)) & (widen(count, chance) > 0)
+    levels = codes.shape[1] if process.in_turn else 1
+    if process.in_turn:
+        numbers = torch.arange(levels - 1, -1, -1, dtype=torch.float64, device=codes.device)  # the last level's turn is first
+        chance = chance + numbers.reshape(1, -1, *(1,) * (codes.ndim - 2))
+    last = chance.reshape(len(codes), -1).sort(dim=1).values.gather(1, (count[:, None] - 1).clamp_min(0))[:, 0]  # [B]
+    is_corrupted = (chance <= widen(last, chance)) & (widen(count, chance) > 0)
     codes_t = torch.where(is_corrupted, process.prior_sample(codes.shape, generator, codes.device), codes)
-    t = process.schedule.time(1 - share)
+    whole = ((count - 1).clamp_min(0) * levels).div(size, rounding_mode="floor")  # levels that are corrupted already, [B]
+    share, count = last - whole, count - whole * (size // levels)  # m, and k of the level whose turn it is
+    begins, lengths = (each.to(codes.device)[levels - 1 - whole] for each in turns(levels))
+    t = begins + lengths * process.schedule.time(1 - share)
     weight = choices * torch.where(count > 0, share / count.clamp_min(1), (1 - share) / size)
     return weight * process.divergence_rate(codes, codes_t, beliefs(codes_t, t), t)

@@ -4,6 +4,11 @@ With alpha = alpha(t), x0 the clean codes and K = num_codes, each position for i
     Absorbing   q(x_t | x0) = alpha [x_t = x0] + (1 - alpha) [x_t = mask]      (MDLM, arXiv 2406.07524)
     Uniform     q(x_t | x0) = alpha [x_t = x0] + (1 - alpha) / K               (D3PM, arXiv 2107.03006, appendix A.2.1)
 Both are Markov: from s to t > s a position is corrupted anew with probability 1 - alpha(t) / alpha(s).
+
+Codes of a residual quantiser, [B, L, ...], have L levels, of which the first is the coarsest. `Absorbing` can mask them one
+level after the other, so that sampling draws all of the first level before the second (SoundStorm, arXiv 2305.09636, section
+3.3). Then alpha depends on the level. The last level's turn is next to t = 0, and each turn is twice as long as the one before
+it, since a fine level needs fewer steps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,6 +24,7 @@ from latentdiff.errors import UserError
 from latentdiff.utils.random import Generators, rand
 from latentdiff.utils.tensors import per_sample, widen
 
+LEVELS = ("together", "coarse_first")
 _TINY = 1e-12  # the least probability that is divided by: at t = 0 nothing is corrupted, at t = 1 nothing is clean
 
 
@@ -36,6 +42,7 @@ class Process:
         num_codes: K.
         num_states: S: the values that a position can take, with the mask.
         mask: the mask's code, None where there is none.
+        in_turn: whether the levels of codes [B, L, ...] are corrupted one after the other.
         schedule: the `Schedule`.
 
     Raises:
@@ -43,6 +50,7 @@ class Process:
     """
 
     mask: int | None = None
+    in_turn = False
 
     def __init__(self, num_codes: int, schedule: str | Schedule = "linear"):
         if num_codes < 2:
@@ -74,13 +82,13 @@ class Process:
         """
         check_codes(codes, self.num_codes, "corrupt")
         chance = rand(codes.shape, generator, codes.device, torch.float64)
-        is_replaced = chance < widen(1 - self.schedule.alpha(per_sample(t, codes)), chance)
+        is_replaced = chance < 1 - self.alpha(t, chance)
         return torch.where(is_replaced, self.prior_sample(codes.shape, generator, codes.device), codes)
 
     def marginal(self, codes: Tensor, t: float | Tensor) -> Tensor:
         """q(x_t | x0), [B, ..., S], for x0 = codes [B, ...]."""
         clean = functional.one_hot(codes, self.num_states).double()
-        return torch.lerp(self.prior_probs().to(codes.device).expand_as(clean), clean, self._alpha(t, clean))
+        return torch.lerp(self.prior_probs().to(codes.device).expand_as(clean), clean, self.alpha(t, clean))
 
     def posterior(self, codes_t: Tensor, codes: Tensor, t: float | Tensor, s: float | Tensor) -> Tensor:
         """q(x_s | x_t, x0) for s < t, by Bayes' rule: [B, ..., S].
@@ -129,35 +137,83 @@ class Process:
     def divergence_rate(self, codes: Tensor, codes_t: Tensor, log_probs: Tensor, t: float | Tensor) -> Tensor:
         """What `step_divergence` becomes in the limit of short steps, per unit of the corruption m = 1 - alpha: float64 [B].
 
-        Its mean over q(x_t | x0), integrated over m from 0 to 1, is minus the continuous-time bound in nats. Arguments as in
-        `step_divergence`.
+        Its mean over q(x_t | x0), integrated over m from 0 to 1, is minus the continuous-time bound in nats. Where levels are
+        corrupted one after the other, m is that of the level whose turn it is at t, and the bound has one such integral for
+        each level. Arguments as in `step_divergence`.
         """
         raise NotImplementedError
+
+    def speed(self, t: float | Tensor, codes: Tensor) -> Tensor:
+        """dm/dt, how fast codes [B, ...] are corrupted at t: float64 [B]."""
+        return -self.schedule.d_alpha(per_sample(t, codes))
+
+    def has_turn(self, t: float | Tensor, codes: Tensor) -> Tensor:
+        """Which positions of codes [B, ...] are being corrupted at t: bool, of a shape that broadcasts to theirs."""
+        return torch.ones((1,) * codes.ndim, dtype=torch.bool, device=codes.device)
 
     def prior_divergence(self, codes: Tensor) -> Tensor:
         """KL(q(x_1 | x0) || prior) in nats, float64 [B]: 0 where alpha(1) = 0, as it is for all of `SCHEDULES`."""
         exact = self.marginal(codes, 1.0)
         return _sum(torch.special.xlogy(exact, exact) - torch.special.xlogy(exact, self.prior_probs().to(exact.device)))
 
-    def _alpha(self, t: float | Tensor, x: Tensor) -> Tensor:
-        """alpha(t) shaped to multiply x [B, ...]."""
+    def alpha(self, t: float | Tensor, x: Tensor) -> Tensor:
+        """alpha(t), the probability that a position is clean, shaped to multiply x [B, ...]: float64."""
         return widen(self.schedule.alpha(per_sample(t, x)), x)
 
     def _alphas(self, t: float | Tensor, s: float | Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """(alpha(t), alpha(s)) shaped to multiply x [B, ...]. UserError unless s < t."""
         if not bool((per_sample(s, x) < per_sample(t, x)).all()):
             raise UserError(f"step: s = {s} must be below t = {t}")
-        return self._alpha(t, x), self._alpha(s, x)
+        return self.alpha(t, x), self.alpha(s, x)
 
 
 class Absorbing(Process):
-    """Masking: a position is replaced by the mask code, K, and stays so (D3PM, arXiv 2107.03006; MDLM, arXiv 2406.07524)."""
+    """Masking: a position is replaced by the mask code, K, and stays so (D3PM, arXiv 2107.03006; MDLM, arXiv 2406.07524).
 
-    def __init__(self, num_codes: int, schedule: str | Schedule = "linear"):
+    Args:
+        num_codes, schedule: as in `Process`.
+        levels: "together": all positions follow the one schedule. "coarse_first": codes are [B, L, ...], and of their L levels
+            the last one is masked first, from t = 0 to 1 / L, then the one before, and so on; each by the schedule. Sampling
+            then draws the first level first.
+
+    Raises:
+        UserError: as in `Process`, or unknown levels.
+    """
+
+    def __init__(self, num_codes: int, schedule: str | Schedule = "linear", levels: str = "together"):
         super().__init__(num_codes, schedule)
+        if levels not in LEVELS:
+            raise UserError(f"levels: {levels!r} is unknown; valid: {', '.join(LEVELS)}")
         self.mask, self.num_states = num_codes, num_codes + 1
+        self.in_turn = levels == "coarse_first"
         if float(self.schedule.alpha(1.0)) != 0:
             raise UserError("schedule: alpha(1) must be 0 for Absorbing, since sampling starts from nothing but masks")
+
+    def alpha(self, t: float | Tensor, x: Tensor) -> Tensor:
+        """As in `Process`; with levels in turn it is [B, L, 1, ...]."""
+        if not self.in_turn:
+            return super().alpha(t, x)
+        return self.schedule.alpha(level_times(per_sample(t, x), x.shape[1])).reshape(len(x), -1, *(1,) * (x.ndim - 2))
+
+    def speed(self, t: float | Tensor, codes: Tensor) -> Tensor:
+        times = per_sample(t, codes)
+        if not self.in_turn:
+            return super().speed(times, codes)
+        turn = self._turn(times, codes.shape[1])[:, None]
+        inner = level_times(times, codes.shape[1]).gather(1, turn)
+        return (-self.schedule.d_alpha(inner) / turns(codes.shape[1])[1].to(codes.device)[turn])[:, 0]
+
+    def has_turn(self, t: float | Tensor, codes: Tensor) -> Tensor:
+        if not self.in_turn:
+            return super().has_turn(t, codes)
+        turn = self._turn(per_sample(t, codes), codes.shape[1])
+        numbers = torch.arange(codes.shape[1], device=codes.device)
+        return (numbers == turn[:, None]).reshape(len(codes), -1, *(1,) * (codes.ndim - 2))
+
+    @staticmethod
+    def _turn(times: Tensor, count: int) -> Tensor:
+        """The level, of `count`, that is being masked at times [B] in (0, 1], the first that has masks: int64 [B]."""
+        return level_times(times, count).gt(0).int().argmax(dim=1)
 
     def prior_probs(self) -> Tensor:
         return functional.one_hot(torch.tensor(self.num_codes), self.num_states).double()
@@ -189,9 +245,13 @@ class Absorbing(Process):
         return torch.zeros((), dtype=torch.float64, device=codes_t.device).expand(*codes_t.shape, self.num_codes)
 
     def divergence_rate(self, codes: Tensor, codes_t: Tensor, log_probs: Tensor, t: float | Tensor) -> Tensor:
-        """-log p(x0 | x_t) summed over the masked positions, divided by 1 - alpha (MDLM; MD4, arXiv 2406.04329)."""
-        losses = torch.where(codes_t.eq(self.num_codes), cross_entropy(codes, log_probs), 0.0)
-        return _sum(losses).double() / (1 - self.schedule.alpha(per_sample(t, codes))).clamp_min(_TINY)
+        """-log p(x0 | x_t) summed over the masked positions, divided by 1 - alpha (MDLM; MD4, arXiv 2406.04329).
+
+        With levels in turn only those positions count whose turn it is.
+        """
+        is_counted = codes_t.eq(self.num_codes) & self.has_turn(t, codes)
+        losses = torch.where(is_counted, cross_entropy(codes, log_probs), 0.0).double()
+        return _sum(losses / (1 - self.alpha(t, losses)).clamp_min(_TINY))
 
 
 class Uniform(Process):
@@ -232,7 +292,7 @@ class Uniform(Process):
 
     def evidence(self, codes_t: Tensor, t: float | Tensor) -> Tensor:
         """log(1 + K alpha / (1 - alpha)) for x0 = x_t, 0 for the others."""
-        alpha = self._alpha(t, torch.empty(codes_t.shape, dtype=torch.float64, device=codes_t.device)[..., None])
+        alpha = self.alpha(t, torch.empty(codes_t.shape, dtype=torch.float64, device=codes_t.device)[..., None])
         own = torch.log1p(self.num_codes * alpha / (1 - alpha).clamp_min(_TINY)).expand(*codes_t.shape, 1)
         return own.new_zeros(*codes_t.shape, self.num_codes).scatter(-1, codes_t[..., None], own)
 
@@ -243,7 +303,7 @@ class Uniform(Process):
         mean of this over the network's x0. Jumps from rate r, modelled by r', cost r' - r + r log(r / r') per unit of time.
         """
         size, probs = self.num_codes, log_probs.double().exp()
-        alpha = self._alpha(t, probs)[..., 0]  # [B, 1, ...]
+        alpha = self.alpha(t, probs)[..., 0]  # [B, 1, ...]
         noise = (1 - alpha).clamp_min(_TINY) / size
         model = self._mean_ratio(codes_t, probs, alpha[..., None], alpha[..., None]).clamp_min(torch.finfo(torch.float64).tiny)
         logs = model.log()
@@ -268,11 +328,36 @@ class Uniform(Process):
 PROCESSES: Mapping[str, type[Process]] = {"absorbing": Absorbing, "uniform": Uniform}
 
 
-def make_process(name: str, num_codes: int, schedule: str = "linear") -> Process:
-    """A process by its name, "absorbing" or "uniform". num_codes, schedule: as in `Process`. UserError for an unknown name."""
+def make_process(name: str, num_codes: int, schedule: str = "linear", levels: str = "together") -> Process:
+    """A process by its name, "absorbing" or "uniform".
+
+    num_codes, schedule: as in `Process`. levels: as in `Absorbing`. UserError for an unknown name, or levels in turn of another
+    process than "absorbing".
+    """
     if name not in PROCESSES:
         raise UserError(f"process: {name!r} is unknown; valid: {', '.join(PROCESSES)}")
+    if name == "absorbing":
+        return Absorbing(num_codes, schedule, levels)
+    if levels != "together":
+        raise UserError(f"levels: {levels!r} is for process absorbing; valid for {name}: together")
     return PROCESSES[name](num_codes, schedule)
+
+
+def turns(count: int) -> tuple[Tensor, Tensor]:
+    """(when the turn of each of `count` levels begins, how long it is), in t: float64 [count] each.
+
+    The first level's turn ends at t = 1, and each is twice as long as that of the level after.
+    """
+    parts = 2.0 ** torch.arange(count - 1, -1, -1, dtype=torch.float64)
+    return (parts - 1) / (2.0**count - 1), parts / (2.0**count - 1)
+
+
+def level_times(t: Tensor, count: int) -> Tensor:
+    """How far each of `count` levels in turn is corrupted at t [B], as a time of the schedule in [0, 1]: float64 [B, count]."""
+    begins, lengths = (each.to(t.device) for each in turns(count))
+    # 1e-12: times are sums of steps, and the rounding of one must not begin a turn
+    inner = (t.double()[:, None] - begins) / lengths
+    return torch.where(inner < 1e-12, 0.0, torch.where(inner > 1 - 1e-12, 1.0, inner))
 
 
 def add_evidence(predict: Predict, process: Process) -> Predict:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentdiff.discrete.common import Predict, check_codes, draw, predict_logits, require_probs
-from latentdiff.discrete.processes import Absorbing, Process
+from latentdiff.discrete.processes import Absorbing, Process, level_times
 from latentdiff.errors import UserError
 from latentdiff.samplers import Callback
 from latentdiff.samplers.common import apply_callback
@@ -49,6 +49,7 @@ def sample(
             (arXiv 2202.04200, section 3.2, and its code): each step draws all masked positions, and masks those again of which
             the network is least sure, as many as the schedule has masked at the next time; at least one fewer than before,
             and one at least until the last step. Few steps then give better images, but not draws of the model's distribution.
+            Levels in turn have each an order of their own.
         known: codes that are given, int64 of the given shape, with -1 where they are to be drawn. They are clean at every t.
             Under `Absorbing`, in random order, many steps then draw from p(free | known). Under `Uniform` the network cannot
             know that they are clean, and weighs them as if they were corrupted as at t: the draws lie between p(free | known)
@@ -59,7 +60,7 @@ def sample(
         device: of the codes; by default that of known, or of the generator.
         temperature: above 0; divides the logits. 1 samples the model, below 1 is more typical and less varied.
         confidence_noise: of order="confidence": the scale of the Gumbel noise on the confidences (log-probabilities), which
-            falls in proportion to t. 0 takes the surest positions, which makes images alike. 4.5 as in MaskGIT's code.
+            falls with the time of the schedule. 0 takes the surest positions, which makes images alike. 4.5 is MaskGIT's.
         conditioning: keyword arguments of predict.
 
     Raises:
@@ -77,7 +78,7 @@ def sample(
     predict = guidance(predict) if guidance is not None else predict
     codes = process.prior_sample(shape, generator, device)
     codes = codes if known is None else torch.where(known >= 0, known, codes)
-    free = codes.eq(process.num_codes).reshape(shape[0], -1).sum(1)  # [B], masks
+    free = _count_masks(process, codes)  # [B, G]
     times = [1 - i / steps for i in range(steps)] + [0.0]
     for i, (t, s) in enumerate(zip(times[:-1], times[1:], strict=True)):
         logits = predict_logits(predict, codes, per_sample(t, codes), process.num_codes, conditioning)
@@ -86,7 +87,8 @@ def sample(
         if process.mask is not None:
             x0 = torch.where(codes.eq(process.mask), x0, codes)
         if order == "confidence":
-            codes = _surest(codes, probs, _masks_left(process, codes, free, s), confidence_noise * s, generator)
+            left, noise = _masks_left(process, codes, free, s), confidence_noise * _schedule_times(s, free)
+            codes = _surest(codes, probs, left, noise, generator)
         else:
             codes = process.step(codes, probs, t, s, generator)
         codes = codes if known is None else torch.where(known >= 0, known, codes)
@@ -94,28 +96,41 @@ def sample(
     return codes
 
 
+def _count_masks(process: Process, codes: Tensor) -> Tensor:
+    """How many positions are masked, [B, G]: in each of the levels where they come in turn, else in all together (G = 1)."""
+    return codes.eq(process.num_codes).reshape(len(codes), codes.shape[1] if process.in_turn else 1, -1).sum(2)
+
+
+def _schedule_times(s: float, free: Tensor) -> Tensor:
+    """The time of the schedule at s for each group of positions, [G]. free: [B, G]."""
+    return level_times(torch.full((1,), s, dtype=torch.float64, device=free.device), free.shape[1])[0]
+
+
 def _masks_left(process: Process, codes: Tensor, free: Tensor, s: float) -> Tensor:
-    """How many positions stay masked at s, [B]. codes: before the step. free: [B], those masked at t = 1."""
-    if s == 0:
-        return torch.zeros_like(free)
-    share = 1 - float(process.schedule.alpha(s))
-    left = torch.floor(free.double() * share + 1e-9)  # 1e-9: of rounding
-    return left.minimum(codes.eq(process.num_codes).reshape(len(codes), -1).sum(1) - 1).clamp_min(1)
+    """How many positions stay masked at s, [B, G]. codes: before the step. free: [B, G], those masked at t = 1."""
+    times, masked = _schedule_times(s, free), _count_masks(process, codes)
+    left = torch.floor(free.double() * (1 - process.schedule.alpha(times)) + 1e-9)  # 1e-9: of rounding
+    left = left.minimum((masked - 1).double()).clamp_min(1).long()
+    return torch.where(times == 1, masked, torch.where(times == 0, 0, left))
 
 
-def _surest(codes: Tensor, probs: Tensor, masked: Tensor, noise: float, generator: Generators) -> Tensor:
-    """codes [B, ...] with all masks drawn from probs [B, ..., K], and the `masked` [B] least sure ones masked again."""
+def _surest(codes: Tensor, probs: Tensor, left: Tensor, noise: Tensor, generator: Generators) -> Tensor:
+    """codes [B, ...] with all masks drawn from probs [B, ..., K], and of each group the least sure ones masked again.
+
+    left: how many, [B, G]. noise: the scale of the Gumbel noise on their confidences, [G].
+    """
     drawn = draw(probs, generator)
     mask = probs.shape[-1]  # the code of a mask
-    is_masked = codes.eq(mask)
-    confidence = probs.gather(-1, drawn[..., None])[..., 0].double().log()
-    if noise > 0:
-        chance = rand(codes.shape, generator, codes.device, torch.float64)
-        confidence = confidence - noise * torch.log(-torch.log(chance))  # Gumbel noise
-    confidence = torch.where(is_masked, confidence, torch.inf).reshape(len(codes), -1)
-    rank = confidence.argsort(dim=1, stable=True).argsort(dim=1).reshape(codes.shape)  # 0: the least sure
-    again = is_masked & (rank < masked.reshape(-1, *(1,) * (codes.ndim - 1)))
-    return torch.where(again, mask, torch.where(is_masked, drawn, codes))
+    groups = len(codes), left.shape[1], -1
+    is_masked = codes.eq(mask).reshape(groups)
+    confidence = probs.gather(-1, drawn[..., None])[..., 0].double().log().reshape(groups)
+    if bool((noise > 0).any()):
+        chance = rand(codes.shape, generator, codes.device, torch.float64).reshape(groups)
+        confidence = confidence - noise[:, None] * torch.log(-torch.log(chance))  # Gumbel noise
+    confidence = torch.where(is_masked, confidence, torch.inf)
+    rank = confidence.argsort(dim=2, stable=True).argsort(dim=2)  # 0: the least sure
+    again = (is_masked & (rank < left[..., None])).reshape(codes.shape)
+    return torch.where(again, mask, torch.where(is_masked.reshape(codes.shape), drawn, codes))
 
 
 def _device(generator: Generators) -> torch.device:

@@ -83,7 +83,8 @@ def measure_likelihood(
     if is_over_codes(pipeline.config):
         if rtol is not None:
             raise UserError(f"--rtol {rtol:g}: is of the ODE of a model over latents, and this one is over codes; leave it out")
-        process = make_process(pipeline.config.process["name"], pipeline.num_codes, pipeline.config.process["schedule"])
+        made = pipeline.config.process
+        process = make_process(made["name"], pipeline.num_codes, made["schedule"], made.get("levels", "together"))
     else:
         denoiser = Denoiser.from_pipeline(pipeline)
 

@@ -22,7 +22,7 @@ def discrete_parts(config: DiscreteConfig, network: nn.Module, latents: Latents,
     """
     return {
         **condition_parts(network, latents, conditions),
-        "process": {"name": config.process, "schedule": config.schedule},
+        "process": {"name": config.process, "schedule": config.schedule, "levels": config.levels},
         "default_sampler": config.sample.order,
     }
 

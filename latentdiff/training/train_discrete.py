@@ -52,7 +52,7 @@ def check_discrete(config: DiscreteConfig) -> None:
         raise UserError("sample.order: confidence is for process absorbing, where codes once drawn stay; set it to random")
     if config.cache.use_mean:
         raise UserError("cache.use_mean: codes have no posterior to take the mean of; leave it out")
-    make_process(config.process, 2, config.schedule)
+    make_process(config.process, 2, config.schedule, config.levels)
     monitor.check(config)
     conditioning.check(config)
     check_unet(config)
@@ -76,7 +76,7 @@ class DiscreteTrainer(DiffusionTrainer):
         codes = self.latents.codec.num_codes
         assert codes is not None, "the autoencoder has no codebook"  # which open_inputs refuses
         self.num_codes = codes
-        self.process: Process = make_process(self.config.process, codes, self.config.schedule)
+        self.process: Process = make_process(self.config.process, codes, self.config.schedule, self.config.levels)
         self.times = 0.0, 1.0
 
     def make_network(self, class_rows: int | None, text_width: int | None) -> nn.Module:

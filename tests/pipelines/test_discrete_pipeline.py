@@ -13,6 +13,7 @@ from latentdiff.discrete import ClassifierFree, make_process, sample
 from latentdiff.errors import UserError
 from latentdiff.models.codec import LatentCodec
 from latentdiff.pipelines.discrete_diffusion import DiscreteDiffusionPipeline, code_logits
+from latentdiff.pipelines.latent_diffusion import PipelineInputError
 
 CODES, SIDE = 5, 8
 CLASSES = ["across", "down", "blank"]
@@ -22,11 +23,17 @@ def generators(*seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
-def tiny_pipeline(process: str = "absorbing", schedule: str = "linear", **config) -> DiscreteDiffusionPipeline:
-    """Random networks over 8x8 codes of grey 16x16 images, with three classes and the null class."""
+def tiny_pipeline(
+    process: str = "absorbing", schedule: str = "linear", levels: str = "together", **config
+) -> DiscreteDiffusionPipeline:
+    """Random networks over 8x8 codes of grey 16x16 images, with three classes and the null class.
+
+    With levels in turn the U-Net is over codes of two levels, which the autoencoder does not have.
+    """
     torch.manual_seed(0)
+    count = 1 if levels == "together" else 2
     blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (8,)}
-    sizes = {"in_channels": CODES + 1, "out_channels": CODES, "sample_size": SIDE, "num_class_embeds": 4}
+    sizes = {"in_channels": count * (CODES + 1), "out_channels": count * CODES, "sample_size": SIDE, "num_class_embeds": 4}
     unet = UNet2DModel(**blocks, **sizes, norm_num_groups=4, layers_per_block=1, add_attention=False).eval()
     with torch.no_grad():
         unet.conv_out.weight *= 30  # logits that are far from uniform
@@ -45,7 +52,9 @@ def tiny_pipeline(process: str = "absorbing", schedule: str = "linear", **config
         latents = vae.encode(picture() * 2 - 1).latents  # [1, 2, 8, 8]; some of them are the codes
         vae.quantize.embedding.weight.copy_(latents.flatten(2)[0, :, :: 64 // CODES][:, :CODES].T)
     names = {"class_names": CLASSES, "null_class": 3, "default_num_inference_steps": 4, "default_guidance_scale": 2.0}
-    pipe = DiscreteDiffusionPipeline(unet, vae, {"name": process, "schedule": schedule}, **{**names, **config})
+    pipe = DiscreteDiffusionPipeline(
+        unet, vae, {"name": process, "schedule": schedule, "levels": levels}, **{**names, **config}
+    )
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -62,20 +71,22 @@ def half_mask() -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("process", "schedule", "order"),
+    ("process", "schedule", "order", "levels"),
     [
-        ("absorbing", "linear", "random"),
-        ("absorbing", "cosine", "confidence"),
-        ("uniform", "cosine_squared", "random"),
+        ("absorbing", "linear", "random", "together"),
+        ("absorbing", "cosine", "confidence", "together"),
+        ("absorbing", "cosine", "random", "coarse_first"),
+        ("absorbing", "cosine", "confidence", "coarse_first"),
+        ("uniform", "cosine_squared", "random", "together"),
     ],
 )
-def test_it_draws_what_the_library_draws(process, schedule, order):
-    pipe = tiny_pipeline(process, schedule)
+def test_it_draws_what_the_library_draws(process, schedule, order, levels):
+    pipe = tiny_pipeline(process, schedule, levels)
     call = {"class_labels": ["down", None, 0], "num_inference_steps": 6, "sampler": order, "output_type": "codes"}
     codes = pipe(**call, guidance_scale=2.5, generator=generators(1, 2, 3)).images
     guidance = ClassifierFree({"class_labels": torch.tensor([1, 3, 0])}, {"class_labels": torch.tensor([3, 3, 3])}, 2.5)
-    known = torch.full((3, 1, SIDE, SIDE), -1)
-    law = make_process(process, CODES, schedule)
+    known = torch.full((3, *pipe.code_shape), -1)
+    law = make_process(process, CODES, schedule, levels)
     arguments = {"steps": 6, "guidance": guidance, "order": order}
     expected = sample(pipe.predict, known.shape, law, generator=generators(1, 2, 3), **arguments)
     assert torch.equal(codes, expected) and len(codes.unique()) > 2
@@ -90,6 +101,27 @@ def test_it_draws_what_the_library_draws(process, schedule, order):
         lambda codes, t: predict(codes, torch.full((3,), t, dtype=torch.float64)), 3, 6, generators(1, 2, 3), order, known=known
     )
     assert torch.equal(drawn, expected) and bool((drawn[:, :, 2:5] == 1).all())
+
+
+def test_a_checkpoint_without_levels_draws_them_together():
+    pipe = tiny_pipeline()
+    old = DiscreteDiffusionPipeline(pipe.unet, pipe.vae, {"name": "absorbing", "schedule": "linear"})
+    assert old.config.process["levels"] == "together"
+    for name, levels in (("uniform", "coarse_first"), ("absorbing", "fine_first")):
+        with pytest.raises(PipelineInputError, match=f"process: its levels is '{levels}'; valid: together"):
+            DiscreteDiffusionPipeline(pipe.unet, pipe.vae, {"name": name, "schedule": "linear", "levels": levels})
+
+
+def test_an_image_is_restored_fine_levels_first_kept_coarse():
+    """Up to strength 1/3 only the second of two levels is drawn anew."""
+    pipe = tiny_pipeline(levels="coarse_first")
+    start = torch.randint(CODES, (2, 2, SIDE, SIDE), generator=torch.Generator().manual_seed(0))
+    for order in ("random", "confidence"):
+        logits = torch.zeros(2, 2, SIDE, SIDE, CODES)
+        drawn = pipe.draw_codes(lambda codes, t: logits, 2, 12, generators(1, 2), order, start=start, first=8)  # noqa: B023
+        assert torch.equal(drawn[:, 0], start[:, 0]) and not torch.equal(drawn[:, 1], start[:, 1])
+        more = pipe.draw_codes(lambda codes, t: logits, 2, 12, generators(1, 2), order, start=start, first=4)  # noqa: B023
+        assert not torch.equal(more[:, 0], start[:, 0]) and int((more == CODES).sum()) == 0
 
 
 def test_masks_that_are_left_are_counted_exactly():
