@@ -124,6 +124,21 @@ def test_an_image_is_restored_fine_levels_first_kept_coarse():
         assert not torch.equal(more[:, 0], start[:, 0]) and int((more == CODES).sum()) == 0
 
 
+def test_the_masks_of_a_changed_image_fall_with_the_schedule():
+    """At strength 1/2 half of the codes are masked, and the order "confidence" draws them in the half of the steps that runs."""
+    left = []
+    start = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.int64)
+    logits = torch.zeros(1, 1, SIDE, SIDE, CODES)
+
+    def watch(pipe, i, t, tensors):
+        left.append(int(tensors["codes"].eq(CODES).sum()))
+
+    pipe = tiny_pipeline()
+    pipe.draw_codes(lambda codes, t: logits, 1, 8, generators(1), "confidence", start=start, first=4, callback=watch)
+    masked = left[0] / 3 * 4  # of a linear schedule: 3/4 of the masks after the first of four steps
+    assert 20 <= masked <= 44 and left[1:] == [int(masked / 2), int(masked / 4), 0]
+
+
 def test_masks_that_are_left_are_counted_exactly():
     """In float32, 22 of 49 steps would leave 26 of 49 masks."""
     left, known = [], torch.full((1, 1, SIDE, SIDE), -1)
