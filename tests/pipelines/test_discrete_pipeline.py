@@ -125,7 +125,7 @@ def test_an_image_is_restored_fine_levels_first_kept_coarse():
 
 
 def test_the_masks_of_a_changed_image_fall_with_the_schedule():
-    """At strength 1/2 half of the codes are masked, and the order "confidence" draws them in the half of the steps that runs."""
+    """At strength 1/2 half of the codes are masked, and "confidence" draws them in the half of the steps that runs."""
     left = []
     start = torch.zeros(1, 1, SIDE, SIDE, dtype=torch.int64)
     logits = torch.zeros(1, 1, SIDE, SIDE, CODES)
