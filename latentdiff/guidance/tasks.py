@@ -33,6 +33,7 @@ class Settings:
         sampler, steps: of `latentdiff.samplers`.
         sampler_options: of the sampler.
         guidance: scale of classifier-free guidance towards what the call says that the image shows; None: the pipeline's.
+        known_noise: `noise` of `KnownPixels`.
     """
 
     method: str
@@ -43,6 +44,7 @@ class Settings:
     steps: int
     sampler_options: tuple[tuple[str, Any], ...] = ()
     guidance: float | None = None
+    known_noise: float = 1.0
 
 
 SETTINGS = {
@@ -53,7 +55,7 @@ SETTINGS = {
     "colorize": Settings("dps", 0.1, 0.1, 5, "dpmpp_2m_sde", 50, guidance=1.0),
 }
 TASKS = tuple(SETTINGS)
-KNOWN_PIXELS = Settings("known_pixels", 0.0, 1.0, 0, "ddim", 50, (("eta", 1.0),))
+KNOWN_PIXELS = Settings("known_pixels", 0.0, 1.0, 0, "dpmpp_2m_sde", 24, known_noise=0.5)
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +84,7 @@ class Restoration:
         s = self.settings
         if s.method == "known_pixels":
             assert self.mask is not None and self.encode is not None and self.decode is not None
-            return KnownPixels(denoiser, self.y, self.mask, self.encode, self.decode)
+            return KnownPixels(denoiser, self.y, self.mask, self.encode, self.decode, s.known_noise)
         return Reconstruction(
             denoiser, self.observe, self.y, s.strength, s.noise_std, solver_steps=s.solver_steps, method=s.method
         )
