@@ -143,3 +143,11 @@ def test_mistakes_are_named():
         KnownPixels(Estimate(x0), images, mask[..., :4], encode, decode)
     with pytest.raises(UserError, match="task upscale: method known_pixels is of inpaint"):
         restoration("upscale", torch.zeros(1, 1, 7, 7), decode, [28, 28], method="known_pixels", encode=encode)
+
+
+def test_restoration_passes_the_share_of_the_noise_on():
+    x0, _, images, mask = states()
+    how = {"method": "known_pixels", "encode": encode}
+    for given, share in (({}, 0.5), ({"known_noise": 1.0}, 1.0)):
+        plan = restoration("inpaint", images, decode, [6, 6], mask, **how, **given)
+        assert plan.guide(Estimate(x0)).noise == share
