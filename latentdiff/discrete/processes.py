@@ -173,8 +173,8 @@ class Absorbing(Process):
     Args:
         num_codes, schedule: as in `Process`.
         levels: "together": all positions follow the one schedule. "coarse_first": codes are [B, L, ...], and of their L levels
-            the last one is masked first, from t = 0 to 1 / L, then the one before, and so on; each by the schedule. Sampling
-            then draws the first level first.
+            the last one is masked first, then the one before, and so on; each by the schedule, in a part of the time that
+            `turns` gives. Sampling then draws the first level first.
 
     Raises:
         UserError: as in `Process`, or unknown levels.

@@ -77,15 +77,15 @@ def test_many_steps_draw_the_joint(order):
 
 
 def test_the_first_level_is_drawn_before_the_second():
-    process, seen = Absorbing(5, "cosine", "coarse_first"), []
+    process, counts = Absorbing(5, "cosine", "coarse_first"), []
 
     def watch(step, t, codes, x0):
-        seen.append([int(count) for count in codes.eq(5).flatten(2).sum(2)[0]])
+        counts.append([int(count) for count in codes.eq(5).flatten(2).sum(2)[0]])
 
     for order in ("random", "confidence"):
-        seen.clear()
+        counts.clear()
         sample(lambda codes, t: torch.zeros(*codes.shape, 5), (2, 2, 4, 4), process, 12, order=order, callback=watch)
-        first, second = zip(*seen, strict=True)
+        first, second = zip(*counts, strict=True)
         assert first[7] == 0 and set(second[:7]) == {16} and second[-1] == 0
         assert all(a >= b for a, b in zip(first, first[1:], strict=False))
     # By confidence each level follows the schedule of its own turn: 8 steps, then 4

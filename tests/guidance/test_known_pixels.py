@@ -117,22 +117,22 @@ def test_the_stated_error_where_pixels_are_the_latents(sampler, options, share, 
 
 def test_the_denoiser_sees_known_cells_with_a_share_of_their_noise():
     x0, x, images, mask = states()
-    seen = []
+    inputs = []
 
     class Watched(Estimate):
         def __call__(self, x, t, **conditioning):
-            seen.append(x)
+            inputs.append(x)
             return super().__call__(x, t, **conditioning)
 
     guide = KnownPixels(Watched(x0), images, mask, encode, decode, noise=0.25)
     known = guide(x, 1.0).x0  # a run begins, and nothing is remembered
     out = guide(x, 0.5)
-    torch.testing.assert_close(seen[1][:, :, 0], (0.5 * known + 0.25 * (x - 0.5 * known))[:, :, 0])
-    assert torch.equal(seen[0], x) and torch.equal(seen[1][:, :, 1], x[:, :, 1])
+    torch.testing.assert_close(inputs[1][:, :, 0], (0.5 * known + 0.25 * (x - 0.5 * known))[:, :, 0])
+    assert torch.equal(inputs[0], x) and torch.equal(inputs[1][:, :, 1], x[:, :, 1])
     torch.testing.assert_close(out.eps[:, :, 0], (x - 0.5 * known)[:, :, 0] / 0.5)  # of the state itself
     guide(x, 1.0)  # another run
     guide(x[:1], 0.5)  # and another batch
-    assert torch.equal(seen[2], x) and torch.equal(seen[3], x[:1])
+    assert torch.equal(inputs[2], x) and torch.equal(inputs[3], x[:1])
 
 
 def test_mistakes_are_named():
