@@ -1,11 +1,16 @@
 """Fixtures made once a session: a folder of stripes, a feature network, and a model of each stage trained on them."""
 
 import json
+import os
 import re
 import signal
 import threading
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+
+# Before torch is imported: workers that all compute with every core take turns, and are several times as slow as one alone
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"]))))
 
 import pytest
 from stripes import stripes

@@ -68,10 +68,19 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def matrix_rate(device: torch.device, size: int = 2048) -> float:
-    """FLOP/s of one bfloat16 matrix product of this size."""
-    a = torch.randn(size, size, dtype=torch.bfloat16, device=device)
-    return 4 * 2 * size**3 / timed(lambda: [a @ a for _ in range(4)], device)
+def matrix_rate(device: torch.device, size: int = 2048, slow: float = 1e10) -> float:
+    """FLOP/s of one bfloat16 matrix product of this size.
+
+    A processor without bfloat16 makes less than `slow` even of a small product. There the small one's rate is the answer: the
+    large one would take minutes.
+    """
+    for each in (size // 8, size):
+        a = torch.randn(each, each, dtype=torch.bfloat16, device=device)
+        a[:, :8] @ a[:8]  # what is set up once is not timed
+        rate = 4 * 2 * each**3 / timed(lambda a=a: [a @ a for _ in range(4)], device)
+        if device.type == "cpu" and rate < slow:
+            break
+    return rate
 
 
 def flops(contender: Contender) -> float:
