@@ -15,6 +15,7 @@ Time = float | Tensor
 # Schedulers for schedules made of betas, with the predictions that each takes
 VP_SCHEDULERS = {
     "DPMSolverMultistepScheduler": ("epsilon", "sample", "v_prediction"),
+    "UniPCMultistepScheduler": ("epsilon", "sample", "v_prediction"),
     "DDIMScheduler": ("epsilon", "sample", "v_prediction"),
     "DDPMScheduler": ("epsilon", "sample", "v_prediction"),
     "EulerDiscreteScheduler": ("epsilon", "sample", "v_prediction"),

@@ -222,11 +222,13 @@ class RectifiedFlow(NoiseSchedule):
         return torch.sigmoid(-0.5 * f64(log_snr))
 
     def to_scheduler(self, name: str | None = None, prediction: str = "flow", **config: Any) -> Any:
-        """DPMSolverMultistepScheduler on flow sigmas, or FlowMatchEulerDiscreteScheduler; see `NoiseSchedule.to_scheduler`.
+        """DPMSolverMultistepScheduler or UniPCMultistepScheduler on flow sigmas, or FlowMatchEulerDiscreteScheduler; see
+        `NoiseSchedule.to_scheduler`.
 
-        The first has the grid 0.999 (1 - i/n), i = 0 ... n, which starts at t_max. The second goes evenly from 1 to 0.001 in n
-        - 1 steps, and then to 0: it starts at t = 1, beyond what is trained, and its last step does almost nothing, so n = 2 is
-        one step. No entry of its config changes that; a caller may pass it `sigmas`.
+        The first has the grid 0.999 (1 - i/n), i = 0 ... n, which starts at t_max. The second (UniPC, arXiv 2302.04867) has
+        1 - 0.999 i/n, and then 0: it starts at t = 1, a little beyond what is trained. The third goes evenly from 1 to 0.001 in
+        n - 1 steps, and then to 0: it also starts at t = 1, and its last step does almost nothing, so n = 2 is one step. No
+        entry of its config changes that; a caller may pass it `sigmas`.
 
         flow_shift or shift bend the grid (Stable Diffusion 3, arXiv 2403.03206, eq. 23); the path stays straight.
         """
@@ -242,20 +244,22 @@ class RectifiedFlow(NoiseSchedule):
             raise UserError(f"scheduler: {name} does not run a flow with {', '.join(other_grids)}; leave it out")
         shift = settings.get("shift", settings.get("flow_shift", 1.0))
         # The same shift under the other schedulers' names, so that from_config makes any of them from this config
-        others = {**_FLOW_SETTINGS["DPMSolverMultistepScheduler"], "flow_shift": shift, "shift": shift}
+        others = {**_ON_FLOW_SIGMAS, "flow_shift": shift, "shift": shift}
         return make_scheduler(name, settings, others=others)
 
 
+# final_sigmas_type "sigma_min" would end on the first beta of a schedule that is not used here. "zero" also makes the last step
+# one of first order, which ends on its x0 whatever solver_order and lower_order_final are
+_ON_FLOW_SIGMAS = {
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "flow_shift": 1.0,
+    "final_sigmas_type": "zero",
+}
 _FLOW_SETTINGS: dict[str, dict[str, Any]] = {
     "FlowMatchEulerDiscreteScheduler": {"shift": 1.0},
-    # final_sigmas_type "sigma_min" would end on the first beta of a schedule that is not used here. "zero" also makes the last
-    # step one of first order, which ends on its x0 whatever solver_order and lower_order_final are
-    "DPMSolverMultistepScheduler": {
-        "use_flow_sigmas": True,
-        "prediction_type": "flow_prediction",
-        "flow_shift": 1.0,
-        "final_sigmas_type": "zero",
-    },
+    "DPMSolverMultistepScheduler": _ON_FLOW_SIGMAS,
+    "UniPCMultistepScheduler": _ON_FLOW_SIGMAS,
 }
 
 
