@@ -87,7 +87,14 @@ def test_discrete_is_the_chain_at_its_knots():
 @pytest.mark.parametrize("name", ["ddpm-linear", "ddpm-scaled-linear", "ddpm-cosine"])
 @pytest.mark.parametrize(
     "scheduler",
-    ["DDPMScheduler", "DDIMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler", "HeunDiscreteScheduler"],
+    [
+        "DDPMScheduler",
+        "DDIMScheduler",
+        "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "EulerDiscreteScheduler",
+        "HeunDiscreteScheduler",
+    ],
 )
 def test_discrete_through_diffusers_and_back(name, scheduler):
     s = make_schedule(name)
@@ -117,7 +124,8 @@ def test_flow_through_diffusers():
     peer = RectifiedFlow().to_scheduler("FlowMatchEulerDiscreteScheduler")
     assert isinstance(peer, FlowMatchEulerDiscreteScheduler)
     assert torch.equal(RectifiedFlow().timestep(peer.sigmas), (peer.sigmas.double() * 1000))
-    for other in (peer, RectifiedFlow().to_scheduler("DPMSolverMultistepScheduler")):
+    others = [RectifiedFlow().to_scheduler(f"{name}MultistepScheduler") for name in ("DPMSolver", "UniPC")]
+    for other in (peer, *others):
         assert isinstance(NoiseSchedule.from_scheduler(type(other).from_config(other.config)), RectifiedFlow)
     assert NoiseSchedule.from_scheduler(FlowMatchEulerDiscreteScheduler(250)).num_steps == 250
 
@@ -183,6 +191,21 @@ def test_flow_dpm_solver_converges_on_the_mixture():
     peer = s.to_scheduler("DPMSolverMultistepScheduler", final_sigmas_type="sigma_min")
     wrong = run(peer, truth.output, noise(), 80)
     assert float((wrong - limit).square().mean().sqrt()) > 4 * errors[-1]
+
+
+def test_flow_unipc_converges_on_the_mixture_and_is_nearer_than_dpm_solver():
+    s, truth = RectifiedFlow(), exact_flow()
+    limit = samplers.sample(truth, noise(dtype=torch.float64), "heun", 1000, grid="uniform")
+
+    def error(name, n, **config):
+        return float((run(s.to_scheduler(name, **config), truth.output, noise(), n) - limit).square().mean().sqrt())
+
+    errors = [error("UniPCMultistepScheduler", n, solver_order=3) for n in (10, 20, 40)]
+    assert errors[0] < 0.05 and all(b < 0.5 * a for a, b in zip(errors, errors[1:], strict=False)), errors
+    assert errors[1] < 0.9 * error("DPMSolverMultistepScheduler", 20)
+    peer = s.to_scheduler("UniPCMultistepScheduler")
+    peer.set_timesteps(8)  # the grid that the docstring has
+    torch.testing.assert_close(peer.sigmas[:-1].double(), 1 - 0.999 * torch.arange(8).double() / 8, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
