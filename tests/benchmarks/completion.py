@@ -38,15 +38,16 @@ from latentdiff.utils.random import generators
 
 MODEL = Path(__file__).parents[2] / "weights" / "fashion-mnist"
 SIDE = 28
-# (margin of replacement or method of `restoration`, sampler, steps); None: the checkpoint's, or the method's
-SETTINGS: list[tuple[int | str, str | None, int | None]] = [
-    (0, None, None),
-    (1, None, None),
-    (2, None, None),
-    (1, "ddim", 30),
-    ("known_pixels", None, None),
-    ("known_pixels", "dpmpp_2m_sde", 12),
-    ("mmps", None, None),
+# (margin of replacement or method of `restoration`, sampler, steps, its options); None: the checkpoint's, or the method's
+SETTINGS: list[tuple[int | str, str | None, int | None, dict[str, Any]]] = [
+    (0, None, None, {}),
+    (1, None, None, {}),
+    (2, None, None, {}),
+    (1, "ddim", 30, {}),
+    ("known_pixels", None, None, {}),
+    ("known_pixels", "dpmpp_2m_sde", 12, {}),
+    ("mmps", None, None, {}),
+    ("known_pixels", "ddim", 50, {"eta": 1.0}),
 ]
 
 
@@ -94,7 +95,8 @@ def main() -> None:
         """Images completed by a method of `restoration`."""
         settings: dict[str, Any] = {"method": method, "encode": lambda images: codec.latents(images, use_mean=True)}
         if call["sampler"]:
-            settings |= {"sampler": call["sampler"], "steps": call["num_inference_steps"], "sampler_options": ()}
+            options = tuple(call["sampler_options"].items())
+            settings |= {"sampler": call["sampler"], "steps": call["num_inference_steps"], "sampler_options": options}
         plan = restoration("inpaint", known.to(device), codec.decode, (SIDE, SIDE), mask.to(device), **settings)
         made = plan.finish(pipe(**plan.call, **more, output_type="pt").images).cpu()
         return torch.where(mask > 0.5, made * 2 - 1, known)
@@ -113,8 +115,8 @@ def main() -> None:
     row("the images themselves", images, "")
     columns, generated = [images, hidden_half(images, 1 - mask)], {}
     for place in given.settings:
-        way, sampler, steps = SETTINGS[place]
-        call = {"sampler": sampler, "num_inference_steps": steps}
+        way, sampler, steps, options = SETTINGS[place]
+        call = {"sampler": sampler, "num_inference_steps": steps, "sampler_options": options}
         if (sampler, steps) not in generated:
             plain, seconds = draw(None, **call)
             generated[sampler, steps] = seconds
