@@ -1,8 +1,8 @@
 """The times of the page: python tests/benchmarks/page.py [--model DIR] [--num-images N] [--rounds N]
 
 Reported are the seconds from the start of `latentdiff serve` to the first images, and of each request after it: what a visitor
-waits for, with the previews, the PNG files and their zip. The seeds differ, so nothing is drawn before. The aim is 10 s and 2 s,
-for 16 images of weights/fashion-mnist in float32 on two cores.
+waits for, with the previews, the PNG files and their zip. The seeds differ, so nothing is drawn before. 10 s and 2 s are aimed
+at, for 16 images of weights/fashion-mnist in float32 on two cores.
 """
 
 import argparse
