@@ -181,7 +181,8 @@ def test_the_shipped_folders_state_the_same(name):
     assert unet["sample_size"] == 8 and vae["sample_size"] == 8 * 2 ** (len(vae["block_out_channels"]) - 1)
     schedule = dict(index["schedule"])
     written = json.loads((model / "scheduler" / "scheduler_config.json").read_text())
-    again = make_schedule(schedule.pop("name"), **schedule).to_scheduler(index["scheduler"][1], index["prediction"])
+    options = json.loads((model / "latentdiff.json").read_text())["config"]["sample"]["scheduler_config"]
+    again = make_schedule(schedule.pop("name"), **schedule).to_scheduler(index["scheduler"][1], index["prediction"], **options)
     expected = json.loads(again.to_json_string())
     for each in (written, expected):
         del each["_diffusers_version"]
