@@ -22,6 +22,8 @@ from latentdiff.web.uploads import read_upload, undecoded
 from latentdiff.web.work import QUEUE, Job
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from latentdiff.web.context import Context
     from latentdiff.web.models import Facts
 
@@ -72,6 +74,7 @@ class Drawn:
         files: a PNG of each image, with its settings as metadata.
         captions: what each shows; "" where all show the same.
         archive: all of them in a zip file.
+        picture: how they arose, with what was not in the updates; None where those had all of it.
         arguments: of `latentdiff.generate`, see `call`.
         cut: the ends of prompts that are longer than the text encoder reads.
         seconds: that it took.
@@ -80,6 +83,7 @@ class Drawn:
     files: list[Path]
     captions: list[str]
     archive: Path
+    picture: Image.Image | None
     arguments: dict[str, Any]
     cut: list[str]
     seconds: float
@@ -176,20 +180,23 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     began = time.monotonic()
     with context.models.use(settings.model, job) as pipeline:
         path = Trajectory(pipeline, arguments.get("guidance", 1.0))
-        batch, shown, picture = 0, time.monotonic(), None
+        batch, is_new = 0, False
+        start = shown = time.monotonic()
 
         def after_step(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> None:
-            nonlocal batch, shown, picture
+            nonlocal batch, shown, is_new
             batch += step == 0
             steps, count = pipe.num_timesteps, len(next(iter(tensors.values())))
             done = (batch - 1) * steps + step + 1
-            picture = (path.add(step, steps, count) if batch == 1 else None) or picture
-            # Drawing an update takes the browser some time, which short requests would wait for
-            if step < steps - 1 and time.monotonic() - shown < BETWEEN:
+            is_new = (batch == 1 and path.add(step, steps, count)) or is_new
+            # Updates take the server and the browser some time, so there is none shortly before the end
+            now = time.monotonic()
+            left = (now - start) * (batches * steps / done - 1)
+            if min(now - shown, left) < BETWEEN:
                 return job.check()
-            shown = time.monotonic()
-            job.step(done, batches * steps, picture)
-            picture = None
+            shown = now
+            job.step(done, batches * steps, path.picture() if is_new else None)
+            is_new = False
 
         with path.watching():
             generate(
@@ -202,6 +209,7 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
                 pipeline=pipeline,
                 callback=after_step,
             )
+        picture = path.picture() if is_new else None
         cut = pipeline.cut_off([*arguments["what"], arguments.get("negative")]) if facts.reads_text else []
     files = sorted((folder / OUT).glob("*.png"))
     archive = folder / f"{OUT}.zip"
@@ -211,7 +219,7 @@ def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
     # One class or prompt needs no caption under each image
     what = arguments["what"] if len(arguments["what"]) > 1 else [""]
     names = [name for name in what for _ in range(arguments["num_images"])]
-    return Drawn(files, names, archive, arguments, cut, time.monotonic() - began)
+    return Drawn(files, names, archive, picture, arguments, cut, time.monotonic() - began)
 
 
 def summary(facts: Facts, drawn: Drawn) -> str:
@@ -360,6 +368,7 @@ def build(context: Context) -> None:
                     status=summary(facts, drawn),
                     gallery=[(str(file), name or None) for file, name in zip(drawn.files, drawn.captions, strict=True)],
                     archive=str(drawn.archive),
+                    **({} if drawn.picture is None else {"path": drawn.picture}),
                     command=as_command(facts, drawn.arguments),
                     python=as_python(facts, drawn.arguments),
                 )

@@ -7,12 +7,14 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentdiff.errors import UserError
 from latentdiff.utils import hashes
 from latentdiff.utils.shipped import shipped_weights
+from latentdiff.web.worker import WORKER
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -142,13 +144,17 @@ class Models:
         """The facts of a model, which is loaded the first time. UserError for an unknown or a damaged one."""
         self.folder(name)
         if name not in self._facts:
-            with self.use(name):
-                pass
+            WORKER.call(partial(self._load, name))
         return self._facts[name]
+
+    def _load(self, name: str) -> None:
+        """Have a model in memory."""
+        with self.use(name):
+            pass
 
     @contextmanager
     def use(self, name: str, job: Job | None = None) -> Iterator[LatentDiffusionPipeline]:
-        """The pipeline of a model, for one request alone.
+        """The pipeline of a model, for one request alone. For the thread that computes, see `worker`.
 
         job: where it is cancelled, the next evaluation of a network ends the block with `Cancelled`.
 

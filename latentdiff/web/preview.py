@@ -22,12 +22,15 @@ SIDE = 64  # pixels that a small image is enlarged to, at least
 
 
 class Trajectory:
-    """A growing picture of the first images of a batch: a row is an image, a column an x0 estimate, from noise to data."""
+    """A growing picture of the first images of a batch: a row is an image, a column an x0 estimate, from noise to data.
+
+    An estimate is noted after each step, and decoded only when a picture is asked for.
+    """
 
     def __init__(self, pipeline: LatentDiffusionPipeline, scale: float):
         """scale: of classifier-free guidance, for evaluations of twice as many samples, those to guide to in front."""
         self.pipeline, self.scale = pipeline, scale
-        self.columns: list[np.ndarray] = []  # uint8 [n, H, W, C]
+        self.estimates: list[Any] = []  # of x0, one for each column: latents [n, c, h, w], or codes [n, L, h, w]
         self._last: tuple[Any, Any, Any] | None = None  # the network's input, its time and its output
 
     @contextmanager
@@ -44,38 +47,29 @@ class Trajectory:
             handle.remove()
             self._last = None
 
-    def add(self, step: int, steps: int, count: int) -> Image.Image | None:
-        """After a step: the picture with one more column, or None where this step is not shown.
+    def add(self, step: int, steps: int, count: int) -> bool:
+        """After a step: note one more column. Returns whether there is one; not each step is shown.
 
         step: its number from 0, of `steps`. count: images of the batch.
         """
         shown = np.linspace(0, steps - 1, min(COLUMNS, steps)).round()
         if self._last is None or step not in shown:
-            return None
-        self.columns.append(self.estimates(count))
-        return self.picture()
+            return False
+        self.estimates.append(self._estimate(*self._last, count))
+        return True
 
-    def estimates(self, count: int) -> np.ndarray:
-        """The x0 estimates of the first ROWS of `count` images, decoded: uint8 [n, H, W, C]."""
-        import torch
-
+    def _estimate(self, given: Any, times: Any, output: Any, count: int) -> Any:
+        """The x0 estimates of the first ROWS of `count` images, from the network's input, its time and its output."""
         from latentdiff.checkpoints import is_over_codes
 
-        assert self._last is not None
-        given, times, output = self._last
         rows = min(ROWS, count)
         own = output[:rows].float()
         if len(output) == 2 * count:
             other = output[count : count + rows].float()
             own = other + self.scale * (own - other)
-        with torch.no_grad():
-            if is_over_codes(self.pipeline.config):
-                levels = self.pipeline.code_shape[0]
-                codes = own.unflatten(1, (levels, self.pipeline.num_codes)).argmax(2)  # [n, L, h, w]
-                images = self.pipeline.decode_codes(codes, "np")
-            else:
-                images = self.pipeline.decode_latents(self._clean(given[:rows], times, own), "np")
-        return np.round(images * 255).astype(np.uint8)
+        if is_over_codes(self.pipeline.config):
+            return own.unflatten(1, (self.pipeline.code_shape[0], self.pipeline.num_codes)).argmax(2)
+        return self._clean(given[:rows], times, own)
 
     def _clean(self, given: Any, times: Any, output: Any) -> Any:
         """x0 [n, c, h, w] of what the network was given and of its output, as `samplers.of_pipeline.output_rule` has it."""
@@ -91,9 +85,24 @@ class Trajectory:
         x = given / widen(schedule.input_scale(t), given)
         return prediction.solve(denoiser.prediction, schedule, x, t, output)[0]
 
+    def columns(self) -> list[np.ndarray]:
+        """The estimates so far, decoded: uint8 [n, H, W, C] each."""
+        import torch
+
+        from latentdiff.checkpoints import is_over_codes
+
+        estimates = torch.cat(self.estimates)  # decoded together: each call of a network has its costs
+        with torch.no_grad():
+            if is_over_codes(self.pipeline.config):
+                images = self.pipeline.decode_codes(estimates, "np")
+            else:
+                images = self.pipeline.decode_latents(estimates, "np")
+        return np.split(np.round(images * 255).astype(np.uint8), len(self.estimates))
+
     def picture(self) -> Image.Image:
         """All columns so far."""
         from latentdiff.utils.images import tile
 
-        rows = [[column[k] for column in self.columns] for k in range(len(self.columns[0]))]
-        return tile(rows, max(1, -(-SIDE // max(self.columns[0].shape[1:3]))))
+        columns = self.columns()
+        rows = [[column[k] for column in columns] for k in range(len(columns[0]))]
+        return tile(rows, max(1, -(-SIDE // max(columns[0].shape[1:3]))))

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
 from latentdiff.utils import collection, processes, progress_bars
+from latentdiff.web.stubs import without_stubs
 
 if TYPE_CHECKING:
     from latentdiff.web.context import Context
@@ -22,6 +23,7 @@ DEFAULT_MODEL = "weights/fashion-mnist"
 MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
 BODY = 1_000_000  # bytes of a request beside an uploaded file
 SCRATCH = "GRADIO_TEMP_DIR"
+LOOK, PROGRESS = 0.02, 0.1  # seconds between two looks for a request, and for progress bars of gradio's own
 NO_TELEMETRY = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
 # Each request asks matplotlib for its backend. Where none is set, the first one waits until all of pyplot is imported
 NO_PYPLOT = {"MPLBACKEND": "agg"}
@@ -176,7 +178,8 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     scratch_before = os.environ.get(SCRATCH)
     set_scratch(str(scratch))
     try:
-        import gradio  # noqa: F401
+        with without_stubs():
+            import gradio  # noqa: F401
     except ImportError:
         set_scratch(scratch_before)
         raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
@@ -189,6 +192,8 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
     page = build_page(context)
     # Without api_open what computes cannot be called past the queue
     page.queue(max_size=context.limits.queue, default_concurrency_limit=None, api_open=False)
+    # gradio would look for requests a thousand times a second, as long as the server runs: a twelfth of a core
+    page._queue.sleep_when_free, page._queue.progress_update_sleep_when_free = LOOK, PROGRESS
     fetch_nothing()
     gates = [
         Middleware(Gate, scratch=scratch, most=STORED * context.limits.upload),

@@ -11,10 +11,12 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError, printable
+from latentdiff.web.worker import WORKER
 
 # How events that compute are given to gradio: they wait in one queue, and run one at a time
 QUEUE: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1}
@@ -86,7 +88,7 @@ class Job:
         self._updates.put(Update(step=step, steps=steps, shown=shown))
 
     def _run(self, function: Callable[[Job], Any]) -> None:
-        """The thread of the request: its result, or its error, is the last thing it puts into the queue."""
+        """In the thread that computes: its result, or its error, is the last thing it puts into the queue."""
         try:
             self.check()
             self._updates.put(Update(done=True, result=function(self)))
@@ -104,7 +106,7 @@ class Job:
 
 
 class Work:
-    """Runs requests and knows those that run, so that each visitor can stop their own."""
+    """Runs requests, and knows them, so that each visitor can stop their own."""
 
     def __init__(self, names: Mapping[str | Path, str] | None = None):
         """names: {folder of the server: what a message calls it}."""
@@ -114,14 +116,14 @@ class Work:
 
     @property
     def running(self) -> int:
-        """How many requests run."""
+        """How many requests run or wait for those before them."""
         with self._guard:
             return sum(map(len, self._jobs.values()))
 
     def run(self, visitor: str | None, function: Callable[[Job], Any]) -> Iterator[Update]:
-        """Run function(job) in a thread; yield its updates, the last one with its result.
+        """Run function(job) in the thread that computes, see `worker`; yield its updates, the last one with its result.
 
-        Closing the iterator cancels the job.
+        Requests run one after the other. Closing the iterator cancels the job.
 
         visitor: who may cancel it, see `cancel`; None for nobody.
 
@@ -131,8 +133,7 @@ class Work:
         job, key = Job(), str(visitor or uuid.uuid4())
         with self._guard:
             self._jobs.setdefault(key, []).append(job)
-        thread = threading.Thread(target=contextvars.copy_context().run, args=(job._run, function), daemon=True)
-        thread.start()
+        WORKER.start(partial(contextvars.copy_context().run, job._run, function))
         try:
             update = Update()
             while not update.done:

@@ -20,6 +20,7 @@ from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.web.context import Limits
 from latentdiff.web.generate import Settings, as_command, as_python, call, draw
+from latentdiff.web.models import Models
 from latentdiff.web.preview import COLUMNS, Trajectory
 from latentdiff.web.serve import make_context
 from latentdiff.web.work import Cancelled, Job
@@ -152,27 +153,56 @@ def test_a_stopped_request_evaluates_no_network(context, tmp_path):
 
 
 def test_a_visitor_stops_only_what_is_theirs(context):
-    work, started, results = context.work, threading.Barrier(3), {}
+    """One request runs and two wait. Stopping one that waits, and then the one that runs, leaves the third."""
+    work, started, go_on, results = context.work, threading.Event(), threading.Event(), {}
 
     def wait(job):
-        started.wait()
-        while True:
+        started.set()
+        while not go_on.is_set():
             job.check()
             time.sleep(0.01)
+        return "finished"
 
     def visit(name):
-        results[name] = list(work.run(name, wait))
+        results[name] = list(work.run(name, wait))[-1]
 
-    threads = [threading.Thread(target=visit, args=(name,)) for name in ("one", "two")]
-    for thread in threads:
+    threads = [threading.Thread(target=visit, args=(name,)) for name in ("one", "two", "three")]
+    for thread, running in zip(threads, (1, 2, 3), strict=True):
         thread.start()
-    started.wait()
-    assert work.running == 2 and work.cancel("three") == 0 and work.cancel("one") == 1
+        started.wait(10)
+        until(lambda expected=running: work.running == expected)
+    assert work.cancel("four") == 0 and work.cancel("two") == 1 and results == {}
+    assert work.cancel("one") == 1
     threads[0].join(10)
-    assert results["one"][-1].stopped and "two" not in results
-    assert work.cancel("two") == 1
     threads[1].join(10)
-    assert work.running == 0
+    assert results["one"].stopped and results["two"].stopped and "three" not in results
+    go_on.set()
+    threads[2].join(10)
+    assert results["three"].result == "finished" and work.running == 0
+
+
+def until(holds):
+    """Wait until a condition holds, at most ten seconds."""
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_requests_are_computed_in_one_thread_which_also_loads_models(context, monkeypatch):
+    """Each thread that computes has a team of torch's threads, and with a second team all of them are slower."""
+    threads, load = [], latentdiff.checkpoints.load
+
+    def note(*args, **kwargs):
+        threads.append(threading.get_ident())
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr("latentdiff.checkpoints.load", note)
+    models = Models({"fashion-mnist": context.models.folder("fashion-mnist")})
+    models.facts("fashion-mnist")
+    for _ in range(2):
+        threads += [update.result for update in context.work.run(None, lambda job: threading.get_ident()) if update.done]
+    assert len(threads) == 3 and len(set(threads)) == 1 and threads[0] != threading.get_ident()
 
 
 def test_errors_name_no_path_of_the_server(context, capsys):
@@ -198,11 +228,28 @@ def test_errors_name_no_path_of_the_server(context, capsys):
 # The way from noise to images
 
 
+def test_a_short_request_has_no_updates_and_its_picture_comes_with_the_result(context, tmp_path, monkeypatch):
+    pictures = {}
+    for name, between in (("short", 1000), ("long", 1e-6)):
+        monkeypatch.setattr("latentdiff.web.generate.BETWEEN", between)
+        updates = []
+
+        class Noting(Job):
+            def step(self, step, steps, shown=None, noted=updates):
+                noted.append((step, steps, shown))
+
+        drawn = draw(context, Settings("fashion-mnist", ["Bag"], num_images=3, steps=4), tmp_path / name, Noting())
+        pictures[name] = [*(shown for _, _, shown in updates if shown is not None), *filter(None, [drawn.picture])]
+        assert [step for step, _, _ in updates] == ([] if name == "short" else [1, 2, 3])  # none shortly before the end
+    assert len(pictures["short"]) == 1 and len(pictures["long"]) == 4
+    assert pictures["short"][-1].tobytes() == pictures["long"][-1].tobytes()
+
+
 @pytest.mark.parametrize(("sampler", "steps"), [(None, 10), ("euler", 2)])
 def test_the_last_estimate_is_the_image(context, sampler, steps):
     """The last step of these two goes to the x0 estimate itself. Guidance is on there, so the estimate is guided."""
     with context.models.use("fashion-mnist") as pipeline, Trajectory(pipeline, 3.0).watching() as path:
-        pictures = []
+        shown = []
         call = {"class_labels": ["Bag", 7], "guidance_scale": 3.0, "guidance_interval": (0, 1), "num_inference_steps": steps}
         generator = torch.Generator().manual_seed(0)
         images = pipeline(
@@ -210,10 +257,11 @@ def test_the_last_estimate_is_the_image(context, sampler, steps):
             sampler=sampler,
             generator=generator,
             output_type="np",
-            callback_on_step_end=lambda pipe, step, t, tensors: pictures.append(path.add(step, pipe.num_timesteps, 2)),
+            callback_on_step_end=lambda pipe, step, t, tensors: shown.append(path.add(step, pipe.num_timesteps, 2)),
         ).images
-    assert sum(picture is not None for picture in pictures) == len(path.columns) == min(COLUMNS, steps)
-    difference = [np.abs(column / 255 - images).max() for column in path.columns]
+        columns = path.columns()
+    assert sum(shown) == len(columns) == min(COLUMNS, steps)
+    difference = [np.abs(column / 255 - images).max() for column in columns]
     assert difference[-1] < 0.02 and difference[0] > 0.1
     assert path.picture().size == (min(COLUMNS, steps) * (28 * 3 + 2), 2 * (28 * 3 + 2))
 
