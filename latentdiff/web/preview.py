@@ -63,9 +63,9 @@ class Trajectory:
         from latentdiff.checkpoints import is_over_codes
 
         rows = min(ROWS, count)
-        own = output[:rows].float()
+        own = output[:rows].detach().float()
         if len(output) == 2 * count:
-            other = output[count : count + rows].float()
+            other = output[count : count + rows].detach().float()
             own = other + self.scale * (own - other)
         if is_over_codes(self.pipeline.config):
             return own.unflatten(1, (self.pipeline.code_shape[0], self.pipeline.num_codes)).argmax(2)

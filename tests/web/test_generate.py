@@ -152,7 +152,7 @@ def test_a_stopped_request_evaluates_no_network(context, tmp_path):
         pipeline(class_labels=["Bag"], num_inference_steps=1)
 
 
-def test_a_visitor_stops_only_what_is_theirs(context):
+def test_a_visitor_stops_only_own_requests(context):
     """One request runs and two wait. Stopping one that waits, and then the one that runs, leaves the third."""
     work, started, go_on, results = context.work, threading.Event(), threading.Event(), {}
 
