@@ -31,7 +31,9 @@ from latentdiff.models.loading import (
 )
 from latentdiff.utils import atomic, collection, limits
 from latentdiff.utils.hashes import sha256_of, write_hashes
-from latentdiff.utils.shipped import shipped_folder, shipped_weights
+from latentdiff.utils.shipped import INDEX as INDEX
+from latentdiff.utils.shipped import resolve_config as resolve_config
+from latentdiff.utils.shipped import resolve_model as resolve_model
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
@@ -40,11 +42,9 @@ NETWORKS = ("unet", "vae", "text_encoder")
 META = "latentdiff.json"
 WEAK = "weak"
 WEAK_LIKE = ("in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")  # of a weaker U-Net
-INDEX = "model_index.json"
 FORMAT = 1
 VERY_LONG = int(1e30)  # transformers' length of a tokenizer that has none of its own
 STABLE_DIFFUSION = "StableDiffusionPipeline"
-IN_REPOSITORY = ("emoji", "emoji-judge")  # weights that are too large for a wheel
 # Values of _class_name in model_index.json that can be loaded
 OVER_CODES = ("DiscreteDiffusionPipeline", ["pipeline", "DiscreteDiffusionPipeline"])
 KINDS = ("LatentDiffusionPipeline", ["pipeline", "LatentDiffusionPipeline"], STABLE_DIFFUSION, *OVER_CODES)
@@ -435,43 +435,3 @@ def weights_of(folder: Path) -> dict[str, str | None]:
         digest.update(bytes.fromhex(sha256_of(path)))
     weights = f"EMA, decay {average.get('decay')}" if isinstance(average, dict) else None
     return {"weights": weights, "weights_sha256": digest.hexdigest()}
-
-
-def resolve_model(name: str | Path, kind: str = "model", holds: str = INDEX) -> Path:
-    """The folder of a checkpoint: a path that exists, or weights that come with latentdiff, as "weights/NAME" or "NAME".
-
-    Args:
-        name: the path or name.
-        kind: what an error message calls it.
-        holds: the file that such a folder must have to be listed in an error message.
-
-    Raises:
-        UserError: there is no such folder; the message names the weights that come with latentdiff.
-    """
-    path = Path(name)
-    atomic.put_back(path)  # a process may have been killed between the two renames that publish a folder
-    if path.exists():
-        return path
-    shipped = shipped_folder("weights")
-    models = sorted(p.parent.name for p in shipped.glob(f"*/{holds}")) if shipped else []
-    inner = path.parts[1:] if path.parts[:1] == ("weights",) else path.parts
-    found = shipped_weights(path)  # a checkpoint, an autoencoder or a feature network
-    if found is not None:
-        return found
-    if len(inner) == 1 and inner[0] in IN_REPOSITORY:
-        raise UserError(
-            f"{kind} {str(name)!r}: does not come with an installed package; clone latentdiff's repository, "
-            f"and give the path of its weights/{inner[0]} or run the command there"
-        )
-    choice = f"or one that ships: {', '.join(f'weights/{m}' for m in models)}" if models else f"with {holds}"
-    raise UserError(f"{kind} {str(name)!r}: no such folder; give the path of one {choice}")
-
-
-def resolve_config(name: str | Path) -> Path:
-    """The path of a training config: the file itself, or one that comes with latentdiff, as "configs/SET/NAME.yaml"."""
-    path = Path(name)
-    shipped = shipped_folder("configs")
-    if not path.exists() and shipped and path.parts[:1] == ("configs",):
-        inside = shipped.joinpath(*path.parts[1:])
-        return inside if inside.is_file() else path
-    return path

@@ -1,149 +1,26 @@
-"""The tab Generate: images of classes and prompts, made by the function of `latentdiff generate`."""
+"""The tab Generate: images of classes and prompts, made by `jobs.draw`."""
 
 from __future__ import annotations
 
-import math
 import shlex
-import time
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from latentdiff.errors import UserError
 from latentdiff.web.commands import command_line, python_call
+from latentdiff.web.jobs.draw import IMAGES, OUT, OWN_SAMPLER, Drawn, Settings, draw
 from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
-from latentdiff.web.preview import Trajectory
-from latentdiff.web.uploads import read_upload, undecoded
-from latentdiff.web.work import QUEUE, Job
+from latentdiff.web.uploads import undecoded
+from latentdiff.web.work import QUEUE
 
 if TYPE_CHECKING:
-    from PIL import Image
-
     from latentdiff.web.context import Context
-    from latentdiff.web.models import Facts
+    from latentdiff.web.facts import Facts
 
-IMAGES = 16  # that the page asks for at first
-OWN_SAMPLER = "default"
-OUT = "images"  # the folder in the command that is shown
 SMALL = 128  # pixels; smaller images are enlarged without blurring
-BETWEEN = 1.5  # seconds between two updates of what is drawn
-BATCH = 128  # of `latentdiff generate`; the metadata of an image name it
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a visitor asks for. Nothing is checked yet: see `call`.
-
-    Attributes:
-        model: its name on the page.
-        classes: names of classes.
-        prompt: prompts, one a line.
-        negative: a prompt to guide away from.
-        num_images: images of each class or prompt.
-        seed: of the images.
-        steps, sampler, guidance: of `latentdiff generate`; None, or "" for the sampler, is the model's own.
-        low, high: the times at which guidance is on; None is the model's own.
-        condition, condition_mask: uploaded pictures, for a model that is given them.
-    """
-
-    model: str
-    classes: list[str] = field(default_factory=list)
-    prompt: str = ""
-    negative: str = ""
-    num_images: float | None = None
-    seed: float | None = None
-    steps: float | None = None
-    sampler: str = ""
-    guidance: float | None = None
-    low: float | None = None
-    high: float | None = None
-    condition: Path | None = None
-    condition_mask: Path | None = None
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Finished images.
-
-    Attributes:
-        files: a PNG of each image, with its settings as metadata.
-        captions: what each shows; "" where all show the same.
-        archive: all of them in a zip file.
-        picture: how they arose, with what was not in the updates; None where those had all of it.
-        arguments: of `latentdiff.generate`, see `call`.
-        cut: the ends of prompts that are longer than the text encoder reads.
-        seconds: that it took.
-    """
-
-    files: list[Path]
-    captions: list[str]
-    archive: Path
-    picture: Image.Image | None
-    arguments: dict[str, Any]
-    cut: list[str]
-    seconds: float
-
-
-def whole(value: Any, name: str) -> int:
-    """A field's value as a whole number. UserError, naming the field, for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value != int(value):
-        raise UserError(f"{name}: give a whole number")
-    return int(value)
-
-
-def number(value: Any, name: str) -> float:
-    """A field's value as a finite number. UserError, naming the field, for anything else."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"{name}: give a number")
-    return float(value)
-
-
-def call(context: Context, settings: Settings) -> dict[str, Any]:
-    """The arguments of `latentdiff.generate` for a visitor's settings, without model and out.
-
-    UserError for more than the server allows. What the model cannot do is refused by `latentdiff.generate` itself.
-    """
-    facts, limits = context.models.facts(settings.model), context.limits
-    prompts = [line.strip() for line in str(settings.prompt or "").splitlines() if line.strip()]
-    classes = [str(name) for name in settings.classes or []]
-    if prompts and not facts.reads_text:
-        raise UserError("prompt: this model reads none; choose classes")
-    if classes and not facts.class_names:
-        raise UserError("classes: this model has none; give a prompt" if facts.reads_text else "classes: this model has none")
-    if prompts and len(classes) > 1:
-        raise UserError("classes: choose one class for the prompts, or none")
-    what: list[str] = prompts or classes
-    num_images = whole(IMAGES if settings.num_images is None else settings.num_images, "number of images")
-    limits.check_images(num_images * max(1, len(what)), facts.pixels)
-    steps = whole(facts.steps if settings.steps is None else settings.steps, "steps")
-    limits.check_steps(steps)
-    arguments: dict[str, Any] = {"what": what, "num_images": num_images, "steps": steps}
-    if settings.sampler and settings.sampler != OWN_SAMPLER:
-        if settings.sampler not in facts.samplers:
-            raise UserError(f"sampler {str(settings.sampler)[:40]}: valid: {', '.join(facts.samplers)}")
-        arguments["sampler"] = settings.sampler
-    if facts.can_guide:
-        arguments["guidance"] = number(facts.guidance if settings.guidance is None else settings.guidance, "guidance")
-        low, high = facts.interval
-        low = low if settings.low is None else number(settings.low, "guidance from")
-        high = high if settings.high is None else number(settings.high, "guidance to")
-        if (low, high) != (0.0, 1.0) or facts.interval != (0.0, 1.0):
-            arguments["guidance_interval"] = (low, high)
-    if str(settings.negative or "").strip():
-        arguments["negative"] = str(settings.negative).strip()
-    if prompts and classes:
-        arguments["label"] = classes[0]
-    arguments["seed"] = whole(0 if settings.seed is None else settings.seed, "seed")
-    for name in ("condition", "condition_mask"):
-        if getattr(settings, name) is not None:
-            read_upload(getattr(settings, name), limits, name.replace("_", " "))
-            arguments[name] = getattr(settings, name)
-    return arguments
 
 
 def as_command(facts: Facts, arguments: dict[str, Any]) -> str:
@@ -163,63 +40,6 @@ def as_python(facts: Facts, arguments: dict[str, Any]) -> str:
 def _named(arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with the name of a picture in the place of its file, which is the server's."""
     return {name: f"{name}.png" if isinstance(value, Path) else value for name, value in arguments.items()}
-
-
-def draw(context: Context, settings: Settings, folder: Path, job: Job) -> Drawn:
-    """Make the images that a visitor asks for, by `latentdiff.generate`, into an empty folder.
-
-    The job's updates show the step, and a picture of the x0 estimates so far.
-
-    UserError for what the server does not allow or the model cannot do; `Cancelled` where the visitor has stopped it.
-    """
-    from latentdiff.generation import generate
-
-    arguments, facts = call(context, settings), context.models.facts(settings.model)
-    total = arguments["num_images"] * max(1, len(arguments["what"]))
-    batches = -(-total // BATCH)
-    began = time.monotonic()
-    with context.models.use(settings.model, job) as pipeline:
-        path = Trajectory(pipeline, arguments.get("guidance", 1.0))
-        batch, is_new = 0, False
-        start = shown = time.monotonic()
-
-        def after_step(pipe: Any, step: int, _: Any, tensors: dict[str, Any]) -> None:
-            nonlocal batch, shown, is_new
-            batch += step == 0
-            steps, count = pipe.num_timesteps, len(next(iter(tensors.values())))
-            done = (batch - 1) * steps + step + 1
-            is_new = (batch == 1 and path.add(step, steps, count)) or is_new
-            # Updates take the server and the browser some time, so there is none shortly before the end
-            now = time.monotonic()
-            left = (now - start) * (batches * steps / done - 1)
-            if min(now - shown, left) < BETWEEN:
-                return job.check()
-            shown = now
-            job.step(done, batches * steps, path.picture() if is_new else None)
-            is_new = False
-
-        with path.watching():
-            generate(
-                context.models.folder(settings.model),
-                **arguments,
-                out=folder / OUT,
-                batch_size=BATCH,
-                device=context.models.device,
-                progress=False,
-                pipeline=pipeline,
-                callback=after_step,
-            )
-        picture = path.picture() if is_new else None
-        cut = pipeline.cut_off([*arguments["what"], arguments.get("negative")]) if facts.reads_text else []
-    files = sorted((folder / OUT).glob("*.png"))
-    archive = folder / f"{OUT}.zip"
-    with zipfile.ZipFile(archive, "w") as pack:  # a PNG is compressed already
-        for file in files:
-            pack.write(file, f"{OUT}/{file.name}")
-    # One class or prompt needs no caption under each image
-    what = arguments["what"] if len(arguments["what"]) > 1 else [""]
-    names = [name for name in what for _ in range(arguments["num_images"])]
-    return Drawn(files, names, archive, picture, arguments, cut, time.monotonic() - began)
 
 
 def summary(facts: Facts, drawn: Drawn) -> str:
@@ -357,9 +177,9 @@ def build(context: Context) -> None:
         def shown(**changes: Any) -> list[Any]:
             return [changes.get(name, gr.skip()) for name in outputs]
 
-        yield shown(status="Working …")
         try:
-            for update in updates_of(context, request.session_hash, partial(draw, context, settings)):
+            work = partial(draw, limits=limits, settings=settings)
+            for update in updates_of(context, request.session_hash, work):
                 if not update.done or update.stopped:
                     yield shown(status=update.text, **({} if update.shown is None else {"path": update.shown}))
                     continue

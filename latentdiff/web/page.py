@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
+from latentdiff.web import edit, explore, generate, measure, runs
+
 if TYPE_CHECKING:
     from latentdiff.web.context import Context
 
-# The title of each tab, and the module whose build(context) fills it
-TABS = {"Generate": "generate", "Edit": "edit", "Explore": "explore", "Runs": "runs", "Measure": "measure"}
+# The title of each tab, and what fills it
+TABS = {
+    "Generate": generate.build,
+    "Edit": edit.build,
+    "Explore": explore.build,
+    "Runs": runs.build,
+    "Measure": measure.build,
+}
 CACHE_SECONDS = (300, 3600)  # how often results and uploads are looked through, and the age at which they are removed
 # Only fonts of the visitor's own machine: the page asks for nothing from elsewhere
 FONTS = ("system-ui", "sans-serif")
@@ -39,10 +45,7 @@ def build_page(context: Context) -> gr.Blocks:
     """The page of a server."""
     with gr.Blocks(title="latentdiff", analytics_enabled=False, delete_cache=CACHE_SECONDS) as page:
         gr.Markdown("# latentdiff")
-        for title, name in TABS.items():
-            with gr.Tab(title, id=name):
-                if find_spec(f"latentdiff.web.{name}") is None:
-                    gr.Markdown("This tab is still to be made.")
-                else:
-                    import_module(f"latentdiff.web.{name}").build(context)
+        for title, build in TABS.items():
+            with gr.Tab(title, id=title.lower()):
+                build(context)
     return page

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import gradio as gr
 
-from latentdiff.web.work import Job, Update
+from latentdiff.web.jobs.job import Update
 
 if TYPE_CHECKING:
     from latentdiff.web.context import Context
-    from latentdiff.web.models import Facts
+    from latentdiff.web.facts import Facts
 
 
 def code_fields(what: str = "files", **shown: Any) -> tuple[gr.Code, gr.Code]:
@@ -33,13 +34,13 @@ def facts_of_model(context: Context, name: str) -> Facts:
         raise context.work.error(error) from None
 
 
-def updates_of(context: Context, visitor: str | None, work: Callable[[Path, Job], Any]) -> Iterator[Update]:
-    """The updates of work(folder, job), as of `Context.run`. The folder is empty at first, and is removed afterwards.
+def updates_of(context: Context, visitor: str | None, work: Callable[..., Any]) -> Iterator[Update]:
+    """The updates of work(models, job, folder=folder), as of `Context.run`. The folder is empty, and is removed afterwards.
 
     gradio copies the files that are given to it before it asks for what comes next, so the folder is still there then.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        yield from context.run(visitor, lambda job: work(Path(folder), job))
+        yield from context.run(visitor, partial(work, folder=Path(folder)))
 
 
 def let_stop(context: Context, button: gr.Button, status: gr.Markdown, event: Any) -> None:

@@ -7,20 +7,23 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError
-from latentdiff.utils import collection, processes, progress_bars
+from latentdiff.utils import collection, hashes, progress_bars
+from latentdiff.web.limits import Limits
 from latentdiff.web.stubs import without_stubs
+from latentdiff.web.worker import Worker
 
 if TYPE_CHECKING:
     from latentdiff.web.context import Context
 
+KNOWN_DEVICES = ("auto", "cpu")  # those that need no torch to be known
 DEFAULT_MODEL = "weights/fashion-mnist"
-MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
 BODY = 1_000_000  # bytes of a request beside an uploaded file
 SCRATCH = "GRADIO_TEMP_DIR"
 LOOK, PROGRESS = 0.02, 0.1  # seconds between two looks for a request, and for progress bars of gradio's own
@@ -68,7 +71,8 @@ def serve(
         UserError: a model or a folder that is not there, a limit below 1, a port that is in use, or gradio is not installed.
         Stopped, Interrupted: a signal ended the server, as it is meant to end.
     """
-    from latentdiff.web.context import Limits
+    from latentdiff.web.facts import find_models
+    from latentdiff.web.jobs.models import open_models, ready
 
     # Refuse what can be refused before anything is loaded
     flags = {"--max-images": max_images, "--max-steps": max_steps, "--max-pixels": max_pixels, "--max-upload": max_upload}
@@ -80,63 +84,49 @@ def serve(
     if runs is not None and not Path(runs).is_dir():
         raise UserError(f"--runs {runs}: no such folder")
     limits = Limits(max_images, max_steps, max_pixels, max_upload * 1_000_000, queue)
-    with tempfile.TemporaryDirectory(prefix="latentdiff-serve-", ignore_cleanup_errors=True) as scratch:
+    free_port(host, port)
+    names = list(models or [DEFAULT_MODEL])
+    folders, own_runs = find_models(names)
+    with ExitStack() as stack:
+        scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="latentdiff-serve-", ignore_cleanup_errors=True))
+        # The other process imports torch and diffusers, and loads the first model, while this one imports gradio
+        worker = Worker(partial(open_models, names, keep, device, hashes.is_checked()))
+        stack.callback(worker.close)
+        stack.callback(set_scratch, os.environ.get(SCRATCH))
         with collection.paused():
-            folders, own_runs = find_models(list(models or [DEFAULT_MODEL]))
-            processes.pick_device(device)
-            context = make_context(folders, own_runs if runs is None else Path(runs), limits, keep, device, data)
+            import_gradio(Path(scratch))
+            if device not in KNOWN_DEVICES:
+                worker.call(ready)
+            context = make_context(folders, own_runs if runs is None else Path(runs), limits, worker, data)
             site = start(context, host, port, Path(scratch))
-        try:
-            progress_bars.print_line(f"latentdiff: {site.url} (Ctrl-C ends it)")
-            threading.Event().wait()
-        finally:
-            site.close()
-
-
-def find_models(names: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
-    """({name on the page: folder of a checkpoint}, the folder whose runs are shown by default).
-
-    A folder of a fit or a run stands for its model. While it has none yet, its runs are shown alone.
-
-    UserError for a folder that is neither.
-    """
-    from latentdiff.checkpoints import INDEX, check, resolve_model
-
-    folders: dict[str, Path] = {}
-    runs = None
-    for given in names:
-        folder = resolve_model(given, "MODEL")
-        title = folder.resolve().name
-        if not (folder / INDEX).is_file() and any((folder / file).is_file() for file in ("fit.json", "run.json")):
-            runs = runs or folder
-            if not (folder / MODEL / INDEX).is_file():
-                continue
-            folder = folder / MODEL
-        elif title == MODEL:
-            title = folder.resolve().parent.name
-        check(folder)
-        name, number = title, 2
-        while name in folders:
-            name, number = f"{title} ({number})", number + 1
-        folders[name] = folder
-    return folders, runs
+        stack.callback(site.close)
+        progress_bars.print_line(f"latentdiff: {site.url} (Ctrl-C ends it)")
+        worker.call(ready)  # a page can be opened meanwhile; a model that cannot be loaded ends the server
+        threading.Event().wait()
 
 
 def make_context(
     folders: dict[str, Path],
     runs: Path | None,
-    limits: Any,
-    keep: int = 2,
-    device: str = "auto",
+    limits: Limits,
+    worker: Worker,
     data: str | None = None,
 ) -> Context:
-    """The settings of a server. folders: {name on the page: folder of a checkpoint}. limits: a `Limits`."""
+    """The settings of a server.
+
+    Args:
+        folders: {name on the page: folder of a checkpoint}.
+        runs: a folder of runs to show.
+        limits: of a request.
+        worker: the process that computes; it has the same models.
+        data: the data set of the models.
+    """
     from latentdiff.web.context import Context
-    from latentdiff.web.models import Models
+    from latentdiff.web.models import OfferedModels
     from latentdiff.web.work import Work, names_of
 
     shown = [(runs, "the folder of runs"), (Path(data) if data else None, "the data set")]
-    return Context(Models(folders, keep, device), runs, limits, Work(names_of(folders, shown)), data)
+    return Context(OfferedModels(folders, worker), runs, limits, Work(worker, names_of(folders, shown)), data)
 
 
 @dataclass(frozen=True)
@@ -173,16 +163,8 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         UserError: gradio is not installed, or the address cannot be listened at.
     """
     port = free_port(host, port)
-    # gradio reads these where it is imported, where the page is made, and with each file
-    os.environ.update(NO_TELEMETRY | {key: os.environ.get(key, value) for key, value in NO_PYPLOT.items()})
     scratch_before = os.environ.get(SCRATCH)
-    set_scratch(str(scratch))
-    try:
-        with without_stubs():
-            import gradio  # noqa: F401
-    except ImportError:
-        set_scratch(scratch_before)
-        raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
+    import_gradio(scratch)
     from starlette.middleware import Middleware
 
     from latentdiff.web.body import BodyLimit
@@ -219,6 +201,20 @@ def start(context: Context, host: str, port: int, scratch: Path) -> Site:
         css=CSS,
     )
     return Site(url, page, context, scratch_before)
+
+
+def import_gradio(scratch: Path) -> None:
+    """Import gradio as a server needs it. scratch: as of `start`. UserError where it is not installed."""
+    # gradio reads these where it is imported, where the page is made, and with each file
+    os.environ.update(NO_TELEMETRY | {key: os.environ.get(key, value) for key, value in NO_PYPLOT.items()})
+    scratch_before = os.environ.get(SCRATCH)
+    set_scratch(str(scratch))
+    try:
+        with without_stubs():
+            import gradio  # noqa: F401
+    except ImportError:
+        set_scratch(scratch_before)
+        raise UserError('serve: needs gradio; install it with pip install "latentdiff[web]"') from None
 
 
 def set_scratch(folder: str | None) -> None:

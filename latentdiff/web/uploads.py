@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import threading
 from collections import OrderedDict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gradio.components.base import server
-from PIL import Image
 
-from latentdiff.data.image_files import DECODING_ERRORS, Color, decode, open_image, reason_of
 from latentdiff.errors import UserError
+from latentdiff.web.jobs.edit import LAYERS
+from latentdiff.web.jobs.uploads import Upload
 
 if TYPE_CHECKING:
     import gradio as gr
 
-    from latentdiff.web.context import Limits
+    from latentdiff.web.limits import Limits
 
-Upload = Path | bytes  # the file of an upload, in gradio's folder of uploads, or its content
-LAYERS = 8  # of a painted picture
 PAINTINGS = 16  # painted pictures whose event has not come yet
 
 
@@ -86,38 +83,3 @@ def _file(payload: Any) -> Upload | None:
     if getattr(payload, "path", None) is None:
         raise UserError("picture: upload it as a file")
     return Path(payload.path)
-
-
-def read_upload(
-    file: Upload, limits: Limits, what: str = "picture", channels: int = 3, background: Color = (255, 255, 255)
-) -> Image.Image:
-    """An uploaded picture, decoded as `latentdiff.data.image_files.decode` does it.
-
-    Args:
-        file: from `undecoded` or `undecoded_editor`.
-        limits: of the server.
-        what: the name of the field, for messages.
-        channels: 1 for grey, 3 for colour.
-        background: what transparent places become.
-
-    Raises:
-        UserError: it is too large, or cannot be read. Its file is not named, for that is the server's.
-    """
-    try:
-        size = len(file) if isinstance(file, bytes) else file.stat().st_size
-        if size > limits.upload:
-            raise UserError(f"{what}: has {size:,} bytes; at most {limits.upload:,} are allowed, the server's --max-upload")
-        with io.BytesIO(file) if isinstance(file, bytes) else file.open("rb") as stream:
-            with open_image(stream) as image:  # reads the size, and no pixels
-                width, height = image.size
-            if width * height > limits.pixels:
-                raise UserError(
-                    f"{what}: has {width * height:,} pixels; at most {limits.pixels:,} are allowed, the server's --max-pixels"
-                )
-            pixels = decode(stream, channels, background)
-    except UserError:
-        raise
-    except DECODING_ERRORS as error:
-        reason = reason_of(io.BytesIO() if isinstance(file, bytes) else file, error)
-        raise UserError(f"{what}: cannot be read as a picture ({reason})") from None
-    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import contextvars
-import queue
 import re
 import sys
 import threading
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentdiff.errors import UserError, printable
-from latentdiff.web.worker import WORKER
+from latentdiff.web.jobs.job import Job, Update
+from latentdiff.web.worker import Failed, Request, Worker
+
+if TYPE_CHECKING:
+    from latentdiff.web.jobs.models import Models
 
 # How events that compute are given to gradio: they wait in one queue, and run one at a time
 QUEUE: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1}
@@ -28,134 +28,69 @@ PATH = re.compile(
 )
 
 
-class Cancelled(Exception):
-    """The visitor has stopped the request."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """How far a request is.
-
-    Attributes:
-        done: whether this is the last update; `result` then holds what the function returned.
-        step, steps: the step that is done, of how many; 0 and 0 where that is not known.
-        shown: what the function gave to be shown meanwhile, such as a picture.
-        result: what the function returned.
-        stopped: whether the visitor stopped it; there is no result then.
-    """
-
-    done: bool = False
-    step: int = 0
-    steps: int = 0
-    shown: Any = None
-    result: Any = None
-    stopped: bool = False
-
-    @property
-    def text(self) -> str:
-        """The update in words."""
-        if self.stopped:
-            return "Stopped."
-        if self.done:
-            return "Done."
-        return f"Step {self.step} of {self.steps}" if self.steps else "Working"
-
-
-class Job:
-    """One running request, as its function sees it."""
-
-    def __init__(self) -> None:
-        self._cancelled = threading.Event()
-        self._updates: queue.SimpleQueue[Update | BaseException] = queue.SimpleQueue()
-
-    @property
-    def cancelled(self) -> bool:
-        """Whether the request is to stop."""
-        return self._cancelled.is_set()
-
-    def cancel(self) -> None:
-        """Ask the request to stop."""
-        self._cancelled.set()
-
-    def check(self) -> None:
-        """Raise `Cancelled` if the request is to stop. Long work calls it in each step."""
-        if self._cancelled.is_set():
-            raise Cancelled
-
-    def step(self, step: int, steps: int = 0, shown: Any = None) -> None:
-        """Say how far the work is, and stop here if the visitor wishes so. See `Update`."""
-        self.check()
-        self._updates.put(Update(step=step, steps=steps, shown=shown))
-
-    def _run(self, function: Callable[[Job], Any]) -> None:
-        """In the thread that computes: its result, or its error, is the last thing it puts into the queue."""
-        try:
-            self.check()
-            self._updates.put(Update(done=True, result=function(self)))
-        except Cancelled:
-            self._updates.put(Update(done=True, stopped=True))
-        except BaseException as error:
-            self._updates.put(error)
-
-    def next(self) -> Update:
-        """The next update, waited for. Raises what the function raised."""
-        update = self._updates.get()
-        if isinstance(update, BaseException):
-            raise update
-        return update
-
-
 class Work:
     """Runs requests, and knows them, so that each visitor can stop their own."""
 
-    def __init__(self, names: Mapping[str | Path, str] | None = None):
-        """names: {folder of the server: what a message calls it}."""
+    def __init__(self, worker: Worker, names: Mapping[str | Path, str] | None = None):
+        """
+        Args:
+            worker: the process that computes.
+            names: {folder of the server: what a message calls it}.
+        """
+        self.worker = worker
         self._names = {str(folder): name for folder, name in (names or {}).items()}
-        self._jobs: dict[str, list[Job]] = {}  # the running jobs of each visitor
+        self._requests: dict[str, list[Request]] = {}  # those of each visitor that run or wait
         self._guard = threading.Lock()
 
     @property
     def running(self) -> int:
         """How many requests run or wait for those before them."""
         with self._guard:
-            return sum(map(len, self._jobs.values()))
+            return sum(map(len, self._requests.values()))
 
-    def run(self, visitor: str | None, function: Callable[[Job], Any]) -> Iterator[Update]:
-        """Run function(job) in the thread that computes, see `worker`; yield its updates, the last one with its result.
+    def run(self, visitor: str | None, function: Callable[[Models, Job], Any]) -> Iterator[Update]:
+        """Have function(models, job) run in the process that computes; yield its updates, the last one with its result.
 
-        Requests run one after the other. Closing the iterator cancels the job.
+        The first update comes at once, and says that the request runs or waits. Requests run one after the other. Closing the
+        iterator cancels this one.
 
-        visitor: who may cancel it, see `cancel`; None for nobody.
+        Args:
+            visitor: who may cancel it, see `cancel`; None for nobody.
+            function: one that pickle knows. So is what it returns.
 
         Raises:
             gradio.Error: one line, for a mistake of the visitor and for a failure of the server.
         """
-        job, key = Job(), str(visitor or uuid.uuid4())
+        key = str(visitor or uuid.uuid4())
+        try:
+            request = self.worker.start(function)
+        except Exception as error:
+            raise self.error(error) from None
         with self._guard:
-            self._jobs.setdefault(key, []).append(job)
-        WORKER.start(partial(contextvars.copy_context().run, job._run, function))
+            self._requests.setdefault(key, []).append(request)
         try:
             update = Update()
+            yield update  # the request runs already
             while not update.done:
                 try:
-                    update = job.next()
+                    update = request.next()
                 except Exception as error:
                     raise self.error(error) from None
                 yield update
         finally:
-            job.cancel()
+            request.cancel()
             with self._guard:
-                self._jobs[key].remove(job)
-                if not self._jobs[key]:
-                    del self._jobs[key]
+                self._requests[key].remove(request)
+                if not self._requests[key]:
+                    del self._requests[key]
 
     def cancel(self, visitor: str | None) -> int:
         """Ask the running requests of a visitor to stop; returns how many there are."""
         with self._guard:
-            jobs = list(self._jobs.get(visitor, ())) if visitor else []
-        for job in jobs:
-            job.cancel()
-        return len(jobs)
+            requests = list(self._requests.get(visitor, ())) if visitor else []
+        for request in requests:
+            request.cancel()
+        return len(requests)
 
     def line(self, error: BaseException) -> str:
         """An error as the one line that the command line would print, without any path of the server.
@@ -163,9 +98,10 @@ class Work:
         What is no mistake of the visitor is printed to the server's stderr, and the line says so.
         """
         if not isinstance(error, UserError):
-            if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            if isinstance(error, MemoryError):
                 return "there is not enough memory for this; ask for fewer images"
-            traceback.print_exception(error, file=sys.stderr)
+            if not isinstance(error, Failed):  # which the process that computes has printed
+                traceback.print_exception(error, file=sys.stderr)
             return FAILED
         return self.without_paths(str(error)[:LONGEST])
 

@@ -1,53 +1,162 @@
-"""The one thread of a server that computes.
-
-torch divides an operation among a team of OpenMP threads, and each thread of Python that computes has a team of its own. A team
-waits for the next operation without sleeping, but only while all teams together have no more threads than there are cores. With
-a second team an image takes a third longer. So models are loaded and used by one thread alone.
-"""
+"""The server's side of the process that computes: see `jobs.process`."""
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import queue
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-Result = TypeVar("Result")
+from latentdiff.errors import UserError
+from latentdiff.web.jobs.job import Job, Update
+from latentdiff.web.jobs.process import FAILED, NO_MEMORY, REFUSED, Failure
+
+if TYPE_CHECKING:
+    from latentdiff.web.jobs.models import Models
+
+# Nothing is imported from the folder where the command was given but what the server itself would import from there
+PROGRAM = "import sys; sys.path[:] = {path!r}; from latentdiff.web.jobs.process import main; main()"
+PATIENCE = 5.0  # seconds that the process has to end
+
+
+class Failed(Exception):
+    """A request failed by no mistake of the visitor. The process that computes has printed why."""
+
+
+class Request:
+    """A request that the process was given."""
+
+    def __init__(self, cancel: Callable[[], None]):
+        self.cancel = cancel
+        self._answers: queue.SimpleQueue[Update | Failure | Exception] = queue.SimpleQueue()
+
+    def answer(self, answer: Update | Failure | Exception) -> None:
+        """Put something that `next` gives or raises."""
+        self._answers.put(answer)
+
+    def next(self) -> Update:
+        """The next update, waited for.
+
+        Raises:
+            UserError: a mistake of the visitor, or the process has ended.
+            MemoryError: there is too little memory.
+            Failed: something else went wrong.
+        """
+        answer = self._answers.get()
+        if isinstance(answer, Update):
+            return answer
+        if isinstance(answer, Exception):
+            raise answer
+        raise {REFUSED: UserError, NO_MEMORY: MemoryError, FAILED: Failed}[answer.kind](answer.text)
 
 
 class Worker:
-    """A thread that runs functions one after the other. It begins with the first one, and ends with the process."""
+    """The process that computes, as long as the server has it. One that the system has ended is started again when needed."""
 
-    def __init__(self) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = queue.SimpleQueue()
-        self._guard = threading.Lock()
-        self._thread: threading.Thread | None = None
-
-    def start(self, function: Callable[[], Result]) -> Future[Result]:
-        """Have the thread run a function, after those that it was given before. The result, or the error, is in the future."""
-        future: Future[Result] = Future()
-        self._tasks.put((function, future))
+    def __init__(self, setup: Callable[[], Models]):
+        """setup: run by the process at its start; it gives what every request is given. Functions must be ones pickle knows."""
+        self._setup = pickle.dumps(setup)
+        self._guard = threading.Lock()  # of all below
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: dict[int, Request] = {}  # those that have not ended
+        self._number = 0
+        self._closed = False
         with self._guard:
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="computing", daemon=True)
-                self._thread.start()
-        return future
+            self._start()
 
-    def call(self, function: Callable[[], Result]) -> Result:
-        """The function's result: run by the thread and waited for, or at once where the caller is the thread itself."""
-        if threading.current_thread() is self._thread:
-            return function()
-        return self.start(function).result()
+    @property
+    def process_id(self) -> int | None:
+        """Of the process; None while there is none."""
+        with self._guard:
+            return None if self._process is None else self._process.pid
 
-    def _work(self) -> None:
+    def start(self, function: Callable[[Models, Job], Any]) -> Request:
+        """Have function(models, job) run, after those that were given before. Its updates are the request's."""
+        content = pickle.dumps(function)
+        with self._guard:
+            if self._process is None:
+                if self._closed:
+                    raise UserError("the server is ending")
+                self._start()
+            self._number += 1
+            number = self._number
+            request = self._requests[number] = Request(lambda: self._cancel(number))
+            self._send(("run", number, content))
+        return request
+
+    def call(self, function: Callable[[Models, Job], Any]) -> Any:
+        """What function(models, job) returns, waited for. Raises as `Request.next` does."""
+        request = self.start(function)
+        while not (update := request.next()).done:
+            pass
+        return update.result
+
+    def close(self) -> None:
+        """End the process."""
+        with self._guard:
+            self._closed = True
+            process = self._process
+        if process is None or process.stdin is None:
+            return
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+        try:
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def _cancel(self, number: int) -> None:
+        with self._guard:
+            if number in self._requests:
+                self._send(("cancel", number))
+
+    def _start(self) -> None:
+        """Start the process. The caller holds the guard."""
+        program = PROGRAM.format(path=sys.path)
+        streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        # Out of the terminal's group, so that a Ctrl-C in its first moments prints no traceback
+        self._process = subprocess.Popen([sys.executable, "-c", program], start_new_session=True, **streams)
+        threading.Thread(target=self._read, args=(self._process,), name="answers", daemon=True).start()
+        self._send(self._setup)
+
+    def _send(self, message: Any) -> None:
+        """Send a message. Of a process that has ended, `_read` knows. The caller holds the guard."""
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            pickle.dump(message, self._process.stdin)
+            self._process.stdin.flush()
+
+    def _read(self, process: subprocess.Popen[bytes]) -> None:
+        """In a thread: give answers to their requests until the process ends."""
+        assert process.stdout is not None
         while True:
-            function, future = self._tasks.get()
             try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-            del function, future  # nothing of a request stays while the thread waits
+                number, answer = pickle.load(process.stdout)
+            except (EOFError, OSError, pickle.UnpicklingError):
+                break
+            is_last = isinstance(answer, Failure) or answer.done
+            with self._guard:
+                request = self._requests.pop(number) if is_last else self._requests[number]
+            request.answer(answer)
+        error = UserError(f"the process that computes has ended ({_reason(process.wait())}); ask again, it starts anew")
+        with self._guard:
+            lost, self._requests = list(self._requests.values()), {}
+            self._process = None
+        for request in lost:
+            request.answer(error)
 
 
-WORKER = Worker()  # of this process, whatever servers it has
+def _reason(code: int) -> str:
+    """Why a process has ended, of its return code."""
+    if code >= 0:
+        return f"exit code {code}"
+    with contextlib.suppress(ValueError):
+        name = signal.Signals(-code).name
+        return f"{name}, often for want of memory" if name == "SIGKILL" else name
+    return f"signal {-code}"

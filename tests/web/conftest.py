@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 from playwright.sync_api import Browser, Page, expect, sync_playwright
+from served import FOLDERS, LIMITS, running_site
 
-from latentdiff.web.context import Limits
-from latentdiff.web.serve import Site, make_context, start
+from latentdiff.web.jobs.models import Models
+from latentdiff.web.serve import Site
 
-ROOT = Path(__file__).parent.parent.parent
 # Without a sandbox, which containers do not allow, and without the browser's own calls to its maker
 FLAGS = (
     "--no-sandbox",
@@ -23,7 +23,6 @@ FLAGS = (
     "--disable-sync",
 )
 PATIENCE = 90_000  # milliseconds; other programs may want the processors too
-LIMITS = Limits(images=20, steps=120, pixels=20_000, upload=200_000, queue=30)
 
 
 @pytest.fixture(scope="session")
@@ -33,12 +32,16 @@ def runs_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def models() -> Models:
+    """The two models of the repository, as the process that computes has them."""
+    return Models(FOLDERS)
+
+
+@pytest.fixture(scope="session")
 def site(tmp_path_factory, runs_folder) -> Iterator[Site]:
     """The server: the two models of the repository, a folder of runs, and low limits."""
-    folders = {"fashion-mnist": ROOT / "weights" / "fashion-mnist", "emoji": ROOT / "weights" / "emoji"}
-    running = start(make_context(folders, runs_folder, LIMITS), "127.0.0.1", 0, tmp_path_factory.mktemp("served"))
-    yield running
-    running.close()
+    with running_site(FOLDERS, runs_folder, LIMITS, tmp_path_factory.mktemp("served")) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")

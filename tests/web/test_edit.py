@@ -14,8 +14,8 @@ from latentdiff import checkpoints
 from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.web.commands import command_line, python_call
-from latentdiff.web.edit import call_of, edit_picture, fields_of, mask_of, tasks_of
-from latentdiff.web.models import facts_of
+from latentdiff.web.facts import read_facts
+from latentdiff.web.jobs.edit import call_of, edit_picture, fields_of, mask_of, tasks_of
 
 MODEL = Path(__file__).parent.parent.parent / "weights" / "fashion-mnist"
 
@@ -26,8 +26,8 @@ def pipe():
 
 
 @pytest.fixture(scope="module")
-def facts(pipe):
-    return facts_of("fashion-mnist", "weights/fashion-mnist", pipe)
+def facts():
+    return read_facts("fashion-mnist", "weights/fashion-mnist", MODEL)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from latentdiff.cli import main
 from latentdiff.errors import UserError
 from latentdiff.evaluation.memorization import nearest_by_pixels
 from latentdiff.evaluation.reference_data import reference_sets
-from latentdiff.web.explore import between, nearest, path_of, scales_of, sweep
+from latentdiff.web.jobs.explore import between, nearest, path_of, scales_of, sweep
 
 SHOWN = "weights/fashion-mnist"
 MODEL = Path(__file__).parent.parent.parent / SHOWN

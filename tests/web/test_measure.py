@@ -42,7 +42,7 @@ def listed(root: Path) -> measure.Listed:
 
 
 def clean(text: str) -> str:
-    return Work().without_paths(text)
+    return Work(None).without_paths(text)
 
 
 def test_records_stand_side_by_side_as_the_command_puts_them(tmp_path):

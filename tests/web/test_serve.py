@@ -5,20 +5,30 @@ import re
 import socket
 import subprocess
 import sys
-import threading
+import time
 import zipfile
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+import asked
 import httpx
 import pytest
+from diffusers import DDIMScheduler
 from gradio_client import Client
+from served import LIMITS, running_site
+from tiny_models import tiny_unet, tiny_vae
 
+from latentdiff import checkpoints, discrete, samplers
+from latentdiff.checkpoints import save
 from latentdiff.errors import UserError
-from latentdiff.web.context import Limits
-from latentdiff.web.generate import Settings, as_command, draw
-from latentdiff.web.models import Models
-from latentdiff.web.serve import BODY, find_models, make_context, start
-from latentdiff.web.work import Job
+from latentdiff.web.facts import find_models, read_facts
+from latentdiff.web.generate import as_command
+from latentdiff.web.jobs.draw import Settings, draw
+from latentdiff.web.jobs.job import Job
+from latentdiff.web.jobs.models import Models
+from latentdiff.web.limits import Limits
+from latentdiff.web.serve import BODY
 
 WEIGHTS = Path(__file__).parent.parent.parent / "weights"
 FASHION = {"fashion-mnist": WEIGHTS / "fashion-mnist"}
@@ -102,28 +112,39 @@ def test_models_are_loaded_when_used_and_the_last_used_stay():
         models.facts("d")
 
 
-def test_one_request_at_a_time_uses_a_model(site):
-    models, inside, most = site.context.models, [], []
-
-    def use():
-        with models.use("fashion-mnist"):
-            inside.append(1)
-            most.append(len(inside))
-            threading.Event().wait(0.05)
-            inside.pop()
-
-    threads = [threading.Thread(target=use) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert most == [1] * 4
+def test_facts_are_those_of_the_loaded_pipeline(discrete_run, tmp_path):
+    """The page reads them of a checkpoint's files, before torch is there."""
+    rule = {"kind": "mask", "dropped": False}
+    about = {"image_condition": rule, "prediction": "epsilon"}
+    save(
+        tmp_path / "enlarge",
+        tiny_unet(in_channels=9, num_class_embeds=3),
+        tiny_vae(),
+        DDIMScheduler(clip_sample=False),
+        {},
+        **about,
+    )
+    folders = {name: WEIGHTS / name for name in ("fashion-mnist", "emoji")}
+    folders |= {"codes": discrete_run / "model", "enlarge": tmp_path / "enlarge"}
+    for name, folder in folders.items():
+        read, pipeline = read_facts(name, name, folder), checkpoints.load(folder)
+        assert read.image_shape == pipeline.image_shape and read.over_codes == hasattr(pipeline, "num_codes")
+        assert read.class_names == tuple(pipeline.class_names or map(str, range(pipeline.num_classes)))
+        assert read.reads_text == (pipeline.text_encoder is not None)
+        config = pipeline.config
+        assert (read.steps, read.guidance) == (config.default_num_inference_steps, config.default_guidance_scale)
+        assert read.interval == tuple(config.default_guidance_interval or (0, 1))
+        assert read.samplers == (discrete.ORDERS if read.over_codes else tuple(samplers.names()))
+        assert Models(folders).facts(name) == replace(read, shown=Models(folders).shown(name))
+    assert [read_facts(name, name, folder).condition for name, folder in folders.items()] == ["", "", "", "low_resolution"]
+    (tmp_path / "enlarge" / "unet" / "config.json").write_text("{}")
+    assert read_facts("enlarge", "enlarge", tmp_path / "enlarge") is None
 
 
 def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_path, run, monkeypatch):
-    monkeypatch.setattr("latentdiff.web.generate.BETWEEN", 0)  # every step is shown
-    context = make_context({"codes": discrete_run / "model"}, None, Limits())
-    facts = context.models.facts("codes")
+    monkeypatch.setattr("latentdiff.web.jobs.draw.BETWEEN", 0)  # every step is shown
+    models = Models({"codes": discrete_run / "model"})
+    facts = models.facts("codes")
     assert facts.over_codes and facts.samplers == ("random", "confidence")
     pictures = []
 
@@ -131,7 +152,8 @@ def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_pat
         def step(self, step, steps=0, shown=None):
             pictures.append(shown)
 
-    drawn = draw(context, Settings("codes", ["down"], num_images=2, steps=3, sampler="confidence"), tmp_path, Watching())
+    settings = Settings("codes", ["down"], num_images=2, steps=3, sampler="confidence")
+    drawn = draw(models, Watching(), Limits(), settings, tmp_path)
     assert [picture.width for picture in pictures] == sorted({picture.width for picture in pictures}) and len(pictures) == 3
     words = as_command(facts, drawn.arguments).split()
     run(*[str(discrete_run / "model") if word == "codes" else word for word in words[1:]])
@@ -142,13 +164,13 @@ def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_pat
 # The API
 
 
-def test_the_api_gives_the_same_files(site, tmp_path):
+def test_the_api_gives_the_same_files(site, models, tmp_path):
     client = Client(site.url, download_files=str(tmp_path / "client"), verbose=False)
     result = client.predict(model="fashion-mnist", classes=["Sneaker"], num_images=2, seed=7, steps=3, api_name="/generate")
     status, _, images, archive, command, _ = result
     assert status.startswith("2 images in") and command.startswith("latentdiff generate Sneaker --model weights/fashion-mnist")
     settings = Settings("fashion-mnist", ["Sneaker"], num_images=2, seed=7, steps=3)
-    drawn = draw(site.context, settings, tmp_path, Job())
+    drawn = draw(models, Job(), LIMITS, settings, tmp_path)
     expected = [file.read_bytes() for file in drawn.files]
     assert [Path(entry["image"]).read_bytes() for entry in images] == expected
     with zipfile.ZipFile(archive) as pack:
@@ -168,29 +190,23 @@ def test_the_fields_of_the_documentation_draw_images(site):
 
 def test_no_more_requests_wait_than_the_queue_may_hold(tmp_path, monkeypatch):
     """One runs, one waits, and the third is refused in one line; what was asked for before it is drawn all the same."""
-    runs, may_go = threading.Event(), threading.Event()
-
-    def held_up(*arguments):
-        runs.set()
-        assert may_go.wait(60)
-        return draw(*arguments)
-
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    held_up = partial(asked.wait_for, begun=begun, go_on=go_on, then=draw)
     monkeypatch.setattr("latentdiff.web.generate.draw", held_up)
-    busy = start(make_context(FASHION, None, Limits(queue=1)), "127.0.0.1", 0, tmp_path)
-    address = f"{busy.url}gradio_api/call/generate"
-    fields = {"data": ["fashion-mnist", ["Bag"], "", "", 1, 0, 1, "default", 1, 0, 1, None, None]}
-    try:
+    with running_site(FASHION, None, Limits(queue=1), tmp_path / "served") as busy:
+        address = f"{busy.url}gradio_api/call/generate"
+        fields = {"data": ["fashion-mnist", ["Bag"], "", "", 1, 0, 1, "default", 1, 0, 1, None, None]}
         first = httpx.post(address, json=fields)
-        assert runs.wait(60)
+        end = time.monotonic() + 60
+        while not begun.exists():
+            assert time.monotonic() < end
+            time.sleep(0.05)
         second, third = (httpx.post(address, json=fields) for _ in range(2))
         assert third.status_code == 503 and "Max size is 1" in third.json()["detail"]
-        may_go.set()
+        go_on.touch()
         for accepted in (first, second):
             answer = httpx.get(f"{address}/{accepted.json()['event_id']}", timeout=120).text
             assert "event: complete" in answer and "1 image in" in answer
-    finally:
-        may_go.set()
-        busy.close()
 
 
 @pytest.mark.parametrize("chunked", [False, True])

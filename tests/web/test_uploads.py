@@ -11,8 +11,9 @@ from gradio.components.image_editor import EditorData
 from PIL import Image
 
 from latentdiff.errors import UserError
-from latentdiff.web.context import Limits
-from latentdiff.web.uploads import LAYERS, PAINTINGS, read_upload, undecoded, undecoded_editor
+from latentdiff.web.jobs.uploads import read_upload
+from latentdiff.web.limits import Limits
+from latentdiff.web.uploads import LAYERS, PAINTINGS, undecoded, undecoded_editor
 
 LIMITS = Limits(pixels=1000, upload=5000)
 

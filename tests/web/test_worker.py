@@ -1,41 +1,138 @@
-"""The one thread that computes, and the import of gradio without its stubs."""
+"""The process that computes, and the import of gradio without its stubs."""
 
+import os
 import subprocess
 import sys
-import threading
+import time
+from contextlib import closing
+from functools import partial
 
+import asked
+import psutil
 import pytest
 
+from latentdiff.errors import UserError
+from latentdiff.web.jobs.job import Update
+from latentdiff.web.worker import Failed, Worker
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """A process without models."""
+    with closing(Worker(asked.nothing)) as process:
+        yield process
+
+
+def updates(request) -> list[Update]:
+    """All updates of a request."""
+    got = [request.next()]
+    while not got[-1].done:
+        got.append(request.next())
+    return got
+
+
+def test_requests_run_in_the_main_thread_of_a_process_without_gradio(worker):
+    """Each thread that computes has a team of torch's threads, and with a second team all of them are slower."""
+    places = {worker.call(asked.where) for _ in range(3)}
+    ((process, is_main_thread, has_gradio),) = places
+    assert process != os.getpid() and is_main_thread and not has_gradio
+
+
+def test_requests_run_one_after_the_other_and_each_gets_its_own_updates(worker, tmp_path):
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    first = worker.start(partial(asked.wait_for, begun=begun, go_on=go_on))
+    second = worker.start(partial(asked.steps, count=3))
+    until(begun.exists)
+    assert second._answers.empty()
+    go_on.touch()
+    assert [update.result for update in updates(first)] == ["finished"]
+    *before, last = updates(second)
+    assert [(update.step, update.steps, update.shown) for update in before] == [(k + 1, 3, f"picture {k}") for k in range(3)]
+    assert last.result == b"x" * 3_000_000
+
+
+def test_what_libraries_print_is_not_among_the_answers(capfd):
+    with closing(Worker(asked.nothing)) as worker:
+        assert worker.call(partial(asked.steps, count=1)) == b"x" * 3_000_000
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "a library prints this\n")
+
+
+def test_a_request_that_waits_can_be_cancelled_too(worker, tmp_path):
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    first, second = (worker.start(partial(asked.wait_for, begun=begun, go_on=go_on)) for _ in range(2))
+    until(begun.exists)
+    second.cancel()
+    first.cancel()
+    first.cancel()
+    assert updates(first)[-1].stopped and updates(second)[-1].stopped
+    first.cancel()  # it has ended: nothing happens
+    begun.unlink()
+    go_on.touch()
+    assert worker.call(partial(asked.wait_for, begun=begun, go_on=go_on)) == "finished"
+
+
+def test_an_error_reaches_the_caller_and_the_process_goes_on(capfd):
+    with closing(Worker(asked.nothing)) as worker:
+        process, *_ = worker.call(asked.where)
+        for request, error in ((asked.fail, Failed), (asked.exhaust, MemoryError), (asked.unsendable, Failed)):
+            with pytest.raises(error):
+                worker.call(request)
+        assert capfd.readouterr().err.count("RuntimeError: secret of the server") == 1
+        assert worker.call(asked.where)[0] == process
+
+
+def test_a_process_that_is_killed_is_started_again(worker, tmp_path):
+    """What the system does where memory is short. Those that ran or waited are told so in one line."""
+    begun, go_on = tmp_path / "begun", tmp_path / "go on"
+    held_up = worker.start(partial(asked.wait_for, begun=begun, go_on=go_on, then=asked.be_killed))
+    waiting = worker.start(asked.where)
+    go_on.touch()
+    for request in (held_up, waiting):
+        with pytest.raises(UserError, match=r"ended \(SIGKILL, often for want of memory\); ask again, it starts anew$"):
+            updates(request)
+    assert worker.call(partial(asked.steps, count=1)) == b"x" * 3_000_000
+
+
+def test_a_setup_that_fails_is_what_each_request_fails_of():
+    worker = Worker(asked.refuse)
+    for _ in range(2):
+        with pytest.raises(UserError, match="^model: damaged$"):
+            worker.call(asked.where)
+    worker.close()
+    with pytest.raises(UserError, match="the server is ending"):
+        until(lambda: worker._process is None)
+        worker.start(asked.where)
+
+
+def test_the_process_ends_with_the_server(tmp_path):
+    """Also where the server is killed, and while a request runs."""
+    program = f"""
+import sys, time
+sys.path.insert(0, {os.path.dirname(asked.__file__)!r})
+from functools import partial
+from pathlib import Path
+import asked
 from latentdiff.web.worker import Worker
+worker = Worker(asked.nothing)
+print(worker.call(asked.where)[0], flush=True)
+worker.start(partial(asked.wait_for, begun=Path({str(tmp_path / "begun")!r}), go_on=Path("never")))
+time.sleep(60)
+"""
+    server = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    process = psutil.Process(int(server.stdout.readline()))
+    until((tmp_path / "begun").exists)
+    server.kill()
+    server.wait()
+    assert psutil.wait_procs([process], timeout=10)[1] == []
 
 
-def test_functions_run_one_after_the_other_in_one_thread():
-    worker, order, first = Worker(), [], threading.Event()
-
-    def slow():
-        first.wait(10)
-        order.append(("slow", threading.get_ident()))
-
-    futures = [worker.start(slow), worker.start(lambda: order.append(("fast", threading.get_ident())))]
-    assert order == []
-    first.set()
-    for future in futures:
-        future.result(10)
-    assert [name for name, _ in order] == ["slow", "fast"]
-    assert len({thread for _, thread in order}) == 1 and order[0][1] != threading.get_ident()
-
-
-def test_a_function_may_call_another_one():
-    worker = Worker()
-    inner = worker.start(lambda: worker.call(threading.get_ident)).result(10)
-    assert inner == worker.call(threading.get_ident)
-
-
-def test_an_error_reaches_the_caller_and_the_thread_goes_on():
-    worker = Worker()
-    with pytest.raises(SystemExit):
-        worker.start(lambda: sys.exit(3)).result(10)
-    assert worker.start(lambda: "still there").result(10) == "still there"
+def until(holds):
+    """Wait until a condition holds, at most ten seconds."""
+    end = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def printed(program: str) -> list[str]:
@@ -62,9 +159,9 @@ def test_gradio_is_imported_without_its_stubs():
 SERVED = """
 import pathlib, tempfile
 from latentdiff.web import serve
-from latentdiff.web.context import Limits
+from latentdiff.web.limits import Limits
 with tempfile.TemporaryDirectory() as folder:
-    site = serve.start(serve.make_context({}, None, Limits()), "127.0.0.1", 0, pathlib.Path(folder))
+    site = serve.start(serve.make_context({}, None, Limits(), None), "127.0.0.1", 0, pathlib.Path(folder))
     from gradio import component_meta
     print(component_meta.create_or_modify_pyi.__module__, site.page._queue.sleep_when_free)
     site.close()
