@@ -59,3 +59,12 @@ def refuse():
 
 def nothing():
     """A setup without models."""
+
+
+def models_after(folders, go_on: Path):
+    """A setup that waits until the file `go_on` is there."""
+    from latentdiff.web.jobs.models import Models
+
+    while not go_on.exists():
+        time.sleep(0.01)
+    return Models(folders)

@@ -1,6 +1,6 @@
 """The server of the tests: its models, its limits, and how it is started."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -16,9 +16,15 @@ LIMITS = Limits(images=20, steps=120, pixels=20_000, upload=200_000, queue=30)
 
 
 @contextmanager
-def running_site(folders: dict[str, Path], runs: Path | None, limits: Limits, scratch: Path) -> Iterator[Site]:
-    """A server and its process that computes."""
-    worker = Worker(partial(Models, folders))
+def running_site(
+    folders: dict[str, Path],
+    runs: Path | None,
+    limits: Limits,
+    scratch: Path,
+    setup: Callable[[], Models] | None = None,
+) -> Iterator[Site]:
+    """A server and its process that computes. setup: of the process."""
+    worker = Worker(setup or partial(Models, folders))
     try:
         running = start(make_context(folders, runs, limits, worker), "127.0.0.1", 0, scratch)
         try:

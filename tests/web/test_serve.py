@@ -53,6 +53,43 @@ def test_a_wrong_call_is_refused(refused, arguments, line):
     assert refused("serve", *arguments).startswith(f"latentdiff: {line}")
 
 
+def tiny_model(folder: Path) -> Path:
+    """A checkpoint of two classes."""
+    return save(folder, tiny_unet(num_class_embeds=3), tiny_vae(), DDIMScheduler(clip_sample=False), {}, prediction="epsilon")
+
+
+def test_a_damaged_model_is_refused(refused, tmp_path):
+    model = tiny_model(tmp_path / "model")
+    (model / "unet" / "config.json").write_text("{}")
+    assert str(model / "unet") in refused("serve", str(model), "--port", 0)
+
+
+def test_a_model_whose_weights_are_damaged_ends_the_server(tmp_path):
+    """The page is open by then."""
+    (weights,) = (tiny_model(tmp_path / "model") / "unet").glob("*.safetensors")
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    command = [sys.executable, "-m", "latentdiff", "serve", str(tmp_path / "model"), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    address, line = (done.stdout + done.stderr).strip().splitlines()
+    assert address.startswith("latentdiff: http://127.0.0.1:") and done.returncode == 2
+    assert line.startswith(f"latentdiff: {weights}: its sha256 is not the one in hashes.json")
+
+
+def test_the_page_is_open_before_the_model_is_loaded(tmp_path):
+    go_on = tmp_path / "go on"
+    setup = partial(asked.models_after, FASHION, go_on)
+    with running_site(FASHION, None, Limits(), tmp_path / "served", setup) as site:
+        assert "fashion-mnist" in httpx.get(f"{site.url}config").text
+        address = f"{site.url}gradio_api/call/generate"
+        event = httpx.post(address, json={"data": ["fashion-mnist", ["Bag"], "", "", 1, 0, 1, "default", 1, 0, 1, None, None]})
+        assert site.context.work.running <= 1 and not go_on.exists()
+        go_on.touch()
+        answer = httpx.get(f"{address}/{event.json()['event_id']}", timeout=120).text
+        assert "event: complete" in answer and "1 image in" in answer
+
+
 def test_a_port_in_use_is_refused(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -114,11 +151,11 @@ def test_models_are_loaded_when_used_and_the_last_used_stay():
 
 def test_facts_are_those_of_the_loaded_pipeline(discrete_run, tmp_path):
     """The page reads them of a checkpoint's files, before torch is there."""
-    rule = {"kind": "mask", "dropped": False}
+    rule = {"kind": "low_resolution", "factor": 2, "dropped": False}
     about = {"image_condition": rule, "prediction": "epsilon"}
     save(
         tmp_path / "enlarge",
-        tiny_unet(in_channels=9, num_class_embeds=3),
+        tiny_unet(in_channels=8, num_class_embeds=3),
         tiny_vae(),
         DDIMScheduler(clip_sample=False),
         {},
@@ -136,7 +173,9 @@ def test_facts_are_those_of_the_loaded_pipeline(discrete_run, tmp_path):
         assert read.interval == tuple(config.default_guidance_interval or (0, 1))
         assert read.samplers == (discrete.ORDERS if read.over_codes else tuple(samplers.names()))
         assert Models(folders).facts(name) == replace(read, shown=Models(folders).shown(name))
-    assert [read_facts(name, name, folder).condition for name, folder in folders.items()] == ["", "", "", "low_resolution"]
+    every = [read_facts(name, name, folder) for name, folder in folders.items()]
+    assert [facts.condition for facts in every] == ["", "", "", "low_resolution"]
+    assert [facts.can_guide for facts in every] == [True, True, True, False]
     (tmp_path / "enlarge" / "unet" / "config.json").write_text("{}")
     assert read_facts("enlarge", "enlarge", tmp_path / "enlarge") is None
 

@@ -157,18 +157,21 @@ def test_gradio_is_imported_without_its_stubs():
 
 
 SERVED = """
-import pathlib, tempfile
+import pathlib, sys, tempfile
+from latentdiff.utils.shipped import shipped_weights
 from latentdiff.web import serve
 from latentdiff.web.limits import Limits
 with tempfile.TemporaryDirectory() as folder:
-    site = serve.start(serve.make_context({}, None, Limits(), None), "127.0.0.1", 0, pathlib.Path(folder))
+    models = {"fashion-mnist": shipped_weights("fashion-mnist")}
+    site = serve.start(serve.make_context(models, None, Limits(), None), "127.0.0.1", 0, pathlib.Path(folder))
     from gradio import component_meta
-    print(component_meta.create_or_modify_pyi.__module__, site.page._queue.sleep_when_free)
+    print(component_meta.create_or_modify_pyi.__module__, site.page._queue.sleep_when_free, "torch" in sys.modules)
     site.close()
 """
 
 
 def test_a_server_writes_no_stubs_and_looks_for_requests_seldom():
     """gradio's own pause between two looks is a thousandth of a second."""
-    writer, pause = printed(SERVED)
+    writer, pause, has_torch = printed(SERVED)
     assert writer == "latentdiff.web.stubs" and 0.01 <= float(pause) <= 0.05
+    assert has_torch == "False"  # which the other process imports meanwhile
