@@ -138,12 +138,15 @@ class Worker:
         while True:
             try:
                 number, answer = pickle.load(process.stdout)
-            except (EOFError, OSError, pickle.UnpicklingError):
+            except Exception:  # mostly EOFError. What pickle raises for other bytes is of many kinds
                 break
             is_last = isinstance(answer, Failure) or answer.done
             with self._guard:
                 request = self._requests.pop(number) if is_last else self._requests[number]
             request.answer(answer)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(PATIENCE)
+        process.kill()  # if it has not ended by itself
         error = UserError(f"the process that computes has ended ({_reason(process.wait())}); ask again, it starts anew")
         with self._guard:
             lost, self._requests = list(self._requests.values()), {}

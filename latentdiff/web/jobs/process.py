@@ -90,7 +90,7 @@ class Process:
         while True:
             try:
                 kind, number, *content = pickle.load(self._requests)
-            except (EOFError, OSError, pickle.UnpicklingError):  # the server has ended, in whatever way
+            except Exception:  # the server has ended, in whatever way
                 os._exit(0)
             if kind == "cancel":
                 job = self._jobs.get(number)
