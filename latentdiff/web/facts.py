@@ -28,8 +28,6 @@ SAMPLERS = (
     "dpmpp_2m_sde",
 )
 ORDERS = ("random", "confidence")
-# What a pipeline takes where its model_index.json does not say it
-DEFAULTS = {"default_num_inference_steps": 20, "default_guidance_scale": 1.0, "null_prompt": ""}
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,6 @@ def facts_of(name: str, shown: str, config: Mapping[str, Any], unet: Mapping[str
     Raises:
         LookupError, TypeError, ValueError: what is not the config of such a model.
     """
-    config = {**DEFAULTS, **config}
     over_codes = config.get("process") is not None
     reads_text = (config.get("text_encoder") or (None, None))[1] is not None
     rows = unet.get("num_class_embeds") or 0
@@ -119,7 +116,10 @@ def facts_of(name: str, shown: str, config: Mapping[str, Any], unet: Mapping[str
 
 
 def read_facts(name: str, shown: str, folder: Path) -> Facts | None:
-    """The facts of a checkpoint, of its files; None where they are not what they should be, which loading it will name."""
+    """The facts of a checkpoint, of its files.
+
+    None where they do not say it: a checkpoint of another program, whose pipeline has defaults, or a damaged one.
+    """
     parts = ("", "unet", "vae")
     files = [folder / part / ("config.json" if part else INDEX) for part in parts]
     try:

@@ -32,7 +32,7 @@ class OfferedModels(Folders):
         with self._guard:
             known = self._facts.get(name)
         if known is None:
-            # Its files say it. Where they are odd, the process loads the model, and says what is wrong
+            # Mostly its files say it. Else the process loads the model, or says what is wrong with it
             known = read_facts(name, self.shown(name), folder) or self._worker.call(partial(facts, name=name))
             with self._guard:
                 self._facts[name] = known

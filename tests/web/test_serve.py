@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from served import LIMITS, running_site
 from tiny_models import tiny_unet, tiny_vae
 
 from latentdiff import checkpoints, discrete, samplers
-from latentdiff.checkpoints import save
+from latentdiff.checkpoints import INDEX, save
 from latentdiff.errors import UserError
 from latentdiff.web.facts import find_models, read_facts
 from latentdiff.web.generate import as_command
@@ -152,7 +153,7 @@ def test_models_are_loaded_when_used_and_the_last_used_stay():
 def test_facts_are_those_of_the_loaded_pipeline(discrete_run, tmp_path):
     """The page reads them of a checkpoint's files, before torch is there."""
     rule = {"kind": "low_resolution", "factor": 2, "dropped": False}
-    about = {"image_condition": rule, "prediction": "epsilon"}
+    about = {"image_condition": rule, "prediction": "epsilon", "null_class": 2}
     save(
         tmp_path / "enlarge",
         tiny_unet(in_channels=8, num_class_embeds=3),
@@ -175,9 +176,19 @@ def test_facts_are_those_of_the_loaded_pipeline(discrete_run, tmp_path):
         assert Models(folders).facts(name) == replace(read, shown=Models(folders).shown(name))
     every = [read_facts(name, name, folder) for name, folder in folders.items()]
     assert [facts.condition for facts in every] == ["", "", "", "low_resolution"]
-    assert [facts.can_guide for facts in every] == [True, True, True, False]
+    assert [facts.can_guide for facts in every] == [True] * 4
     (tmp_path / "enlarge" / "unet" / "config.json").write_text("{}")
     assert read_facts("enlarge", "enlarge", tmp_path / "enlarge") is None
+    # A checkpoint of another program does not say how latentdiff is to call it
+    shutil.copytree(WEIGHTS / "emoji", tmp_path / "foreign", ignore=shutil.ignore_patterns("*.safetensors"))
+    for weights in WEIGHTS.glob("emoji/*/*.safetensors"):
+        (tmp_path / "foreign" / weights.parent.name / weights.name).symlink_to(weights)
+    index = json.loads((WEIGHTS / "emoji" / INDEX).read_text())
+    index = {key: value for key, value in index.items() if not key.startswith(("default_", "null_", "class_", "image_"))}
+    (tmp_path / "foreign" / INDEX).write_text(json.dumps(index))
+    assert read_facts("foreign", "foreign", tmp_path / "foreign") is None
+    facts = Models({"foreign": tmp_path / "foreign"}).facts("foreign")
+    assert (facts.steps, facts.guidance, facts.reads_text) == (50, 7.5, True)
 
 
 def test_a_model_over_codes_draws_the_bytes_of_its_command(discrete_run, tmp_path, run, monkeypatch):

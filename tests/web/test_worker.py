@@ -61,11 +61,13 @@ def test_what_libraries_print_is_not_among_the_answers(capfd):
 def test_a_request_that_waits_can_be_cancelled_too(worker, tmp_path):
     begun, go_on = tmp_path / "begun", tmp_path / "go on"
     first, second = (worker.start(partial(asked.wait_for, begun=begun, go_on=go_on)) for _ in range(2))
+    third = worker.start(asked.where)  # which never asks whether it is cancelled
     until(begun.exists)
     second.cancel()
+    third.cancel()
     first.cancel()
     first.cancel()
-    assert updates(first)[-1].stopped and updates(second)[-1].stopped
+    assert updates(first)[-1].stopped and updates(second)[-1].stopped and updates(third)[-1].stopped
     first.cancel()  # it has ended: nothing happens
     begun.unlink()
     go_on.touch()
@@ -91,6 +93,7 @@ def test_a_process_that_is_killed_is_started_again(worker, tmp_path):
     for request in (held_up, waiting):
         with pytest.raises(UserError, match=r"ended \(SIGKILL, often for want of memory\); ask again, it starts anew$"):
             updates(request)
+        request.cancel()  # while there is no process
     assert worker.call(partial(asked.steps, count=1)) == b"x" * 3_000_000
 
 
