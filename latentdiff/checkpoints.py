@@ -31,9 +31,7 @@ from latentdiff.models.loading import (
 )
 from latentdiff.utils import atomic, collection, limits
 from latentdiff.utils.hashes import sha256_of, write_hashes
-from latentdiff.utils.shipped import INDEX as INDEX
-from latentdiff.utils.shipped import resolve_config as resolve_config
-from latentdiff.utils.shipped import resolve_model as resolve_model
+from latentdiff.utils.shipped import INDEX, resolve_config, resolve_model  # noqa: F401  the last two are imported from here
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
