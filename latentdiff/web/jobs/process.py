@@ -7,7 +7,8 @@ Within the process one thread computes. torch divides an operation among a team 
 that computes has a team of its own. A team waits for the next operation without sleeping, but only while all teams together
 have no more threads than there are cores. With a second team an image takes a third longer.
 
-The two processes send each other pickled tuples, through the standard input and output of this one:
+The two processes send each other pickled tuples, through the standard input and output of this one. No one else can write
+there, and what libraries print goes elsewhere; what visitors send stays text and bytes.
 
     to this process    the setup, once: function() -> Models, pickled
                        ("run", number, function(models, job) -> result, pickled), or ("cancel", number)
