@@ -293,7 +293,7 @@ def test_shipped_weights_are_found_from_anywhere(tmp_path, monkeypatch, layout):
 def test_a_folder_named_weights_beside_an_installed_package_is_not_ours(tmp_path, monkeypatch):
     (tmp_path / "weights" / "shoes").mkdir(parents=True)
     monkeypatch.setattr(shipped, "__file__", str(tmp_path / "latentdiff" / "utils" / "shipped.py"))
-    assert checkpoints.shipped_folder("weights") is None
+    assert shipped.shipped_folder("weights") is None
 
 
 def test_what_ships_is_found_from_any_folder(tmp_path, monkeypatch):
@@ -313,7 +313,7 @@ def test_what_a_wheel_lacks_is_in_the_repository():
     weights = Path(__file__).parent.parent / "weights"
     packed = tomllib.loads((weights.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
     inside = {pattern.split("/")[0] for pattern in packed["latentdiff.weights"]}
-    assert inside | set(checkpoints.IN_REPOSITORY) == {path.name for path in weights.iterdir() if path.is_dir()}
+    assert inside | set(shipped.IN_REPOSITORY) == {path.name for path in weights.iterdir() if path.is_dir()}
     size = sum(path.stat().st_size for name in inside for path in (weights / name).rglob("*") if path.is_file())
     assert size < 59_000_000  # the code and the configs are less than 1 MB
 

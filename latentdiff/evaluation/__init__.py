@@ -6,7 +6,7 @@ RGB_FEATURES = "weights/rgb-features"  # the one for colour
 
 def default_features(channels: int) -> str:
     """The feature network that ships for images of so many channels."""
-    from latentdiff.checkpoints import shipped_folder
+    from latentdiff.utils.shipped import shipped_folder
 
     folder = shipped_folder("weights")
     ships = folder is not None and (folder / RGB_FEATURES.removeprefix("weights/") / "model.safetensors").is_file()

@@ -145,7 +145,7 @@ def test_inception_is_torch_fidelitys_with_2048_features(tmp_path, monkeypatch):
 
 
 def test_the_default_follows_the_channels(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentdiff.checkpoints.shipped_folder", lambda kind: tmp_path)
+    monkeypatch.setattr("latentdiff.utils.shipped.shipped_folder", lambda kind: tmp_path)
     assert {default_features(1), default_features(3)} == {"weights/fashion-mnist-features"}  # nothing for colour is there
     (tmp_path / "rgb-features").mkdir()
     (tmp_path / "rgb-features" / "model.safetensors").touch()
