@@ -1158,8 +1158,6 @@ class LatentDiffusionPipeline(DiffusionPipeline, StableDiffusionLoraLoaderMixin)
                 beside = guided_image if has_branches else plain_image
                 if beside is not None:  # the second image is further channels, without noise
                     model_input = torch.cat([model_input, beside], dim=1)
-                if model_input.device.type == "cpu":  # whose convolutions are an eighth faster with the channels last
-                    model_input = model_input.contiguous(memory_format=torch.channels_last)
 
                 # predict; the network runs in its own dtype, everything around it in float32
                 kwargs = guided_kwargs if has_branches else plain_kwargs

@@ -26,7 +26,7 @@ from latentdiff.training.images import Images
 from latentdiff.utils.random import generators
 
 PROMPTS = ["a picture of stripes", "blank"]
-TOLERANCE = dict(rtol=0, atol=4e-4)  # on a CPU the channels lie last here, so sums have another order
+TOLERANCE = dict(rtol=0, atol=1e-4)
 PNDM = PNDMScheduler(**BETAS, skip_prk_steps=True, steps_offset=1)
 
 
@@ -91,7 +91,7 @@ def test_the_image_is_diffusers_own(stable, kind):
     assert (latents(ours, scale=5.0) - expected).abs().max() > 1e-2
     assert (latents(ours, negative_prompt="blank") - expected).abs().max() > 1e-2
     pictures = [latents(pipe, output_type="np") for pipe in (ours, stock)]
-    assert pictures[0].shape == (2, 16, 16, 3) and abs(pictures[0] - pictures[1]).max() < 4e-4
+    assert pictures[0].shape == (2, 16, 16, 3) and abs(pictures[0] - pictures[1]).max() < 1e-4
     # what a call does that says nothing: stock's own defaults
     assert ours.config.default_guidance_scale == 7.5 and ours.config.default_num_inference_steps == 50
 

@@ -425,14 +425,3 @@ def test_an_interval_that_could_do_nothing_is_refused(interval, sampler):
 def test_a_scale_that_is_no_scale_is_refused(scale):
     with pytest.raises(ValueError, match="guidance_scale .* finite number of at least 0"):
         latents_of(random_pipe(), class_labels=[1], guidance_scale=scale, num_inference_steps=2)
-
-
-def test_the_network_is_given_its_channels_last_on_a_cpu():
-    """Where a processor has AVX2 alone, its convolutions are an eighth faster so."""
-    pipe, orders = random_pipe(), []
-    note = pipe.unet.register_forward_pre_hook(
-        lambda _, args: orders.append(args[0].is_contiguous(memory_format=torch.channels_last))
-    )
-    latents_of(pipe, class_labels=[0, 1], guidance_scale=2.0)
-    note.remove()
-    assert orders and all(orders)
