@@ -710,7 +710,7 @@ def _translate_job(
     into = None if second is None else load(second)
     if into is not None:
         into.set_progress_bar_config(disable=True)
-        into.to(pipeline.device)
+        generation.place(into, str(pipeline.device))
         generation.set_precision(into, precision)
     amount = 1.0 if strength is None else strength
     if source is not None and into is None:

@@ -60,13 +60,14 @@ def gallery(
     from latentdiff import samplers
     from latentdiff.checkpoints import load, refuse_bridge, resolve_model
     from latentdiff.evaluation.reference_data import trained_on_means
-    from latentdiff.generation import refuse_second_image
+    from latentdiff.generation import place, refuse_second_image
     from latentdiff.utils.outputs import check_out_folder
 
     folder, out = resolve_model(model), check_out_folder(out)
     if sampler not in samplers.names():
         raise UserError(f"--sampler {sampler}: unknown; valid: {', '.join(samplers.names())}")
     pipeline = load(folder)
+    place(pipeline, "cpu")
     refuse_second_image(pipeline, "gallery")
     refuse_bridge(pipeline, "MODEL")
     with torch.no_grad():

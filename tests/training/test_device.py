@@ -12,7 +12,7 @@ from latentdiff.evaluation import evaluate, feature_cache, judge, metrics
 from latentdiff.generation import image_generators
 from latentdiff.models.judge_net import JudgeNet
 from latentdiff.utils import processes
-from latentdiff.utils.random import randn_like
+from latentdiff.utils.random import generators, randn_like
 
 META = torch.device("meta")
 
@@ -130,6 +130,16 @@ def test_a_device_without_float64_is_for_the_scheduler_alone(model, monkeypatch)
         assert generation.place(load(model), name, "euler") == torch.device("cpu")
     with pytest.raises(ValueError, match="--device mps: has no float64, which latentdiff's samplers need; valid: auto, cpu"):
         generation.place(load(model), "mps", "euler")
+
+
+def test_on_a_cpu_the_layout_is_that_of_fast_convolutions_and_the_images_are_the_same(model):
+    plain, placed = load(model), load(model)
+    generation.place(placed, "cpu")
+    for network in (placed.unet, placed.vae):
+        layouts = [p.is_contiguous(memory_format=torch.channels_last) for p in network.parameters() if p.dim() == 4]
+        assert layouts and all(layouts)
+    images = [pipe(class_labels=[0, 1], generator=generators(3, range(2)), output_type="pt").images for pipe in (plain, placed)]
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=1e-4)
 
 
 def test_noise_is_drawn_on_the_cpu_for_every_device(model, monkeypatch):

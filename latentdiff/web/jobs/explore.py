@@ -213,8 +213,10 @@ def _sampler(
         "import torch",
         "from latentdiff.checkpoints import load, resolve_model",
         "from latentdiff.evaluation.gallery import GallerySampler",
+        "from latentdiff.generation import place",
         "",
         f"pipeline = load(resolve_model({shown!r}))",
+        'place(pipeline, "auto")',
         f"images = GallerySampler(pipeline, {seed}, {steps}, {sampler!r}, [{row!r}] * {count})",
         "with torch.no_grad():",
     ]
