@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from tiny_runs import change, diffusion_tree, write_stripes
 
+from latentdiff.models.text_encoder import PromptEncoder, build_text_encoder, train_tokenizer
+
 UNET = {
     "type": "UNet2DConditionModel",
     "config": {
@@ -19,6 +21,7 @@ UNET = {
         "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
     },
 }
+TEXTS = ["a red apple", "a green apple", "grinning face", "blue heart"]
 ENCODER = {"width": 16, "layers": 1, "heads": 2, "max_length": 12}
 
 
@@ -49,3 +52,10 @@ def write_bert(folder: Path, words: str) -> Path:
     BertModel(BertConfig(vocab_size=len(vocabulary), max_position_embeddings=16, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def own_prompts(length: int = 12) -> PromptEncoder:
+    """A prompt encoder whose tokenizer was trained on `TEXTS`, with random weights."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer(TEXTS, 400, length)
+    return PromptEncoder(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())

@@ -10,7 +10,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_latent_cache import N, PlainCodec, build, make_dataset
+from tiny_text import TEXTS, own_prompts
 
+from latentdiff.data.captions import Captions, build_states
 from latentdiff.data.latent_cache import build_part, open_cache
 from latentdiff.data.tensor_shards import building, content_sha256, shard_path, write_shard
 from latentdiff.errors import UserError
@@ -186,10 +188,6 @@ def test_labels_of_a_cache_are_hashed_with_their_place():
 
 
 def test_states_of_captions_are_hashed_too(tmp_path):
-    from test_text import TEXTS, own_prompts
-
-    from latentdiff.data.captions import Captions, build_states
-
     prompts, captions = own_prompts(), Captions([tuple(TEXTS)])
     build_states(prompts, captions, tmp_path)
     (shard,) = tmp_path.iterdir()

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tiny_runs import autoencoder_config, write_stripes
-from tiny_text import ENCODER, text_tree, write_bert, write_captioned
+from tiny_text import ENCODER, TEXTS, own_prompts, text_tree, write_bert, write_captioned
 
 from latentdiff import checkpoints
 from latentdiff.cli import main
@@ -23,7 +23,6 @@ from latentdiff.data.transforms import Preprocess
 from latentdiff.errors import UserError
 from latentdiff.generation import generate, generate_batches, image_generators
 from latentdiff.models.text_encoder import (
-    PromptEncoder,
     UNetWithTextEncoder,
     build_text_encoder,
     load_prompt_encoder,
@@ -34,7 +33,6 @@ from latentdiff.training import train
 from latentdiff.utils.random import generators
 
 WORDS = "horizontal vertical diagonal blank stripes a picture of"
-TEXTS = ["a red apple", "a green apple", "grinning face", "blue heart"]
 
 
 @pytest.fixture(scope="module")
@@ -58,12 +56,6 @@ def told_both(runs):
     data, autoencoder, root = runs
     changes = {"condition__type": "class+text", "train__steps": 3}
     return train(parse_config(text_tree(data, root / "told-both", autoencoder, **changes)))
-
-
-def own_prompts(length: int = 12) -> PromptEncoder:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(TEXTS, 400, length)
-    return PromptEncoder(tokenizer, build_text_encoder(tokenizer, 16, 1, 2).eval())
 
 
 def test_a_list_of_captions_is_read_and_an_empty_one_among_them_refused(tmp_path):
