@@ -26,18 +26,17 @@ from latentdiff.models.loading import (
     load_part,
     part_class,
     quiet,
-    read_json,
     weight_files,
 )
 from latentdiff.utils import atomic, collection, limits
 from latentdiff.utils.hashes import sha256_of, write_hashes
-from latentdiff.utils.shipped import INDEX, resolve_config, resolve_model  # noqa: F401  the last two are imported from here
+from latentdiff.utils.json_files import read_json
+from latentdiff.utils.shipped import INDEX, META, resolve_config, resolve_model  # noqa: F401  the last two are imported from here
 
 if TYPE_CHECKING:
     from latentdiff.pipelines.latent_diffusion import LatentDiffusionPipeline
 
 NETWORKS = ("unet", "vae", "text_encoder")
-META = "latentdiff.json"
 WEAK = "weak"
 WEAK_LIKE = ("in_channels", "out_channels", "num_class_embeds", "cross_attention_dim")  # of a weaker U-Net
 FORMAT = 1

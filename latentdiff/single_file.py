@@ -80,7 +80,8 @@ def _check_file(file: Path) -> list[str]:
 
 def _check_config(config: str) -> None:
     from latentdiff.checkpoints import INDEX, STABLE_DIFFUSION
-    from latentdiff.models.loading import part_class, read_json, refuse_code
+    from latentdiff.models.loading import part_class, refuse_code
+    from latentdiff.utils.json_files import read_json
 
     folder = Path(config)
     if not folder.exists() and config.count("/") == 1 and not config.startswith((".", "/")):

@@ -78,9 +78,9 @@ def _config_info(path: Path, overrides: list[str]) -> dict[str, Any]:
 
 def _run_info(folder: Path) -> dict[str, Any]:
     """A training run: its stage, what it has published, and the steps that can be published."""
-    from latentdiff.models.loading import read_json
     from latentdiff.training.publish import publishable
     from latentdiff.training.state import best_step
+    from latentdiff.utils.json_files import read_json
 
     published = [name for name in ("autoencoder", "model") if (folder / name).is_dir()]
     facts = {

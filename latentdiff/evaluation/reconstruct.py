@@ -154,7 +154,7 @@ def _prepare_image(file: Path, rule: Preprocess | None, codec: Any) -> tuple[Ten
 def _data_of(folder: Path) -> dict[str, Any] | None:
     """The data section of a model's training config: of a checkpoint, of a run, or of an autoencoder's run."""
     from latentdiff.checkpoints import META, read_meta
-    from latentdiff.models.loading import read_json
+    from latentdiff.utils.json_files import read_json
 
     if (folder / META).is_file():
         config = read_meta(folder).get("config")

@@ -387,8 +387,8 @@ def choose(confirmed: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def write_default(folder: Path, setting: Setting) -> None:
     """Make a setting the default of the checkpoint in `folder`. Its index file is the old or the new one, never half of it."""
     from latentdiff.guidance.rules import CALL_ARGUMENTS
-    from latentdiff.models.loading import read_json
     from latentdiff.utils.atomic import write_text
+    from latentdiff.utils.json_files import read_json
 
     path, kind = folder / INDEX, setting.get(KIND, "cfg")
     index = read_json(path)

@@ -52,7 +52,7 @@ class _Base:
 
     def __init__(self, base: str, lora: int | None, facts: Any, overrides: Words):
         from latentdiff import checkpoints
-        from latentdiff.models.loading import read_json
+        from latentdiff.utils.json_files import read_json
 
         self.base, self.lora, self.facts = base, lora, facts
         self.captioned = any(item.startswith("data.caption=") for item in overrides)
@@ -132,7 +132,7 @@ class _Base:
 
     def data(self) -> dict[str, Any]:
         """The size and channels of the base's images, and a caption for pictures that have none."""
-        from latentdiff.models.loading import read_json
+        from latentdiff.utils.json_files import read_json
 
         vae = read_json(self.folder / "vae" / "config.json")
         blocks = vae.get("block_out_channels") or vae.get("encoder_block_out_channels") or [0]

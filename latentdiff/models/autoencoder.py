@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from latentdiff.errors import UserError
-from latentdiff.models.loading import OWN_CLASSES, OWN_MODULE, load_part, part_class, quiet, read_json
+from latentdiff.models.loading import OWN_CLASSES, OWN_MODULE, load_part, part_class, quiet
 from latentdiff.utils import atomic
+from latentdiff.utils.json_files import read_json
 from latentdiff.utils.shipped import shipped_weights
 
 TRAINABLE = ("AutoencoderKL", "VQModel", *OWN_CLASSES)  # by stage 1

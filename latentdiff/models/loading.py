@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from latentdiff.errors import UserError
 from latentdiff.utils.hashes import check_hashes
+from latentdiff.utils.json_files import read_json
 from latentdiff.utils.weights import first_non_finite
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -44,19 +45,6 @@ REFUSALS = (
 FETCHING = ("quantization_config", "fusion_config", "transformers_weights", "adapter_config")
 ATTENTION = ("eager", "sdpa")  # part of torch; other values of "attn_implementation" may be fetched from the Hub, and run
 FIRST_VARIANTS = ("fp16", "bf16", "fp32")  # preferred to others, such as Stable Diffusion's non_ema
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. UserError where the file is missing or holds something else."""
-    if not file.is_file():
-        raise UserError(f"{file}: missing; the checkpoint is incomplete")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: not valid JSON ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: must hold a JSON object, not a {type(content).__name__}")
-    return content
 
 
 def weight_names(file: Path) -> set[str]:

@@ -16,9 +16,10 @@ from latentdiff.errors import UserError
 from latentdiff.guidance import check_same_path
 from latentdiff.models.autoencoder import checked_arguments, diffusers_class
 from latentdiff.models.image_condition import extra_channels, image_condition
-from latentdiff.models.loading import load_part, part_class, quiet, read_json, weight_files
+from latentdiff.models.loading import load_part, part_class, quiet, weight_files
 from latentdiff.models.text_encoder import states_width
 from latentdiff.schedules import NoiseSchedule, make_schedule
+from latentdiff.utils.json_files import read_json
 from latentdiff.utils.shipped import shipped_weights
 
 UNETS = ("UNet2DModel", "UNet2DConditionModel")

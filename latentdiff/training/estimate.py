@@ -42,7 +42,6 @@ from latentdiff.models.autoencoder import load_autoencoder
 from latentdiff.models.code_unet import make_code_unet
 from latentdiff.models.codec import LatentCodec
 from latentdiff.models.image_condition import extra_channels
-from latentdiff.models.loading import read_json
 from latentdiff.models.text_encoder import load_tokenizer, train_tokenizer
 from latentdiff.models.unet import find_pretrained, make_unet
 from latentdiff.training import bridge, conditioning, messages, precision, train_autoencoder
@@ -55,6 +54,7 @@ from latentdiff.training.memory import Memory
 from latentdiff.training.micro_batch import find_micro_batch
 from latentdiff.training.random_data import STAND_IN, RandomCache, random_conditions
 from latentdiff.training.train_discrete import of_stage
+from latentdiff.utils.json_files import read_json
 
 HOLD_BACK = 2.0  # seconds for which the first progress lines wait
 ENCODED = 256  # images that are encoded to time it and to check the normaliser

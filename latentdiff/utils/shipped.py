@@ -8,6 +8,7 @@ from latentdiff.errors import UserError
 from latentdiff.utils import atomic
 
 INDEX = "model_index.json"  # of a checkpoint
+META = "latentdiff.json"  # how a checkpoint was made
 IN_REPOSITORY = ("emoji", "emoji-judge")  # weights that are too large for a wheel
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from latentdiff.editing import image_rule, read_image
 from latentdiff.errors import UserError
 from latentdiff.web.commands import command_line, python_call
+from latentdiff.web.fields import Dropdown, Number, Radio, Slider
 from latentdiff.web.jobs.edit import STRENGTHS, TASKS, Edited, edit_upload, fields_of, tasks_of
 from latentdiff.web.jobs.uploads import Upload, read_upload
 from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
@@ -53,37 +54,35 @@ def build(context: Context) -> None:
     shown = fields_of(first, facts)
     with gr.Row():
         with gr.Column(min_width=300):
-            model = gr.Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
+            model = Dropdown(names, value=names[0], label="Model", visible=len(names) > 1)
             picture = undecoded(gr.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=260))
-            task = gr.Radio(_task_choices(facts), value=first, label="What to do")
+            task = Radio(_task_choices(facts), value=first, label="What to do")
             with gr.Column(visible=False) as painting:
                 painted = _painted_editor(context)
-            to_class = gr.Dropdown(
-                **class_choices(facts), label="What it becomes", visible="to" in shown and not facts.reads_text
-            )
-            to_prompt = gr.Textbox(label="What it becomes", info="A prompt", visible="to" in shown and facts.reads_text)
-            from_class = gr.Dropdown(
+            to_class = Dropdown(**class_choices(facts), label="What it becomes", visible="to" in shown and not facts.reads_text)
+            to_prompt = gr.Textbox("", label="What it becomes", info="A prompt", visible="to" in shown and facts.reads_text)
+            from_class = Dropdown(
                 **class_choices(facts), label="What it shows now", visible="source" in shown and not facts.reads_text
             )
-            from_prompt = gr.Textbox(label="What it shows now", info="A prompt", visible=False)
-            method = gr.Radio(
+            from_prompt = gr.Textbox("", label="What it shows now", info="A prompt", visible=False)
+            method = Radio(
                 [(text, name) for name, text in METHODS.items()], value="known_pixels", label="Method", visible=False
             )
-            strength = gr.Slider(
+            strength = Slider(
                 0, 1, STRENGTHS["img2img"], step=0.05, label="Strength", info="0 keeps the picture, 1 keeps nothing of it"
             )
             expand = gr.Textbox("4", label="Pixels to add", info="For every side, or top right bottom left", visible=False)
-            blur = gr.Slider(0.1, 5, 1, step=0.1, label="Blur to take away", info="In pixels", visible=False)
-            num_images = gr.Slider(1, context.limits.images, 1, step=1, label="Number of results")
-            seed = gr.Number(0, precision=0, label="Seed")
+            blur = Slider(0.1, 5, 1, step=0.1, label="Blur to take away", info="In pixels", visible=False)
+            num_images = Slider(1, context.limits.images, 1, step=1, label="Number of results")
+            seed = Number(0, precision=0, label="Seed")
             with gr.Accordion("Steps and guidance", open=False):
                 # Texts, because an empty field of numbers becomes 0 in the browser
-                steps = gr.Textbox(label="Steps", placeholder="the default of the task", max_lines=1)
-                sampler = gr.Dropdown(**_samplers(facts), label="Sampler")
+                steps = gr.Textbox("", label="Steps", placeholder="the default of the task", max_lines=1)
+                sampler = Dropdown(**_samplers(facts), label="Sampler")
                 guidance = gr.Textbox(
-                    label="Guidance", placeholder="the model's default", max_lines=1, visible="guidance" in shown
+                    "", label="Guidance", placeholder="the model's default", max_lines=1, visible="guidance" in shown
                 )
-                negative = gr.Textbox(label="Negative prompt", visible="negative" in shown)
+                negative = gr.Textbox("", label="Negative prompt", visible="negative" in shown)
             with gr.Row():
                 start = gr.Button("Edit", variant="primary")
                 stop = gr.Button("Stop")
@@ -91,19 +90,21 @@ def build(context: Context) -> None:
             slider = gr.ImageSlider(
                 label="Before and after", format="png", interactive=False, height=SLIDER, elem_id="edit-slider"
             )
-            gallery = gr.Gallery(
-                label="Results",
-                show_label=False,
-                format="png",
-                columns=4,
-                height="auto",
-                buttons=["download", "fullscreen"],
-                visible=False,
-                elem_classes="whole",
-            )
+            # What is shown and hidden are columns, so that the values are plain ones for a program too
+            with gr.Column(visible=False) as several:
+                gallery = gr.Gallery(
+                    label="Results",
+                    show_label=False,
+                    format="png",
+                    columns=4,
+                    height="auto",
+                    buttons=["download", "fullscreen"],
+                    elem_classes="whole",
+                )
             status = gr.Markdown(elem_id="edit-status")
-            files = gr.File(label="Files", file_count="multiple", interactive=False, visible=False, elem_id="edit-files")
-            command, code = code_fields(visible=False)
+            with gr.Column(visible=False) as made:
+                files = gr.File(label="Files", file_count="multiple", interactive=False, elem_id="edit-files")
+                command, code = code_fields()
             kept = gr.State(None, time_to_live=900)  # (before, results), for the slider
 
     # Settings that the model and the task have
@@ -165,22 +166,22 @@ def build(context: Context) -> None:
         model: str,
         picture: Upload | None,
         task: str,
-        painted: dict[str, Any] | None,
-        to_class: str | None,
-        to_prompt: str | None,
-        from_class: str | None,
-        from_prompt: str | None,
-        method: str | None,
-        strength: float | None,
-        expand: str | None,
-        blur: float | None,
-        num_images: int | None,
-        seed: int | None,
-        steps: str | None,
-        sampler: str | None,
-        guidance: str | None,
-        negative: str | None,
-        request: gr.Request,
+        painted: dict[str, Any] | None = None,
+        to_class: str | None = None,
+        to_prompt: str | None = None,
+        from_class: str | None = None,
+        from_prompt: str | None = None,
+        method: str | None = None,
+        strength: float | None = None,
+        expand: str | None = None,
+        blur: float | None = None,
+        num_images: int | None = None,
+        seed: int | None = None,
+        steps: str | None = None,
+        sampler: str | None = None,
+        guidance: str | None = None,
+        negative: str | None = None,
+        request: gr.Request = None,
     ) -> Iterator[Any]:
         form = {
             "task": task,
@@ -205,19 +206,25 @@ def build(context: Context) -> None:
             form=form,
             subjects=subjects,
         )
-        for update in updates_of(context, request.session_hash, work):
-            yield {status: update.text} if update.result is None else shown_result(*update.result)
+        try:
+            for update in updates_of(context, request.session_hash, work):
+                yield {status: update.text} if update.result is None else shown_result(*update.result)
+        except gr.Error as error:  # the line stays where the visitor looks, also when the message is closed
+            yield {status: error.message, made: gr.update(visible=False)}
+            raise
 
     def shown_result(call: dict[str, Any], result: Edited) -> dict[Any, Any]:
         pictures = [enlarged(image) for image in result.after]
         flags = {name: value for name, value in call.items() if name != "images"}
         return {
             slider: (enlarged(result.before), pictures[0]),
-            gallery: gr.update(value=pictures, visible=len(pictures) > 1, selected_index=None),
-            files: gr.update(value=[str(path) for path in result.files], visible=True),
+            gallery: pictures,
+            several: gr.update(visible=len(pictures) > 1),
+            files: [str(path) for path in result.files],
             status: "Done." if len(pictures) == 1 else "Done. Choose a result to compare it with the picture.",
-            command: gr.update(value=command_line("edit", call["images"], flags), visible=True),
-            code: gr.update(value=python_call("edit", call), visible=True),
+            command: command_line("edit", call["images"], flags),
+            code: python_call("edit", call),
+            made: gr.update(visible=True),
             kept: (result.before, result.after),
         }
 
@@ -228,8 +235,9 @@ def build(context: Context) -> None:
 
     settings = [model, picture, task, painted, to_class, to_prompt, from_class, from_prompt, method, strength, expand, blur]
     settings += [num_images, seed, steps, sampler, guidance, negative]
-    results = [slider, gallery, files, status, command, code, kept]
+    results = [slider, gallery, files, status, command, code, kept, several, made]
     event = start.click(run, settings, results, api_name="edit", show_progress="minimal", show_progress_on=status, **QUEUE)
+    event.success(lambda: gr.update(selected_index=None), None, gallery, queue=False, **own)
     let_stop(context, stop, status, event)
     gallery.select(choose_result, kept, slider, **own)
 

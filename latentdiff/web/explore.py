@@ -13,6 +13,7 @@ import gradio as gr
 from latentdiff.editing import FRAMES
 from latentdiff.evaluation.gallery import SCALES
 from latentdiff.web.edit import SHOWN, class_choices, enlarged
+from latentdiff.web.fields import Dropdown, Number, Slider
 from latentdiff.web.jobs.explore import SAMPLER, Asked, Explored, find, follow, guide, interpolate
 from latentdiff.web.jobs.uploads import Upload
 from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
@@ -36,17 +37,17 @@ def build(context: Context) -> None:
     facts = models.facts(models.names[0])
     upload: dict[str, Any] = {"type": "filepath", "sources": ["upload", "clipboard"], "height": 200}
     with gr.Row():
-        model = gr.Dropdown(models.names, value=facts.name, label="Model", filterable=False, visible=len(models.names) > 1)
-        one_class = gr.Dropdown(label="Class", **_class_field(facts))
-        one_prompt = gr.Textbox(label="Prompt", **_prompt_field(facts))
-        seed = gr.Number(0, label="Seed", precision=0)
-        steps = gr.Number(min(STEPS, limits.steps), label="Steps", precision=0, minimum=1)
-        sampler = gr.Dropdown(label="Sampler", **_sampler_field(facts))
+        model = Dropdown(models.names, value=facts.name, label="Model", filterable=False, visible=len(models.names) > 1)
+        one_class = Dropdown(label="Class", **_class_field(facts))
+        one_prompt = gr.Textbox("", label="Prompt", **_prompt_field(facts))
+        seed = Number(0, label="Seed", precision=0)
+        steps = Number(min(STEPS, limits.steps), label="Steps", precision=0, minimum=1)
+        sampler = Dropdown(label="Sampler", **_sampler_field(facts))
     with gr.Accordion("From one to another", open=True):
         with gr.Row():
-            other_class = gr.Dropdown(label="To the class", **_class_field(facts, 1))
-            other_prompt = gr.Textbox(label="To the prompt", **_prompt_field(facts))
-            frames = gr.Number(min(FRAMES, limits.images), label="Images of the way", precision=0, minimum=2)
+            other_class = Dropdown(label="To the class", **_class_field(facts, 1))
+            other_prompt = gr.Textbox("", label="To the prompt", **_prompt_field(facts))
+            frames = Number(min(FRAMES, limits.images), label="Images of the way", precision=0, minimum=2)
         with gr.Accordion("Between two pictures", open=False):
             gr.Markdown("What they show is the class or prompt of each end. Leave it out if you do not know it.")
             with gr.Row():
@@ -56,10 +57,10 @@ def build(context: Context) -> None:
     with gr.Accordion("What guidance does", open=False):
         with gr.Row():
             scales = gr.Textbox(" ".join(f"{scale:g}" for scale in SCALES), label="Scales of guidance", info="1 is off")
-            count = gr.Number(min(3, limits.images), label="Images of each scale", precision=0, minimum=1)
+            count = Number(min(3, limits.images), label="Images of each scale", precision=0, minimum=1)
         swept = Results("guidance", "Draw at each scale")
     with gr.Accordion("From noise to an image", open=False):
-        guidance = gr.Textbox(label="Guidance", placeholder="the model's default", max_lines=1)
+        guidance = gr.Textbox("", label="Guidance", placeholder="the model's default", max_lines=1)
         path = Results("trajectory", "Draw step by step", "Step")
     with gr.Accordion("Nearest training images", open=False, visible=context.data is not None):
         gr.Markdown(
@@ -83,8 +84,12 @@ def build(context: Context) -> None:
     # The requests of the four parts
     def run(results: Results, visitor: str | None, work: Callable[..., Explored]) -> Iterator[Any]:
         """Run a request, and show its results."""
-        for update in updates_of(context, visitor, partial(work, limits=limits)):
-            yield {results.status: update.text} if update.result is None else results.shown(update.result)
+        try:
+            for update in updates_of(context, visitor, partial(work, limits=limits)):
+                yield {results.status: update.text} if update.result is None else results.shown(update.result)
+        except gr.Error as error:  # the line stays where the visitor looks, also when the message is closed
+            yield {results.status: error.message, results.made: gr.update(visible=False)}
+            raise
 
     def go(
         model: str,
@@ -92,12 +97,12 @@ def build(context: Context) -> None:
         from_prompt: str,
         to_class: str,
         to_prompt: str,
-        first: Upload | None,
-        last: Upload | None,
-        frames: float,
-        seed: float,
-        steps: float,
-        request: gr.Request,
+        first: Upload | None = None,
+        last: Upload | None = None,
+        frames: float = None,
+        seed: float = None,
+        steps: float = None,
+        request: gr.Request = None,
     ) -> Iterator[Any]:
         """Go from one class, prompt or picture to another."""
         asked = Asked(model, from_class, from_prompt, seed, steps)
@@ -137,11 +142,11 @@ def build(context: Context) -> None:
         model: str,
         of_class: str,
         prompt: str,
-        picture: Upload | None,
-        seed: float,
-        steps: float,
-        sampler: str,
-        request: gr.Request,
+        picture: Upload | None = None,
+        seed: float = None,
+        steps: float = None,
+        sampler: str = None,
+        request: gr.Request = None,
     ) -> Iterator[Any]:
         """Find the training images that are nearest to a picture, or to an image of a class or prompt."""
         asked = Asked(model, of_class, prompt, seed, steps, sampler)
@@ -172,59 +177,72 @@ class Results:
             self.start = gr.Button(button, variant="primary")
             self.stop = gr.Button("Stop")
         self.status = gr.Markdown(elem_id=f"explore-{name}")
-        self.scrubber = gr.Slider(1, 2, 1, step=1, label=scrubber, visible=False) if scrubber else None
-        self.gallery = gr.Gallery(
-            label="Images",
-            format="png",
-            columns=4,
-            height=SHOWN if scrubber else "auto",
-            object_fit="contain",
-            interactive=False,
-            visible=False,
-            preview=bool(scrubber),
-            elem_classes=["whole", "rows"],
-            show_label=False,
-            buttons=["download", "fullscreen"],
-        )
-        self.file = gr.File(label="File", interactive=False, visible=False, elem_id=f"explore-{name}-file")
-        self.command, self.code = code_fields("file", visible=False)
+        self.scrubber = Slider(1, 2, 1, step=1, label=scrubber, visible=False) if scrubber else None
+        # What is shown and hidden is a column, so that the values are plain ones for a program too
+        with gr.Column(visible=False) as self.made:
+            self.gallery = gr.Gallery(
+                label="Images",
+                type="filepath",
+                format="png",
+                columns=4,
+                height=SHOWN if scrubber else "auto",
+                object_fit="contain",
+                interactive=False,
+                preview=bool(scrubber),
+                elem_classes=["whole", "rows"],
+                show_label=False,
+                buttons=["download", "fullscreen"],
+            )
+            with gr.Column(elem_classes="when-full"):
+                self.file = gr.File(label="File", interactive=False, elem_id=f"explore-{name}-file")
+            self.command, self.code = code_fields("file", elem_classes="when-full")
 
     @property
     def components(self) -> list[Any]:
         """What a request changes."""
-        scrubber = [] if self.scrubber is None else [self.scrubber]
-        return [self.status, *scrubber, self.gallery, self.file, self.command, self.code]
+        return [self.status, self.gallery, self.file, self.command, self.code, self.made]
 
     def wire(self, context: Context, function: Callable[..., Iterator[Any]], inputs: list[Any]) -> None:
         """Run function(*inputs, request) where the button is pressed, and stop it at the other one."""
         shown = {"show_progress": "minimal", "show_progress_on": self.status}
         event = self.start.click(function, inputs, self.components, api_name=self.name, **shown, **QUEUE)
         let_stop(context, self.stop, self.status, event)
-        if self.scrubber is not None:
+        own: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        if self.scrubber is None:
+            event.success(self.columns, self.gallery, self.gallery, **own)
+        else:
+            event.success(self.last, self.gallery, [self.gallery, self.scrubber], **own)
             self.scrubber.input(
                 lambda place: gr.update(selected_index=int(place) - 1),
                 self.scrubber,
                 self.gallery,
-                queue=False,
-                show_progress="hidden",
-                api_visibility="private",
+                **own,
             )
+
+    def columns(self, images: list[Any] | None) -> Any:
+        """A column for each caption."""
+        captions = [caption for _, caption in images or []]
+        return gr.update(columns=min(8, len(dict.fromkeys(captions)) or 1))
+
+    def last(self, images: list[Any] | None) -> list[Any]:
+        """The last image chosen, and the slider as long as there are images."""
+        count = len(images or [])
+        return [
+            gr.update(selected_index=count - 1 if count else None),
+            gr.update(maximum=max(2, count), value=max(1, count), visible=count > 1),
+        ]
 
     def shown(self, result: Explored) -> dict[Any, Any]:
         """The values of the components for a result."""
         images = [(enlarged(image), caption) for image, caption in zip(result.images, result.captions, strict=True)]
-        last = len(images)
-        updates = {
+        return {
             self.status: "Done.",
-            self.gallery: gr.update(value=images, visible=True, columns=min(8, len(dict.fromkeys(result.captions)) or 1)),
-            self.file: gr.update(value=None if result.file is None else str(result.file), visible=result.file is not None),
-            self.command: gr.update(value=result.command, visible=bool(result.command)),
-            self.code: gr.update(value=result.code, visible=bool(result.code)),
+            self.gallery: images,
+            self.file: None if result.file is None else str(result.file),
+            self.command: result.command,
+            self.code: result.code,
+            self.made: gr.update(visible=True),
         }
-        if self.scrubber is not None:
-            updates[self.gallery] = gr.update(value=images, visible=True, selected_index=last - 1)
-            updates[self.scrubber] = gr.update(maximum=max(2, last), value=last, visible=last > 1)
-        return updates
 
 
 def _class_field(facts: Facts, number: int = 0) -> dict[str, Any]:

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from latentdiff.errors import UserError
-from latentdiff.utils.shipped import INDEX, resolve_model, shipped_weights
+from latentdiff.utils.json_files import read_json
+from latentdiff.utils.shipped import INDEX, META, resolve_model, shipped_weights
 
 MODEL = "model"  # the folder of a run or a fit that holds its checkpoint
 # `samplers.names()` and `discrete.ORDERS`, which take an import of torch to ask
@@ -142,7 +143,7 @@ class Folders:
 
     def folder(self, name: str) -> Path:
         """The folder of a model. UserError for an unknown name. It is never shown to a visitor."""
-        if name not in self._folders:
+        if not isinstance(name, str) or name not in self._folders:
             raise UserError(
                 f"model {str(name)[:60]!r}: unknown; valid: {', '.join(self._folders) or 'none, there is no model'}"
             )
@@ -161,7 +162,7 @@ def find_models(names: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
 
     A folder of a fit or a run stands for its model. While it has none yet, its runs are shown alone.
 
-    UserError for a folder that is neither.
+    UserError for a folder that is neither, or whose description, latentdiff.json, is damaged.
     """
     folders: dict[str, Path] = {}
     runs = None
@@ -175,6 +176,8 @@ def find_models(names: Sequence[str]) -> tuple[dict[str, Path], Path | None]:
             folder = folder / MODEL
         elif title == MODEL:
             title = folder.resolve().parent.name
+        if (folder / META).exists():  # a folder of another program has none
+            read_json(folder / META)
         name, number = title, 2
         while name in folders:
             name, number = f"{title} ({number})", number + 1

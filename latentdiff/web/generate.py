@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gradio as gr
 
 from latentdiff.web.commands import command_line, python_call
+from latentdiff.web.fields import Dropdown, Number, Slider
 from latentdiff.web.jobs.draw import IMAGES, OUT, OWN_SAMPLER, Drawn, Settings, draw
 from latentdiff.web.parts import code_fields, facts_of_model, let_stop, updates_of
 from latentdiff.web.uploads import undecoded
@@ -76,9 +77,9 @@ def build(context: Context) -> None:
     first = models.facts(models.names[0])
     with gr.Row():
         with gr.Column(scale=2, min_width=320):
-            model = gr.Dropdown(models.names, value=first.name, label="Model", filterable=False)
+            model = Dropdown(models.names, value=first.name, label="Model", filterable=False)
             about = gr.Markdown(describe(first))
-            classes = gr.Dropdown(label="Classes", multiselect=True, allow_custom_value=True, **_classes(first))
+            classes = Dropdown(label="Classes", multiselect=True, allow_custom_value=True, **_classes(first))
             prompt = gr.Textbox(
                 label="Prompt", placeholder="a red apple (one prompt a line)", lines=2, max_lines=6, **_prompt(first)
             )
@@ -87,16 +88,16 @@ def build(context: Context) -> None:
             condition = undecoded(gr.Image(label="Picture", **picture, **_condition(first)))
             mask = undecoded(gr.Image(label="Mask, white to fill", **picture, **_mask(first)))
             with gr.Row():
-                count = gr.Number(min(IMAGES, limits.images), label="Images of each", precision=0, minimum=1)
-                seed = gr.Number(0, label="Seed", precision=0)
+                count = Number(min(IMAGES, limits.images), label="Images of each", precision=0, minimum=1)
+                seed = Number(0, label="Seed", precision=0)
             with gr.Row():
-                steps = gr.Number(label="Steps", precision=0, minimum=1, **_steps(first))
-                sampler = gr.Dropdown(label="Sampler", allow_custom_value=True, **_sampler(first))
+                steps = Number(label="Steps", precision=0, minimum=1, **_steps(first))
+                sampler = Dropdown(label="Sampler", allow_custom_value=True, **_sampler(first))
             with gr.Group(**_guided(first)) as guided:
-                guidance = gr.Slider(0, 15, step=0.1, label="Guidance", info="1 is off", value=first.guidance)
+                guidance = Slider(0, 15, step=0.1, label="Guidance", info="1 is off", value=first.guidance)
                 with gr.Row():
-                    low = gr.Slider(0, 1, step=0.01, label="Guidance from", info="0 is data", value=first.interval[0])
-                    high = gr.Slider(0, 1, step=0.01, label="Guidance to", info="1 is noise", value=first.interval[1])
+                    low = Slider(0, 1, step=0.01, label="Guidance from", info="0 is data", value=first.interval[0])
+                    high = Slider(0, 1, step=0.01, label="Guidance to", info="1 is noise", value=first.interval[1])
             with gr.Row():
                 start = gr.Button("Generate", variant="primary")
                 stop = gr.Button("Stop")

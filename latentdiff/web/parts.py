@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from latentdiff.web.context import Context
     from latentdiff.web.facts import Facts
 
+STOPPING = 120  # seconds that a stopped request is waited for, at most: its step may be a long one
+
 
 def code_fields(what: str = "files", **shown: Any) -> tuple[gr.Code, gr.Code]:
     """(the field of the command, the field of the Python) that make the same `what`. shown: more arguments of both."""
@@ -50,7 +52,11 @@ def let_stop(context: Context, button: gr.Button, status: gr.Markdown, event: An
         """Stop the visitor's work."""
         return "Stopping …" if context.work.cancel(request.session_hash) else "Stopped."
 
+    def wait(request: gr.Request) -> Any:
+        """Say so when it has stopped: the page does not listen to the event any more."""
+        return "Stopped." if context.work.wait(request.session_hash, STOPPING) else gr.skip()
+
     # Those that run are stopped here, at their next step; those that wait are taken out of gradio's queue
     own: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-    button.click(cancel, None, status, **own)
+    button.click(cancel, None, status, **own).then(wait, None, status, **own)
     button.click(None, None, None, cancels=[event], **own)

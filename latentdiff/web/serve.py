@@ -102,6 +102,10 @@ def serve(
         stack.callback(site.close)
         progress_bars.print_line(f"latentdiff: {site.url} (Ctrl-C ends it)")
         worker.call(ready)  # a page can be opened meanwhile; a model that cannot be loaded ends the server
+        if data is not None:
+            from latentdiff.web.jobs.explore import check_data
+
+            worker.call(partial(check_data, data=data))
         threading.Event().wait()
 
 

@@ -52,3 +52,17 @@ def without_stubs() -> Iterator[None]:
         yield
     finally:
         sys.meta_path.remove(finder)
+
+
+@contextmanager
+def no_writer() -> Iterator[None]:
+    """Within the block a class of a component writes no stub; gradio is imported already, in whatever way."""
+    module: Any = sys.modules[MODULE]
+    writer = getattr(module, WRITER, None)
+    if writer is not None:
+        setattr(module, WRITER, _nothing)
+    try:
+        yield
+    finally:
+        if writer is not None:
+            setattr(module, WRITER, writer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
+import time
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 # How events that compute are given to gradio: they wait in one queue, and run one at a time
 QUEUE: dict[str, Any] = {"concurrency_id": "work", "concurrency_limit": 1}
 FAILED = "the server failed; its terminal says why"
+LOOK = 0.05  # seconds between two looks at whether a request has ended
 LONGEST = 1000  # letters of an error that are shown: it may quote what a visitor sent, or a file
 # A path, where it begins: not within a word, a URL or a command such as a/b
 PATH = re.compile(
@@ -91,6 +93,15 @@ class Work:
         for request in requests:
             request.cancel()
         return len(requests)
+
+    def wait(self, visitor: str | None, seconds: float) -> bool:
+        """Wait until a visitor has no requests that run, at most so long; returns whether it is so."""
+        end = time.monotonic() + seconds
+        while visitor and visitor in self._requests:
+            if time.monotonic() >= end:
+                return False
+            time.sleep(LOOK)
+        return True
 
     def line(self, error: BaseException) -> str:
         """An error as the one line that the command line would print, without any path of the server.

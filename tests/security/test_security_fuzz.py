@@ -28,9 +28,10 @@ from latentdiff.data.sources import open_source
 from latentdiff.data.tensor_shards import read_manifest, stored_identity
 from latentdiff.errors import UserError
 from latentdiff.evaluation.sample_sets import read_npz
-from latentdiff.models.loading import read_json, weight_files, weight_names
+from latentdiff.models.loading import weight_files, weight_names
 from latentdiff.recipes.emoji import prepare as emoji
 from latentdiff.training import state
+from latentdiff.utils.json_files import read_json
 
 LIMIT = 10.0  # seconds of processor time a case may take: what other programs take does not count
 ODD = [None, True, -1, 0, 3, 2**70, 1e308, float("nan"), "", "x", "../x", "\ud800", [], [1, 2], [[]], {}, {"a": None}]

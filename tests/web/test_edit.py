@@ -173,7 +173,7 @@ def test_the_tab_in_the_browser(visit, site, photo, here):
     # A limit is one line
     steps.fill("121")
     press(panel, "Edit")
-    expect(page.get_by_text("steps 121: must be from 1 to 120, the server's --max-steps")).to_be_visible()
+    expect(panel.locator("#edit-status")).to_contain_text("steps 121: must be from 1 to 120, the server's --max-steps")
 
     # What is painted is filled, with the bytes of the command
     steps.fill("2")
@@ -198,7 +198,7 @@ def test_the_tab_in_the_browser(visit, site, photo, here):
     press(panel, "Edit")
     expect(panel.locator("#edit-status")).to_contain_text("Working …")
     press(panel, "Stop")
-    expect(panel.locator("#edit-status")).to_contain_text("Stop")
+    expect(panel.locator("#edit-status")).to_have_text("Stopped.")
     end = time.monotonic() + 60
     while site.context.work.running:
         assert time.monotonic() < end, "it was not stopped"

@@ -147,7 +147,8 @@ def test_the_tab_in_the_browser(visit, here):
     fill_opened(panel.get_by_label("Scales of guidance"), "1 3")
     fill_opened(panel.get_by_label("Images of each scale"), "21")
     panel.get_by_role("button", name="Draw at each scale").click()
-    expect(page.get_by_text("number of images 42: must be from 1 to 20, the server's --max-images")).to_be_visible()
+    line = "number of images 42: must be from 1 to 20, the server's --max-images"
+    expect(panel.locator("#explore-guidance")).to_contain_text(line)
     panel.get_by_label("Images of each scale").fill("1")
     panel.get_by_role("button", name="Draw at each scale").click()
     expect(panel.locator("#explore-guidance")).to_have_text("Done.")

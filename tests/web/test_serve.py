@@ -16,13 +16,15 @@ import asked
 import httpx
 import pytest
 from diffusers import DDIMScheduler
-from gradio_client import Client
+from gradio_client import Client, handle_file
+from PIL import Image
 from served import LIMITS, running_site
 from tiny_models import tiny_unet, tiny_vae
 
 from latentdiff import checkpoints, discrete, samplers
 from latentdiff.checkpoints import INDEX, save
 from latentdiff.errors import UserError
+from latentdiff.evaluation.gallery import SCALES
 from latentdiff.web.facts import find_models, read_facts
 from latentdiff.web.generate import as_command
 from latentdiff.web.jobs.draw import Settings, draw
@@ -76,6 +78,33 @@ def test_a_model_whose_weights_are_damaged_ends_the_server(tmp_path):
     address, line = (done.stdout + done.stderr).strip().splitlines()
     assert address.startswith("latentdiff: http://127.0.0.1:") and done.returncode == 2
     assert line.startswith(f"latentdiff: {weights}: its sha256 is not the one in hashes.json")
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"format": '])
+def test_a_model_whose_description_is_damaged_is_refused(refused, tmp_path, content):
+    file = tiny_model(tmp_path / "model") / "latentdiff.json"
+    file.write_text(content)
+    assert refused("serve", str(tmp_path / "model"), "--port", 0).startswith(f"latentdiff: {file}: ")
+
+
+def test_data_that_cannot_be_the_models_ends_the_server(tmp_path):
+    """The page is open by then, as the process that knows the model reads them."""
+    nowhere = tmp_path / "nowhere"
+    command = [
+        sys.executable,
+        "-m",
+        "latentdiff",
+        "serve",
+        str(WEIGHTS / "fashion-mnist"),
+        "--port",
+        "0",
+        "--data",
+        str(nowhere),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    address, line = (done.stdout + done.stderr).strip().splitlines()
+    assert address.startswith("latentdiff: http://127.0.0.1:") and done.returncode == 2
+    assert line.startswith(f"latentdiff: --data {nowhere}: ") and "no such folder" in line
 
 
 def test_the_page_is_open_before_the_model_is_loaded(tmp_path):
@@ -227,6 +256,48 @@ def test_the_api_gives_the_same_files(site, models, tmp_path):
         assert [pack.read(name) for name in sorted(pack.namelist())] == expected
     with pytest.raises(Exception, match="steps 121: must be from 1 to 120, the server's --max-steps"):
         client.predict(model="fashion-mnist", classes=["Sneaker"], steps=121, api_name="/generate")
+
+
+def test_in_the_api_fields_may_be_left_out_and_values_are_plain(site, tmp_path):
+    client = Client(site.url, download_files=str(tmp_path / "client"), verbose=False)
+    picture = tmp_path / "shoe.png"
+    Image.new("RGB", (40, 40), "white").save(picture)
+    given = {"picture": handle_file(picture), "model": "emoji", "task": "colorize", "steps": "1"}
+    both, gallery, files, _, command, python = client.predict(**given, api_name="/edit")
+    assert [Path(file).exists() for file in (*both, *files)] == [True] * 4 and len(gallery) == 1
+    assert command.startswith("latentdiff edit shoe.png --model weights/emoji --task colorize")
+    assert python.startswith("from latentdiff import edit")
+    _, way, file, command, python = client.predict(model="fashion-mnist", frames=2, steps=1, api_name="/interpolate")
+    assert len(way) == 2 and Path(file).name == "way.webp" and command.startswith("latentdiff edit")
+    for name, shown in (("/guidance", 3 * len(SCALES)), ("/trajectory", 1)):
+        _, images, file, command, python = client.predict(model="fashion-mnist", steps=1, api_name=name)
+        assert len(images) == shown and Path(file).suffix == ".png" and command == "" and "GallerySampler" in python
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "line"),
+    [
+        ("/generate", {"seed": "abc"}, "seed: give a whole number"),
+        ("/generate", {"num_images": 1.5}, "number of images: give a whole number"),
+        ("/generate", {"num_images": 0}, "number of images 0: must be from 1 to 20"),
+        ("/generate", {"guidance": "much"}, "guidance: give a number"),
+        ("/generate", {"classes": "Bag"}, "classes: give a list of names"),
+        ("/generate", {"model": ["emoji"]}, "model .*: unknown; valid: fashion-mnist, emoji"),
+        ("/edit", {"task": "colorize"}, "task 'colorize': this model does not do it; valid: "),
+        ("/edit", {"strength": 2}, "strength"),
+        ("/edit", {"blur": "much", "task": "deblur"}, "blur: give a number"),
+        ("/trajectory", {"steps": 0}, "steps 0: must be from 1 to 120"),
+        ("/interpolate", {"frames": -1}, "number of images -1: must be from 1 to 20"),
+    ],
+)
+def test_in_the_api_a_mistake_is_one_line_that_names_the_field(site, tmp_path, capfd, name, fields, line):
+    client = Client(site.url, download_files=str(tmp_path / "client"), verbose=False)
+    picture = tmp_path / "shoe.png"
+    Image.new("L", (28, 28)).save(picture)
+    given = {"picture": handle_file(picture)} if name == "/edit" else {}
+    with pytest.raises(Exception, match=line):
+        client.predict(**{"model": "fashion-mnist", **given, **fields}, api_name=name)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_the_fields_of_the_documentation_draw_images(site):

@@ -102,6 +102,8 @@ def call(facts: Facts, limits: Limits, settings: Settings) -> dict[str, Any]:
     UserError for more than the server allows. What the model cannot do is refused by `latentdiff.generate` itself.
     """
     prompts = [line.strip() for line in str(settings.prompt or "").splitlines() if line.strip()]
+    if not isinstance(settings.classes, list | None):
+        raise UserError("classes: give a list of names")
     classes = [str(name) for name in settings.classes or []]
     if prompts and not facts.reads_text:
         raise UserError("prompt: this model reads none; choose classes")

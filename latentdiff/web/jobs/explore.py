@@ -278,10 +278,7 @@ def nearest_images(
     """
     import torch
 
-    from latentdiff.evaluation.reference_data import data_rule, reference_sets
-    from latentdiff.models.codec import LatentCodec
-
-    train, _ = reference_sets(data, *data_rule(model, LatentCodec(pipeline.vae)))
+    train = training_images(pipeline, model, data)
     if picture is None:
         images, _ = _sampler(pipeline, "", what, 1, seed, steps, sampler)
         config = pipeline.config
@@ -298,6 +295,14 @@ def nearest_images(
     classes = [""] * len(found) if labels is None else [f"{train.class_names[label]}, " for label in labels.tolist()]
     captions = [f"{name}{distance:.3f}" for name, (distance, _) in zip(classes, found, strict=True)]
     return Explored([query, *shown], ["the image", *captions])
+
+
+def training_images(pipeline: LatentDiffusionPipeline, model: Path, data: str) -> ImageDataset:
+    """The images that a model was trained on. Arguments and errors as of `nearest_images`."""
+    from latentdiff.evaluation.reference_data import data_rule, reference_sets
+    from latentdiff.models.codec import LatentCodec
+
+    return reference_sets(data, *data_rule(model, LatentCodec(pipeline.vae)))[0]
 
 
 def nearest(image: Tensor, train: ImageDataset, count: int, step: Callable[[int, int], None]) -> list[tuple[float, int]]:
@@ -420,3 +425,13 @@ def find(
     settings = (whole(asked.seed, "seed"), asked.number_of_steps(limits), str(asked.sampler or SAMPLER), job.step)
     with models.use(asked.model, job) as pipeline:
         return nearest_images(pipeline, models.folder(asked.model), data, file, asked.subject(facts), *settings)
+
+
+def check_data(models: Models, job: Job, data: str) -> None:
+    """A request: UserError, naming the flag, where the data set is not one that the first model can have been trained on."""
+    for name in models.names[:1]:
+        with models.use(name, job) as pipeline:
+            try:
+                training_images(pipeline, models.folder(name), data)
+            except UserError as error:
+                raise UserError(f"--data {data}: {error}") from None

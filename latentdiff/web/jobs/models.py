@@ -50,6 +50,7 @@ class Models(Folders):
 
     def facts(self, name: str) -> Facts:
         """The facts of a model, which is loaded the first time. UserError for an unknown or a damaged one."""
+        self.folder(name)
         if name not in self._facts:
             self._open(name)
         return self._facts[name]
