@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import sys
@@ -240,4 +241,6 @@ def free_port(host: str, port: int) -> int:
             return probe.getsockname()[1]
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--host {host} --port {port}: cannot be listened at ({reason}); give another --port") from None
+        is_address = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        other = "--host, such as 127.0.0.1" if is_address else "--port"
+        raise UserError(f"--host {host} --port {port}: cannot be listened at ({reason}); give another {other}") from None

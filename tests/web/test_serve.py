@@ -81,10 +81,14 @@ def test_a_model_whose_weights_are_damaged_ends_the_server(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["[1]", '{"format": '])
-def test_a_model_whose_description_is_damaged_is_refused(refused, tmp_path, content):
+def test_a_model_whose_description_is_damaged_is_refused(tmp_path, content):
     file = tiny_model(tmp_path / "model") / "latentdiff.json"
     file.write_text(content)
-    assert refused("serve", str(tmp_path / "model"), "--port", 0).startswith(f"latentdiff: {file}: ")
+    command = [sys.executable, "-m", "latentdiff", "serve", str(tmp_path / "model"), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"latentdiff: {file}: ")
 
 
 def test_data_that_cannot_be_the_models_ends_the_server(tmp_path):
@@ -120,12 +124,17 @@ def test_the_page_is_open_before_the_model_is_loaded(tmp_path):
         assert "event: complete" in answer and "1 image in" in answer
 
 
+def test_a_wrong_address_is_not_blamed_on_the_port(refused):
+    assert refused("serve", "--host", "192.0.2.1").endswith("give another --host, such as 127.0.0.1")
+
+
 def test_a_port_in_use_is_refused(refused):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"--port {port}: cannot be listened at" in refused("serve", "--port", port)
+        line = refused("serve", "--port", port)
+        assert f"--port {port}: cannot be listened at" in line and line.endswith("give another --port")
 
 
 def test_importing_the_command_is_light():

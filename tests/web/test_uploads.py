@@ -1,6 +1,8 @@
 """Uploaded pictures: the one decoder, and the limits."""
 
 import io
+import struct
+import zlib
 from types import SimpleNamespace
 
 import gradio as gr
@@ -24,6 +26,14 @@ def png(size=(20, 10), color=(255, 0, 0, 128), mode="RGBA") -> bytes:
     return stream.getvalue()
 
 
+def png_that_says(width: int, height: int) -> bytes:
+    """A small file whose header says another size."""
+    content = bytearray(png((1, 1)))
+    content[16:24] = struct.pack(">II", width, height)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    return bytes(content)
+
+
 @pytest.mark.parametrize("as_file", [True, False])
 def test_a_picture_is_decoded_as_everywhere(tmp_path, as_file):
     content = png()
@@ -38,6 +48,7 @@ def test_a_picture_is_decoded_as_everywhere(tmp_path, as_file):
     ("content", "line"),
     [
         (png((50, 50)), "mask: has 2,500 pixels; at most 1,000 are allowed, the server's --max-pixels"),
+        (png_that_says(20_000, 20_000), "mask: has far too many pixels; at most 1,000 are allowed, the server's --max-pixels"),
         (b"x" * 6000, "mask: has 6,000 bytes; at most 5,000 are allowed, the server's --max-upload"),
         (b"no picture", "mask: cannot be read as a picture (not a known image format)"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "mask: cannot be read as a picture (not a known image format)"),

@@ -43,6 +43,9 @@ def read_upload(
             pixels = decode(stream, channels, background)
     except UserError:
         raise
+    except Image.DecompressionBombError:  # Pillow's own limit comes before ours
+        allowed = f"at most {limits.pixels:,} are allowed, the server's --max-pixels"
+        raise UserError(f"{what}: has far too many pixels; {allowed}") from None
     except DECODING_ERRORS as error:
         reason = reason_of(io.BytesIO() if isinstance(file, bytes) else file, error)
         raise UserError(f"{what}: cannot be read as a picture ({reason})") from None
