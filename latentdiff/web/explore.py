@@ -99,9 +99,9 @@ def build(context: Context) -> None:
         to_prompt: str,
         first: Upload | None = None,
         last: Upload | None = None,
-        frames: float = None,
-        seed: float = None,
-        steps: float = None,
+        frames: float | None = None,
+        seed: float | None = None,
+        steps: float | None = None,
         request: gr.Request = None,
     ) -> Iterator[Any]:
         """Go from one class, prompt or picture to another."""
@@ -143,9 +143,9 @@ def build(context: Context) -> None:
         of_class: str,
         prompt: str,
         picture: Upload | None = None,
-        seed: float = None,
-        steps: float = None,
-        sampler: str = None,
+        seed: float | None = None,
+        steps: float | None = None,
+        sampler: str | None = None,
         request: gr.Request = None,
     ) -> Iterator[Any]:
         """Find the training images that are nearest to a picture, or to an image of a class or prompt."""

@@ -12,32 +12,30 @@ import gradio as gr
 
 from latentdiff.web.stubs import no_writer
 
+
+def _as_sent(_: gr.components.Component, payload: Any) -> Any:
+    """The value as it was sent."""
+    return payload
+
+
 with no_writer():  # gradio would write a stub of these classes beside this file
 
     class Number(gr.Number):
         """gr.Number without its checks and its rounding."""
 
-        def preprocess(self, payload: Any) -> Any:
-            """The value as it was sent."""
-            return payload
+        preprocess = _as_sent
 
     class Slider(gr.Slider):
         """gr.Slider without its checks and its rounding."""
 
-        def preprocess(self, payload: Any) -> Any:
-            """The value as it was sent."""
-            return payload
+        preprocess = _as_sent
 
     class Radio(gr.Radio):
         """gr.Radio without its checks."""
 
-        def preprocess(self, payload: Any) -> Any:
-            """The value as it was sent."""
-            return payload
+        preprocess = _as_sent
 
     class Dropdown(gr.Dropdown):
         """gr.Dropdown without its checks."""
 
-        def preprocess(self, payload: Any) -> Any:
-            """The value as it was sent."""
-            return payload
+        preprocess = _as_sent

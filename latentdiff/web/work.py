@@ -42,6 +42,7 @@ class Work:
         self.worker = worker
         self._names = {str(folder): name for folder, name in (names or {}).items()}
         self._requests: dict[str, list[Request]] = {}  # those of each visitor that run or wait
+        self._stopping: set[Request] = set()  # those of them that were cancelled
         self._guard = threading.Lock()
 
     @property
@@ -83,6 +84,7 @@ class Work:
             request.cancel()
             with self._guard:
                 self._requests[key].remove(request)
+                self._stopping.discard(request)
                 if not self._requests[key]:
                     del self._requests[key]
 
@@ -90,14 +92,18 @@ class Work:
         """Ask the running requests of a visitor to stop; returns how many there are."""
         with self._guard:
             requests = list(self._requests.get(visitor, ())) if visitor else []
+            self._stopping.update(requests)
         for request in requests:
             request.cancel()
         return len(requests)
 
     def wait(self, visitor: str | None, seconds: float) -> bool:
-        """Wait until a visitor has no requests that run, at most so long; returns whether it is so."""
+        """Wait, at most so long, until what was cancelled has ended; returns whether it has. Later requests may run."""
         end = time.monotonic() + seconds
-        while visitor and visitor in self._requests:
+        while visitor:
+            with self._guard:
+                if self._stopping.isdisjoint(self._requests.get(visitor, ())):
+                    break
             if time.monotonic() >= end:
                 return False
             time.sleep(LOOK)

@@ -13,7 +13,8 @@ import pytest
 
 from latentdiff.errors import UserError
 from latentdiff.web.jobs.job import Update
-from latentdiff.web.worker import Failed, Worker
+from latentdiff.web.work import Work
+from latentdiff.web.worker import Failed, Request, Worker
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,23 @@ def test_requests_run_one_after_the_other_and_each_gets_its_own_updates(worker, 
     *before, last = updates(second)
     assert [(update.step, update.steps, update.shown) for update in before] == [(k + 1, 3, f"picture {k}") for k in range(3)]
     assert last.result == b"x" * 3_000_000
+
+
+def test_a_stopped_request_is_waited_for_and_a_later_one_is_not():
+    class Waiting:  # a worker whose requests never end by themselves
+        def start(self, function):
+            return Request(lambda: None)
+
+    work = Work(Waiting())
+    first, second = work.run("visitor", asked.where), work.run("visitor", asked.where)
+    next(first)
+    assert work.cancel("visitor") == 1 and not work.wait("visitor", 0.1)
+    next(second)  # asked for after the stop
+    assert not work.wait("visitor", 0.1)
+    first.close()
+    assert work.running == 1 and work.wait("visitor", 0.1)
+    assert work.wait("another", 0.1) and work.wait(None, 0.1)
+    second.close()
 
 
 def test_what_libraries_print_is_not_among_the_answers(capfd):
