@@ -375,6 +375,9 @@ def test_twenty_visitors_at_once(site, models, client, tmp_path):
         drawn = draw(models, Job(), LIMITS, Settings("fashion-mnist", ["Bag"], "", "", 1, seed, 2, "", 2.0, 0, 1), folder)
         expected[seed] = drawn.files[0].read_bytes()
     assert len(set(expected.values())) == VISITORS
+    first = ["fashion-mnist", ["Bag"], "", "", 1, 0, 2, "default", 2.0, 0, 1]
+    first += [None] * (len(event["inputs"]) - len(first))
+    assert call(client, event, [first], "first") == [""]  # the model is loaded then, in whatever order tests run
     before = memory(site)
     got: dict[int, bytes | str] = {}
 
